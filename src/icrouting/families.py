@@ -1,0 +1,165 @@
+"""Model families: where each one's queries and keys can be read before rotary embedding.
+
+One row a family and nothing family-specific elsewhere. The rows were checked against transformers 5.23.
+Queries and keys are taken after a family's own query/key norm, since the normed ones enter the attention
+logits (paper silent), and before rotary embedding, as in the paper's algorithm 2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of a decoder."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_size: int
+
+
+Reader = Callable[[Tensor, Dims], Float[Tensor, "batch q_len width"]]
+
+
+def _flat(output: Tensor, dims: Dims) -> Tensor:
+    return output
+
+
+def _token_major(output: Float[Tensor, "batch q_len heads head_dim"], dims: Dims) -> Tensor:
+    return output.flatten(2)
+
+
+def _head_major(output: Float[Tensor, "batch heads q_len head_dim"], dims: Dims) -> Tensor:
+    return output.transpose(1, 2).flatten(2)
+
+
+def _fused_query(output: Tensor, dims: Dims) -> Tensor:
+    return output[..., : dims.n_heads * dims.head_dim]
+
+
+def _fused_key(output: Tensor, dims: Dims) -> Tensor:
+    start = dims.n_heads * dims.head_dim
+    return output[..., start : start + dims.n_kv_heads * dims.head_dim]
+
+
+def _interleaved(part: int) -> Reader:
+    def read(output: Tensor, dims: Dims) -> Tensor:
+        return output.unflatten(-1, (dims.n_heads, 3, dims.head_dim))[..., part, :].flatten(2)
+
+    return read
+
+
+@dataclass(frozen=True)
+class Site:
+    """A submodule of the attention module and how to read its output as [batch, q_len, heads * head_dim]."""
+
+    module: str
+    read: Reader = _flat
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps its layers, its attention, its queries and its keys."""
+
+    query: Site = Site("q_proj")
+    key: Site = Site("k_proj")
+    layers: str = "layers"
+    attention: str = "self_attn"
+
+
+_PLAIN = Family()
+_HEAD_NORMED = Family(Site("q_norm", _token_major), Site("k_norm", _token_major))
+
+FAMILIES: dict[str, Family] = {
+    "llama": _PLAIN,
+    "mistral": _PLAIN,
+    "mixtral": _PLAIN,
+    "qwen2": _PLAIN,
+    "granite": _PLAIN,
+    "phi": _PLAIN,
+    "gemma2": _PLAIN,
+    "opt": _PLAIN,
+    "qwen3": _HEAD_NORMED,
+    "qwen3_moe": _HEAD_NORMED,
+    "gemma3_text": Family(Site("q_norm", _head_major), Site("k_norm", _head_major)),
+    "olmo2": Family(Site("q_norm"), Site("k_norm")),
+    "phi3": Family(Site("qkv_proj", _fused_query), Site("qkv_proj", _fused_key)),
+    "gpt_neox": Family(
+        Site("query_key_value", _interleaved(0)),
+        Site("query_key_value", _interleaved(1)),
+        attention="attention",
+    ),
+    "gpt2": Family(Site("c_attn", _fused_query), Site("c_attn", _fused_key), layers="h", attention="attn"),
+}
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, also inside a peft wrapper."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+
+
+def decoder_of(model: nn.Module) -> PreTrainedModel:
+    """The stack of layers under the vocabulary head; its forward builds masks and rotary tables."""
+    return base_of(model).get_decoder()
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family row of a model; ValueError if its attention cannot be routed."""
+    model_type = decoder_of(model).config.model_type
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"the attention of {model_type!r} models cannot be routed: "
+            f"expected one of {', '.join(sorted(FAMILIES))} (a new family is one row in families.py)"
+        )
+    return FAMILIES[model_type]
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers, in order."""
+    return getattr(decoder_of(model), family_of(model).layers)
+
+
+def attention_of(model: nn.Module, layer: int) -> nn.Module:
+    """The attention module of one layer."""
+    return getattr(layers_of(model)[layer], family_of(model).attention)
+
+
+def dims_of(model: nn.Module) -> Dims:
+    """The sizes of a decoder, from its config."""
+    config = decoder_of(model).config
+    n_heads = config.num_attention_heads
+    return Dims(
+        n_layers=config.num_hidden_layers,
+        n_heads=n_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
+        hidden_size=config.hidden_size,
+    )
+
+
+def late_third(n_layers: int) -> tuple[int, ...]:
+    """The layers the paper routes by default: the last third (section 3)."""
+    return tuple(range(n_layers // 3 * 2, n_layers))
+
+
+def check_layers(layers: tuple[int, ...], n_layers: int) -> None:
+    """Raises ValueError unless `layers` are ascending indices into `n_layers` layers."""
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= n_layers:
+        raise ValueError(
+            f"routed layers must be ascending indices below {n_layers}, with at least one; got {list(layers)}"
+        )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter."""
+    return next(module.parameters()).device

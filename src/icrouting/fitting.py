@@ -1,0 +1,101 @@
+"""The stages of a fit, each of which can be taken up again from what an earlier run kept in its folder."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icrouting.batches import pad_id_of, tokenize
+from icrouting.capture import capture_last_tokens
+from icrouting.config import FitConfig
+from icrouting.encoder import SentenceEncoder, query_texts
+from icrouting.families import dims_of
+from icrouting.pids import PIDs, QKMoments, fit_pids
+from icrouting.prompts import extraction_prompts
+from icrouting.scoring import option_ids
+from icrouting.tasks import Task
+from icrouting.train import Query
+from icrouting.trunk import run_trunk
+
+SAVE_EVERY_SECONDS = 20.0
+
+
+def claim_folder(folder: Path, config: FitConfig, tasks: Sequence[Task], fingerprint: str) -> None:
+    """Makes a fit's folder, or checks that the fit begun in it is this very one.
+
+    Raises:
+        ValueError: the folder holds another fit; the differences are named.
+    """
+    settings = {**dataclasses.asdict(config), "tasks": [task.name for task in tasks], "model": fingerprint}
+    settings = json.loads(json.dumps(settings))
+    file = folder / "fit.json"
+    if file.exists():
+        found = json.loads(file.read_text())
+        different = [key for key in settings if found.get(key) != settings[key]]
+        if different:
+            changes = ", ".join(f"{key} was {found.get(key)!r}, is {settings[key]!r}" for key in different)
+            raise ValueError(f"{folder} holds a fit with other settings ({changes}): choose another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1))
+
+
+def extract(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    layers: tuple[int, ...],
+    config: FitConfig,
+    folder: Path | None,
+) -> PIDs:
+    """Returns the PIDs of few-shot prompts of all source tasks, pooled (stages 1 and 2)."""
+    rng = np.random.default_rng(config.seed)
+    texts = [text for task in tasks for text in extraction_prompts(task, config.n_prompts, config.demos_per_class, rng)]
+    dims = dims_of(model)
+    moments = QKMoments(len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
+    kept = folder / "moments.safetensors" if folder else None
+    if kept is not None and kept.exists():
+        moments = QKMoments.from_tensors(load_file(kept))
+    saved = time.monotonic()
+    for query, key in capture_last_tokens(model, tokenizer, texts, layers, n_done=moments.count):
+        moments.update(query, key)
+        is_last = moments.count == len(texts)
+        if kept is not None and (is_last or time.monotonic() - saved > SAVE_EVERY_SECONDS):
+            scratch = kept.with_suffix(".part")
+            save_file(moments.tensors(), scratch)
+            scratch.replace(kept)
+            saved = time.monotonic()
+    generator = torch.Generator().manual_seed(config.seed)
+    return fit_pids(moments, layers, config.rank, config.basis, generator)
+
+
+def training_queries(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    encoder: SentenceEncoder,
+    first_layer: int,
+    config: FitConfig,
+) -> list[Query]:
+    """Returns the training queries of all source tasks, their trunk run and their features computed."""
+    rng = np.random.default_rng(config.seed + 1)
+    chosen = [
+        (task, task.train[index]) for task in tasks for index in rng.permutation(len(task.train))[: config.n_queries]
+    ]
+    texts = [task.prompt(example) for task, example in chosen]
+    ids = [
+        option_ids(tokenizer, text, task.options(example)) for text, (task, example) in zip(texts, chosen, strict=True)
+    ]
+    token_lists = [tokens[-config.max_tokens :] for tokens in tokenize(tokenizer, texts)]
+    states = run_trunk(model, token_lists, first_layer, pad_id_of(tokenizer))
+    features = encoder(query_texts(tokenizer, token_lists)).cpu()
+    return [
+        Query(state, feature, option_list, example.label)
+        for state, feature, option_list, (_, example) in zip(states, features, ids, chosen, strict=True)
+    ]

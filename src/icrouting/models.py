@@ -1,0 +1,121 @@
+"""Loading a frozen decoder and telling it apart from every other."""
+
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from icrouting import assets
+from icrouting.families import base_of
+
+log = logging.getLogger(__name__)
+
+PINNED = ("smollm2-135m",)
+
+
+def default_dtype() -> torch.dtype:
+    """Bfloat16 where the hardware multiplies it natively (accelerators, AMX), else float32."""
+    if torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16", False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_model(
+    name: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns a frozen decoder in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a hub id, a local folder, a `.gguf` file, or "pinned:smollm2-135m".
+        dtype: dtype of the weights; None asks the hardware.
+        device: where to put the model; None is the accelerator where there is one.
+
+    Raises:
+        ValueError: nothing of that name can be loaded.
+    """
+    folder = _resolve(str(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or default_dtype())
+    except OSError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"cannot load model {str(name)!r}: expected a hub id, a folder with config.json, a .gguf file or "
+            f"'pinned:{PINNED[0]}'; {first_line}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.name_or_path = str(name)
+    model.requires_grad_(False)
+    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # pyright: ignore[reportArgumentType]
+    return model.eval(), tokenizer
+
+
+def _resolve(name: str) -> str:
+    if name.startswith("pinned:"):
+        asset = name.removeprefix("pinned:")
+        if asset not in PINNED:
+            raise ValueError(f"unknown pinned model {name!r}: known are {', '.join(f'pinned:{p}' for p in PINNED)}")
+        return str(unpack_gguf(assets.fetch(asset)))
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise ValueError(f"cannot load model {name!r}: there is no such file")
+        return str(unpack_gguf(Path(name)))
+    return name
+
+
+def unpack_gguf(file: Path) -> Path:
+    """Returns a cached folder with the model of a GGUF file as bf16 safetensors.
+
+    transformers unpacks a GGUF slowly on every load and cannot save it as it stands, so it is unpacked
+    once, under the file's sha256, and loaded from the folder from then on.
+    """
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = assets.cache_folder() / "unpacked" / digest[:16]
+    if (folder / "config.json").exists():
+        return folder
+    log.info("unpacking %s into %s", file.name, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        # The weights are dense once loaded; the quantizer's marks only stop them from being saved.
+        model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
+        if hasattr(model.config, "quantization_config"):
+            delattr(model.config, "quantization_config")
+        tokenizer.save_pretrained(scratch)
+        model.save_pretrained(scratch)
+        os.chmod(scratch, 0o755)
+        try:
+            os.rename(scratch, folder)
+        except OSError:  # another process was first
+            assert (folder / "config.json").exists(), f"cannot move the unpacked model to {folder}"
+        else:
+            os.mkdir(scratch)  # TemporaryDirectory removes a folder of this name on exit
+    return folder
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Returns 16 hex digits that identify a model's architecture and weights.
+
+    A strided sample of every weight, rounded to bfloat16, so that the same checkpoint loaded as float32 or
+    as bfloat16, with or without LoRA around it, gives the same digits.
+    """
+    base = base_of(model)
+    digest = hashlib.sha256()
+    weights = {_plain_name(name): weight for name, weight in base.named_parameters() if "lora_" not in name}
+    for name, weight in sorted(weights.items()):
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name}{tuple(weight.shape)}{sample.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".base_layer", "")

@@ -1,0 +1,25 @@
+"""Progress bars, in one place: shown only where a person watches, and only for work that takes a while."""
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def track(items: Sequence[T], title: str, sizes: Sequence[int], unit: str, done: int = 0) -> Iterator[T]:
+    """Yields items while a bar on standard error counts their sizes.
+
+    Args:
+        items: what to go through.
+        title: the bar's title.
+        sizes: what each item counts for.
+        unit: what is counted ("prompts").
+        done: how much of the work was finished by an earlier run.
+    """
+    # `delay` keeps the bar away from work under two seconds, `disable=None` from pipes and logs.
+    with tqdm(desc=title, total=done + sum(sizes), initial=done, unit=f" {unit}", delay=2, disable=None) as bar:
+        for item, size in zip(items, sizes, strict=True):
+            yield item
+            bar.update(size)

@@ -1,0 +1,132 @@
+"""A run: a folder with its configuration, its records and the report made from them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from icrouting.icr import InContextRouter
+from icrouting.tasks import Task
+
+# What makes two runs the same measurement; the rest of a configuration may differ on resuming.
+_FIXED = ("model", "seeds", "n_test", "tasks", "demos_per_class", "router")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run measures.
+
+    Attributes:
+        model: name of the base model.
+        data: where the tasks' rows come from.
+        router: the router's fingerprint, or None.
+        methods: names of the methods.
+        tasks: name, group, role ("source" or "unseen") and number of options of every task.
+        seeds: seeds of the test items and demonstrations.
+        n_test: test items per task and seed.
+        demos_per_class: demonstrations per class of few-shot prompts.
+        notes: what was cut short, shown beside the table.
+    """
+
+    model: str
+    data: str
+    router: str | None
+    methods: list[str]
+    tasks: list[dict[str, Any]]
+    seeds: list[int]
+    n_test: int
+    demos_per_class: int
+    notes: list[str]
+
+
+def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns what a run's configuration says of its tasks."""
+    return [
+        {
+            "name": task.name,
+            "group": task.spec.group,
+            "role": "source" if task.name in sources else "unseen",
+            "n_options": max(len(task.options(example)) for example in task.test),
+        }
+        for task in tasks
+    ]
+
+
+def claim(folder: Path, config: RunConfig) -> None:
+    """Writes a run's configuration, or checks that the run begun in the folder measures the same.
+
+    Methods may be added to a run; their records join the others.
+
+    Raises:
+        ValueError: the folder holds another measurement; the differences are named.
+    """
+    settings = json.loads(json.dumps(asdict(config)))
+    file = folder / "config.json"
+    if file.exists():
+        try:
+            found = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not JSON ({error.msg}): mend it or choose another folder") from error
+        different = [key for key in _FIXED if found.get(key) != settings[key]]
+        if different:
+            changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different)
+            raise ValueError(f"{folder} holds another run ({changes}): choose another folder with --out")
+        settings["methods"] = list(dict.fromkeys([*found["methods"], *settings["methods"]]))
+        settings = {**found, "methods": settings["methods"], "notes": settings["notes"]}
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings |= {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": commit(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    save_json(file, settings)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def commit() -> str:
+    """The commit of the working tree that runs, or "unknown" outside one."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def save_json(file: Path, content: object) -> None:
+    """Writes JSON so that the file is at every moment the old one or the new one."""
+    scratch = file.with_name(file.name + ".part")
+    scratch.write_text(json.dumps(content, indent=1))
+    scratch.replace(file)
+
+
+def add_to_config(folder: Path, **entries: object) -> None:
+    """Adds entries to a run's configuration."""
+    file = folder / "config.json"
+    save_json(file, {**json.loads(file.read_text()), **entries})
+
+
+def routing_summary(icr: InContextRouter, tasks: Sequence[Task], n_items: int = 50) -> dict[str, Any]:
+    """Returns what a router decides on each task: its mean head gates and mean |alpha|, for the report."""
+    found = {}
+    for task in tasks:
+        routing = icr.routing([task.prompt(example) for example in task.test[:n_items]])
+        found[task.name] = {
+            "head_gates": routing.head_gates.mean(0).tolist(),
+            "routing_vector_abs": routing.routing_vector.abs().mean(0).tolist(),
+        }
+    return {"layers": list(icr.pids.layers), "tasks": found}

@@ -1,0 +1,164 @@
+"""Scoring: the logit of every option at the next position, batched and safe under padding (section 5)."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.families import base_of, device_of
+from icrouting.prompts import Prompt
+
+TOKEN_BUDGET = 2048
+
+
+def option_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]) -> list[int]:
+    """Returns the token with which each option, after a space, goes on from this very prompt.
+
+    An option of several tokens is known by its first.
+
+    Raises:
+        ValueError: two options share their first token, or the prompt's end merges with an option.
+    """
+    prompt_ids, *option_lists = tokenizer([prompt, *(f"{prompt} {option}" for option in options)]).input_ids
+    ids = []
+    for option, tokens in zip(options, option_lists, strict=True):
+        if tokens[: len(prompt_ids)] != prompt_ids or len(tokens) == len(prompt_ids):
+            raise ValueError(
+                f"the prompt's last token merges with the option {option!r}: end the prompt with a character "
+                f"such as ':' and without a space (it ends {prompt[-20:]!r})"
+            )
+        ids.append(tokens[len(prompt_ids)])
+    for position, token in enumerate(ids):
+        if token in ids[:position]:
+            twin = options[ids.index(token)]
+            raise ValueError(
+                f"options {twin!r} and {options[position]!r} share their first token "
+                f"{tokenizer.decode([token])!r}: choose words that begin differently"
+            )
+    return ids
+
+
+@contextmanager
+def last_position_only(model: PreTrainedModel, attention_mask: Bool[Tensor, "batch q_len"]) -> Iterator[None]:
+    """Inside, the model's `logits` are those of each row's last attended position, [batch, vocab].
+
+    A hook hands the vocabulary head a contiguous [batch, hidden_size] tensor. `logits_to_keep=1` would take
+    the last column, which is padding in most rows, and make the matmul copy the whole head once per row.
+    """
+    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask * position).argmax(1)
+
+    def gather(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        hidden = args[0]
+        return (hidden[torch.arange(len(last), device=hidden.device), last.to(hidden.device)],)
+
+    head = base_of(model).get_output_embeddings()
+    assert head is not None, "a causal language model has a vocabulary head"
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def next_token_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
+    """Returns the logits after each row's last token, in float32."""
+    with last_position_only(model, batch.attention_mask):
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
+    return output.logits.float()
+
+
+@torch.no_grad()
+def score_options(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Prompt],
+    options: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    token_budget: int = TOKEN_BUDGET,
+) -> Float[Tensor, "n_prompts n_options"]:
+    """Returns each option's logit at the position after each prompt.
+
+    Prompts that share a non-empty `Prompt.context` have it computed once; the scores are the same.
+
+    Args:
+        model: the decoder, routed or not.
+        tokenizer: its tokenizer.
+        prompts: texts, or `Prompt`s, each ending right before the space and the answer.
+        options: the answers to choose from, for all prompts or one list per prompt.
+        token_budget: padded tokens per forward pass.
+
+    Returns:
+        Logits; where prompts have fewer options than others, the rest of their row is -inf.
+    """
+    prompts = [Prompt("", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    per_prompt = _options_per_prompt(options, len(prompts))
+    limit = context_length(model)
+    token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], limit)
+    ids = [option_ids(tokenizer, p.text, chosen) for p, chosen in zip(prompts, per_prompt, strict=True)]
+    scores = torch.full((len(prompts), max(map(len, ids), default=0)), -torch.inf)
+    contexts: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        contexts.setdefault(prompt.context, []).append(row)
+    for context, rows in contexts.items():
+        n_shared = _shared_prefix([token_lists[row] for row in rows]) if context and len(rows) > 1 else 0
+        prefix = token_lists[rows[0]][:n_shared]
+        prefix_cache = _run_prefix(model, prefix) if prefix else None
+        tails = [token_lists[row][n_shared:] for row in rows]
+        for group in by_length(tails, token_budget):
+            batch = pad([tails[i] for i in group], pad_id_of(tokenizer), [rows[i] for i in group])
+            batch = batch.to(device_of(model))
+            logits = _after_prefix(model, prefix_cache, batch) if prefix_cache else next_token_logits(model, batch)
+            for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
+                scores[row, : len(ids[row])] = row_logits[ids[row]]
+    return scores
+
+
+def _options_per_prompt(options: Sequence[str] | Sequence[Sequence[str]], n: int) -> list[Sequence[str]]:
+    shared = [option for option in options if isinstance(option, str)]
+    per_prompt: list[Sequence[str]] = [shared] * n if shared else [list(chosen) for chosen in options]
+    if len(per_prompt) != n or (shared and len(shared) != len(options)):
+        raise ValueError(f"expected one list of options, or one per prompt ({n}), got {len(options)} entries")
+    if any(len(chosen) < 2 for chosen in per_prompt):
+        raise ValueError("expected at least two options for every prompt")
+    return per_prompt
+
+
+def _shared_prefix(token_lists: list[list[int]]) -> int:
+    """Number of leading tokens that all lists share, leaving every list at least one token."""
+    shortest = min(map(len, token_lists)) - 1
+    first = token_lists[0]
+    for position in range(shortest):
+        if any(tokens[position] != first[position] for tokens in token_lists):
+            return position
+    return shortest
+
+
+def _run_prefix(model: PreTrainedModel, prefix: list[int]) -> Cache:
+    """Returns the key-value cache of a prefix, batch of one."""
+    input_ids = torch.tensor([prefix], device=device_of(model))
+    with last_position_only(model, torch.ones_like(input_ids, dtype=torch.bool)):
+        return model(input_ids=input_ids, use_cache=True).past_key_values
+
+
+def _after_prefix(model: PreTrainedModel, prefix_cache: Cache, batch: Batch) -> Float[Tensor, "batch vocab"]:
+    """Returns the logits after each row, where all rows go on from one prefix."""
+    n_rows, n_new = batch.input_ids.shape
+    n_seen, device = prefix_cache.get_seq_length(), batch.input_ids.device
+    cache = copy.deepcopy(prefix_cache)
+    cache.batch_repeat_interleave(n_rows)
+    seen = torch.ones(n_rows, n_seen, dtype=torch.bool, device=device)
+    with last_position_only(model, batch.attention_mask):
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=torch.cat([seen, batch.attention_mask], dim=1).long(),
+            position_ids=torch.arange(n_seen, n_seen + n_new, device=device).expand(n_rows, -1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return output.logits.float()

@@ -1,0 +1,177 @@
+"""Stage 3: training the router on the frozen trunk (section 4)."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Int
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from icrouting import losses
+from icrouting.attach import Attachment, attach
+from icrouting.config import FitConfig
+from icrouting.families import device_of
+from icrouting.pids import PIDs
+from icrouting.progress import track
+from icrouting.router import Router
+from icrouting.trunk import LateEntry, TrunkState, late_entry, pad_states
+
+CHECKPOINT_EVERY = 25
+
+
+@dataclass(frozen=True)
+class Query:
+    """One training query.
+
+    Attributes:
+        state: what the trunk left of its zero-shot prompt.
+        features: E(x), [n_features].
+        option_ids: token of each option.
+        label: index of the right option.
+    """
+
+    state: TrunkState
+    features: Tensor
+    option_ids: list[int]
+    label: int
+
+
+def alpha_scale(step: int, n_steps: int, final: float) -> float:
+    """Returns the routing vector's scale at a step: a cosine from 1 to `final` over training."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / max(1, n_steps)))
+
+
+class Trainer:
+    """One router in training; its state can be saved after any step and taken up again.
+
+    Args:
+        model: the frozen decoder.
+        pids: the directions.
+        router: the router to train, in place.
+        queries: the training queries of all source tasks.
+        config: the objective and the optimiser.
+        pad_id: token to pad with.
+        folder: where to keep checkpoints and `training.jsonl`; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pids: PIDs,
+        router: Router,
+        queries: Sequence[Query],
+        config: FitConfig,
+        pad_id: int,
+        folder: Path | None = None,
+    ):
+        self.model, self.pids, self.router = model, pids, router
+        self.queries, self.config, self.pad_id, self.folder = queries, config, pad_id, folder
+        self.optimizer = torch.optim.AdamW(router.parameters(), lr=config.lr)
+        self.step = 0
+        self.log: list[dict[str, float]] = []
+        self.n_steps = config.epochs * math.ceil(len(queries) / config.batch_size)
+        if folder is not None and (folder / "training.safetensors").exists():
+            self._restore(folder)
+
+    def run(self) -> None:
+        """Trains to the end, from where the last checkpoint stands."""
+        steps = range(self.step, self.n_steps)
+        first = self.pids.layers[0]
+        with attach(self.model, self.pids) as attachment, late_entry(self.model, first) as entry:
+            for _ in track(steps, "training", [1] * len(steps), "steps", done=self.step):
+                rows = self._rows()
+                terms = self._terms(entry, attachment, [self.queries[row] for row in rows])
+                self._update(terms)
+                if self.step % CHECKPOINT_EVERY == 0 or self.step == self.n_steps:
+                    self._save()
+
+    def _rows(self) -> list[int]:
+        """The queries of the current step; each epoch has an order of its own, drawn from the seed."""
+        per_epoch = self.n_steps // self.config.epochs
+        epoch, position = divmod(self.step, per_epoch)
+        generator = torch.Generator().manual_seed(self.config.seed + epoch)
+        order = torch.randperm(len(self.queries), generator=generator)
+        size = self.config.batch_size
+        return order[position * size : (position + 1) * size].tolist()
+
+    def _terms(self, entry: LateEntry, attachment: Attachment, queries: list[Query]) -> dict[str, Tensor]:
+        config, device = self.config, device_of(self.model)
+        batch, hidden = pad_states([query.state for query in queries], self.pad_id)
+        routing = self.router(torch.stack([query.features for query in queries]).to(device))
+        attachment.routing = routing.scaled(alpha_scale(self.step, self.n_steps, config.final_alpha_scale))
+        logits = entry.next_token_logits(batch.to(device), hidden)
+        labels = torch.tensor([query.label for query in queries], device=device)
+        option_ids, is_option = _pad_options([query.option_ids for query in queries], device)
+        if config.ce_scope == "options":
+            ce = losses.option_loss(logits, option_ids, is_option, labels)
+        else:
+            ce = losses.label_loss(logits, option_ids.gather(1, labels[:, None])[:, 0])
+        plain_entropy = torch.tensor([query.state.entropy for query in queries], device=device)
+        return {
+            "ce": ce,
+            "conf": losses.confidence_loss(logits, plain_entropy),
+            "spar": losses.sparsity_loss(routing.routing_vector, config.deepest_weight),
+            "gate": losses.gate_loss(routing.head_gates),
+        }
+
+    def _update(self, terms: dict[str, Tensor]) -> None:
+        config = self.config
+        loss = (
+            terms["ce"] + config.w_conf * terms["conf"] + config.w_spar * terms["spar"] + config.w_gate * terms["gate"]
+        )
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the training loss is {loss.item()} at step {self.step}: lower `lr` ({config.lr}) or load the "
+                "model in float32"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.router.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.step += 1
+        values = {name: term.item() for name, term in terms.items()}
+        self.log.append({"step": self.step, "loss": loss.item(), **values, "lr": config.lr})
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        tensors = {f"router.{name}": value for name, value in self.router.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value.clone() for name, value in state.items()}
+        scratch = self.folder / "training.safetensors.part"
+        save_file(tensors, scratch, {"step": str(self.step), "log": json.dumps(self.log)})
+        scratch.replace(self.folder / "training.safetensors")
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+        (self.folder / "training.jsonl").write_text(lines)
+
+    def _restore(self, folder: Path) -> None:
+        tensors = load_file(folder / "training.safetensors")
+        with safe_open(folder / "training.safetensors", "pt") as file:
+            metadata = file.metadata()
+        self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
+        prefix = "router."
+        self.router.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        )
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, part = name.split(".")
+                state.setdefault(int(index), {})[part] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _pad_options(
+    id_lists: list[list[int]], device: torch.device
+) -> tuple[Int[Tensor, "batch n_options"], Bool[Tensor, "batch n_options"]]:
+    widest = max(map(len, id_lists))
+    ids = torch.tensor([ids + [0] * (widest - len(ids)) for ids in id_lists], device=device)
+    is_option = torch.tensor([[i < len(ids) for i in range(widest)] for ids in id_lists], device=device)
+    return ids, is_option

@@ -1,0 +1,78 @@
+"""A made-up run for the tests of records, metrics and report: seeded answers of a given accuracy."""
+
+import numpy as np
+
+from icrouting.records import Record
+
+TASKS = (
+    {
+        "name": "agnews",
+        "group": "in-domain",
+        "role": "source",
+        "n_options": 4,
+        "options": ["a", "b", "c", "d"],
+    },
+    {"name": "mr", "group": "near", "role": "unseen", "n_options": 2},
+    {"name": "cb", "group": "far", "role": "unseen", "n_options": 3},
+)
+
+
+def record(index: int, is_right: bool = True, **changes) -> Record:
+    """A record on two options whose right one is `index % 2`."""
+    label = index % 2
+    prediction = label if is_right else 1 - label
+    values = {
+        **{
+            "method": "icr",
+            "task": "mr",
+            "seed": 0,
+            "index": index,
+            "label": label,
+            "prediction": prediction,
+        },
+        **{"option_logits": (0.25, -1.5), "n_tokens": 17, "seconds": 0.125},
+    }
+    return Record(**{**values, **changes})
+
+
+def fake_records(accuracies: dict[tuple[str, str], float], n_items: int = 30, seeds=(0, 1)) -> list[Record]:
+    """Records with the given accuracy per method and task."""
+    rng = np.random.default_rng(11)
+    found = []
+    for (method, task), accuracy in accuracies.items():
+        n_options = next(known["n_options"] for known in TASKS if known["name"] == task)
+        for seed in seeds:
+            for index in range(n_items):
+                label = index % n_options
+                is_right = index < accuracy * n_items
+                prediction = label if is_right else (label + 1) % n_options
+                logits = tuple(float(logit) for logit in rng.normal(size=n_options))
+                changes = {"label": label, "prediction": prediction, "option_logits": logits}
+                found.append(record(index, method=method, task=task, seed=seed, **changes))
+    return found
+
+
+def fake_config(methods=("zero-shot", "few-shot", "icr"), **changes) -> dict:
+    """A run's configuration over the three tasks."""
+    return {
+        "command": "icr evaluate --model <tiny>",
+        "commit": "abc1234",
+        "created": "2030-01-02T03:04:05+00:00",
+        "model": "tiny-llama",
+        "seeds": [0, 1],
+        "n_test": 30,
+        "methods": list(methods),
+        "tasks": list(TASKS),
+        "demos_per_class": 5,
+        "notes": ["30 of 500 test items, to fit the time."],
+        **changes,
+    }
+
+
+ICR_LOSES_ON_MR = fake_records(
+    {
+        **{("zero-shot", "agnews"): 0.4, ("zero-shot", "mr"): 0.9, ("zero-shot", "cb"): 0.5},
+        **{("few-shot", "agnews"): 0.8, ("few-shot", "mr"): 1.0, ("few-shot", "cb"): 0.5},
+        **{("icr", "agnews"): 0.7, ("icr", "mr"): 0.4, ("icr", "cb"): 0.6},
+    }
+)

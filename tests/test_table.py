@@ -1,0 +1,28 @@
+from rich.console import Console
+
+from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config
+from icrouting.table import marks, rows, terminal_table
+from icrouting.tally import summarise
+
+
+def test_the_terminal_table_holds_brackets_of_notes_as_they_are():
+    summary = summarise(ICR_LOSES_ON_MR, fake_config(notes=["cut [bold]short[/bold]"]))
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(terminal_table(summary))
+    assert "cut [bold]short[/bold]" in capture.get()
+    assert all(task["name"] in capture.get() for task in TASKS)
+
+
+def test_tasks_stand_by_section_with_a_mean_after_each():
+    titles = [row.title for row in rows(summarise(ICR_LOSES_ON_MR, fake_config()))]
+    assert titles == ["agnews", "mean source", "mr", "mean near", "cb", "mean far", "mean unseen", "mean all"]
+
+
+def test_marks_and_collapse_name_the_loss():
+    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    assert marks(summary.cell("icr", "mr")) == "▼≈"
+    assert marks(summary.cell("icr", "agnews")) == "▲"
+    (icr,) = [method for method in summary.methods if method.name == "icr"]
+    assert (icr.n_collapsed, icr.n_collapsed_significantly) == (1, 1)
+    assert "≈" not in marks(summary.cell("few-shot", "mr"))

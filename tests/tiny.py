@@ -1,0 +1,159 @@
+"""Tiny sharp models, a tokenizer, a sentence encoder and tasks, all random or written out here."""
+
+import copy
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from icrouting.families import dims_of
+from icrouting.pids import PIDs
+from icrouting.router import Routing
+from icrouting.tasks import Example, Task, TaskSpec
+
+VOCAB = 311
+# Every axis has a size of its own, so that swapped axes cannot pass.
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 42,
+    "intermediate_size": 52,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "max_position_embeddings": 512,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**_SIZES),
+    "qwen2": Qwen2Config(**_SIZES | {"head_dim": 8, "hidden_size": 48, "num_key_value_heads": 2}),
+    "gemma3": Gemma3TextConfig(
+        **_SIZES,
+        sliding_window=7,
+        query_pre_attn_scalar=13,
+        tie_word_embeddings=False,
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    ),
+}
+
+
+def model(family: str, kernel: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    """A tiny model of a family, in float32, whose attention is sharp enough for errors to show."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tiny = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), attn_implementation=kernel)
+        for name, weight in tiny.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                torch.nn.init.normal_(weight, std=1.4 / weight.shape[1] ** 0.5)
+            elif "embed" in name:
+                torch.nn.init.normal_(weight, std=1.0 if family != "gemma3" else 0.4)
+    tiny.generation_config.pad_token_id = 1
+    return tiny.eval().requires_grad_(False)
+
+
+def pids(of: PreTrainedModel, layers: tuple[int, ...] = (3, 4), rank: int = 3, seed: int = 1) -> PIDs:
+    """Random orthonormal directions for a model."""
+    dims, generator = dims_of(of), torch.Generator().manual_seed(seed)
+
+    def columns(width: int) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(len(layers), width, rank, generator=generator)).Q
+
+    ones = torch.ones(len(layers), rank)
+    query, key = columns(dims.n_heads * dims.head_dim), columns(dims.n_kv_heads * dims.head_dim)
+    return PIDs(layers, query, key, ones, ones, ones, ones, "pca")
+
+
+def routing(of: PreTrainedModel, batch: int, n_layers: int = 2, rank: int = 3, seed: int = 2) -> Routing:
+    """A random routing that is far from neutral."""
+    generator = torch.Generator().manual_seed(seed)
+    alpha = torch.rand(batch, n_layers, rank, generator=generator) * 2 - 1
+    return Routing(alpha, torch.rand(batch, n_layers, dims_of(of).n_heads, generator=generator))
+
+
+def prompts(lengths: tuple[int, ...] = (11, 5, 17), side: str = "left", seed: int = 3) -> dict[str, torch.Tensor]:
+    """Random prompts of mixed lengths, padded on one side, with mask and explicit position ids."""
+    generator, longest = torch.Generator().manual_seed(seed), max(lengths)
+    input_ids = torch.ones(len(lengths), longest, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, length in enumerate(lengths):
+        where = slice(longest - length, longest) if side == "left" else slice(0, length)
+        input_ids[row, where] = torch.randint(2, VOCAB, (length,), generator=generator)
+        mask[row, where] = 1
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+_WORDS = "good bad film plot joy dull sharp weak actors scene of the a and moving boring ball goal match team vote"
+
+
+def task(name: str = "toy", n_train: int = 40, n_test: int = 12) -> Task:
+    """A task of two classes in the catalogue's style."""
+    spec = TaskSpec(name, "in-domain", "Review: {text}\nSentiment:", ("negative", "positive"))
+    words, generator = _WORDS.split(), torch.Generator().manual_seed(len(name))
+
+    def example(number: int) -> Example:
+        picked = torch.randint(len(words), (5,), generator=generator).tolist()
+        label = number % 2
+        text = f"{('dull', 'joy')[label]} {' '.join(words[i] for i in picked)} {number}"
+        return Example({"text": text}, (), label)
+
+    rows = [example(number) for number in range(n_train + n_test)]
+    return Task(spec, tuple(rows[:n_train]), tuple(rows[n_train:]))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the toy task, whose ids fit the tiny models."""
+    toy = task()
+    texts = [f"{toy.prompt(e)} {toy.answer(e)}\n" for e in toy.train]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=VOCAB, show_progress=False, special_tokens=["<eos>", "<pad>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def encoder_folder(folder: Path) -> Path:
+    """A random sentence encoder in the layout of sentence-transformers, 12 features wide."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    bert = folder / "bert"
+    bert.mkdir(parents=True)
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789.:,")
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+    ]
+    (bert / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizer(vocab=str(bert / "vocab.txt")).save_pretrained(bert)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=14,
+        max_position_embeddings=512,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        BertModel(config).save_pretrained(bert)
+    words = Transformer(str(bert))
+    SentenceTransformer(modules=[words, Pooling(12)], device="cpu").save(str(folder / "encoder"))
+    return folder / "encoder"
