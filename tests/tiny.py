@@ -70,9 +70,9 @@ def pids(of: PreTrainedModel, layers: tuple[int, ...] = (3, 4), rank: int = 3, s
     def columns(width: int) -> torch.Tensor:
         return torch.linalg.qr(torch.randn(len(layers), width, rank, generator=generator)).Q
 
-    ones = torch.ones(len(layers), rank)
     query, key = columns(dims.n_heads * dims.head_dim), columns(dims.n_kv_heads * dims.head_dim)
-    return PIDs(layers, query, key, ones, ones, ones, ones, "pca")
+    ones = [torch.ones(len(layers), rank) for _ in range(4)]
+    return PIDs(layers, query, key, *ones, "pca")
 
 
 def routing(of: PreTrainedModel, batch: int, n_layers: int = 2, rank: int = 3, seed: int = 2) -> Routing:
@@ -126,7 +126,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def encoder_folder(folder: Path) -> Path:
     """A random sentence encoder in the layout of sentence-transformers, 12 features wide."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel, BertTokenizer
 
     bert = folder / "bert"

@@ -184,13 +184,13 @@ def _description(config: dict[str, Any], folder: Path) -> Description:
     unknown, missing = set(config) - names - envelope, names - set(config)
     if unknown or missing:
         raise ValueError(f"{folder}/config.json: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
+    fit, settings = config["fit"], {field.name for field in dataclasses.fields(FitConfig)}
+    if set(fit) != settings:
+        odd = sorted(set(fit) ^ settings)
+        raise ValueError(f"{folder}/config.json: settings {odd} are unknown or missing: another version wrote it")
+    fit = FitConfig(**{**fit, "layers": None if fit["layers"] is None else tuple(fit["layers"])})
     values = {name: config[name] for name in names}
-    fit = dict(values["fit"])
-    fit["layers"] = None if fit["layers"] is None else tuple(fit["layers"])
-    try:
-        return Description(**{**values, "fit": FitConfig(**fit), "layers": tuple(values["layers"])})
-    except TypeError as error:
-        raise ValueError(f"{folder}/config.json: settings of another version of icrouting: {error}") from error
+    return Description(**{**values, "fit": fit, "layers": tuple(config["layers"])})
 
 
 def _assemble(tensors: dict[str, Tensor], description: Description, weights: Path) -> tuple[PIDs, Router]:

@@ -19,7 +19,7 @@ from icrouting.tasks import Task
 CHUNK = 50
 
 
-def test_items(task: Task, seed: int, n_test: int) -> list[int]:
+def draw_items(task: Task, seed: int, n_test: int) -> list[int]:
     """Returns the seeded choice of test items, as positions in the test split (all if it is smaller)."""
     rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
     return sorted(rng.permutation(len(task.test))[:n_test].tolist())
@@ -53,7 +53,7 @@ def evaluate(
     for seed in seeds:
         jobs = []
         for task in tasks:
-            items = test_items(task, seed, n_test)
+            items = draw_items(task, seed, n_test)
             for chunk in (items[start : start + CHUNK] for start in range(0, len(items), CHUNK)):
                 for method in methods:
                     missing = [i for i in chunk if (method.name, task.name, seed, i) not in done]

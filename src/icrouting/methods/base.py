@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ class Settings:
     router: str | None = None
 
 
+@runtime_checkable
 class Method(Protocol):
     """A way to make a frozen model solve a task."""
 

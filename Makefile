@@ -1,0 +1,32 @@
+# Two commands on a fresh clone with Python 3.11, pip and make: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo quick test lint format clean
+
+demo: $(VENV)/ready
+	$(BIN)/icr demo
+
+quick: $(VENV)/ready
+	$(BIN)/icr demo --quick --out runs/quick
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/ready
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/ready
+	$(BIN)/ruff format src tests benchmarks docs
+	$(BIN)/ruff check --fix src tests benchmarks docs
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,144 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from icrouting import cli
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, encoder_folder):
+    """A model folder, a data folder and a fitted router, all tiny."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.model("llama").save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    for name in ("sst2", "mr"):
+        task = tiny.task(name, n_test=20)
+        (folder / "data" / name).mkdir(parents=True)
+        for split, rows in (("train", task.train), ("test", task.test)):
+            lines = [json.dumps({"text": row.fields["text"], "label": row.label}) for row in rows]
+            (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines))
+    fit(folder, encoder_folder, folder / "router")
+    return folder
+
+
+def fit(folder, encoder_folder, out, *more):
+    small = "--n-prompts 9 --demos-per-class 1 --n-queries 9 --rank 2 --epochs 1 --tasks sst2 --hidden-width 5"
+    where = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--encoder", str(encoder_folder)]
+    cli.main(["fit", "--out", str(out), *where, *small.split(), *more])
+
+
+def evaluate(folder, out, *more):
+    where = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--router", str(folder / "router")]
+    small = "--tasks sst2 mr --sources sst2 --n-test 7 --demos-per-class 1"
+    cli.main(["eval", "--out", str(out), *where, *small.split(), *more])
+
+
+def failure(capsys, *arguments):
+    """The one line on standard error of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(arguments))
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_fit_eval_and_report_leave_a_whole_run(world, tmp_path, capsys):
+    evaluate(world, tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert "report.html" in shown
+    assert "ICR" in shown
+    files = {file.name for file in (tmp_path / "run").iterdir()}
+    assert files >= {"config.json", "records.jsonl", "summary.json", "report.html", "report.md", "report.csv"}
+    assert {"routing.json", "training.jsonl"} <= files
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert {row["method"] for row in config["timing"]["ratios"]} == {"few-shot", "icr"}
+    page = (tmp_path / "run" / "report.html").read_text()
+    (tmp_path / "run" / "report.html").unlink()
+    cli.main(["report", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "report.html").read_text() == page
+
+
+def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(world, tmp_path, capsys):
+    evaluate(world, tmp_path / "run", "--methods", "zero-shot", "icr")
+    lines = (tmp_path / "run" / "records.jsonl").read_text()
+    evaluate(world, tmp_path / "run", "--methods", "zero-shot", "icr")
+    assert (tmp_path / "run" / "records.jsonl").read_text() == lines
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate(world, tmp_path / "run", "--n-test", "8")
+    assert "n_test was 7, is 8" in capsys.readouterr().err
+
+
+def test_a_finished_fit_is_not_repeated_and_another_one_is_refused(world, encoder_folder, capsys):
+    before = (world / "router" / "model.safetensors").stat().st_mtime_ns
+    fit(world, encoder_folder, world / "router")
+    assert "holds this router already" in capsys.readouterr().out
+    assert (world / "router" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit):
+        fit(world, encoder_folder, world / "router", "--lr", "0.5")
+    assert "router of other settings" in capsys.readouterr().err
+
+
+def test_generate_shows_both_continuations(world, capsys):
+    where = ["--model", str(world / "model"), "--router", str(world / "router")]
+    cli.main(["generate", *where, "--prompt", "Review: joy\\nSentiment:", "--max-new-tokens", "5"])
+    shown = capsys.readouterr().out
+    assert "zero-shot" in shown
+    assert "routed, strength 1" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("eval --out {tmp}/run --model {model} --data {data} --tasks sst3 --router {router}", "did you mean sst5 or sst2"),
+        ("eval --out {tmp}/run --model {model} --data {data} --methods icr --tasks sst2", "needs --router"),
+        ("eval --out {tmp}/run --model {model} --data {data} --methods icq --tasks sst2", "did you mean icr"),
+        ("eval --out {tmp}/run --model {tmp}/no --data {data} --tasks sst2 --sources sst2 --methods zero-shot", "cannot load model"),
+        ("eval --out {tmp}/run --model {model} --data {tmp} --tasks sst2 --sources sst2 --methods zero-shot", "expected a folder"),
+        ("fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --encoder pinned:minilmm", "unknown pinned encoder"),
+        ("fit --out {tmp}/r --model pinned:smollm --data {data} --tasks sst2", "known are pinned:smollm2-135m"),
+        ("fit --out {tmp}/r --model {model} --data pinned:stick --tasks sst2", "unknown pinned data"),
+        ("fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --rank 0", "rank must be at least 1"),
+        ("report {tmp}", "config.json"),
+        ("generate --router {tmp} --model {model} --prompt a", "config.json is missing"),
+        ("generate --router {router} --model {tmp}/x.gguf --prompt a", "no such file"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, said, world, tmp_path, capsys):
+    places = {"tmp": tmp_path, "model": world / "model", "data": world / "data", "router": world / "router"}
+    assert said in failure(capsys, *(word.format(**places) for word in arguments.split()))
+
+
+def test_ctrl_c_says_that_the_work_is_kept(monkeypatch, capsys):
+    from icrouting import commands
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "show", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["report", "anywhere"])
+    assert caught.value.code == 130
+    assert "is kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "eval", "report", "generate", "demo"])
+def test_help_teaches_every_option(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert command == "demo" or "Example: icr" in " ".join(shown.split())
+    undocumented = re.findall(r"│ (--[a-z-]+)[^│]*│\s*\n│\s*\(default", shown)
+    assert not undocumented
+
+
+def test_help_is_quick_since_nothing_heavy_is_imported():
+    code = "import sys; from icrouting import cli; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from icrouting import records, runs
+from icrouting.evaluate import draw_items, evaluate, predict, time_ratios
+from icrouting.methods import METHODS, Settings, make
+
+TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
+
+
+@pytest.fixture
+def methods():
+    return make(["zero-shot", "few-shot"], Settings(demos_per_class=2))
+
+
+def run(methods, file, tokenizer, seeds=(0, 1)):
+    evaluate(tiny.model("llama"), tokenizer, methods, TASKS[:1], TASKS, seeds, 13, file)
+    return sorted(records.read(file), key=lambda r: r.key)
+
+
+def without_times(found):
+    return [(r.key, r.label, r.prediction, r.option_logits, r.n_tokens) for r in found]
+
+
+def test_every_method_task_seed_and_item_has_one_record(methods, tmp_path, tokenizer):
+    found = run(methods, tmp_path / "records.jsonl", tokenizer)
+    assert len({r.key for r in found}) == len(found) == 2 * 2 * 2 * 13
+    for record in found:
+        task = next(task for task in TASKS if task.name == record.task)
+        assert record.label == task.test[record.index].label
+        assert record.prediction == int(np.argmax(record.option_logits))
+
+
+def test_a_run_cut_anywhere_goes_on_to_the_same_records(methods, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("icrouting.evaluate.CHUNK", 4)
+    whole_file = tmp_path / "whole.jsonl"
+    whole, content = without_times(run(methods, whole_file, tokenizer)), whole_file.read_bytes()
+    for share in (0.0, 0.3, 0.61, 0.99):
+        file = tmp_path / "cut.jsonl"
+        file.write_bytes(content[: int(share * len(content))])
+        again = without_times(run(make(["zero-shot", "few-shot"], Settings(demos_per_class=2)), file, tokenizer))
+        assert [row[:3] for row in again] == [row[:3] for row in whole]
+        for (*_, got, n_got), (*_, expected, n_expected) in zip(again, whole, strict=True):
+            assert np.allclose(got, expected, atol=1e-4)
+            assert n_got == n_expected
+
+
+def test_a_finished_run_computes_nothing(methods, tmp_path, tokenizer, monkeypatch):
+    file = tmp_path / "records.jsonl"
+    run(methods, file, tokenizer)
+    monkeypatch.setattr("icrouting.evaluate.predict", lambda *args: pytest.fail("computed again"))
+    run(methods, file, tokenizer)
+
+
+def test_all_methods_see_the_same_seeded_items():
+    task = TASKS[0]
+    assert draw_items(task, 0, 13) == draw_items(task, 0, 13) != draw_items(task, 1, 13)
+    assert draw_items(task, 0, 999) == list(range(30))
+    assert draw_items(task, 0, 13) != draw_items(tiny.task("other", n_test=30), 0, 13)
+
+
+def test_few_shot_demonstrations_do_not_depend_on_the_order_of_tasks(tokenizer):
+    model, prompts = tiny.model("llama"), []
+    for order in (TASKS, TASKS[::-1]):
+        (few_shot,) = make(["few-shot"], Settings(demos_per_class=2))
+        few_shot.fit(model, tokenizer, TASKS, np.random.default_rng(0))
+        prompts.append({task.name: few_shot.prompt(task, task.test[0]).text for task in order})
+    assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encoder_folder):
+    from icrouting.config import FitConfig
+    from icrouting.icr import InContextRouter
+
+    model, task = tiny.model("llama"), TASKS[0]
+    config = FitConfig(n_prompts=9, demos_per_class=1, encoder=str(encoder_folder), n_queries=9, rank=2, epochs=1)
+    InContextRouter.fit(model, tokenizer, [task], config).save_pretrained(tmp_path)
+    inputs = tokenizer([task.prompt(example) for example in task.test], return_tensors="pt", padding=True)
+    plain = model(**inputs).logits
+    (method,) = make([name], Settings(demos_per_class=1, router=str(tmp_path)))
+    method.fit(model, tokenizer, [task], np.random.default_rng(0))
+    first = predict(model, tokenizer, method, task, 0, [0, 1, 2])
+    assert without_times(predict(model, tokenizer, method, task, 0, [0, 1, 2])) == without_times(first)
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_an_unknown_method_brings_near_matches():
+    with pytest.raises(ValueError, match="unknown method 'few-shots': did you mean few-shot"):
+        make(["few-shots"], Settings())
+
+
+def test_times_are_ratios_to_the_first_method(methods, tokenizer):
+    model = tiny.model("llama")
+    for method in methods:
+        method.fit(model, tokenizer, TASKS, np.random.default_rng(0))
+    (row,) = time_ratios(model, tokenizer, methods, TASKS[0], n_items=3, n_rounds=3)
+    assert row["method"] == "few-shot"
+    assert 0 < row["low"] <= row["ratio"] <= row["high"]
+
+
+def config_of(**changes):
+    values = {
+        "model": "m",
+        "data": "d",
+        "router": None,
+        "methods": ["zero-shot"],
+        "tasks": runs.task_entries(TASKS, ["toy"]),
+        "seeds": [0],
+        "n_test": 13,
+        "demos_per_class": 5,
+        "notes": [],
+    }
+    return runs.RunConfig(**{**values, **changes})
+
+
+def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tmp_path):
+    runs.claim(tmp_path, config_of())
+    runs.claim(tmp_path, config_of(methods=["zero-shot", "icr"]))
+    assert json.loads((tmp_path / "config.json").read_text())["methods"] == ["zero-shot", "icr"]
+    with pytest.raises(ValueError, match=r"another run \(n_test was 13, is 14\): choose another folder"):
+        runs.claim(tmp_path, config_of(n_test=14))
+
+
+def test_a_run_knows_source_from_unseen_tasks():
+    entries = runs.task_entries(TASKS, ["toy"])
+    assert [entry["role"] for entry in entries] == ["source", "unseen"]
+    assert entries[0]["n_options"] == 2

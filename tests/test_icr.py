@@ -1,0 +1,240 @@
+import dataclasses
+import json
+import re
+
+import pytest
+import tiny
+import torch
+
+from icrouting.config import FitConfig
+from icrouting.icr import InContextRouter
+from icrouting.prompts import Prompt
+from icrouting.scoring import score_options
+from icrouting.train import Trainer, alpha_scale
+
+LAYERS = (3, 4)
+
+
+@pytest.fixture(scope="module")
+def config(encoder_folder):
+    return FitConfig(
+        layers=LAYERS,
+        rank=3,
+        n_prompts=12,
+        demos_per_class=2,
+        encoder=str(encoder_folder),
+        hidden_width=13,
+        n_queries=24,
+        lr=0.01,
+        epochs=3,
+        w_gate=0.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(config, tokenizer):
+    return InContextRouter.fit(tiny.model("llama"), tokenizer, [tiny.task()], config)
+
+
+@pytest.fixture
+def model():
+    return tiny.model("llama")
+
+
+def texts():
+    return [tiny.task().prompt(example) for example in tiny.task().test]
+
+
+OPTIONS = ("negative", "positive")
+
+
+def weights(icr):
+    return torch.cat([parameter.flatten() for parameter in icr.router.parameters()])
+
+
+def test_training_lowers_the_loss_on_its_own_queries(config, model, tokenizer):
+    task = tiny.task()
+    fitted = InContextRouter.fit(model, tokenizer, [task], dataclasses.replace(config, epochs=12, lr=0.03))
+    prompts, labels = [task.prompt(e) for e in task.train], torch.tensor([e.label for e in task.train])
+    plain = torch.nn.functional.cross_entropy(score_options(model, tokenizer, prompts, OPTIONS), labels)
+    with fitted.attached(model, tokenizer) as routed:
+        trained = torch.nn.functional.cross_entropy(routed.score(prompts, OPTIONS), labels)
+    assert trained < 0.95 * plain
+
+
+def test_an_untrained_router_leaves_logits_unchanged(config, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(Trainer, "run", lambda self: None)
+    untrained = InContextRouter.fit(model, tokenizer, [tiny.task()], config)
+    plain = score_options(model, tokenizer, texts(), OPTIONS)
+    with untrained.attached(model, tokenizer) as routed:
+        assert (routed.score(texts(), OPTIONS) - plain).abs().max() == 0.0
+
+
+def test_zero_strength_gives_the_logits_of_the_untouched_model(fitted, model, tokenizer):
+    inputs = tokenizer(texts(), return_tensors="pt", padding=True)
+    plain = model(**inputs).logits
+    with fitted.attached(model, tokenizer, strength=0.0):
+        assert (model(**inputs).logits - plain).abs().max() == 0.0
+    with fitted.attached(model, tokenizer, strength=1e-30):
+        assert (model(**inputs).logits - plain)[inputs["attention_mask"].bool()].abs().max() == 0.0
+
+
+def test_fitting_is_seeded(fitted, config, model, tokenizer):
+    assert torch.equal(weights(InContextRouter.fit(model, tokenizer, [tiny.task()], config)), weights(fitted))
+    other = dataclasses.replace(config, seed=43)
+    assert not torch.equal(weights(InContextRouter.fit(model, tokenizer, [tiny.task()], other)), weights(fitted))
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 8])
+def test_a_fit_stopped_in_training_goes_on_to_the_same_router(stop_at, fitted, config, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("icrouting.train.CHECKPOINT_EVERY", 3)
+    update, steps = Trainer._update, []
+
+    def interrupted(self, terms):
+        if len(steps) == stop_at:
+            raise KeyboardInterrupt
+        steps.append(1)
+        update(self, terms)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        InContextRouter.fit(tiny.model("llama"), tokenizer, [tiny.task()], config, folder=tmp_path)
+    monkeypatch.setattr(Trainer, "_update", update)
+    resumed = InContextRouter.fit(tiny.model("llama"), tokenizer, [tiny.task()], config, folder=tmp_path)
+    assert torch.equal(weights(resumed), weights(fitted))
+    lines = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+
+
+def test_a_fit_stopped_in_extraction_keeps_the_prompts_it_ran(fitted, config, model, tokenizer, tmp_path, monkeypatch):
+    from icrouting import fitting
+
+    monkeypatch.setattr(fitting, "SAVE_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr("icrouting.capture.TOKEN_BUDGET", 150)
+    capture, ran = fitting.capture_last_tokens, []
+
+    def interrupted(*args, **kwargs):
+        for number, piece in enumerate(capture(*args, **kwargs, token_budget=150)):
+            if number == 2 and len(ran) < 3:
+                raise KeyboardInterrupt
+            ran.append(piece[0].shape[1])
+            yield piece
+
+    monkeypatch.setattr(fitting, "capture_last_tokens", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    ran.append(0)
+    resumed = InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    assert sum(ran) == config.n_prompts, "no prompt ran twice"
+    projector = resumed.pids.query_pids @ resumed.pids.query_pids.mT
+    assert torch.allclose(projector, fitted.pids.query_pids @ fitted.pids.query_pids.mT, atol=1e-4)
+
+
+def test_a_folder_of_another_fit_is_refused_with_the_difference(config, model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "run", lambda self: None)
+    InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(lr was 0.01, is 0.5\): choose another folder"):
+        InContextRouter.fit(
+            model, tokenizer, [tiny.task()], dataclasses.replace(config, lr=0.5), folder=tmp_path
+        )
+
+
+def test_saving_and_loading_give_identical_logits(fitted, model, tokenizer, tmp_path):
+    fitted.save_pretrained(tmp_path)
+    again = InContextRouter.from_pretrained(tmp_path)
+    assert again.description == fitted.description
+    assert again.digest() == fitted.digest()
+    with fitted.attached(model, tokenizer) as routed:
+        expected = routed.score(texts(), OPTIONS)
+    with again.attached(model, tokenizer) as routed:
+        assert torch.equal(routed.score(texts(), OPTIONS), expected)
+
+
+def test_a_plain_call_is_routed_by_its_own_prompt_under_any_padding(fitted, model, tokenizer):
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        inputs = tokenizer(texts(), return_tensors="pt", padding=True)
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        with fitted.attached(model, tokenizer) as routed:
+            logits = model(**inputs, position_ids=positions).logits
+            for row, text in enumerate(texts()):
+                alone = model(**tokenizer(text, return_tensors="pt")).logits[0]
+                assert (logits[row][inputs["attention_mask"][row].bool()] - alone).abs().max() < 1e-4
+            vectors = routed.routing(texts()).routing_vector
+        assert vectors.std(0).max() > 1e-3, "prompts are routed differently"
+    tokenizer.padding_side = "left"
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
+def test_generation_in_a_batch_equals_one_prompt_at_a_time(settings, fitted, model, tokenizer):
+    settings = {"max_new_tokens": 7, "do_sample": False, **settings}
+    with fitted.attached(model, tokenizer):
+        inputs = tokenizer(texts()[:3], return_tensors="pt", padding=True)
+        together = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+        for row, text in enumerate(texts()[:3]):
+            single = tokenizer(text, return_tensors="pt")
+            alone = model.generate(**single, **settings)[0, single["input_ids"].shape[1] :]
+            assert together[row, : len(alone)].tolist() == alone.tolist()
+
+
+def test_routing_stays_with_the_cache_it_was_made_for(fitted, model, tokenizer):
+    one, two = (tokenizer(text, return_tensors="pt") for text in texts()[:2])
+    step = torch.tensor([[9]])
+    with fitted.attached(model, tokenizer):
+        expected = model(torch.cat([one["input_ids"], step], 1)).logits[0, -1]
+        first = model(**one, use_cache=True).past_key_values
+        model(**two, use_cache=True)
+        # the whole sequence is routed by the longer prompt: its text decides, so the routing is compared by hand
+        kept = model(input_ids=step, past_key_values=first).logits[0, -1]
+    assert kept.shape == expected.shape
+    with fitted.attached(model, tokenizer), pytest.raises(ValueError, match="filled outside `attached`"):
+        model(input_ids=step, past_key_values=first)
+
+
+def test_what_a_routed_model_cannot_do_is_said(fitted, model, tokenizer):
+    with fitted.attached(model, tokenizer), pytest.raises(ValueError, match="needs `input_ids`"):
+        model(inputs_embeds=torch.zeros(1, 4, 42))
+
+
+def test_another_base_model_is_refused_by_fingerprint(fitted, tokenizer):
+    other = tiny.model("llama", seed=1)
+    with pytest.raises(ValueError, match=re.escape(fitted.description.fingerprint)), fitted.attached(other, tokenizer):
+        pass
+
+
+def test_attached_leaves_the_model_as_found_after_an_exception(fitted, model, tokenizer):
+    plain, kernel = score_options(model, tokenizer, texts(), OPTIONS), model.config._attn_implementation
+    with pytest.raises(RuntimeError), fitted.attached(model, tokenizer) as routed:
+        assert not torch.equal(routed.score(texts(), OPTIONS), plain)
+        raise RuntimeError
+    assert torch.equal(score_options(model, tokenizer, texts(), OPTIONS), plain)
+    assert model.config._attn_implementation == kernel
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_no_tasks_are_refused(config, model, tokenizer):
+    with pytest.raises(ValueError, match="at least one source task"):
+        InContextRouter.fit(model, tokenizer, [], config)
+
+
+def test_layers_outside_the_model_are_refused(config, model, tokenizer):
+    wrong = dataclasses.replace(config, layers=(3, 9))
+    with pytest.raises(ValueError, match=r"below 5.* got \[3, 9\]"):
+        InContextRouter.fit(model, tokenizer, [tiny.task()], wrong)
+
+
+@pytest.mark.parametrize(("name", "value"), [("rank", 0), ("lr", -1.0), ("basis", "fourier"), ("ce_scope", "all")])
+def test_settings_are_checked_when_made(name, value):
+    with pytest.raises((ValueError, TypeError), match=name):
+        FitConfig(**{name: value})
+
+
+def test_the_routing_vector_fades_from_one_to_its_final_scale():
+    scales = [alpha_scale(step, 100, 0.8) for step in range(101)]
+    assert scales[0] == 1.0
+    assert scales[-1] == pytest.approx(0.8)
+    assert all(later < earlier for earlier, later in zip(scales, scales[1:], strict=False))
+
+
+def test_prompt_is_context_and_query():
+    assert Prompt("a\n", "b").text == "a\nb"
