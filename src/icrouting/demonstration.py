@@ -44,6 +44,6 @@ def run(out: Path, quick: bool) -> None:
         ),
     )
     evaluate(model, tokenizer, methods, sources, tasks, [0], n_test, out / "records.jsonl")
-    commands.finish(out, model, tokenizer, methods, tasks, icr, out / "router" / "fit")
+    commands.finish(out, model, tokenizer, methods, sources, tasks, icr, out / "router" / "fit")
     commands.show(out)
     console.print(f"router: {out / 'router'}", soft_wrap=True)

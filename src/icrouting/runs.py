@@ -67,10 +67,7 @@ def claim(folder: Path, config: RunConfig) -> None:
     settings = json.loads(json.dumps(asdict(config)))
     file = folder / "config.json"
     if file.exists():
-        try:
-            found = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not JSON ({error.msg}): mend it or choose another folder") from error
+        found = read_config(folder)
         different = [key for key in _FIXED if found.get(key) != settings[key]]
         if different:
             changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different)
@@ -85,6 +82,15 @@ def claim(folder: Path, config: RunConfig) -> None:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
     save_json(file, settings)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns a run's configuration."""
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error.msg}): mend it or choose another folder") from error
 
 
 def _short(value: object) -> str:
@@ -116,8 +122,7 @@ def save_json(file: Path, content: object) -> None:
 
 def add_to_config(folder: Path, **entries: object) -> None:
     """Adds entries to a run's configuration."""
-    file = folder / "config.json"
-    save_json(file, {**json.loads(file.read_text()), **entries})
+    save_json(folder / "config.json", {**read_config(folder), **entries})
 
 
 def routing_summary(icr: InContextRouter, tasks: Sequence[Task], n_items: int = 50) -> dict[str, Any]:
