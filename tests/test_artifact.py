@@ -3,11 +3,11 @@ import random
 import shutil
 
 import pytest
-import tiny
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
+import tiny
 from icrouting import artifact
 from icrouting.config import FitConfig
 from icrouting.icr import InContextRouter
@@ -124,7 +124,9 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path, monkeypatch):
         raise OSError("no network\nand more")
 
     monkeypatch.setattr(artifact, "snapshot_download", offline)
-    with pytest.raises(ValueError, match="no router at 'someone/some-router': expected a folder or a hub id; no network$"):
+    with pytest.raises(
+        ValueError, match="no router at 'someone/some-router': expected a folder or a hub id; no network$"
+    ):
         InContextRouter.from_pretrained("someone/some-router")
 
 

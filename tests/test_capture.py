@@ -1,8 +1,8 @@
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, GPTJConfig
 
+import tiny
 from icrouting.capture import capture_last_tokens, captured
 from icrouting.families import attention_of, dims_of, late_third
 

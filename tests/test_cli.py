@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 
+import tiny
 from icrouting import cli
 
 
@@ -95,12 +95,24 @@ def test_generate_shows_both_continuations(world, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("eval --out {tmp}/run --model {model} --data {data} --tasks sst3 --router {router}", "did you mean sst5 or sst2"),
+        (
+            "eval --out {tmp}/run --model {model} --data {data} --tasks sst3 --router {router}",
+            "did you mean sst5 or sst2",
+        ),
         ("eval --out {tmp}/run --model {model} --data {data} --methods icr --tasks sst2", "needs --router"),
         ("eval --out {tmp}/run --model {model} --data {data} --methods icq --tasks sst2", "did you mean icr"),
-        ("eval --out {tmp}/run --model {tmp}/no --data {data} --tasks sst2 --sources sst2 --methods zero-shot", "cannot load model"),
-        ("eval --out {tmp}/run --model {model} --data {tmp} --tasks sst2 --sources sst2 --methods zero-shot", "expected a folder"),
-        ("fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --encoder pinned:minilmm", "unknown pinned encoder"),
+        (
+            "eval --out {tmp}/run --model {tmp}/no --data {data} --tasks sst2 --sources sst2 --methods zero-shot",
+            "cannot load model",
+        ),
+        (
+            "eval --out {tmp}/run --model {model} --data {tmp} --tasks sst2 --sources sst2 --methods zero-shot",
+            "expected a folder",
+        ),
+        (
+            "fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --encoder pinned:minilmm",
+            "unknown pinned encoder",
+        ),
         ("fit --out {tmp}/r --model pinned:smollm --data {data} --tasks sst2", "known are pinned:smollm2-135m"),
         ("fit --out {tmp}/r --model {model} --data pinned:stick --tasks sst2", "unknown pinned data"),
         ("fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --rank 0", "rank must be at least 1"),

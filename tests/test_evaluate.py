@@ -2,9 +2,9 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from icrouting import records, runs
 from icrouting.evaluate import draw_items, evaluate, predict, time_ratios
 from icrouting.methods import METHODS, Settings, make

@@ -3,9 +3,9 @@ import json
 import re
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from icrouting.config import FitConfig
 from icrouting.icr import InContextRouter
 from icrouting.prompts import Prompt
@@ -86,7 +86,9 @@ def test_fitting_is_seeded(fitted, config, model, tokenizer):
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 8])
-def test_a_fit_stopped_in_training_goes_on_to_the_same_router(stop_at, fitted, config, tokenizer, tmp_path, monkeypatch):
+def test_a_fit_stopped_in_training_goes_on_to_the_same_router(
+    stop_at, fitted, config, tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.setattr("icrouting.train.CHECKPOINT_EVERY", 3)
     update, steps = Trainer._update, []
 
@@ -134,9 +136,7 @@ def test_a_folder_of_another_fit_is_refused_with_the_difference(config, model, t
     monkeypatch.setattr(Trainer, "run", lambda self: None)
     InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
     with pytest.raises(ValueError, match=r"other settings \(lr was 0.01, is 0.5\): choose another folder"):
-        InContextRouter.fit(
-            model, tokenizer, [tiny.task()], dataclasses.replace(config, lr=0.5), folder=tmp_path
-        )
+        InContextRouter.fit(model, tokenizer, [tiny.task()], dataclasses.replace(config, lr=0.5), folder=tmp_path)
 
 
 def test_saving_and_loading_give_identical_logits(fitted, model, tokenizer, tmp_path):

@@ -1,7 +1,7 @@
 import pytest
-import tiny
 import torch
 
+import tiny
 from icrouting.models import fingerprint, load_model
 
 

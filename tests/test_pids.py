@@ -40,7 +40,11 @@ def test_streamed_moments_equal_the_covariance_of_all_at_once():
 
 def test_merged_moments_equal_one_stream():
     query, key = sample()
-    whole, part, rest = moments_of(query, key), moments_of(query[:, :23], key[:, :23]), moments_of(query[:, 23:], key[:, 23:])
+    whole, part, rest = (
+        moments_of(query, key),
+        moments_of(query[:, :23], key[:, :23]),
+        moments_of(query[:, 23:], key[:, 23:]),
+    )
     part.merge(QKMoments(N_LAYERS, QUERY_WIDTH, KEY_WIDTH))
     part.merge(rest)
     assert part.count == whole.count

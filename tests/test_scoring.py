@@ -1,7 +1,7 @@
 import pytest
-import tiny
 import torch
 
+import tiny
 from icrouting.prompts import Prompt, balanced_demos, few_shot
 from icrouting.scoring import option_ids, score_options
 

@@ -1,22 +1,26 @@
 """The laws on the real default model, in float32, with the real sentence encoder."""
 
 import pytest
-import tiny
 import torch
-from reference import reference_routed
 from transformers import AutoModelForCausalLM
 
+import tiny
 from icrouting import assets
 from icrouting.attach import attach
 from icrouting.encoder import SentenceEncoder, query_texts
 from icrouting.families import late_third
 from icrouting.models import load_model, unpack_gguf
 from icrouting.router import Routing
+from reference import reference_routed
 
 pytestmark = pytest.mark.pinned
 # fp32 round-off of logits of size 20 through thirty layers; the figures stand in the README
 CLOSE = 1e-4
-TEXTS = ["Review: a joy to watch .\nSentiment:", "Question: Who wrote Hamlet ?\nAnswer Type:", "News: Oil rises again, markets fall.\nType:"]
+TEXTS = [
+    "Review: a joy to watch .\nSentiment:",
+    "Question: Who wrote Hamlet ?\nAnswer Type:",
+    "News: Oil rises again, markets fall.\nType:",
+]
 
 
 @pytest.fixture(scope="module")

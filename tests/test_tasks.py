@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from icrouting.catalogue import PAPER_TASKS, SPECS
 from icrouting.prompts import balanced_demos, extraction_prompts, few_shot
 from icrouting.tasks import Task, load_task

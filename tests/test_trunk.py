@@ -1,7 +1,7 @@
 import pytest
-import tiny
 import torch
 
+import tiny
 from icrouting.attach import attach
 from icrouting.losses import entropy
 from icrouting.scoring import next_token_logits

