@@ -38,9 +38,10 @@ def draw() -> Figure:
     axes.text(0.2, 3.45, "use, on any task", fontsize=11, fontweight="bold", color=ORANGE)
     box(axes, 0.2, 1.7, 2.5, 1.3, "zero-shot prompt\n“Review: …\nSentiment:”", ORANGE)
     box(axes, 3.5, 2.35, 2.7, 0.95, "sentence encoder\n+ router", ORANGE)
-    box(axes, 7.0, 2.35, 2.2, 0.95, "routing vector α\nhead gates γ", ORANGE)
+    box(axes, 7.0, 2.35, 2.2, 0.95, "routing vector $\\alpha$\nhead gates $\\gamma$", ORANGE)
     box(axes, 3.5, 0.35, 8.9, 1.35, "", GREEN)
-    formula = r"$\mathrm{softmax}\,($ scaling $\cdot\, Q_h K^{\top}$ + mask + $\gamma_h \,(Q U_q)\,\mathrm{diag}(\alpha)\,(K U_k)^{\top}\,)\; V$"
+    bias = r"$\gamma_h \,(Q U_q)\,\mathrm{diag}(\alpha)\,(K U_k)^{\top}\,)\; V$"
+    formula = r"$\mathrm{softmax}\,($ scaling $\cdot\, Q_h K^{\top}$ + mask + " + bias
     axes.text(7.95, 1.22, formula, ha="center", va="center", fontsize=11)
     note = "last third of the layers; computed as r extra columns of every head, so any kernel and cache will do"
     axes.text(7.95, 0.66, note, ha="center", va="center", fontsize=7.6, color=GREY)

@@ -125,7 +125,7 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(artifact, "snapshot_download", offline)
     with pytest.raises(
-        ValueError, match="no router at 'someone/some-router': expected a folder or a hub id; no network$"
+        ValueError, match=r"no router at 'someone/some-router': expected a folder or a hub id; no network$"
     ):
         InContextRouter.from_pretrained("someone/some-router")
 

@@ -9,6 +9,10 @@ from icrouting.families import attention_of, dims_of, late_third
 LAYERS = (2, 4)
 
 
+def keep(entering, layer):
+    return lambda module, args, kwargs: entering.update({layer: kwargs["hidden_states"]})
+
+
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_captured_states_are_the_projections_of_the_last_token(family, tokenizer):
     model, task = tiny.model(family), tiny.task()
@@ -20,9 +24,7 @@ def test_captured_states_are_the_projections_of_the_last_token(family, tokenizer
     for text in texts:
         entering = {}
         hooks = [
-            attention_of(model, layer).register_forward_pre_hook(
-                lambda m, args, kwargs, layer=layer: entering.update({layer: kwargs["hidden_states"]}), with_kwargs=True
-            )
+            attention_of(model, layer).register_forward_pre_hook(keep(entering, layer), with_kwargs=True)
             for layer in LAYERS
         ]
         model(**tokenizer(text, return_tensors="pt"))

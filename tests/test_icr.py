@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -233,7 +234,7 @@ def test_the_routing_vector_fades_from_one_to_its_final_scale():
     scales = [alpha_scale(step, 100, 0.8) for step in range(101)]
     assert scales[0] == 1.0
     assert scales[-1] == pytest.approx(0.8)
-    assert all(later < earlier for earlier, later in zip(scales, scales[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(scales))
 
 
 def test_prompt_is_context_and_query():
