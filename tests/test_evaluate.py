@@ -130,3 +130,18 @@ def test_a_run_knows_source_from_unseen_tasks():
     entries = runs.task_entries(TASKS, ["toy"])
     assert [entry["role"] for entry in entries] == ["source", "unseen"]
     assert entries[0]["n_options"] == 2
+
+
+def test_the_documented_method_runs_as_written(tokenizer):
+    import re
+    from pathlib import Path
+
+    page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), names)
+    method = names["Politely"](Settings())
+    found = predict(tiny.model("llama"), tokenizer, method, TASKS[0], 0, [0, 1])
+    plain = predict(tiny.model("llama"), tokenizer, *make(["zero-shot"], Settings()), TASKS[0], 0, [0, 1])
+    assert [record.method for record in found] == ["politely"] * 2
+    assert found[0].n_tokens > plain[0].n_tokens
+    assert found[0].option_logits != plain[0].option_logits

@@ -14,8 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from rich.console import Console
-
+from icrouting.progress import spinner
 from icrouting.tasks import near_matches
 
 log = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ def _install(wheel: Wheel, home: Path) -> None:
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=_SCRATCH) as scratch:
         _sweep(Path(scratch))
-        with Console(stderr=True).status(f"downloading {wheel.requirement}"):
+        with spinner(f"downloading {wheel.requirement}"):
             archive = _download(wheel.requirement, Path(scratch))
         _verify(archive, wheel)
         ready = Path(scratch, "ready")

@@ -5,24 +5,15 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.families import Dims, Site, attention_of, decoder_of, device_of, dims_of, family_of
+from icrouting.families import attention_of, decoder_of, device_of, dims_of, family_of
 from icrouting.progress import track
+from icrouting.sites import hook_site
 
 TOKEN_BUDGET = 4096
-
-
-def hook_site(attention: nn.Module, site: Site, dims: Dims, store: dict[str, Tensor], name: str) -> RemovableHandle:
-    """Registers a hook that writes a site's output, [batch, q_len, heads * head_dim], to `store[name]`."""
-
-    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-        store[name] = site.read(output, dims)
-
-    return getattr(attention, site.module).register_forward_hook(keep)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from icrouting.evaluate import evaluate as evaluate_methods
 from icrouting.evaluate import time_ratios
 from icrouting.icr import InContextRouter
 from icrouting.models import load_model
+from icrouting.progress import spinner
 from icrouting.tasks import Task, load_task
 
 console = Console()
@@ -29,9 +30,15 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_model(name)
 
 
+def load_tasks(names: Sequence[str], data: str) -> list[Task]:
+    """Returns tasks by name, in their order and each once."""
+    with spinner("reading tasks"):
+        return [load_task(name, data) for name in dict.fromkeys(names)]
+
+
 def fit(out: Path, model: str, data: str, tasks: Sequence[str], config: FitConfig) -> InContextRouter:
     """Fits a router, saves it to `out` and returns it."""
-    sources = [load_task(name, data) for name in tasks]
+    sources = load_tasks(tasks, data)
     base, tokenizer = load(model)
     return fit_and_save(out, base, tokenizer, sources, config)
 
@@ -72,9 +79,9 @@ def evaluate(
     if "icr" in method_names and router is None:
         raise ValueError("the method 'icr' needs --router, a folder or hub id: fit one with `icr fit`")
     methods = registry.make(method_names, registry.Settings(demos_per_class, router))
-    by_name = {name: load_task(name, data) for name in dict.fromkeys([*task_names, *source_names])}
-    tasks = [by_name[name] for name in dict.fromkeys(task_names)]
-    sources = [by_name[name] for name in source_names]
+    every = load_tasks([*task_names, *source_names], data)
+    tasks = [task for task in every if task.name in task_names]
+    sources = [task for task in every if task.name in source_names]
     base, tokenizer = load(model)
     icr = InContextRouter.from_pretrained(router) if router else None
     config = runs.RunConfig(
@@ -122,7 +129,8 @@ def finish(
 
 def show(run: Path) -> None:
     """Remakes a run's report and prints its table and its conclusion."""
-    summary = report.write(run)
+    with spinner("making the report"):
+        summary = report.write(run)
     console.print(report.terminal_table(summary))
     console.print(Panel(conclusion(summary), title="in short"))
     console.print(f"report: {run / 'report.html'}", soft_wrap=True)

@@ -6,7 +6,6 @@ from icrouting import commands, runs
 from icrouting import methods as registry
 from icrouting.config import FitConfig
 from icrouting.evaluate import evaluate
-from icrouting.tasks import load_task
 
 MODEL = "pinned:smollm2-135m"
 DATA = "pinned:staicc"
@@ -21,7 +20,7 @@ def run(out: Path, quick: bool) -> None:
     config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
     console = commands.console
     console.print(f"In-Context Routing on {MODEL}: source tasks {', '.join(SOURCES)}, tested on {len(TASKS)} tasks")
-    tasks = [load_task(name, DATA) for name in TASKS]
+    tasks = commands.load_tasks(TASKS, DATA)
     sources = [task for task in tasks if task.name in SOURCES]
     model, tokenizer = commands.load(MODEL)
     icr = commands.fit_and_save(out / "router", model, tokenizer, sources, config)

@@ -127,7 +127,7 @@ def time_ratios(
     examples = task.test[:n_items]
     options = [task.options(example) for example in examples]
     seconds: dict[str, list[float]] = {method.name: [] for method in methods}
-    for _ in range(n_rounds + 1):
+    for _ in track(range(n_rounds + 1), "timing, in turns", [1] * (n_rounds + 1), "turns"):
         for method in methods:
             prompts = [method.prompt(task, example) for example in examples]
             started = time.monotonic()

@@ -5,77 +5,18 @@ Queries and keys are taken after a family's own query/key norm, since the normed
 logits (paper silent), and before rotary embedding, as in the paper's algorithm 2.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import weakref
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Dims:
-    """Sizes of a decoder."""
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden_size: int
-
-
-Reader = Callable[[Tensor, Dims], Float[Tensor, "batch q_len width"]]
-
-
-def _flat(output: Tensor, dims: Dims) -> Tensor:
-    return output
-
-
-def _token_major(output: Float[Tensor, "batch q_len heads head_dim"], dims: Dims) -> Tensor:
-    return output.flatten(2)
-
-
-def _head_major(output: Float[Tensor, "batch heads q_len head_dim"], dims: Dims) -> Tensor:
-    return output.transpose(1, 2).flatten(2)
-
-
-def _fused_query(output: Tensor, dims: Dims) -> Tensor:
-    return output[..., : dims.n_heads * dims.head_dim]
-
-
-def _fused_key(output: Tensor, dims: Dims) -> Tensor:
-    start = dims.n_heads * dims.head_dim
-    return output[..., start : start + dims.n_kv_heads * dims.head_dim]
-
-
-def _interleaved(part: int) -> Reader:
-    def read(output: Tensor, dims: Dims) -> Tensor:
-        return output.unflatten(-1, (dims.n_heads, 3, dims.head_dim))[..., part, :].flatten(2)
-
-    return read
-
-
-@dataclass(frozen=True)
-class Site:
-    """A submodule of the attention module and how to read its output as [batch, q_len, heads * head_dim]."""
-
-    module: str
-    read: Reader = _flat
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family keeps its layers, its attention, its queries and its keys."""
-
-    query: Site = Site("q_proj")
-    key: Site = Site("k_proj")
-    layers: str = "layers"
-    attention: str = "self_attn"
+from icrouting.probe import agrees, has_sites
+from icrouting.sites import Dims, Family, Site, fused_key, fused_query, head_major, interleaved, token_major
 
 
 _PLAIN = Family()
-_HEAD_NORMED = Family(Site("q_norm", _token_major), Site("k_norm", _token_major))
+_HEAD_NORMED = Family(Site("q_norm", token_major), Site("k_norm", token_major))
 
 FAMILIES: dict[str, Family] = {
     "llama": _PLAIN,
@@ -88,15 +29,15 @@ FAMILIES: dict[str, Family] = {
     "opt": _PLAIN,
     "qwen3": _HEAD_NORMED,
     "qwen3_moe": _HEAD_NORMED,
-    "gemma3_text": Family(Site("q_norm", _head_major), Site("k_norm", _head_major)),
+    "gemma3_text": Family(Site("q_norm", head_major), Site("k_norm", head_major)),
     "olmo2": Family(Site("q_norm"), Site("k_norm")),
-    "phi3": Family(Site("qkv_proj", _fused_query), Site("qkv_proj", _fused_key)),
+    "phi3": Family(Site("qkv_proj", fused_query), Site("qkv_proj", fused_key)),
     "gpt_neox": Family(
-        Site("query_key_value", _interleaved(0)),
-        Site("query_key_value", _interleaved(1)),
+        Site("query_key_value", interleaved(0)),
+        Site("query_key_value", interleaved(1)),
         attention="attention",
     ),
-    "gpt2": Family(Site("c_attn", _fused_query), Site("c_attn", _fused_key), layers="h", attention="attn"),
+    "gpt2": Family(Site("c_attn", fused_query), Site("c_attn", fused_key), layers="h", attention="attn"),
 }
 
 

@@ -17,6 +17,7 @@ from icrouting.config import FitConfig
 from icrouting.encoder import SentenceEncoder, query_texts
 from icrouting.families import dims_of
 from icrouting.pids import PIDs, QKMoments, fit_pids
+from icrouting.progress import track
 from icrouting.prompts import extraction_prompts
 from icrouting.scoring import option_ids
 from icrouting.tasks import Task
@@ -24,6 +25,7 @@ from icrouting.train import Query
 from icrouting.trunk import run_trunk
 
 SAVE_EVERY_SECONDS = 20.0
+ENCODED_AT_ONCE = 64
 
 
 def claim_folder(folder: Path, config: FitConfig, tasks: Sequence[Task], fingerprint: str) -> None:
@@ -94,7 +96,9 @@ def training_queries(
     ]
     token_lists = [tokens[-config.max_tokens :] for tokens in tokenize(tokenizer, texts)]
     states = run_trunk(model, token_lists, first_layer, pad_id_of(tokenizer))
-    features = encoder(query_texts(tokenizer, token_lists)).cpu()
+    chunks = [token_lists[start : start + ENCODED_AT_ONCE] for start in range(0, len(token_lists), ENCODED_AT_ONCE)]
+    encoded = track(chunks, "features", [len(chunk) for chunk in chunks], "queries")
+    features = torch.cat([encoder(query_texts(tokenizer, chunk)).cpu() for chunk in encoded])
     return [
         Query(state, feature, option_list, example.label)
         for state, feature, option_list, (_, example) in zip(states, features, ids, chosen, strict=True)

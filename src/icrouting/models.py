@@ -1,7 +1,6 @@
 """Loading a frozen decoder and telling it apart from every other."""
 
 import hashlib
-import logging
 import os
 import tempfile
 from pathlib import Path
@@ -12,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from icrouting import assets
 from icrouting.families import base_of
-
-log = logging.getLogger(__name__)
+from icrouting.progress import spinner
 
 PINNED = ("smollm2-135m",)
 
@@ -80,9 +78,9 @@ def unpack_gguf(file: Path) -> Path:
     folder = assets.cache_folder() / "unpacked" / digest[:16]
     if (folder / "config.json").exists():
         return folder
-    log.info("unpacking %s into %s", file.name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    unpacking = spinner(f"unpacking {file.name}, once")
+    with unpacking, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
         # The weights are dense once loaded; the quantizer's marks only stop them from being saved.

@@ -1,8 +1,10 @@
 """Progress bars, in one place: shown only where a person watches, and only for work that takes a while."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
+from rich.console import Console
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -23,3 +25,8 @@ def track(items: Sequence[T], title: str, sizes: Sequence[int], unit: str, done:
         for item, size in zip(items, sizes, strict=True):
             yield item
             bar.update(size)
+
+
+def spinner(title: str) -> AbstractContextManager[object]:
+    """Shows, on standard error, that one long step without parts is under way."""
+    return Console(stderr=True).status(title)

@@ -1,0 +1,115 @@
+"""The probe: what a family's row captures must be what the attention function receives, up to rotary embedding.
+
+Rotary embedding is the identity at position 0 and keeps the norm of every head at the others. With one factor
+f per channel, for rotary tables and queries that a family scales, on a dummy batch
+
+    received[b, h, 0] = f * captured[b, h, 0]    and    |received[b, h, t]| = |f * captured[b, h, t]|
+
+must hold for the queries and the keys of every layer, whatever the family's rotary function.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from icrouting.sites import Dims, Family, Site, hook_site
+
+# More rows than one, also where there is a single key head, or some factor would fit anything.
+_BATCH, _LENGTH = 5, 3
+# Relative; rounding stays below four units in the last place, and a wrong site is off by about 1.
+_MIN_TOLERANCE, _TOLERANCE_IN_ULP = 1e-4, 4
+
+_received: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def attention_function(model: PreTrainedModel, name: str, function: Callable, masks: str) -> Iterator[None]:
+    """Inside, the model's attention modules call `function`, with the masks of the kernel `masks`."""
+    original = model.config._attn_implementation
+    AttentionInterface.register(name, function)
+    # Without a mask function of the same name transformers would drop the mask silently.
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
+    with ExitStack() as stack:
+        stack.callback(model.set_attn_implementation, original)
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise ValueError(
+                f"{type(model).__name__} does not let its attention implementation be changed, so it cannot be routed"
+            )
+        yield
+
+
+def _recording_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """Keeps the query and the key; every token attends to itself alone, which no kernel is needed for."""
+    _received[module] = query, key
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+
+
+def _is_received(
+    captured: Float[Tensor, "batch q_len width"],
+    received: Float[Tensor, "batch heads q_len head_dim"],
+    heads: tuple[int, int],
+) -> bool:
+    tolerance = max(_MIN_TOLERANCE, _TOLERANCE_IN_ULP * torch.finfo(received.dtype).eps)
+    expected = received.transpose(1, 2).float()
+    if expected.shape[2:] != heads or captured.shape != expected.flatten(2).shape:
+        return False
+    states = captured.float().view_as(expected)
+    first, target = states[:, 0], expected[:, 0]
+    factor = (first * target).sum((0, 1)) / first.square().sum((0, 1)).clamp_min(torch.finfo(first.dtype).tiny)
+    error = (factor * first - target).norm() / target.norm()
+    norm_error = ((factor * states).norm(dim=-1) - expected.norm(dim=-1)).norm() / expected.norm()
+    return bool(error <= tolerance) and bool(norm_error <= tolerance)
+
+
+def has_sites(decoder: PreTrainedModel, family: Family) -> bool:
+    """Whether every layer of a decoder has the submodules that a family's row names."""
+    names = {name for name, _ in decoder.named_modules(remove_duplicate=False)}
+    layers = [f"{family.layers}.{layer}.{family.attention}" for layer in range(decoder.config.num_hidden_layers)]
+    return all(f"{layer}.{site.module}" in names for layer in layers for site in (family.query, family.key))
+
+
+@torch.no_grad()
+def agrees(model: PreTrainedModel, decoder: PreTrainedModel, family: Family, dims: Dims) -> bool:
+    """Whether attention receives, in every layer, what a family's row captures.
+
+    Args:
+        model: what owns the attention implementation.
+        decoder: its stack of layers, which has the row's sites.
+        family: the row.
+        dims: the decoder's sizes.
+    """
+    attentions = [getattr(layer, family.attention) for layer in getattr(decoder, family.layers)]
+    stores: list[dict[str, Tensor]] = [{} for _ in attentions]
+    sites = {"query": (family.query, dims.n_heads), "key": (family.key, dims.n_kv_heads)}
+    spread = torch.arange(1, _BATCH * _LENGTH + 1) * decoder.config.vocab_size // (_BATCH * _LENGTH + 1)
+    tokens = spread.view(_BATCH, _LENGTH).to(next(decoder.parameters()).device)
+    with ExitStack() as stack:
+        for attention, store in zip(attentions, stores, strict=True):
+            for name, (site, _) in sites.items():
+                stack.callback(hook_site(attention, Site(site.module), dims, store, name).remove)
+        for module in decoder.modules():
+            stack.callback(setattr, module, "training", module.training)
+        decoder.eval()
+        stack.enter_context(attention_function(model, "icrouting_probe", _recording_attention, masks="sdpa"))
+        decoder(input_ids=tokens, use_cache=False)
+    for attention, store in zip(attentions, stores, strict=True):
+        received = dict(zip(sites, _received.pop(attention, ()), strict=False))
+        for name, (site, n_heads) in sites.items():
+            if name not in store or name not in received:
+                return False
+            try:
+                captured = site.read(store[name], dims)
+            except RuntimeError:  # a row for other shapes than this model's
+                return False
+            if not _is_received(captured, received[name], (n_heads, dims.head_dim)):
+                return False
+    return True

@@ -1,0 +1,84 @@
+"""Sites: the submodules that give a decoder's queries and keys, and how to read what they give."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of a decoder."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_size: int
+
+
+Reader = Callable[[Tensor, Dims], Float[Tensor, "batch q_len width"]]
+
+
+def flat(output: Tensor, dims: Dims) -> Tensor:
+    """Reads [batch, q_len, heads * head_dim]."""
+    return output
+
+
+def token_major(output: Float[Tensor, "batch q_len heads head_dim"], dims: Dims) -> Tensor:
+    """Reads [batch, q_len, heads, head_dim]."""
+    return output.flatten(2)
+
+
+def head_major(output: Float[Tensor, "batch heads q_len head_dim"], dims: Dims) -> Tensor:
+    """Reads [batch, heads, q_len, head_dim]."""
+    return output.transpose(1, 2).flatten(2)
+
+
+def fused_query(output: Tensor, dims: Dims) -> Tensor:
+    """Reads the first part of [all queries, all keys, all values]."""
+    return output[..., : dims.n_heads * dims.head_dim]
+
+
+def fused_key(output: Tensor, dims: Dims) -> Tensor:
+    """Reads the second part of [all queries, all keys, all values]."""
+    start = dims.n_heads * dims.head_dim
+    return output[..., start : start + dims.n_kv_heads * dims.head_dim]
+
+
+def interleaved(part: int) -> Reader:
+    """Reads part 0 (query) or 1 (key) of heads that are [query, key, value] one by one."""
+
+    def read(output: Tensor, dims: Dims) -> Tensor:
+        return output.unflatten(-1, (dims.n_heads, 3, dims.head_dim))[..., part, :].flatten(2)
+
+    return read
+
+
+@dataclass(frozen=True)
+class Site:
+    """A submodule of the attention module and how to read its output as [batch, q_len, heads * head_dim]."""
+
+    module: str
+    read: Reader = flat
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps its layers, its attention, its queries and its keys."""
+
+    query: Site = Site("q_proj")
+    key: Site = Site("k_proj")
+    layers: str = "layers"
+    attention: str = "self_attn"
+
+
+def hook_site(attention: nn.Module, site: Site, dims: Dims, store: dict[str, Tensor], name: str) -> RemovableHandle:
+    """Registers a hook that writes a site's output, [batch, q_len, heads * head_dim], to `store[name]`."""
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        store[name] = site.read(output, dims)
+
+    return getattr(attention, site.module).register_forward_hook(keep)
