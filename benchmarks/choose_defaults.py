@@ -31,6 +31,7 @@ from icrouting.pids import QKMoments, fit_pids
 from icrouting.records import Record
 from icrouting.router import Router
 from icrouting.scoring import option_ids
+from icrouting.storage import load_tensors
 from icrouting.tasks import load_task
 from icrouting.train import Trainer
 from icrouting.trunk import late_entry, pad_states, run_trunk
@@ -95,7 +96,7 @@ def run(data: Path, out: Path, only: list[str]) -> None:
     layers, dims, pad_id = late_third(model.config.num_hidden_layers), dims_of(model), pad_id_of(tokenizer)
     encoder = SentenceEncoder("pinned:minilm")
     fitting.extract(model, tokenizer, fit_tasks, layers, BASE, out)
-    moments = QKMoments.from_tensors(fitting.load_file(out / "moments.safetensors"))
+    moments = QKMoments.from_tensors(load_tensors(out / "moments.safetensors")[0])
     queries = fitting.training_queries(model, tokenizer, fit_tasks, encoder, layers[0], BASE)
     validation = [Items(model, tokenizer, encoder, t, t.train[-N_VALIDATION:], layers[0]) for t in sources]
     test = [Items(model, tokenizer, encoder, t, t.test[:N_TEST], layers[0]) for t in tasks.values()]

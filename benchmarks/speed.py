@@ -23,8 +23,9 @@ from icrouting.models import load_model
 from icrouting.pids import PIDs
 from icrouting.routed import rerouted
 from icrouting.router import Router
-from icrouting.runs import commit, save_json
+from icrouting.runs import commit
 from icrouting.scoring import next_token_logits
+from icrouting.storage import save_json
 from icrouting.train import Query, Trainer
 from icrouting.trunk import late_entry, run_trunk
 

@@ -1,60 +1,60 @@
-"""The oracle: In-Context Routing on dense matrices, one row and one head at a time (method.md, section 3)."""
+"""The oracle: In-Context Routing on dense matrices, one row and one head at a time (method.md, section 3).
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+It knows no family: queries and keys before rotary embedding are what attention receives, rotated back."""
+
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 
 
-def dense_attention(query, key, value, mask, scaling, bias, gates):
-    """softmax(scaling * Q_h K_g^T + gamma_h * bias + mask) V_g for every head h of one row."""
-    n_heads, group = query.shape[0], query.shape[0] // key.shape[0]
+def dense_attention(query, key, value, mask, scaling, bias, gates, softcap):
+    """softmax(cap(scaling * Q_h K_g^T + gamma_h * bias) + mask) V_g for every head h of one row."""
     outputs = []
-    for head in range(n_heads):
-        attn_logits = scaling * query[head] @ key[head // group].T + gates[head] * bias
+    for head in range(len(query)):
+        kv_head = head * len(key) // len(query)
+        attn_logits = scaling * query[head] @ key[kv_head].T + gates[head] * bias
+        if softcap is not None:  # Gemma 2 caps the sum
+            attn_logits = softcap * torch.tanh(attn_logits / softcap)
         attn_logits = attn_logits.masked_fill(~mask, torch.finfo(attn_logits.dtype).min)
-        outputs.append(attn_logits.softmax(-1) @ value[head // group])
+        outputs.append(attn_logits.softmax(-1) @ value[kv_head])
     return torch.stack(outputs, dim=1)  # [q_len, n_heads, head_dim]
 
 
+def before_rotary(states, cos, sin):
+    """[heads, q_len, head_dim] of one row rotated back, heads joined: [q_len, heads * head_dim]."""
+    width = cos.shape[-1]
+    first, second = states[..., : width // 2], states[..., width // 2 : width]
+    back = states[..., :width] * cos + torch.cat([second, -first], dim=-1) * sin
+    return torch.cat([back, states[..., width:]], dim=-1).transpose(0, 1).flatten(1)
+
+
 @contextmanager
-def reference_routed(model, pids, routing) -> Iterator[None]:
+def reference_routed(model, pids, routing):
     """Inside, an eager model without a cache computes every layer densely, the routed ones with their bias."""
-    layers, caught, handles = model.model.layers, {}, []
-    for index in pids.layers:
-        for name in ("q", "k"):
-            attention = layers[index].self_attn
-            site = getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
+    rotary, unrotated = {}, (torch.zeros(1, 1, 0), torch.zeros(1, 1, 0))
 
-            def keep(module, args, output, where=(attention, name)):
-                heads_first = output.ndim == 4  # Gemma3 normalises [batch, heads, q_len, head_dim]
-                caught[where] = output.transpose(1, 2).flatten(2) if heads_first else output
+    def keep_rotary(module, args, kwargs):
+        rotary[module] = kwargs.get("position_embeddings", unrotated)
 
-            handles.append(site.register_forward_hook(keep))
-    routed = {layers[index].self_attn: position for position, index in enumerate(pids.layers)}
-
-    def attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
-        rows = []
-        times = len(query) // len(routing.routing_vector)  # beams: each query's rows stand together
+    def attention_forward(module, query, key, value, attention_mask, scaling, softcap=None, **kwargs):
+        rows, times = [], len(query) // len(routing.routing_vector)  # beams: each query's rows stand together
         for row in range(len(query)):
             bias, gates = torch.zeros(query.shape[2], key.shape[2]), torch.zeros(query.shape[1])
-            if (position := routed.get(module)) is not None:
-                alpha = routing.routing_vector[row // times, position]
-                z_query = caught[module, "q"][row] @ pids.query_directions()[position]
-                z_key = caught[module, "k"][row] @ pids.key_directions()[position]
-                bias, gates = (
-                    z_query @ torch.diag(alpha) @ z_key.T,
-                    routing.head_gates[row // times, position],
-                )
-            mask = attention_mask[row, 0] == 0
-            rows.append(dense_attention(query[row], key[row], value[row], mask, scaling, bias, gates))
+            if module.layer_idx in pids.layers:
+                position = pids.layers.index(module.layer_idx)
+                cos, sin = (angle[row % len(angle)] for angle in rotary[module])
+                unscaled = query[row] * (scaling / module.scaling)  # OPT scales the query instead of the product
+                z_query = before_rotary(unscaled, cos, sin) @ pids.query_directions()[position]
+                z_key = before_rotary(key[row], cos, sin) @ pids.key_directions()[position]
+                bias = z_query @ torch.diag(routing.routing_vector[row // times, position]) @ z_key.T
+                gates = routing.head_gates[row // times, position]
+            heads = (query[row], key[row], value[row], attention_mask[row, 0] == 0)
+            rows.append(dense_attention(*heads, scaling, bias, gates, softcap))
         return torch.stack(rows), None
 
-    try:
-        with mock.patch.object(sys.modules[type(model).__module__], "eager_attention_forward", attention_forward):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for attention in (module for module in model.modules() if hasattr(module, "layer_idx")):
+            stack.callback(attention.register_forward_pre_hook(keep_rotary, with_kwargs=True).remove)
+        stack.enter_context(mock.patch(f"{type(model).__module__}.eager_attention_forward", attention_forward))
+        yield

@@ -62,7 +62,7 @@ def test_leaving_removes_the_hooks_after_an_exception_too():
 
 def test_a_family_that_cannot_be_routed_is_refused_by_name(tokenizer):
     config = GPTJConfig(vocab_size=31, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, bos_token_id=0, eos_token_id=0)
-    with pytest.raises(ValueError, match="'gptj' models cannot be routed: expected one of gemma2"):
+    with pytest.raises(ValueError, match="'gptj' models cannot be routed: looked for queries and keys"):
         list(capture_last_tokens(AutoModelForCausalLM.from_config(config), tokenizer, ["a"], (0,)))
 
 

@@ -118,12 +118,52 @@ def test_generate_shows_both_continuations(world, capsys):
         ("fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --rank 0", "rank must be at least 1"),
         ("report {tmp}", "config.json"),
         ("generate --router {tmp} --model {model} --prompt a", "config.json is missing"),
+        ("generate --router {router} --model {model} --prompt=", "empty text"),
+        ("eval --out {tmp}/run --model {model} --data {data} --n-test -1 --router {router}", "--n-test"),
+        ("eval --out {tmp}/run --model {model} --data {data} --seeds -1 --router {router}", "one seed from 0 up"),
+        (
+            "fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --max-tokens 0",
+            "max_tokens must be at least 1",
+        ),
         ("generate --router {router} --model {tmp}/x.gguf --prompt a", "no such file"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, said, world, tmp_path, capsys):
     places = {"tmp": tmp_path, "model": world / "model", "data": world / "data", "router": world / "router"}
     assert said in failure(capsys, *(word.format(**places) for word in arguments.split()))
+
+
+def test_a_full_disk_is_one_line_and_exit_code_two(world, encoder_folder, tmp_path, capsys):
+    import resource
+    import signal
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as caught:
+            fit(world, encoder_folder, tmp_path / "router")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.code == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_generated_brackets_are_text(world, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.PreTrainedTokenizerBase.decode", lambda self, *args, **kwargs: "[/INST] list[int]"
+    )
+    where = ["--model", str(world / "model"), "--router", str(world / "router")]
+    cli.main(["generate", *where, "--prompt", "Review: joy\\nSentiment:", "--max-new-tokens", "5"])
+    assert "[/INST] list[int]" in capsys.readouterr().out
+
+
+def test_a_fit_of_another_model_into_the_folder_is_refused(world, encoder_folder, capsys, tmp_path):
+    tiny.model("llama", seed=9).save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        fit(world, encoder_folder, world / "router", "--model", str(tmp_path / "other"))
+    assert "other settings, model or data" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_that_the_work_is_kept(monkeypatch, capsys):

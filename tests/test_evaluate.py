@@ -6,7 +6,7 @@ import torch
 
 import tiny
 from icrouting import records, runs
-from icrouting.evaluate import draw_items, evaluate, predict, time_ratios
+from icrouting.evaluate import draw_items, evaluate, fit_all, predict, time_ratios
 from icrouting.methods import METHODS, Settings, make
 
 TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
@@ -63,6 +63,15 @@ def test_all_methods_see_the_same_seeded_items():
     assert draw_items(task, 0, 13) != draw_items(tiny.task("other", n_test=30), 0, 13)
 
 
+def test_few_shot_demonstrations_do_not_depend_on_the_other_methods(tokenizer):
+    contexts = []
+    for names in (["few-shot"], ["zero-shot", "few-shot"]):
+        methods = make(names, Settings(demos_per_class=2))
+        fit_all(tiny.model("llama"), tokenizer, methods, TASKS, seed=0)
+        contexts.append(methods[-1].prompt(TASKS[0], TASKS[0].test[0]).context)
+    assert contexts[0] == contexts[1]
+
+
 def test_few_shot_demonstrations_do_not_depend_on_the_order_of_tasks(tokenizer):
     model, prompts = tiny.model("llama"), []
     for order in (TASKS, TASKS[::-1]):
@@ -107,6 +116,7 @@ def config_of(**changes):
     values = {
         "model": "m",
         "data": "d",
+        "rows": "r",
         "router": None,
         "methods": ["zero-shot"],
         "tasks": runs.task_entries(TASKS, ["toy"]),
@@ -124,6 +134,8 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tm
     assert json.loads((tmp_path / "config.json").read_text())["methods"] == ["zero-shot", "icr"]
     with pytest.raises(ValueError, match=r"another run \(n_test was 13, is 14\): choose another folder"):
         runs.claim(tmp_path, config_of(n_test=14))
+    with pytest.raises(ValueError, match="rows was"):
+        runs.claim(tmp_path, config_of(rows="other rows"))
 
 
 def test_a_run_knows_source_from_unseen_tasks():

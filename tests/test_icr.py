@@ -8,10 +8,13 @@ import torch
 
 import tiny
 from icrouting.config import FitConfig
+from icrouting.encoder import load_encoder
 from icrouting.icr import InContextRouter
 from icrouting.prompts import Prompt
+from icrouting.router import Router, Routing
 from icrouting.scoring import score_options
-from icrouting.train import Trainer, alpha_scale
+from icrouting.train import Query, Trainer, alpha_scale
+from icrouting.trunk import late_entry, run_trunk
 
 LAYERS = (3, 4)
 
@@ -179,17 +182,116 @@ def test_generation_in_a_batch_equals_one_prompt_at_a_time(settings, fitted, mod
 
 
 def test_routing_stays_with_the_cache_it_was_made_for(fitted, model, tokenizer):
-    one, two = (tokenizer(text, return_tensors="pt") for text in texts()[:2])
-    step = torch.tensor([[9]])
+    prompts = [tokenizer(text, return_tensors="pt") for text in texts()[:2]]
+    steps = [torch.tensor([[token]]) for token in (9, 17, 5)]
+
+    def start(prompt):
+        return model(**prompt, use_cache=True).past_key_values
+
     with fitted.attached(model, tokenizer):
-        expected = model(torch.cat([one["input_ids"], step], 1)).logits[0, -1]
-        first = model(**one, use_cache=True).past_key_values
-        model(**two, use_cache=True)
-        # the whole sequence is routed by the longer prompt: its text decides, so the routing is compared by hand
-        kept = model(input_ids=step, past_key_values=first).logits[0, -1]
-    assert kept.shape == expected.shape
+        alone = []
+        for prompt in prompts:
+            cache = start(prompt)
+            alone.append([model(input_ids=step, past_key_values=cache).logits for step in steps])
+        caches = [start(prompt) for prompt in prompts]
+        for number, step in enumerate(steps):
+            for cache, expected in zip(caches, alone, strict=True):
+                assert torch.equal(model(input_ids=step, past_key_values=cache).logits, expected[number])
     with fitted.attached(model, tokenizer), pytest.raises(ValueError, match="filled outside `attached`"):
-        model(input_ids=step, past_key_values=first)
+        model(input_ids=steps[0], past_key_values=caches[0])
+
+
+def test_in_use_the_routing_vector_has_the_scale_where_training_ended(fitted):
+    decided = fitted.routing(texts())
+    raw = fitted.router(fitted.encoder(texts()))
+    assert torch.allclose(decided.routing_vector, 0.8 * raw.routing_vector)
+    assert torch.equal(decided.head_gates, raw.head_gates)
+    assert torch.allclose(fitted.routing(texts(), strength=0.5).routing_vector, 0.4 * raw.routing_vector)
+
+
+def test_queries_keep_their_own_features_and_the_end_of_a_long_prompt(config, model, tokenizer):
+    from icrouting.fitting import training_queries
+
+    encoder, short = load_encoder(config.encoder, "cpu"), dataclasses.replace(config, max_tokens=9)
+    ends = {task.prompt(example)[-12:] for task in [tiny.task()] for example in task.train}
+    for query in training_queries(model, tokenizer, [tiny.task()], encoder, 3, short):
+        assert len(query.state.tokens) == 9
+        text = tokenizer.decode(query.state.tokens)
+        assert text[-12:] in ends
+        assert torch.allclose(query.features, encoder([text])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("ce_scope", ["options", "vocabulary"])
+def test_a_step_takes_the_four_terms_of_the_paper(ce_scope, config, model, tokenizer):
+    """The second step's terms against a slow recomputation from whole prompts, with 2 and 5 options."""
+    from icrouting.attach import attach
+
+    config = dataclasses.replace(config, ce_scope=ce_scope, batch_size=3, epochs=1, w_conf=0.3, w_spar=0.2, w_gate=0.1)
+    generator, pids = torch.Generator().manual_seed(0), tiny.pids(model)
+    prompts, options = texts()[:3], [[5, 9], [5, 9, 11, 30, 31], [7, 8]]
+    states = run_trunk(model, tokenizer(prompts).input_ids, 3, 1)
+    features = torch.randn(3, 12, generator=generator)
+    queries = [Query(s, f, o, 1) for s, f, o in zip(states, features, options, strict=True)]
+    router = Router(12, 2, 6, 3, 13, generator)
+    torch.nn.init.normal_(router.alpha[-1].weight, generator=generator)
+    trainer = Trainer(model, pids, router, queries, config, 1)
+    trainer.n_steps, trainer.step = 4, 2
+    with attach(model, pids) as attachment, late_entry(model, 3) as entry:
+        terms = trainer._terms(entry, attachment, queries)
+    routing, logits, plain = router(features), [], []
+    with attach(model, pids) as attachment:
+        for row, prompt in enumerate(prompts):
+            inputs = tokenizer(prompt, return_tensors="pt")
+            one = Routing(routing.routing_vector[row : row + 1], routing.head_gates[row : row + 1])
+            attachment.routing = one.scaled(alpha_scale(2, 4, 0.8))
+            logits.append(model(**inputs).logits[0, -1])
+            attachment.routing = one.scaled(0.0)
+            plain.append(model(**inputs).logits[0, -1])
+    ce = [
+        -(line[chosen] if ce_scope == "options" else line).log_softmax(-1)[1 if ce_scope == "options" else chosen[1]]
+        for line, chosen in zip(logits, options, strict=True)
+    ]
+    entropies = [[torch.distributions.Categorical(logits=line).entropy() for line in side] for side in (logits, plain)]
+    expected = {
+        "ce": sum(ce) / 3,
+        "conf": sum((routed - base).clamp_min(0) for routed, base in zip(*entropies, strict=True)) / 3,
+        "spar": (routing.routing_vector.abs().mean((0, 2)) * torch.tensor([1.0, 3.0])).mean(),
+        "gate": routing.head_gates.mean(),
+    }
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(torch.as_tensor(value).item(), abs=1e-4), name
+    trainer._update(terms)
+    loss = expected["ce"] + 0.3 * expected["conf"] + 0.2 * expected["spar"] + 0.1 * expected["gate"]
+    assert trainer.log[-1]["loss"] == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_a_fit_leaves_the_model_as_found(config, tokenizer):
+    model = tiny.model("llama").train().requires_grad_(True)
+    InContextRouter.fit(model, tokenizer, [tiny.task()], config)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_another_sentence_encoder_is_refused(fitted, tmp_path):
+    other = dataclasses.replace(fitted.description, encoder="0" * 16)
+    with pytest.raises(ValueError, match="another sentence encoder"):
+        _ = dataclasses.replace(fitted, description=other).encoder
+
+
+def test_a_fit_begun_on_other_rows_is_refused(config, model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "run", lambda self: None)
+    InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    with pytest.raises(ValueError, match="rows was"):
+        InContextRouter.fit(model, tokenizer, [tiny.task(n_train=41)], config, folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["moments.safetensors", "training.safetensors", "fit.json"])
+def test_a_damaged_stage_is_named(name, config, model, tokenizer, tmp_path):
+    InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
 
 
 def test_what_a_routed_model_cannot_do_is_said(fitted, model, tokenizer):

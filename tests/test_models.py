@@ -14,6 +14,7 @@ def test_a_saved_model_loads_frozen_with_a_padding_token(tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert not loaded.training
     assert with_pad.pad_token_id is not None
+    assert with_pad.padding_side == "left"
     assert fingerprint(loaded) == fingerprint(model)
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import tiny
 from icrouting.catalogue import PAPER_TASKS, SPECS
 from icrouting.prompts import balanced_demos, extraction_prompts, few_shot
-from icrouting.tasks import Task, load_task
+from icrouting.tasks import Task, load_task, rows_digest
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside the checkout")
@@ -17,7 +18,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data f
 def write(folder, rows, name="sst2", split="train"):
     file = folder / name / f"{split}.jsonl"
     file.parent.mkdir(exist_ok=True)
-    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
     return file
 
 
@@ -70,7 +71,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, said):
 
 def test_choices_of_the_wrong_kind_are_refused(tmp_path):
     write(tmp_path, [{"question": "q", "choices": ["a"], "label": 0}], name="piqa")
-    with pytest.raises(ValueError, match="2 to 26 options, got 1"):
+    with pytest.raises(ValueError, match=r"2 options or more.* got 1"):
         load_task("piqa", tmp_path)
 
 
@@ -122,3 +123,30 @@ def test_extraction_prompts_are_seeded_and_as_many_as_asked():
     texts = [extraction_prompts(task, 9, 2, np.random.default_rng(seed)) for seed in (0, 0)]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) == 9
+
+
+def test_extraction_prompts_hold_training_rows_alone_balanced_before_an_open_query():
+    task = tiny.task()
+    answered = {f"{task.prompt(example)} {task.answer(example)}\n" for example in task.train}
+    queries = {task.prompt(example) for example in task.train}
+    for text in extraction_prompts(task, 9, 2, np.random.default_rng(0)):
+        query = next(query for query in queries if text.endswith(query))
+        demos = re.findall(r"Review: .*\nSentiment: .*\n", text.removesuffix(query))
+        assert "".join(demos) + query == text
+        assert set(demos) <= answered
+        assert Counter(demo.split()[-1] for demo in demos) == {"negative": 2, "positive": 2}
+        assert not any(demo.startswith(query) for demo in demos)
+
+
+def test_a_text_may_hold_any_separator_that_json_allows(tmp_path):
+    rows = ['\ufeff{"text": "a nice\u2028film\x85", "label": 1}', GOOD]
+    write(tmp_path, rows)
+    write(tmp_path, [GOOD], split="test")
+    task = load_task("sst2", tmp_path)
+    assert task.train[0].fields["text"] == "a nice\u2028film\x85"
+    assert len(task.train) == 2
+
+
+def test_other_rows_have_another_digest():
+    assert rows_digest([tiny.task()]) == rows_digest([tiny.task()])
+    assert rows_digest([tiny.task()]) != rows_digest([tiny.task(n_train=41)])

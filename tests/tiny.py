@@ -7,12 +7,24 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from icrouting.families import dims_of
@@ -22,7 +34,7 @@ from icrouting.tasks import Example, Task, TaskSpec
 
 VOCAB = 311
 # Every axis has a size of its own, so that swapped axes cannot pass.
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 42,
     "intermediate_size": 52,
@@ -37,10 +49,10 @@ _SIZES = {
 }
 
 CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**_SIZES),
-    "qwen2": Qwen2Config(**_SIZES | {"head_dim": 8, "hidden_size": 48, "num_key_value_heads": 2}),
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES | {"head_dim": 8, "hidden_size": 48, "num_key_value_heads": 2}),
     "gemma3": Gemma3TextConfig(
-        **_SIZES,
+        **SIZES,
         sliding_window=7,
         query_pre_attn_scalar=13,
         tie_word_embeddings=False,
@@ -48,17 +60,54 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 
+# Families whose heads share the hidden size out among them.
+_SHARED = {name: size for name, size in SIZES.items() if name != "head_dim"} | {"num_key_value_heads": 6}
+# The experts' kernel wants rows of a multiple of 16 bytes.
+_EXPERTS = SIZES | {
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "moe_intermediate_size": 40,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+}
+
+# Every row of the family table.
+ALL_CONFIGS: dict[str, PretrainedConfig] = CONFIGS | {
+    "mistral": MistralConfig(**SIZES, sliding_window=7),
+    "mixtral": MixtralConfig(**_EXPERTS, sliding_window=7),
+    "qwen3": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=2),
+    "qwen3_moe": Qwen3MoeConfig(**_EXPERTS, norm_topk_prob=True),
+    "gemma2": Gemma2Config(
+        **SIZES, sliding_window=7, query_pre_attn_scalar=13, attn_logit_softcapping=5.0, tie_word_embeddings=False
+    ),
+    "phi": PhiConfig(**_SHARED | {"hidden_size": 60, "num_key_value_heads": 3, "partial_rotary_factor": 0.4}),
+    "phi3": Phi3Config(**SIZES, partial_rotary_factor=0.6),
+    "olmo2": Olmo2Config(**SIZES),
+    "granite": GraniteConfig(**SIZES, attention_multiplier=0.23, residual_multiplier=0.7),
+    "gpt_neox": GPTNeoXConfig(**_SHARED | {"hidden_size": 60}, rotary_pct=0.4),
+    "gpt2": GPT2Config(**_SHARED, scale_attn_by_inverse_layer_idx=True),
+    "opt": OPTConfig(**_SHARED, ffn_dim=52, word_embed_proj_dim=38, tie_word_embeddings=False),
+}
+
 
 def model(family: str, kernel: str = "sdpa", seed: int = 0) -> PreTrainedModel:
-    """A tiny model of a family, in float32, whose attention is sharp enough for errors to show."""
+    """A tiny model of a family."""
+    return sharp(ALL_CONFIGS[family], kernel, seed, embed_std=0.4 if family == "gemma3" else 1.0)
+
+
+def sharp(config: PretrainedConfig, kernel: str = "sdpa", seed: int = 0, embed_std: float = 1.0) -> PreTrainedModel:
+    """A random model in float32 whose attention is sharp enough for errors to show."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tiny = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), attn_implementation=kernel)
+        tiny = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=kernel)
         for name, weight in tiny.named_parameters():
-            if weight.ndim == 2 and "embed" not in name:
-                torch.nn.init.normal_(weight, std=1.4 / weight.shape[1] ** 0.5)
-            elif "embed" in name:
-                torch.nn.init.normal_(weight, std=1.0 if family != "gemma3" else 0.4)
+            if weight.ndim == 1:  # biases and norms, so that a missed one shows
+                weight.data += 0.2 * torch.randn_like(weight)
+            elif "embed" not in name:
+                fan_in = weight.shape[0 if ".c_" in name else -1]  # GPT-2's are transposed
+                torch.nn.init.normal_(weight, std=1.4 / fan_in**0.5)
+            else:
+                torch.nn.init.normal_(weight, std=embed_std)
     tiny.generation_config.pad_token_id = 1
     return tiny.eval().requires_grad_(False)
 

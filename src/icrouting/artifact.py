@@ -10,21 +10,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import load_file, save_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from icrouting.card import model_card
 from icrouting.config import FitConfig
+from icrouting.encoder import SentenceEncoder
 from icrouting.families import decoder_of, dims_of
+from icrouting.models import fingerprint
 from icrouting.pids import PIDs
 from icrouting.router import Router
-from icrouting.tasks import Task
+from icrouting.storage import load_json, load_tensors, save_json, save_tensors
+from icrouting.tasks import Task, rows_digest
 
 FORMAT_VERSION = 1
 _FILES = ("config.json", "model.safetensors", "README.md")
@@ -44,8 +45,10 @@ class Description:
         n_kv_heads: key-value heads per layer.
         head_dim: width of a head.
         layers: the routed layers, counted from 0.
+        encoder: digest of the sentence encoder's weights.
         n_features: width of the router's features.
         tasks: the source tasks and how many training rows each had.
+        rows: digest of the source tasks' rows.
         fit: the settings of the fit.
         versions: versions of the libraries that matter.
     """
@@ -58,54 +61,55 @@ class Description:
     n_kv_heads: int
     head_dim: int
     layers: tuple[int, ...]
+    encoder: str
     n_features: int
     tasks: dict[str, int]
+    rows: str
     fit: FitConfig
     versions: dict[str, str]
 
 
 def describe(
     model: PreTrainedModel,
-    fingerprint: str,
     tasks: Sequence[Task],
     fit: FitConfig,
-    n_features: int,
     layers: tuple[int, ...],
+    encoder: SentenceEncoder,
 ) -> Description:
-    """Returns the description of a router just fitted on `model`."""
+    """Returns the description of a router fitted on `model`."""
     dims, decoder = dims_of(model), decoder_of(model)
     return Description(
         base_model=model.config.name_or_path or type(model).__name__,
         model_type=decoder.config.model_type,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint(model),
         n_layers=dims.n_layers,
         n_heads=dims.n_heads,
         n_kv_heads=dims.n_kv_heads,
         head_dim=dims.head_dim,
         layers=layers,
-        n_features=n_features,
+        encoder=encoder.fingerprint,
+        n_features=encoder.n_features,
         tasks={task.name: len(task.train) for task in tasks},
+        rows=rows_digest(tasks),
         fit=fit,
         versions={name: version(name) for name in ("icrouting", "torch", "transformers")},
     )
 
 
 def save(folder: Path, description: Description, pids: PIDs, router: Router) -> None:
-    """Writes an artifact; an older one in the folder is replaced only once the new weights are on disk."""
+    """Writes an artifact; a kill between its two files leaves a folder that `load` refuses."""
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / "model.safetensors.part"
-    save_file(_tensors(pids, router), scratch)
+    save_tensors(folder / "model.safetensors", _tensors(pids, router))
     config = {
         "format_version": FORMAT_VERSION,
         "method": "icr",
         "site": "query and key projections before rotary embedding, after the family's own norm if it has one",
         "scale": "logits = scaling * q.k + gate * (Q U_q) diag(alpha) (K U_k)^T, the bias not scaled",
-        "weights_sha256": hashlib.sha256(scratch.read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         **dataclasses.asdict(description),
     }
     config["checksum"] = _checksum(config)
-    scratch.replace(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    save_json(folder / "config.json", config)
     (folder / "README.md").write_text(model_card(description))
 
 
@@ -152,23 +156,16 @@ def load(folder: Path) -> tuple[Description, PIDs, Router]:
             f"{weights} is damaged: expected sha256 {config['weights_sha256'][:12]}…, got {digest[:12]}…; "
             "fetch it again"
         )
-    try:
-        tensors = load_file(weights)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{weights} is damaged: {error}") from error
     description = _description(config, folder)
-    return description, *_assemble(tensors, description, weights)
+    return description, *_assemble(load_tensors(weights)[0], description, weights)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no router: config.json is missing") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is damaged: it is not JSON") from error
-    if not isinstance(config, dict) or config.get("method") != "icr":
+    if not file.exists():
+        raise ValueError(f"{folder} is no router: config.json is missing")
+    config = load_json(file)
+    if config.get("method") != "icr":
         raise ValueError(f'{file} does not describe an icrouting artifact: expected "method": "icr"')
     found = config.get("format_version")
     if found != FORMAT_VERSION:

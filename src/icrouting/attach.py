@@ -9,20 +9,20 @@ query and calls the kernel that the model used before.
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from icrouting.attention import project, widen_key, widen_query, widen_value
-from icrouting.capture import hook_site
 from icrouting.families import attention_of, base_of, check_layers, dims_of, family_of
 from icrouting.pids import PIDs
+from icrouting.probe import attention_function
 from icrouting.router import Routing
+from icrouting.sites import hook_site
 
 # transformers treats names that hold "sdpa", "flash" or "flex" as the kernels of that name.
 _ALIASES = {
@@ -41,6 +41,7 @@ class RoutedLayer:
     def __init__(self, attachment: "Attachment", position: int, pids: PIDs):
         self.attachment = attachment
         self.position = position
+        self.rank = pids.rank
         self.query_directions = pids.query_directions()[position]
         self.key_directions = pids.key_directions()[position]
         self.store: dict[str, Tensor] = {}
@@ -120,34 +121,25 @@ def _attention_function(original: str) -> Callable:
         layer = _routed.get(module)
         if layer is None:
             return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        head_dim = query.shape[-1]
-        if key.shape[-1] == head_dim:  # no cache has widened them
+        if key.shape[-1] == query.shape[-1]:  # no cache has widened them
             key, value = layer.widen_cached(key, value)
         query = layer.widen_queries(query, scaling)
         output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return output[..., :head_dim], weights
+        return output[..., : -layer.rank].contiguous(), weights
 
     return routed_attention
 
 
-def _switch_kernel(model: PreTrainedModel, stack: ExitStack) -> None:
-    """Makes the model use our attention function until the stack unwinds."""
+def _routed_kernel(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Inside, the model uses our attention function over the kernel that it used before."""
     original = model.config._attn_implementation
-    alias = _ALIASES.get(original or "eager")
+    alias = _ALIASES.get(original or "")
     if original is None or alias is None:
         raise ValueError(
             f"attention implementation {original!r} cannot be routed: load the model with "
             f"attn_implementation set to one of {', '.join(map(repr, _ALIASES))}"
         )
-    AttentionInterface.register(alias, _attention_function(original))
-    # Without a mask function of the same name transformers would drop the mask silently.
-    AttentionMaskInterface.register(alias, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    stack.callback(model.set_attn_implementation, original)
-    model.set_attn_implementation(alias)
-    if model.config._attn_implementation != alias:
-        raise ValueError(
-            f"{type(model).__name__} does not let its attention implementation be changed, so it cannot be routed"
-        )
+    return attention_function(model, alias, _attention_function(original), masks=original)
 
 
 def _widen_cache_of(layer: RoutedLayer) -> Callable:
@@ -198,5 +190,5 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
                 stack.callback(hook_site(attention, site, dims, layer.store, name).remove)
             hook = attention.register_forward_pre_hook(_widen_cache_of(layer), with_kwargs=True)
             stack.callback(hook.remove)
-        _switch_kernel(base, stack)
+        stack.enter_context(_routed_kernel(base))
         yield attachment

@@ -6,7 +6,8 @@ r"""Routed attention on tensors: a low-rank logit bias as extra columns of queri
 with z_q = Q U_q, z_k = K U_k over the concatenated heads, and g the key-value head of query head h. The
 second line is an ordinary attention of width head_dim + rank: any kernel computes it, nothing of size
 q_len x kv_len is made, and the widened keys go through the model's own cache. Values are widened by zeros,
-since kernels want equal widths, and the output's last `rank` columns are dropped.
+since kernels want equal widths, and the output's last `rank` columns are dropped. A kernel that caps its
+logits (Gemma 2) caps the sum.
 """
 
 import torch

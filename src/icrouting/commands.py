@@ -4,22 +4,25 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+import torch
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from icrouting import methods as registry
 from icrouting import report, runs
+from icrouting.batches import context_length, tokenize
 from icrouting.conclusion import conclusion
 from icrouting.config import FitConfig
 from icrouting.evaluate import evaluate as evaluate_methods
-from icrouting.evaluate import time_ratios
+from icrouting.evaluate import fit_all, time_ratios
 from icrouting.icr import InContextRouter
-from icrouting.models import load_model
+from icrouting.models import fingerprint, load_model
 from icrouting.progress import spinner
-from icrouting.tasks import Task, load_task
+from icrouting.storage import load_json, save_json
+from icrouting.tasks import Task, load_task, rows_digest
 
 console = Console()
 
@@ -53,13 +56,14 @@ def fit_and_save(
     """Fits a router on a loaded model, or returns the one that was finished in `out` already."""
     if (out / "config.json").exists():
         icr = InContextRouter.from_pretrained(out)
-        if icr.description.fit == config and set(icr.description.tasks) == {task.name for task in sources}:
-            console.print(f"{out} holds this router already")
+        wanted = (config, fingerprint(model), rows_digest(sources))
+        if (icr.description.fit, icr.description.fingerprint, icr.description.rows) == wanted:
+            console.print(f"{out} holds this router already", markup=False)
             return icr
-        raise ValueError(f"{out} holds a router of other settings: choose another folder with --out")
+        raise ValueError(f"{out} holds a router of other settings, model or data: choose another folder with --out")
     icr = InContextRouter.fit(model, tokenizer, sources, config, folder=out / "fit")
     icr.save_pretrained(out)
-    console.print(f"router saved to {out}")
+    console.print(f"router saved to {out}", markup=False)
     return icr
 
 
@@ -76,8 +80,6 @@ def evaluate(
     demos_per_class: int,
 ) -> None:
     """Evaluates methods into a run folder and prints the table."""
-    if "icr" in method_names and router is None:
-        raise ValueError("the method 'icr' needs --router, a folder or hub id: fit one with `icr fit`")
     methods = registry.make(method_names, registry.Settings(demos_per_class, router))
     every = load_tasks([*task_names, *source_names], data)
     tasks = [task for task in every if task.name in task_names]
@@ -87,6 +89,7 @@ def evaluate(
     config = runs.RunConfig(
         model=model,
         data=data,
+        rows=rows_digest(tasks),
         router=icr.digest() if icr else None,
         methods=[method.name for method in methods],
         tasks=runs.task_entries(tasks, source_names),
@@ -114,15 +117,14 @@ def finish(
     fit_folder: Path | None,
 ) -> None:
     """Adds to a run what its report shows beside the records: times, routing, the training curve."""
-    timed = {row["method"] for row in runs.read_config(out).get("timing", {}).get("ratios", [])}
-    if not timed >= {method.name for method in methods[1:]}:
-        for method in methods:
-            method.fit(model, tokenizer, sources, np.random.default_rng(0))
+    timed = {row["method"]: row for row in load_json(out / "config.json").get("timing", {}).get("ratios", [])}
+    if not timed.keys() >= {method.name for method in methods[1:]}:
+        fit_all(model, tokenizer, methods, sources, seed=0)
         shortest = min(tasks, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20]))
-        ratios = time_ratios(model, tokenizer, methods, shortest)
-        runs.add_to_config(out, timing={"baseline": methods[0].name, "ratios": ratios})
+        timed |= {row["method"]: row for row in time_ratios(model, tokenizer, methods, shortest)}
+        runs.add_to_config(out, timing={"baseline": methods[0].name, "ratios": list(timed.values())})
     if icr is not None:
-        runs.save_json(out / "routing.json", runs.routing_summary(icr, tasks))
+        save_json(out / "routing.json", runs.routing_summary(icr, tasks))
     if fit_folder is not None and (fit_folder / "training.jsonl").exists():
         shutil.copyfile(fit_folder / "training.jsonl", out / "training.jsonl")
 
@@ -132,20 +134,23 @@ def show(run: Path) -> None:
     with spinner("making the report"):
         summary = report.write(run)
     console.print(report.terminal_table(summary))
-    console.print(Panel(conclusion(summary), title="in short"))
-    console.print(f"report: {run / 'report.html'}", soft_wrap=True)
+    console.print(Panel(Text(conclusion(summary)), title="in short"))
+    console.print(f"report: {run / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def generate(prompt: str, router: str, model: str, strength: float, max_new_tokens: int) -> None:
     """Prints a prompt's continuation with and without routing."""
     icr = InContextRouter.from_pretrained(router)
     base, tokenizer = load(model)
-    inputs = tokenizer([prompt], return_tensors="pt").to(base.device)
+    (tokens,) = tokenize(tokenizer, [prompt], context_length(base))
+    inputs = {"input_ids": torch.tensor([tokens], device=base.device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
-    def go_on() -> str:
-        tokens = base.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore[reportCallIssue]
-        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    def go_on() -> Text:
+        output = base.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore[reportCallIssue]
+        return Text(str(tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)))
 
-    console.print(Panel(go_on(), title="zero-shot"))
     with icr.attached(base, tokenizer, strength=strength):
-        console.print(Panel(go_on(), title=f"routed, strength {strength:g}"))
+        routed = go_on()
+    console.print(Panel(go_on(), title="zero-shot"))
+    console.print(Panel(routed, title=f"routed, strength {strength:g}"))

@@ -6,6 +6,7 @@ from icrouting import commands, runs
 from icrouting import methods as registry
 from icrouting.config import FitConfig
 from icrouting.evaluate import evaluate
+from icrouting.tasks import rows_digest
 
 MODEL = "pinned:smollm2-135m"
 DATA = "pinned:staicc"
@@ -30,6 +31,7 @@ def run(out: Path, quick: bool) -> None:
         runs.RunConfig(
             model=MODEL,
             data=DATA,
+            rows=rows_digest(tasks),
             router=icr.digest(),
             methods=list(METHODS),
             tasks=runs.task_entries(tasks, SOURCES),

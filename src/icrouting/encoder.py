@@ -1,14 +1,17 @@
 """Features of a query, E(x): a frozen sentence encoder on the prompt's text (section 3)."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from icrouting import assets
+from icrouting.models import weights_digest
 
 MAX_TOKENS = 512
 
@@ -31,7 +34,7 @@ class SentenceEncoder:
             raise ValueError(f"unknown pinned encoder {name!r}: known is 'pinned:minilm'")
         try:
             self._encoder = SentenceTransformer(str(assets.fetch(pinned)) if pinned else name, device=str(device))
-        except OSError as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"cannot load the sentence encoder {name!r}: expected a hub id, a folder or 'pinned:minilm'; {reason}"
@@ -40,6 +43,7 @@ class SentenceEncoder:
         width = self._encoder.get_embedding_dimension()
         assert width is not None, "a sentence encoder has a width"
         self.n_features = width
+        self.fingerprint = weights_digest(self._encoder)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "batch n_features"]:
@@ -51,6 +55,12 @@ class SentenceEncoder:
         vectors = self._encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
         vectors = torch.nn.functional.normalize(vectors.float().clone(), dim=-1)
         return vectors * self.n_features**0.5
+
+
+@cache
+def load_encoder(name: str, device: str) -> SentenceEncoder:
+    """Returns a sentence encoder, the same one for the same name."""
+    return SentenceEncoder(name, device)
 
 
 def query_texts(tokenizer: PreTrainedTokenizerBase, token_lists: Sequence[Sequence[int]]) -> list[str]:

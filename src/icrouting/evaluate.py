@@ -60,11 +60,22 @@ def evaluate(
                     jobs += [(method, task, missing)] if missing else []
         if not jobs:
             continue
-        for number, method in enumerate(methods):
-            method.fit(model, tokenizer, sources, np.random.default_rng([seed, number]))
+        fit_all(model, tokenizer, methods, sources, seed)
         sizes = [len(missing) for _, _, missing in jobs]
         for method, task, missing in track(jobs, f"evaluation, seed {seed}", sizes, "predictions"):
             records.append(file, predict(model, tokenizer, method, task, seed, missing))
+
+
+def fit_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    methods: Sequence[Method],
+    sources: Sequence[Task],
+    seed: int,
+) -> None:
+    """Lets every method learn what it learns, each with a draw of its own that no other method moves."""
+    for method in methods:
+        method.fit(model, tokenizer, sources, np.random.default_rng([seed, zlib.crc32(method.name.encode())]))
 
 
 def predict(

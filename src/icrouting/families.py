@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from icrouting.probe import agrees, has_sites
 from icrouting.sites import Dims, Family, Site, fused_key, fused_query, head_major, interleaved, token_major
 
+_confirmed: weakref.WeakKeyDictionary[nn.Module, Family] = weakref.WeakKeyDictionary()
 
 _PLAIN = Family()
 _HEAD_NORMED = Family(Site("q_norm", token_major), Site("k_norm", token_major))
@@ -51,18 +52,36 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 def decoder_of(model: nn.Module) -> PreTrainedModel:
     """The stack of layers under the vocabulary head; its forward builds masks and rotary tables."""
-    return base_of(model).get_decoder()
+    decoder = base_of(model).get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        raise ValueError(f"{type(base_of(model)).__name__} cannot be routed: transformers names no decoder inside it")
+    return decoder
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family row of a model; ValueError if its attention cannot be routed."""
-    model_type = decoder_of(model).config.model_type
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"the attention of {model_type!r} models cannot be routed: "
-            f"expected one of {', '.join(sorted(FAMILIES))} (a new family is one row in families.py)"
-        )
-    return FAMILIES[model_type]
+    """The family row of a model, confirmed by a probe once per model object.
+
+    A model type without a row of its own is tried with every row there is.
+
+    Raises:
+        ValueError: queries and keys are not where the row, or any row, says.
+    """
+    base, decoder = base_of(model), decoder_of(model)
+    if decoder not in _confirmed:
+        model_type = decoder.config.model_type
+        if base.config.is_encoder_decoder:
+            raise ValueError(f"{model_type!r} models cannot be routed: expected a decoder, got an encoder with one")
+        rows = [FAMILIES[model_type]] if model_type in FAMILIES else list(dict.fromkeys(FAMILIES.values()))
+        fitting = (row for row in rows if has_sites(decoder, row) and agrees(base, decoder, row, dims_of(model)))
+        family = next(fitting, None)
+        if family is None:
+            raise ValueError(
+                f"the attention of {model_type!r} models cannot be routed: looked for queries and keys that reach "
+                f"the attention function, up to rotary embedding, from {', or '.join(map(str, rows))} "
+                "(docs/families.md says how to add a family)"
+            )
+        _confirmed[decoder] = family
+    return _confirmed[decoder]
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import pad_id_of, tokenize
+from icrouting.batches import context_length, pad_id_of, tokenize
 from icrouting.capture import capture_last_tokens
 from icrouting.config import FitConfig
 from icrouting.encoder import SentenceEncoder, query_texts
@@ -20,7 +19,8 @@ from icrouting.pids import PIDs, QKMoments, fit_pids
 from icrouting.progress import track
 from icrouting.prompts import extraction_prompts
 from icrouting.scoring import option_ids
-from icrouting.tasks import Task
+from icrouting.storage import load_json, load_tensors, save_json, save_tensors
+from icrouting.tasks import Task, rows_digest
 from icrouting.train import Query
 from icrouting.trunk import run_trunk
 
@@ -34,18 +34,19 @@ def claim_folder(folder: Path, config: FitConfig, tasks: Sequence[Task], fingerp
     Raises:
         ValueError: the folder holds another fit; the differences are named.
     """
-    settings = {**dataclasses.asdict(config), "tasks": [task.name for task in tasks], "model": fingerprint}
+    settings = {**dataclasses.asdict(config), "tasks": [task.name for task in tasks]}
+    settings |= {"model": fingerprint, "rows": rows_digest(tasks)}
     settings = json.loads(json.dumps(settings))
     file = folder / "fit.json"
     if file.exists():
-        found = json.loads(file.read_text())
+        found = load_json(file)
         different = [key for key in settings if found.get(key) != settings[key]]
         if different:
             changes = ", ".join(f"{key} was {found.get(key)!r}, is {settings[key]!r}" for key in different)
             raise ValueError(f"{folder} holds a fit with other settings ({changes}): choose another folder")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1))
+    save_json(file, settings)
 
 
 def extract(
@@ -63,15 +64,13 @@ def extract(
     moments = QKMoments(len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
     kept = folder / "moments.safetensors" if folder else None
     if kept is not None and kept.exists():
-        moments = QKMoments.from_tensors(load_file(kept))
+        moments = QKMoments.from_tensors(load_tensors(kept)[0])
     saved = time.monotonic()
     for query, key in capture_last_tokens(model, tokenizer, texts, layers, n_done=moments.count):
         moments.update(query, key)
         is_last = moments.count == len(texts)
         if kept is not None and (is_last or time.monotonic() - saved > SAVE_EVERY_SECONDS):
-            scratch = kept.with_suffix(".part")
-            save_file(moments.tensors(), scratch)
-            scratch.replace(kept)
+            save_tensors(kept, moments.tensors())
             saved = time.monotonic()
     generator = torch.Generator().manual_seed(config.seed)
     return fit_pids(moments, layers, config.rank, config.basis, generator)
@@ -94,7 +93,8 @@ def training_queries(
     ids = [
         option_ids(tokenizer, text, task.options(example)) for text, (task, example) in zip(texts, chosen, strict=True)
     ]
-    token_lists = [tokens[-config.max_tokens :] for tokens in tokenize(tokenizer, texts)]
+    limit = min(config.max_tokens, context_length(model) or config.max_tokens)
+    token_lists = [_tail(tokens, limit, tokenizer.bos_token_id) for tokens in tokenize(tokenizer, texts)]
     states = run_trunk(model, token_lists, first_layer, pad_id_of(tokenizer))
     chunks = [token_lists[start : start + ENCODED_AT_ONCE] for start in range(0, len(token_lists), ENCODED_AT_ONCE)]
     encoded = track(chunks, "features", [len(chunk) for chunk in chunks], "queries")
@@ -103,3 +103,10 @@ def training_queries(
         Query(state, feature, option_list, example.label)
         for state, feature, option_list, (_, example) in zip(states, features, ids, chosen, strict=True)
     ]
+
+
+def _tail(tokens: list[int], limit: int, bos: object) -> list[int]:
+    """The last `limit` tokens, behind the first one where that is the beginning-of-text token."""
+    if len(tokens) <= limit:
+        return tokens
+    return [tokens[0], *tokens[len(tokens) - limit + 1 :]] if tokens[0] == bos and limit > 1 else tokens[-limit:]

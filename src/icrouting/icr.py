@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,9 +12,9 @@ from icrouting import artifact, fitting
 from icrouting.artifact import Description
 from icrouting.batches import pad_id_of
 from icrouting.config import FitConfig
-from icrouting.encoder import SentenceEncoder
+from icrouting.encoder import SentenceEncoder, load_encoder
 from icrouting.families import check_layers, device_of, dims_of, family_of, late_third
-from icrouting.models import fingerprint
+from icrouting.models import fingerprint, frozen
 from icrouting.pids import PIDs
 from icrouting.routed import Routed, rerouted
 from icrouting.router import Router, Routing
@@ -30,13 +30,11 @@ class InContextRouter:
         description: what it is and where it comes from; the artifact's config.json.
         pids: the directions.
         router: the trained router.
-        encoder: the sentence encoder that the router reads, loaded when first needed.
     """
 
     description: Description
     pids: PIDs
     router: Router
-    _encoders: dict[str, SentenceEncoder] = field(default_factory=dict, repr=False)
 
     @classmethod
     def fit(
@@ -70,24 +68,32 @@ class InContextRouter:
         where = Path(folder) if folder is not None else None
         if where is not None:
             fitting.claim_folder(where, config, tasks, digest)
-        encoder = SentenceEncoder(config.encoder, device_of(model))
-        model.requires_grad_(False)
-        pids = fitting.extract(model, tokenizer, tasks, layers, config, where)
-        queries = fitting.training_queries(model, tokenizer, tasks, encoder, layers[0], config)
+        encoder = load_encoder(config.encoder, str(device_of(model)))
         generator = torch.Generator().manual_seed(config.seed)
         router = Router(encoder.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
         router.to(device_of(model))
-        Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), where).run()
-        description = artifact.describe(model, digest, tasks, config, encoder.n_features, layers)
-        return cls(description, pids, router.eval().requires_grad_(False), {config.encoder: encoder})
+        with frozen(model):
+            pids = fitting.extract(model, tokenizer, tasks, layers, config, where)
+            queries = fitting.training_queries(model, tokenizer, tasks, encoder, layers[0], config)
+            Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), where).run()
+        description = artifact.describe(model, tasks, config, layers, encoder)
+        return cls(description, pids, router.eval().requires_grad_(False))
 
     @property
     def encoder(self) -> SentenceEncoder:
-        """The sentence encoder that the router reads."""
-        name = self.description.fit.encoder
-        if name not in self._encoders:
-            self._encoders[name] = SentenceEncoder(name)
-        return self._encoders[name]
+        """The sentence encoder that the router reads, loaded when first needed.
+
+        Raises:
+            ValueError: what its name stands for here is not the encoder that the router was fitted with.
+        """
+        description = self.description
+        encoder = load_encoder(description.fit.encoder, "cpu")
+        if encoder.fingerprint != description.encoder:
+            raise ValueError(
+                f"the router was fitted with another sentence encoder than {description.fit.encoder!r} is here: "
+                f"expected weights {description.encoder}, got {encoder.fingerprint}"
+            )
+        return encoder
 
     @contextmanager
     def attached(

@@ -3,9 +3,12 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,7 +43,7 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or default_dtype())
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
             f"cannot load model {str(name)!r}: expected a hub id, a folder with config.json, a .gguf file or "
@@ -48,6 +51,7 @@ def load_model(
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # `generate` goes on from the last column
     model.config.name_or_path = str(name)
     model.requires_grad_(False)
     model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # pyright: ignore[reportArgumentType]
@@ -105,9 +109,13 @@ def fingerprint(model: nn.Module) -> str:
     A strided sample of every weight, rounded to bfloat16, so that the same checkpoint loaded as float32 or
     as bfloat16, with or without LoRA around it, gives the same digits.
     """
-    base = base_of(model)
+    return weights_digest(base_of(model))
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Returns 16 hex digits that identify a module's weights."""
     digest = hashlib.sha256()
-    weights = {_plain_name(name): weight for name, weight in base.named_parameters() if "lora_" not in name}
+    weights = {_plain_name(name): weight for name, weight in module.named_parameters() if "lora_" not in name}
     for name, weight in sorted(weights.items()):
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
@@ -117,3 +125,18 @@ def fingerprint(model: nn.Module) -> str:
 
 def _plain_name(name: str) -> str:
     return name.replace(".base_layer", "")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is in evaluation mode and takes no gradients; then both are as they were found."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, requires_grad in gradients.items():
+            parameter.requires_grad_(requires_grad)

@@ -32,6 +32,7 @@ _received: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = weakref
 def attention_function(model: PreTrainedModel, name: str, function: Callable, masks: str) -> Iterator[None]:
     """Inside, the model's attention modules call `function`, with the masks of the kernel `masks`."""
     original = model.config._attn_implementation
+    assert original is not None, "transformers gives every loaded model an attention implementation"
     AttentionInterface.register(name, function)
     # Without a mask function of the same name transformers would drop the mask silently.
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
@@ -50,18 +51,12 @@ def _recording_attention(
 ) -> tuple[Tensor, None]:
     """Keeps the query and the key; every token attends to itself alone, which no kernel is needed for."""
     _received[module] = query, key
-    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
 
-def _is_received(
-    captured: Float[Tensor, "batch q_len width"],
-    received: Float[Tensor, "batch heads q_len head_dim"],
-    heads: tuple[int, int],
-) -> bool:
+def _is_received(captured: Tensor, received: Float[Tensor, "batch heads q_len head_dim"]) -> bool:
     tolerance = max(_MIN_TOLERANCE, _TOLERANCE_IN_ULP * torch.finfo(received.dtype).eps)
     expected = received.transpose(1, 2).float()
-    if expected.shape[2:] != heads or captured.shape != expected.flatten(2).shape:
-        return False
     states = captured.float().view_as(expected)
     first, target = states[:, 0], expected[:, 0]
     factor = (first * target).sum((0, 1)) / first.square().sum((0, 1)).clamp_min(torch.finfo(first.dtype).tiny)
@@ -77,39 +72,37 @@ def has_sites(decoder: PreTrainedModel, family: Family) -> bool:
     return all(f"{layer}.{site.module}" in names for layer in layers for site in (family.query, family.key))
 
 
+def _layer_agrees(attention: nn.Module, store: dict[str, Tensor], family: Family, dims: Dims) -> bool:
+    if len(store) < 2 or attention not in _received:  # a layer that borrows another's keys, or calls no function
+        return False
+    places = (("query", family.query, dims.n_heads), ("key", family.key, dims.n_kv_heads))
+    for (name, site, n_heads), received in zip(places, _received[attention], strict=True):
+        try:
+            captured = site.read(store[name], dims)
+        except RuntimeError:  # the row is for other shapes than this model's
+            return False
+        is_sized = received.shape[1::2] == (n_heads, dims.head_dim)
+        is_sized &= captured.shape == received.transpose(1, 2).flatten(2).shape
+        if not (is_sized and _is_received(captured, received)):
+            return False
+    return True
+
+
 @torch.no_grad()
 def agrees(model: PreTrainedModel, decoder: PreTrainedModel, family: Family, dims: Dims) -> bool:
-    """Whether attention receives, in every layer, what a family's row captures.
-
-    Args:
-        model: what owns the attention implementation.
-        decoder: its stack of layers, which has the row's sites.
-        family: the row.
-        dims: the decoder's sizes.
-    """
+    """Whether attention receives, in every layer of a decoder with a row's sites, what the row captures."""
     attentions = [getattr(layer, family.attention) for layer in getattr(decoder, family.layers)]
     stores: list[dict[str, Tensor]] = [{} for _ in attentions]
-    sites = {"query": (family.query, dims.n_heads), "key": (family.key, dims.n_kv_heads)}
-    spread = torch.arange(1, _BATCH * _LENGTH + 1) * decoder.config.vocab_size // (_BATCH * _LENGTH + 1)
-    tokens = spread.view(_BATCH, _LENGTH).to(next(decoder.parameters()).device)
+    tokens = torch.arange(1, _BATCH * _LENGTH + 1) * decoder.config.vocab_size // (_BATCH * _LENGTH + 1)
     with ExitStack() as stack:
         for attention, store in zip(attentions, stores, strict=True):
-            for name, (site, _) in sites.items():
+            stack.callback(_received.pop, attention, None)
+            for name, site in (("query", family.query), ("key", family.key)):
+                # As it is: `read` may not suit a model that the row is only tried on.
                 stack.callback(hook_site(attention, Site(site.module), dims, store, name).remove)
         for module in decoder.modules():
             stack.callback(setattr, module, "training", module.training)
         decoder.eval()
         stack.enter_context(attention_function(model, "icrouting_probe", _recording_attention, masks="sdpa"))
-        decoder(input_ids=tokens, use_cache=False)
-    for attention, store in zip(attentions, stores, strict=True):
-        received = dict(zip(sites, _received.pop(attention, ()), strict=False))
-        for name, (site, n_heads) in sites.items():
-            if name not in store or name not in received:
-                return False
-            try:
-                captured = site.read(store[name], dims)
-            except RuntimeError:  # a row for other shapes than this model's
-                return False
-            if not _is_received(captured, received[name], (n_heads, dims.head_dim)):
-                return False
-    return True
+        decoder(input_ids=tokens.view(_BATCH, _LENGTH).to(next(decoder.parameters()).device), use_cache=False)
+        return all(_layer_agrees(*layer, family, dims) for layer in zip(attentions, stores, strict=True))

@@ -67,7 +67,10 @@ class _Rerouter:
         cache = given.get("past_key_values")
         if cache is not None and int(cache.get_seq_length()) > 0:
             if cache not in self._of_cache:
-                raise ValueError("this cache was filled outside `attached`: start from the prompt inside it")
+                raise ValueError(
+                    "this cache is unknown here: it was filled outside `attached`, or is a copy; "
+                    "start from the prompt inside it"
+                )
             self._attachment.routing = self._of_cache[cache]
             return
         input_ids = given.get("input_ids")
@@ -91,9 +94,9 @@ def _attended(input_ids: Int[Tensor, "batch q_len"], mask: Any) -> Bool[Tensor, 
         mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
-    if mask.ndim == 4:  # [batch, 1, q_len, kv_len]: what the last token sees
-        last = mask[:, 0, -1, : input_ids.shape[1]]
-        mask = last if last.dtype == torch.bool else last == 0
+    if mask.ndim == 4:  # [batch, 1, q_len, kv_len]: a token is real if any token sees it
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        mask = seen[:, 0, :, : input_ids.shape[1]].any(1)
     return mask[:, -input_ids.shape[1] :].bool().expand(len(input_ids), -1)
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from icrouting.icr import InContextRouter
+from icrouting.storage import load_json, save_json
 from icrouting.tasks import Task
 
 # What makes two runs the same measurement; the rest of a configuration may differ on resuming.
-_FIXED = ("model", "seeds", "n_test", "tasks", "demos_per_class", "router")
+_FIXED = ("model", "data", "rows", "seeds", "n_test", "tasks", "demos_per_class", "router")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class RunConfig:
     Attributes:
         model: name of the base model.
         data: where the tasks' rows come from.
+        rows: digest of the tasks' rows.
         router: the router's fingerprint, or None.
         methods: names of the methods.
         tasks: name, group, role ("source" or "unseen") and number of options of every task.
@@ -34,6 +36,7 @@ class RunConfig:
 
     model: str
     data: str
+    rows: str
     router: str | None
     methods: list[str]
     tasks: list[dict[str, Any]]
@@ -41,6 +44,13 @@ class RunConfig:
     n_test: int
     demos_per_class: int
     notes: list[str]
+
+    def __post_init__(self):
+        if not self.tasks or not self.seeds or min(self.seeds) < 0 or min(self.n_test, self.demos_per_class) < 1:
+            raise ValueError(
+                "expected at least one task, one seed from 0 up, --n-test and --demos-per-class from 1 up; got "
+                f"{len(self.tasks)} tasks, seeds {self.seeds}, {self.n_test}, {self.demos_per_class}"
+            )
 
 
 def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -67,7 +77,7 @@ def claim(folder: Path, config: RunConfig) -> None:
     settings = json.loads(json.dumps(asdict(config)))
     file = folder / "config.json"
     if file.exists():
-        found = read_config(folder)
+        found = load_json(file)
         different = [key for key in _FIXED if found.get(key) != settings[key]]
         if different:
             changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different)
@@ -84,15 +94,6 @@ def claim(folder: Path, config: RunConfig) -> None:
     save_json(file, settings)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Returns a run's configuration."""
-    file = folder / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error.msg}): mend it or choose another folder") from error
-
-
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -100,29 +101,22 @@ def _short(value: object) -> str:
 
 def commit() -> str:
     """The commit of the working tree that runs, or "unknown" outside one."""
-    here = Path(__file__).parent
+    here = Path(__file__)
+    is_tracked = ["git", "ls-files", "--error-unmatch", here.name]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-        )
+        for command in (is_tracked, describe):
+            done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True)
+            if done.returncode:
+                return "unknown"
     except FileNotFoundError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
-def save_json(file: Path, content: object) -> None:
-    """Writes JSON so that the file is at every moment the old one or the new one."""
-    scratch = file.with_name(file.name + ".part")
-    scratch.write_text(json.dumps(content, indent=1))
-    scratch.replace(file)
+    return done.stdout.strip()
 
 
 def add_to_config(folder: Path, **entries: object) -> None:
     """Adds entries to a run's configuration."""
-    save_json(folder / "config.json", {**read_config(folder), **entries})
+    save_json(folder / "config.json", {**load_json(folder / "config.json"), **entries})
 
 
 def routing_summary(icr: InContextRouter, tasks: Sequence[Task], n_items: int = 50) -> dict[str, Any]:

@@ -27,12 +27,12 @@ def flat(output: Tensor, dims: Dims) -> Tensor:
     return output
 
 
-def token_major(output: Float[Tensor, "batch q_len heads head_dim"], dims: Dims) -> Tensor:
+def token_major(output: Tensor, dims: Dims) -> Tensor:
     """Reads [batch, q_len, heads, head_dim]."""
     return output.flatten(2)
 
 
-def head_major(output: Float[Tensor, "batch heads q_len head_dim"], dims: Dims) -> Tensor:
+def head_major(output: Tensor, dims: Dims) -> Tensor:
     """Reads [batch, heads, q_len, head_dim]."""
     return output.transpose(1, 2).flatten(2)
 
@@ -73,6 +73,10 @@ class Family:
     key: Site = Site("k_proj")
     layers: str = "layers"
     attention: str = "self_attn"
+
+    def __str__(self) -> str:
+        place = f"{self.layers}.*.{self.attention}"
+        return " and ".join(f"{place}.{name}" for name in dict.fromkeys((self.query.module, self.key.module)))
 
 
 def hook_site(attention: nn.Module, site: Site, dims: Dims, store: dict[str, Tensor], name: str) -> RemovableHandle:

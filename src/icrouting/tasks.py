@@ -1,9 +1,10 @@
 """Tasks: labelled examples, the template that turns one into a prompt, and the readers of JSONL folders."""
 
 import difflib
+import hashlib
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class Task:
-    """A task's spec and its rows; `train` and `test` share no row."""
+    """A task's spec and its rows; methods learn from `train` only."""
 
     spec: TaskSpec
     train: tuple[Example, ...]
@@ -78,6 +79,14 @@ class Task:
         return self.options(example)[example.label]
 
 
+def rows_digest(tasks: Sequence[Task]) -> str:
+    """Returns 16 hex digits that identify the rows and templates of tasks."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(repr((task.spec, task.train, task.test)).encode())
+    return digest.hexdigest()[:16]
+
+
 def parse_row(row: object, spec: TaskSpec) -> Example:
     """Returns the example in one row of data.
 
@@ -101,8 +110,8 @@ def parse_row(row: object, spec: TaskSpec) -> Example:
     if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"field 'choices' must be a list of texts, got {choices!r}")
     n_options = len(spec.options or choices)
-    if not 2 <= n_options <= 26:
-        raise ValueError(f"an example needs 2 to 26 options, got {n_options}")
+    if n_options < 2 or len(choices) > 26:
+        raise ValueError(f"an example needs 2 options or more, and 26 letters at most; got {n_options}")
     label = row["label"]
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < n_options:
         raise ValueError(f"field 'label' must be an integer in 0..{n_options - 1}, got {label!r}")
@@ -112,7 +121,8 @@ def parse_row(row: object, spec: TaskSpec) -> Example:
 def read_jsonl(path: Path, spec: TaskSpec) -> tuple[Example, ...]:
     """Returns the examples of one JSONL file; errors name the file and the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # JSON allows unescaped line separators of Unicode inside a text, so only newlines end a row.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise ValueError(f"task {spec.name!r}: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

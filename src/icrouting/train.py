@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Int
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +18,7 @@ from icrouting.families import device_of
 from icrouting.pids import PIDs
 from icrouting.progress import track
 from icrouting.router import Router
+from icrouting.storage import load_tensors, save_tensors
 from icrouting.trunk import LateEntry, TrunkState, late_entry, pad_states
 
 CHECKPOINT_EVERY = 25
@@ -84,12 +83,15 @@ class Trainer:
         steps = range(self.step, self.n_steps)
         first = self.pids.layers[0]
         with attach(self.model, self.pids) as attachment, late_entry(self.model, first) as entry:
-            for _ in track(steps, "training", [1] * len(steps), "steps", done=self.step):
-                rows = self._rows()
-                terms = self._terms(entry, attachment, [self.queries[row] for row in rows])
-                self._update(terms)
-                if self.step % CHECKPOINT_EVERY == 0 or self.step == self.n_steps:
-                    self._save()
+            try:
+                for _ in track(steps, "training", [1] * len(steps), "steps", done=self.step):
+                    rows = self._rows()
+                    terms = self._terms(entry, attachment, [self.queries[row] for row in rows])
+                    self._update(terms)
+                    if self.step % CHECKPOINT_EVERY == 0:
+                        self._save()
+            finally:  # ctrl-C loses no step
+                self._save()
 
     def _rows(self) -> list[int]:
         """The queries of the current step; each epoch has an order of its own, drawn from the seed."""
@@ -144,16 +146,13 @@ class Trainer:
         tensors = {f"router.{name}": value for name, value in self.router.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value.clone() for name, value in state.items()}
-        scratch = self.folder / "training.safetensors.part"
-        save_file(tensors, scratch, {"step": str(self.step), "log": json.dumps(self.log)})
-        scratch.replace(self.folder / "training.safetensors")
+        metadata = {"step": str(self.step), "log": json.dumps(self.log)}
+        save_tensors(self.folder / "training.safetensors", tensors, metadata)
         lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
         (self.folder / "training.jsonl").write_text(lines)
 
     def _restore(self, folder: Path) -> None:
-        tensors = load_file(folder / "training.safetensors")
-        with safe_open(folder / "training.safetensors", "pt") as file:
-            metadata = file.metadata()
+        tensors, metadata = load_tensors(folder / "training.safetensors")
         self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
         prefix = "router."
         self.router.load_state_dict(

@@ -18,7 +18,7 @@ class Settings:
 
     Attributes:
         demos_per_class: demonstrations per class, for methods that use some.
-        router: folder or hub id of a fitted router; None lets `icr` fit one on the source tasks.
+        router: folder or hub id of a fitted router, for `icr`.
     """
 
     demos_per_class: int = 5

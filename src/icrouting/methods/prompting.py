@@ -39,7 +39,11 @@ class ZeroShot:
 
 
 class FewShot:
-    """Balanced demonstrations of the task in front of every prompt, the same ones for a whole seed."""
+    """Balanced demonstrations of the task in front of every prompt, the same ones for a whole seed.
+
+    Differs: on unseen tasks the paper takes 3 demonstrations of each source task (section 6); these are the
+    task's own, which is the harder rival.
+    """
 
     name = "few-shot"
 

@@ -18,7 +18,9 @@ class Icr:
     name = "icr"
 
     def __init__(self, settings: Settings):
-        self._router = InContextRouter.from_pretrained(settings.router) if settings.router else None
+        if settings.router is None:
+            raise ValueError("the method 'icr' needs --router, a folder or hub id: fit one with `icr fit`")
+        self._router = InContextRouter.from_pretrained(settings.router)
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def fit(
@@ -28,10 +30,8 @@ class Icr:
         tasks: Sequence[Task],
         rng: np.random.Generator,
     ) -> None:
-        """Fits a router on the source tasks, unless the run names a fitted one."""
+        """Learns nothing more: its router is fitted."""
         self._tokenizer = tokenizer
-        if self._router is None:
-            self._router = InContextRouter.fit(model, tokenizer, tasks)
 
     def prompt(self, task: Task, example: Example) -> Prompt:
         """Returns the bare prompt."""
@@ -39,6 +39,5 @@ class Icr:
 
     def applied(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> AbstractContextManager[object]:
         """Routes the model by each prompt."""
-        assert self._router is not None, "fit comes before applied"
         assert self._tokenizer is not None, "fit comes before applied"
         return self._router.attached(model, self._tokenizer)

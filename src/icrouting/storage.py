@@ -1,0 +1,48 @@
+"""Files that are at every moment the old one or the new one, and say plainly when they are damaged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def save_json(file: Path, content: object) -> None:
+    """Writes JSON."""
+    scratch = file.with_name(file.name + ".part")
+    scratch.write_text(json.dumps(content, indent=1))
+    scratch.replace(file)
+
+
+def load_json(file: Path) -> dict[str, Any]:
+    """Returns a JSON object; ValueError names the file if it is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged: it is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes safetensors; OSError if the disk does not take them."""
+    scratch = file.with_name(file.name + ".part")
+    try:
+        save_file(tensors, scratch, metadata)
+    except SafetensorError as error:
+        scratch.unlink(missing_ok=True)
+        raise OSError(f"cannot write {file}: {error}; what was there before is kept") from error
+    scratch.replace(file)
+
+
+def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns tensors and metadata; ValueError names the file if it is damaged."""
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        return load_file(file), metadata
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it and what it held is made anew") from error

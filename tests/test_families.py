@@ -1,0 +1,124 @@
+"""The laws of routed attention for every row of the family table."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import tiny
+from icrouting.attach import attach
+from icrouting.families import FAMILIES, decoder_of
+from icrouting.router import Routing
+from reference import reference_routed
+from test_attach import logits_of, no_routing, routed_logits, state_of
+
+ALL = list(tiny.ALL_CONFIGS)
+SIDES = ["left", "right"]
+# fp32 round-off; the untouched Mixtral's own prefill and decoding differ by 1.05e-5 from its one pass.
+CLOSE = 3e-5
+# What a wrong site or a lost routing would change at least.
+MATTERS = 0.1
+
+
+def model_of(family, **kwargs):
+    # sdpa has no softcap, in transformers as here.
+    return tiny.model(family, "eager" if family == "gemma2" else "sdpa", **kwargs)
+
+
+def strong_routing(model):
+    drawn = tiny.routing(model, 3)
+    return Routing(3 * drawn.routing_vector, drawn.head_gates)
+
+
+def test_every_row_has_a_tiny_model():
+    assert {config.model_type for config in tiny.ALL_CONFIGS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("family", ALL)
+def test_zero_gates_leave_logits_unchanged(family, side):
+    model, inputs = model_of(family), tiny.prompts(side=side)
+    plain = logits_of(model, inputs)
+    assert (routed_logits(model, inputs, tiny.pids(model), no_routing(model, 3)) - plain).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("family", ALL)
+def test_routed_attention_equals_the_dense_reference(family, side):
+    model, dense, inputs = model_of(family), tiny.model(family, "eager"), tiny.prompts(side=side)
+    pids, routing, plain = tiny.pids(model), strong_routing(model), logits_of(model, inputs)
+    with reference_routed(dense, pids, no_routing(model, 3)):
+        assert (logits_of(dense, inputs) - plain).abs().max() <= CLOSE
+    with reference_routed(dense, pids, routing):
+        expected = logits_of(dense, inputs)
+    assert (routed_logits(model, inputs, pids, routing) - expected).abs().max() <= CLOSE
+    assert (expected - plain).abs().max() > MATTERS
+
+
+@pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("family", ALL)
+def test_prefill_and_decoding_equal_one_pass(family, side, cache_kind):
+    model, inputs = model_of(family), tiny.prompts(side=side)
+    real, n_tokens = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
+    with attach(model, tiny.pids(model)) as attachment:
+        attachment.routing = strong_routing(model)
+        expected = model(**inputs).logits
+        dynamic = cache_kind == "dynamic"
+        cache = DynamicCache(config=model.config) if dynamic else StaticCache(config=model.config, max_cache_len=20)
+        pieces = []
+        for start, stop in [(0, 9), (9, 12), *((token, token + 1) for token in range(12, n_tokens))]:
+            step = {
+                "input_ids": inputs["input_ids"][:, start:stop],
+                "position_ids": inputs["position_ids"][:, start:stop],
+                "attention_mask": inputs["attention_mask"][:, :stop],
+            }
+            pieces.append(model(**step, past_key_values=cache, use_cache=True).logits)
+    assert (torch.cat(pieces, 1) - expected)[real].abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("family", ALL)
+def test_a_batch_equals_its_rows_one_by_one(family, side):
+    model, lengths = model_of(family), (11, 5, 17)
+    inputs, pids, routing = tiny.prompts(lengths, side), tiny.pids(model), strong_routing(model)
+    together = routed_logits(model, inputs, pids, routing).split(lengths)
+    for row, length in enumerate(lengths):
+        where = slice(-length, None) if side == "left" else slice(0, length)
+        single = {name: tensor[row : row + 1, where] for name, tensor in inputs.items()}
+        one = Routing(routing.routing_vector[row : row + 1], routing.head_gates[row : row + 1])
+        assert (routed_logits(model, single, pids, one) - together[row]).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+@pytest.mark.parametrize("family", ALL)
+def test_generation_with_a_cache_equals_generation_without(family, settings):
+    model, inputs = model_of(family), tiny.prompts(side="left")
+    del inputs["position_ids"]
+    settings = {"max_new_tokens": 7, "do_sample": False, **settings}
+    plain = model.generate(**inputs, **settings)
+    with attach(model, tiny.pids(model)) as attachment:
+        attachment.routing = strong_routing(model)
+        expected = model.generate(**inputs, **settings, use_cache=False)
+        assert torch.equal(model.generate(**inputs, **settings), expected)
+    assert not torch.equal(expected, plain), "the routing must matter"
+    assert torch.equal(model.generate(**inputs, **settings), plain)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", ALL)
+def test_leaving_restores_the_model_after_an_exception_in_generation(family, training):
+    model, inputs = model_of(family), tiny.prompts(side="left")
+    del inputs["position_ids"]
+    plain, before = logits_of(model, inputs), [state_of(model.train(training)), [m.training for m in model.modules()]]
+
+    def explode(step, scores):
+        if step.shape[1] > inputs["input_ids"].shape[1] + 2:
+            raise RuntimeError("boom")
+        return scores
+
+    with pytest.raises(RuntimeError, match="boom"), attach(model, tiny.pids(model)) as attachment:
+        attachment.routing = strong_routing(model)
+        model.generate(**inputs, max_new_tokens=5, do_sample=False, logits_processor=[explode])
+    assert [state_of(model), [m.training for m in model.modules()]] == before
+    assert torch.equal(logits_of(model.eval(), inputs), plain)
+    assert decoder_of(model).config._attn_implementation == model.config._attn_implementation
