@@ -37,6 +37,9 @@ def evaluate(folder, out, *more):
     cli.main(["eval", "--out", str(out), *where, *small.split(), *more])
 
 
+SST2 = "--tasks sst2 --sources sst2"
+
+
 def failure(capsys, *arguments):
     """The one line on standard error of a command that must end with exit code 2."""
     with pytest.raises(SystemExit) as caught:
@@ -119,8 +122,11 @@ def test_generate_shows_both_continuations(world, capsys):
         ("report {tmp}", "config.json"),
         ("generate --router {tmp} --model {model} --prompt a", "config.json is missing"),
         ("generate --router {router} --model {model} --prompt=", "empty text"),
-        ("eval --out {tmp}/run --model {model} --data {data} --n-test -1 --router {router}", "--n-test"),
-        ("eval --out {tmp}/run --model {model} --data {data} --seeds -1 --router {router}", "one seed from 0 up"),
+        ("eval --out {tmp}/run --model {model} --data {data} --n-test -1 --router {router} " + SST2, "--n-test"),
+        (
+            "eval --out {tmp}/run --model {model} --data {data} --seeds -1 --router {router} " + SST2,
+            "one seed from 0 up",
+        ),
         (
             "fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --max-tokens 0",
             "max_tokens must be at least 1",

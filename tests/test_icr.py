@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import re
@@ -167,6 +168,27 @@ def test_a_plain_call_is_routed_by_its_own_prompt_under_any_padding(fitted, mode
             vectors = routed.routing(texts()).routing_vector
         assert vectors.std(0).max() > 1e-3, "prompts are routed differently"
     tokenizer.padding_side = "left"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 5},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+)
+def test_generation_is_routed_by_its_prompt_however_it_runs(settings, fitted, model, tokenizer, monkeypatch):
+    """With a router so sharp that another text than the prompt's would be decided otherwise."""
+    spread = dataclasses.replace(fitted, router=copy.deepcopy(fitted.router))
+    for parameter in spread.router.parameters():
+        parameter.data *= 4
+    inputs = tokenizer(texts()[:1], return_tensors="pt")
+    with spread.attached(model, tokenizer):
+        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False, **settings), expected)
+    assert "generate" not in vars(model)
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
