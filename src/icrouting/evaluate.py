@@ -117,7 +117,7 @@ def time_ratios(
     methods: Sequence[Method],
     task: Task,
     *,
-    n_items: int = 8,
+    n_items: int = 4,
     n_rounds: int = 7,
 ) -> list[dict[str, object]]:
     """Returns each method's time over zero-shot's, measured in turns on the same items.
