@@ -17,7 +17,7 @@ METHODS = ("zero-shot", "few-shot", "icr")
 
 def run(out: Path, quick: bool) -> None:
     """Fits, evaluates and reports; each part goes on from what an earlier call left."""
-    n_prompts, n_queries, n_test = (8, 120, 40) if quick else (40, 400, 120)
+    n_prompts, n_queries, n_test = (6, 60, 24) if quick else (40, 400, 120)
     config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
     console = commands.console
     console.print(f"In-Context Routing on {MODEL}: source tasks {', '.join(SOURCES)}, tested on {len(TASKS)} tasks")

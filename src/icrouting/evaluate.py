@@ -118,7 +118,7 @@ def time_ratios(
     task: Task,
     *,
     n_items: int = 4,
-    n_rounds: int = 7,
+    n_rounds: int = 5,
 ) -> list[dict[str, object]]:
     """Returns each method's time over zero-shot's, measured in turns on the same items.
 
