@@ -117,7 +117,9 @@ def finish(
     fit_folder: Path | None,
 ) -> None:
     """Adds to a run what its report shows beside the records: times, routing, the training curve."""
-    timed = {row["method"]: row for row in load_json(out / "config.json").get("timing", {}).get("ratios", [])}
+    timing = load_json(out / "config.json").get("timing", {})
+    is_comparable = timing.get("baseline") == methods[0].name
+    timed = {row["method"]: row for row in timing["ratios"]} if is_comparable else {}
     if not timed.keys() >= {method.name for method in methods[1:]}:
         fit_all(model, tokenizer, methods, sources, seed=0)
         shortest = min(tasks, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20]))
