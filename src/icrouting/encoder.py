@@ -28,7 +28,6 @@ class SentenceEncoder:
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
-        self.name = name
         pinned = name.removeprefix("pinned:") if name.startswith("pinned:") else None
         if pinned not in (None, "minilm"):
             raise ValueError(f"unknown pinned encoder {name!r}: known is 'pinned:minilm'")

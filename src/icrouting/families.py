@@ -103,7 +103,6 @@ def dims_of(model: nn.Module) -> Dims:
         n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
-        hidden_size=config.hidden_size,
     )
 
 

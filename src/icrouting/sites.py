@@ -16,7 +16,6 @@ class Dims:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    hidden_size: int
 
 
 Reader = Callable[[Tensor, Dims], Float[Tensor, "batch q_len width"]]
