@@ -68,8 +68,8 @@ def test_the_folder_explains_itself(folder):
     [
         ({"format_version": 2}, "is of format 2, this version reads 1: update icrouting"),
         ({"method": "lora"}, "does not describe an icrouting artifact"),
-        ({"colour": "red"}, r"unknown keys \['colour'\]"),
-        ({"n_heads": None}, r"missing keys \['n_heads'\]"),
+        ({"colour": "red"}, r"keys \['colour'\] are unknown or missing"),
+        ({"n_heads": None}, r"keys \['n_heads'\] are unknown or missing"),
         ({"n_heads": 5}, "should be"),
         ({"layers": [3]}, "should be"),
         ({"fit": {"rank": 3}}, "unknown or missing"),

@@ -130,15 +130,10 @@ def test_download_that_dies_half_way_leaves_nothing(cache, pin, monkeypatch, int
     assert not os.listdir(cache)
 
 
-def test_what_a_killed_process_left_is_not_used_and_swept_after_a_day(cache, pin):
+def test_what_a_killed_process_left_is_not_used(cache, pin):
     pin()
-    old, new = cache / ".unfinished-old", cache / ".unfinished-new"
-    for folder in (old, new):
-        (folder / "ready" / "data").mkdir(parents=True)
-    os.utime(old, (0, 0))
+    (cache / ".unfinished-old" / "ready" / "data").mkdir(parents=True)
     assert (assets.fetch("box") / "rows.txt").read_text() == "rows"
-    assert new.exists()
-    assert not old.exists()
 
 
 def test_full_disk_while_extracting_is_one_line_and_leaves_nothing(cache, pin, monkeypatch):
@@ -179,7 +174,7 @@ def test_failed_download_is_one_line_with_the_last_reason_of_pip(cache, monkeypa
         "[notice] another line\n"
     )
     monkeypatch.setattr(assets.subprocess, "run", pip_that_fails(stderr))
-    with pytest.raises(ConnectionError, match=r"No matching distribution found .*check the network") as error:
+    with pytest.raises(ConnectionError, match=r"No matching distribution found .*the network") as error:
         assets.fetch("staicc")
     assert "\n" not in str(error.value)
     assert not os.listdir(cache)
@@ -187,7 +182,7 @@ def test_failed_download_is_one_line_with_the_last_reason_of_pip(cache, monkeypa
 
 def test_missing_pip_says_how_to_install_it(cache, monkeypatch):
     monkeypatch.setattr(assets.subprocess, "run", pip_that_fails("python: No module named pip\n"))
-    with pytest.raises(ConnectionError, match="python -m ensurepip"):
+    with pytest.raises(ConnectionError, match="check that pip is installed"):
         assets.fetch("staicc")
 
 

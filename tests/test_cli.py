@@ -59,7 +59,10 @@ def test_fit_eval_and_report_leave_a_whole_run(world, tmp_path, capsys):
     assert files >= {"config.json", "records.jsonl", "summary.json", "report.html", "report.md", "report.csv"}
     assert {"routing.json", "training.jsonl"} <= files
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert {row["method"] for row in config["timing"]["ratios"]} == {"few-shot", "icr"}
+    assert {row["method"] for row in config["timing"]["ratios"]} == {
+        *("few-shot", "few-shot, context kept", "multi-task-few-shot", "multi-task-few-shot, context kept"),
+        *("calibration", "icr"),
+    }
     page = (tmp_path / "run" / "report.html").read_text()
     (tmp_path / "run" / "report.html").unlink()
     cli.main(["report", str(tmp_path / "run")])

@@ -6,7 +6,7 @@ import torch
 
 import tiny
 from icrouting import records, runs
-from icrouting.evaluate import draw_items, evaluate, fit_all, predict, time_ratios
+from icrouting.evaluate import Evaluation, draw_items
 from icrouting.methods import METHODS, Settings, make
 
 TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
@@ -18,7 +18,7 @@ def methods():
 
 
 def run(methods, file, tokenizer, seeds=(0, 1)):
-    evaluate(tiny.model("llama"), tokenizer, methods, TASKS[:1], TASKS, seeds, 13, file)
+    Evaluation(tiny.model("llama"), tokenizer, methods, TASKS[:1], file).run(TASKS, seeds, 13)
     return sorted(records.read(file), key=lambda r: r.key)
 
 
@@ -52,22 +52,24 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_records(methods, tmp_path, token
 def test_a_finished_run_computes_nothing(methods, tmp_path, tokenizer, monkeypatch):
     file = tmp_path / "records.jsonl"
     run(methods, file, tokenizer)
-    monkeypatch.setattr("icrouting.evaluate.predict", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(Evaluation, "predict", lambda *args: pytest.fail("computed again"))
     run(methods, file, tokenizer)
 
 
 def test_all_methods_see_the_same_seeded_items():
     task = TASKS[0]
-    assert draw_items(task, 0, 13) == draw_items(task, 0, 13) != draw_items(task, 1, 13)
-    assert draw_items(task, 0, 999) == list(range(30))
-    assert draw_items(task, 0, 13) != draw_items(tiny.task("other", n_test=30), 0, 13)
+    assert draw_items(task, 13) == draw_items(task, 13)
+    assert len(set(draw_items(task, 13))) == 13
+    assert set(draw_items(task, 7)) < set(draw_items(task, 13)), "a larger run asks what a smaller one asked"
+    assert draw_items(task, 999) == list(range(30))
+    assert draw_items(task, 13) != draw_items(tiny.task("other", n_test=30), 13)
 
 
-def test_few_shot_demonstrations_do_not_depend_on_the_other_methods(tokenizer):
+def test_few_shot_demonstrations_do_not_depend_on_the_other_methods(tokenizer, tmp_path):
     contexts = []
     for names in (["few-shot"], ["zero-shot", "few-shot"]):
         methods = make(names, Settings(demos_per_class=2))
-        fit_all(tiny.model("llama"), tokenizer, methods, TASKS, seed=0)
+        Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none").fit(0)
         contexts.append(methods[-1].prompt(TASKS[0], TASKS[0].test[0]).context)
     assert contexts[0] == contexts[1]
 
@@ -91,10 +93,12 @@ def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encod
     InContextRouter.fit(model, tokenizer, [task], config).save_pretrained(tmp_path)
     inputs = tokenizer([task.prompt(example) for example in task.test], return_tensors="pt", padding=True)
     plain = model(**inputs).logits
-    (method,) = make([name], Settings(demos_per_class=1, router=str(tmp_path)))
-    method.fit(model, tokenizer, [task], np.random.default_rng(0))
-    first = predict(model, tokenizer, method, task, 0, [0, 1, 2])
-    assert without_times(predict(model, tokenizer, method, task, 0, [0, 1, 2])) == without_times(first)
+    (method,) = make([name], Settings(demos_per_class=1, router=str(tmp_path), i2cl_epochs=2))
+    evaluation = Evaluation(model, tokenizer, [method], [task], tmp_path / "none")
+    evaluation.fit(0)
+    first = evaluation.predict(method, task, [0, 1, 2], 0)
+    assert without_times(evaluation.predict(method, task, [0, 1, 2], 0)) == without_times(first)
+    assert method.n_cached(task) >= 0
     assert torch.equal(model(**inputs).logits, plain)
 
 
@@ -103,13 +107,62 @@ def test_an_unknown_method_brings_near_matches():
         make(["few-shots"], Settings())
 
 
-def test_times_are_ratios_to_the_first_method(methods, tokenizer):
-    model = tiny.model("llama")
-    for method in methods:
-        method.fit(model, tokenizer, TASKS, np.random.default_rng(0))
-    (row,) = time_ratios(model, tokenizer, methods, TASKS[0], n_items=3, n_rounds=3)
-    assert row["method"] == "few-shot"
-    assert 0 < row["low"] <= row["ratio"] <= row["high"]
+def test_times_are_ratios_to_the_first_method(methods, tokenizer, tmp_path):
+    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none")
+    evaluation.fit(0)
+    plain, kept = evaluation.time_ratios(TASKS[0], n_items=3, n_rounds=3)
+    assert [plain["method"], kept["method"]] == ["few-shot", "few-shot, context kept"]
+    assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in (plain, kept))
+    assert plain["n_cached"] == 0
+    n_context = len(tokenizer(methods[1].prompt(TASKS[0], TASKS[0].test[0]).context).input_ids)
+    numbers_per_token = 2 * 3 * 10 * 5  # keys and values, n_kv_heads, head_dim, layers
+    assert kept["n_cached"] >= numbers_per_token * n_context
+
+
+def test_a_method_without_a_draw_is_asked_once_for_all_seeds(tokenizer, tmp_path, monkeypatch):
+    asked, predict = [], Evaluation.predict
+
+    def counting(self, method, task, indices, seed):
+        asked.append((method.name, seed))
+        return predict(self, method, task, indices, seed)
+
+    monkeypatch.setattr(Evaluation, "predict", counting)
+    found = run(make(["zero-shot", "few-shot"], Settings(demos_per_class=2)), tmp_path / "r", tokenizer, (0, 1, 2))
+    assert {seed for name, seed in asked if name == "zero-shot"} == {0}
+    assert {seed for name, seed in asked if name == "few-shot"} == {0, 1, 2}
+    assert len({r.key for r in found}) == 2 * 2 * 3 * 13
+
+
+def test_a_method_that_refuses_a_task_keeps_the_rest(tokenizer, tmp_path):
+    class Picky(METHODS["zero-shot"]):
+        name = "picky"
+
+        def prompt(self, task, example):
+            if task.name == "other":
+                raise ValueError("only toys here")
+            return super().prompt(task, example)
+
+    methods = [*make(["zero-shot"], Settings()), Picky(Settings())]
+    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "r")
+    evaluation.run(TASKS, (0, 1), 13)
+    assert evaluation.refused == {("picky", "other"): "only toys here"}
+    cells = {(r.method, r.task) for r in records.read(tmp_path / "r")}
+    assert cells == {("zero-shot", "toy"), ("zero-shot", "other"), ("picky", "toy")}
+
+
+def test_fits_are_kept_for_a_resumed_run(tokenizer, tmp_path, monkeypatch):
+    from icrouting.methods.task_vectors import TaskVectors
+
+    settings = Settings(demos_per_class=2, folder=tmp_path / "fits")
+    names = ["zero-shot", "task-vectors", "task-vectors-once"]
+    whole = run(make(names, settings), tmp_path / "whole", tokenizer, (0, 1))
+    assert {file.name for file in (tmp_path / "fits").iterdir()} == {
+        *(f"task-vectors-once-seed{seed}.safetensors" for seed in (0, 1)),
+        *(f"task-vectors-seed{seed}-{task.name}.safetensors" for seed in (0, 1) for task in TASKS),
+    }
+    monkeypatch.setattr(TaskVectors, "learn", lambda *args: pytest.fail("fitted again"))
+    again = run(make(names, settings), tmp_path / "again", tokenizer, (0, 1))
+    assert without_times(again) == without_times(whole)
 
 
 def config_of(**changes):
@@ -123,6 +176,8 @@ def config_of(**changes):
         "seeds": [0],
         "n_test": 13,
         "demos_per_class": 5,
+        "demos_per_source": 3,
+        "i2cl_epochs": 100,
         "notes": [],
     }
     return runs.RunConfig(**{**values, **changes})
@@ -131,7 +186,10 @@ def config_of(**changes):
 def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tmp_path):
     runs.claim(tmp_path, config_of())
     runs.claim(tmp_path, config_of(methods=["zero-shot", "icr"]))
-    assert json.loads((tmp_path / "config.json").read_text())["methods"] == ["zero-shot", "icr"]
+    runs.claim(tmp_path, config_of(seeds=[1]))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["methods"] == ["zero-shot", "icr"]
+    assert config["seeds"] == [0, 1]
     with pytest.raises(ValueError, match=r"another run \(n_test was 13, is 14\): choose another folder"):
         runs.claim(tmp_path, config_of(n_test=14))
     with pytest.raises(ValueError, match="rows was"):
@@ -144,16 +202,17 @@ def test_a_run_knows_source_from_unseen_tasks():
     assert entries[0]["n_options"] == 2
 
 
-def test_the_documented_method_runs_as_written(tokenizer):
+def test_the_documented_method_runs_as_written(tokenizer, tmp_path):
     import re
     from pathlib import Path
 
     page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
     names: dict = {}
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), names)
-    method = names["Politely"](Settings())
-    found = predict(tiny.model("llama"), tokenizer, method, TASKS[0], 0, [0, 1])
-    plain = predict(tiny.model("llama"), tokenizer, *make(["zero-shot"], Settings()), TASKS[0], 0, [0, 1])
+    methods = [*make(["zero-shot"], Settings()), names["Politely"](Settings())]
+    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none")
+    evaluation.fit(0)
+    plain, found = (evaluation.predict(method, TASKS[0], [0, 1], 0) for method in methods)
     assert [record.method for record in found] == ["politely"] * 2
     assert found[0].n_tokens > plain[0].n_tokens
     assert found[0].option_logits != plain[0].option_logits

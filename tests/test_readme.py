@@ -1,5 +1,6 @@
 """The README's examples run and its table is the committed run's."""
 
+import json
 import re
 from pathlib import Path
 
@@ -37,9 +38,11 @@ def test_the_own_task_reads_as_the_readme_says(tmp_path):
     exec(BLOCKS[1], names)
     (tmp_path / "tickets").mkdir()
     for split in ("train", "test"):
-        (tmp_path / "tickets" / f"{split}.jsonl").write_text('{"text": "the screen is dark", "label": 1}\n')
+        rows = [(f"the screen of the {split} is dark", 1), (f"I lost the password of the {split}", 0)]
+        lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+        (tmp_path / "tickets" / f"{split}.jsonl").write_text("\n".join(lines))
     task = load_task(names["spec"], data=tmp_path)
-    assert task.prompt(task.test[0]) == "Ticket: the screen is dark\nTeam:"
+    assert task.prompt(task.test[0]) == "Ticket: the screen of the test is dark\nTeam:"
     assert task.answer(task.test[0]) == "Hardware"
 
 

@@ -164,7 +164,7 @@ def test_no_records_are_a_clear_error(tmp_path):
 def test_a_missing_or_incomplete_configuration_is_a_clear_error(tmp_path):
     with pytest.raises(ValueError, match="is no run folder"):
         report.write(tmp_path)
-    for text, message in (('{"model": "x"}', "missing"), ("[]", "got list"), ("{", "not a JSON object")):
+    for text, message in (('{"model": "x"}', "missing"), ("[]", "got list"), ("{", "is not JSON")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             report.write(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from icrouting import assets, catalogue, staicc
+from icrouting import assets, catalogue, splits, staicc
 from icrouting.tasks import Task, TaskSpec
 
 
@@ -31,16 +31,16 @@ def numbered_rows(n_rows: int, n_labels: int) -> list[tuple[list[str], int]]:
 
 
 def keys_of(examples) -> list[str]:
-    return [staicc._key(example.fields["text"]) for example in examples]
+    return [splits.text_key(example.fields["text"]) for example in examples]
 
 
 def long_keys_of(task: Task) -> set[str]:
     texts = [example.fields["text"] for example in (*task.train, *task.test)]
-    return {staicc._key(text) for text in texts if len(staicc._WORD.findall(text)) >= 5}
+    return {splits.text_key(text) for text in texts if splits.is_long(text)}
 
 
 def count_inside(inner: set[str], outer: set[str]) -> int:
-    """Number of inner keys within an outer one; slow and plain, unlike `_inside`."""
+    """Number of inner keys within an outer one; slow and plain, unlike `inside`."""
     joined = "\n".join(sorted(outer))
     return sum(key in joined for key in inner)
 
@@ -122,8 +122,8 @@ def test_spec_with_another_field_is_refused(folder):
 def test_fifth_of_the_rows_is_for_testing_and_texts_are_stripped(folder):
     dump(folder, "trec", numbered_rows(35, 6))
     task = staicc.read_task(catalogue.find("trec"))
-    assert (len(task.train), len(task.test)) == (28, 7)
-    texts = {example.fields["text"] for example in task.train + task.test}
+    assert (len(task.train), len(task.validation), len(task.test)) == (23, 5, 7)
+    texts = {example.fields["text"] for example in task.train + task.validation + task.test}
     assert texts == {f"Item number {i} ." for i in range(35)}
 
 
@@ -131,8 +131,8 @@ def test_splits_are_capped_for_agnews_higher(folder):
     dump(folder, "agnews", numbered_rows(14500, 4))
     dump(folder, "subj", numbered_rows(14500, 2))
     agnews, subj = (staicc.read_task(catalogue.find(name)) for name in ("agnews", "subj"))
-    assert (len(agnews.train), len(agnews.test)) == (12000, 2000)
-    assert (len(subj.train), len(subj.test)) == (6000, 2000)
+    assert (len(agnews.train), len(agnews.validation), len(agnews.test)) == (11900, 100, 2000)
+    assert (len(subj.train), len(subj.validation), len(subj.test)) == (5900, 100, 2000)
 
 
 def test_repeated_texts_are_kept_once_and_not_at_all_where_labels_differ(folder):
@@ -144,13 +144,16 @@ def test_repeated_texts_are_kept_once_and_not_at_all_where_labels_differ(folder)
         ([" . "], 0),
         ([""], 0),
     ]
-    dump(folder, "subj", repeated)
+    dump(folder, "subj", [*repeated, *numbered_rows(9, 2)])
     task = staicc.read_task(catalogue.find("subj"))
-    assert [example.fields["text"] for example in task.train + task.test] == ["One, two"]
+    texts = {example.fields["text"] for example in task.train + task.validation + task.test}
+    assert {text for text in texts if "number" not in text} == {"One, two"}
 
 
 def test_keys_ignore_brackets_of_the_treebank_and_encodings():
-    assert staicc._key("A -LRB- fine -RRB- cliché .") == staicc._key("a (fine) clich\u00c3\u00a9") == "afineclich"
+    assert (
+        splits.text_key("A -LRB- fine -RRB- cliché .") == splits.text_key("a (fine) clich\u00c3\u00a9") == "afineclich"
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -160,23 +163,26 @@ def test_containment_agrees_with_comparing_all_pairs(seed):
         ["".join(rng.choice(list("ab"), rng.integers(shortest, 13))) for _ in range(n_keys)]
         for shortest, n_keys in ((1 + seed, 31), (1, 23))
     )
-    assert staicc._inside(inner, outer) == [{i for i, key in enumerate(inner) if key in text} for text in outer]
+    assert splits.inside(inner, outer) == [{i for i, key in enumerate(inner) if key in text} for text in outer]
 
 
 def test_nothing_lies_inside_when_there_is_nothing_to_look_for():
-    assert staicc._inside([], ["text"]) == [set()]
+    assert splits.inside([], ["text"]) == [set()]
 
 
 def test_sentences_of_sst2_are_tested_whole_and_trained_on_with_their_phrases(reviews):
     task = staicc.read_task(catalogue.find("sst2"))
     assert {len(example.fields["text"].split()) for example in task.test} == {13}
-    assert Counter(len(example.fields["text"].split()) for example in task.train) == {13: 15, 7: 30}
+    assert task.n_dropped > 0, "phrases of the sentences that validation took"
+    lengths = Counter(len(example.fields["text"].split()) for example in task.train + task.validation)
+    assert lengths.keys() == {13, 7}
+    assert lengths.total() + task.n_dropped == 45
     assert len(task.test) == 10
 
 
 def test_review_sets_share_no_long_text_with_sst2(reviews):
     tasks = {name: staicc.read_task(catalogue.find(name)) for name in ("sst2", "mr", "sst5")}
-    assert all(len(tasks[name].train) + len(tasks[name].test) == 25 for name in ("mr", "sst5"))
+    assert all(_n_rows(tasks[name]) == 25 for name in ("mr", "sst5"))
     sst2 = long_keys_of(tasks["sst2"])
     for name in ("mr", "sst5"):
         assert not count_inside(sst2, long_keys_of(tasks[name]))
@@ -186,11 +192,16 @@ def test_review_sets_share_no_long_text_with_sst2(reviews):
     assert not count_inside(test, train)
 
 
+def _n_rows(task):
+    return len(task.train) + len(task.validation) + len(task.test) + task.n_dropped
+
+
 def test_row_inside_a_row_of_sst2_is_dropped_only_if_long(reviews):
     dealt = staicc.read_task(catalogue.find("sst2")).test[0].fields["text"].split()
-    dump(reviews, "mr", [([" ".join(dealt[3:9])], 0), ([" ".join(dealt[3:6])], 1)])
+    dump(reviews, "mr", [([" ".join(dealt[3:9])], 0), ([" ".join(dealt[3:6])], 1), *numbered_rows(9, 2)])
     task = staicc.read_task(catalogue.find("mr"))
-    assert [example.fields["text"] for example in task.train + task.test] == [" ".join(dealt[3:6])]
+    texts = {example.fields["text"] for example in task.train + task.validation + task.test}
+    assert {text for text in texts if "number" not in text} == {" ".join(dealt[3:6])}
 
 
 @pytest.mark.pinned
@@ -240,5 +251,9 @@ def test_pinned_sets_read_the_same_twice(pinned_tasks, name):
     ],
 )
 def test_labels_of_the_pinned_sets_are_in_the_order_of_the_catalogue(pinned_folder, name, start, label):
-    labels = [row.label for row in staicc._read_rows(pinned_folder, name) if row.text.startswith(start)]
+    labels = [row.label for row in _starting(start, staicc._read_rows(pinned_folder, catalogue.find(name)))]
     assert [catalogue.find(name).options[i] for i in labels] == [label]
+
+
+def _starting(start, rows):
+    return [row for row in rows if row.fields["text"].startswith(start)]

@@ -22,11 +22,11 @@ def write(folder, rows, name="sst2", split="train"):
     return file
 
 
-GOOD = {"text": "a joy", "label": 1}
+GOOD, BAD = {"text": "a joy", "label": 1}, {"text": "a bore", "label": 0}
 
 
 def test_a_task_reads_its_rows_and_fills_its_template(tmp_path):
-    write(tmp_path, [GOOD, GOOD])
+    write(tmp_path, [GOOD, BAD])
     write(tmp_path, [{"text": "dull", "label": 0}], split="test")
     task = load_task("sst2", tmp_path)
     assert len(task.train) == 2
@@ -53,7 +53,7 @@ def test_braces_in_a_text_are_text():
     [
         ({"label": 1}, "missing here: ['text']"),
         ({"text": "x"}, "missing here: ['label']"),
-        ({"text": "x", "label": 2}, "integer in 0..1, got 2"),
+        ({"text": "x", "label": 2}, "integer in 0..1 or one of negative, positive, got 2"),
         ({"text": "x", "label": True}, "got True"),
         ({"text": " ", "label": 1}, "not empty"),
         ({"text": 3, "label": 1}, "must be a text"),
@@ -140,11 +140,11 @@ def test_extraction_prompts_hold_training_rows_alone_balanced_before_an_open_que
 
 def test_a_text_may_hold_any_separator_that_json_allows(tmp_path):
     rows = ['\ufeff{"text": "a nice\u2028film\x85", "label": 1}', GOOD]
-    write(tmp_path, rows)
-    write(tmp_path, [GOOD], split="test")
+    write(tmp_path, [*rows, BAD])
+    write(tmp_path, [{"text": "dull", "label": 0}], split="test")
     task = load_task("sst2", tmp_path)
     assert task.train[0].fields["text"] == "a nice\u2028film\x85"
-    assert len(task.train) == 2
+    assert len(task.train) == 3
 
 
 def test_other_rows_have_another_digest():

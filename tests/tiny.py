@@ -157,8 +157,8 @@ def task(name: str = "toy", n_train: int = 40, n_test: int = 12) -> Task:
         text = f"{('dull', 'joy')[label]} {' '.join(words[i] for i in picked)} {number}"
         return Example({"text": text}, (), label)
 
-    rows = [example(number) for number in range(n_train + n_test)]
-    return Task(spec, tuple(rows[:n_train]), tuple(rows[n_train:]))
+    rows = [example(number) for number in range(n_train + n_test + 6)]
+    return Task(spec, tuple(rows[:n_train]), tuple(rows[n_train:-6]), tuple(rows[-6:]))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -36,21 +36,8 @@ _PID_TENSORS = ("query_pids", "key_pids", "query_std", "key_std", "query_explain
 class Description:
     """All there is to know about an artifact but its weights.
 
-    Attributes:
-        base_model: name of the base model when the router was fitted.
-        model_type: its family.
-        fingerprint: digest of its weights.
-        n_layers: all of its layers.
-        n_heads: query heads per layer.
-        n_kv_heads: key-value heads per layer.
-        head_dim: width of a head.
-        layers: the routed layers, counted from 0.
-        encoder: digest of the sentence encoder's weights.
-        n_features: width of the router's features.
-        tasks: the source tasks and how many training rows each had.
-        rows: digest of the source tasks' rows.
-        fit: the settings of the fit.
-        versions: versions of the libraries that matter.
+    `encoder` is the digest of the sentence encoder's weights, `fingerprint` and `rows` those of the base model's
+    weights and of the source tasks' rows; `tasks` counts their training rows; `layers` are the routed ones, from 0.
     """
 
     base_model: str
@@ -178,13 +165,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _description(config: dict[str, Any], folder: Path) -> Description:
     names = {field.name for field in dataclasses.fields(Description)}
     envelope = {"format_version", "method", "site", "scale", "weights_sha256", "checksum"}
-    unknown, missing = set(config) - names - envelope, names - set(config)
-    if unknown or missing:
-        raise ValueError(f"{folder}/config.json: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
-    fit, settings = config["fit"], {field.name for field in dataclasses.fields(FitConfig)}
-    if set(fit) != settings:
-        odd = sorted(set(fit) ^ settings)
-        raise ValueError(f"{folder}/config.json: settings {odd} are unknown or missing: another version wrote it")
+    fit, settings = config.get("fit", {}), {field.name for field in dataclasses.fields(FitConfig)}
+    if odd := sorted((set(config) ^ (names | envelope)) | (set(fit) ^ settings)):
+        raise ValueError(f"{folder}/config.json: keys {odd} are unknown or missing: another version wrote it")
     fit = FitConfig(**{**fit, "layers": None if fit["layers"] is None else tuple(fit["layers"])})
     values = {name: config[name] for name in names}
     return Description(**{**values, "fit": fit, "layers": tuple(config["layers"])})

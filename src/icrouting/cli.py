@@ -7,17 +7,20 @@ from typing import Annotated
 
 import tyro
 
+from icrouting.catalogue import PAPER_TASKS
 from icrouting.config import FitConfig
 
 DEFAULTS = FitConfig()
+# The paper's tasks that the hub holds: the five in-domain ones first.
+HUB_TASKS = tuple(name for name in PAPER_TASKS if name != "ai2scie")
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
 
 
 def fit(
     out: Path,
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
-    data: str = "pinned:staicc",
-    tasks: Names = ("agnews", "sst2", "trec"),
+    data: str = "hub",
+    tasks: Names = HUB_TASKS[:5],
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = DEFAULTS,
 ) -> None:
     """Fit a router on a frozen model, from few-shot prompts of a few tasks.
@@ -25,13 +28,14 @@ def fit(
     Three stages, each with a progress bar: few-shot prompts are run and their queries and keys pooled; PIDs
     are computed; the router is trained. Stopped and started again with the same settings, it goes on.
 
-    Example: icr fit --model pinned:smollm2-135m --encoder pinned:minilm --tasks agnews sst2 trec --out my-router
+    Example: icr fit --model pinned:smollm2-135m --encoder pinned:minilm --data pinned:staicc --tasks agnews sst2
+    --out my-router
 
     Args:
         out: Folder for the router; the stages' results are kept in its subfolder "fit".
         model: Hub id, local folder, .gguf file, or "pinned:smollm2-135m".
-        data: Folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
-        tasks: Source tasks, by name.
+        data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
+        tasks: Source tasks: names, or task files of your own (my-task.toml).
         config: The settings below.
     """
     from icrouting import commands
@@ -43,35 +47,45 @@ def evaluate(
     out: Path,
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
     router: str | None = None,
-    data: str = "pinned:staicc",
-    tasks: Names = ("agnews", "sst2", "trec", "sst5", "mr", "subj", "emotion"),
-    sources: Names = ("agnews", "sst2", "trec"),
-    methods: Names = ("zero-shot", "few-shot", "icr"),
+    data: str = "hub",
+    tasks: Names = HUB_TASKS,
+    sources: Names = HUB_TASKS[:5],
+    methods: Names = ("zero-shot", "few-shot", "multi-task-few-shot", "calibration", "icr"),
     n_test: int = 500,
-    seeds: tuple[int, ...] = (0,),
+    seeds: tuple[int, ...] = (0, 1, 2),
     demos_per_class: int = 5,
+    demos_per_source: int = 3,
+    i2cl_epochs: int = 100,
 ) -> None:
     """Compare methods on tasks; writes a run folder with records, tables and an HTML report.
 
-    Killed and started again with the same --out, it goes on where it was.
+    Killed and started again with the same --out, it goes on where it was; methods and seeds may be added. The
+    methods: zero-shot, few-shot (the task's own demonstrations), multi-task-few-shot (the source tasks'),
+    calibration, task-vectors and i2cl (fitted on each task), task-vectors-once and i2cl-once (fitted once, on
+    the source tasks), icr.
 
-    Example: icr eval --model pinned:smollm2-135m --router my-router --n-test 200 --out runs/first
+    Example: icr eval --model pinned:smollm2-135m --router my-router --data pinned:staicc --tasks agnews sst2 mr
+    --sources agnews sst2 --n-test 200 --out runs/first
 
     Args:
         out: The run's folder.
         model: Hub id, local folder, .gguf file, or "pinned:smollm2-135m".
         router: Folder or hub id of a fitted router, for the method "icr".
-        data: Folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
-        tasks: Tasks to test on.
-        sources: Those of them that the router was fitted on; the others count as unseen.
+        data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
+        tasks: Tasks to test on: names, or task files of your own (my-task.toml).
+        sources: The tasks that the router was fitted on; the others count as unseen.
         methods: What to compare; zero-shot is the baseline.
-        n_test: Test items per task and seed (all, where a task has fewer).
-        seeds: Each draws test items and demonstrations.
+        n_test: Test items per task (all, where a task has fewer), the same for every seed.
+        seeds: Each draws demonstrations and fits anew.
         demos_per_class: Demonstrations per class of few-shot prompts.
+        demos_per_source: Demonstrations per source task of multi-task prompts.
+        i2cl_epochs: Epochs of I2CL's calibration; the published 100 take minutes per task on a CPU.
     """
     from icrouting import commands
+    from icrouting.methods import Settings
 
-    commands.evaluate(out, model, router, data, tasks, sources, methods, n_test, seeds, demos_per_class)
+    settings = Settings(demos_per_class, demos_per_source, router, i2cl_epochs)
+    commands.evaluate(out, model, data, tasks, sources, methods, n_test, seeds, settings)
 
 
 def report(run: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -120,9 +134,21 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
         out: The run's folder; the router is written to its subfolder "router".
         quick: At most three minutes: fewer prompts, queries and test items, and so a weaker router.
     """
-    from icrouting import demonstration
+    from icrouting import commands
+    from icrouting.methods import Settings
 
-    demonstration.run(out, quick)
+    n_prompts, n_queries, n_test = (6, 60, 24) if quick else (40, 400, 120)
+    model, data, sources = "pinned:smollm2-135m", "pinned:staicc", ("agnews", "sst2", "trec")
+    tasks = (*sources, "sst5", "mr", "subj", "emotion")
+    commands.console.print(
+        f"In-Context Routing on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks"
+    )
+    config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
+    commands.fit(out / "router", model, data, sources, config)
+    note = f"A demonstration: {n_prompts} extraction prompts and {n_queries} queries per source task (paper: 5,000)."
+    methods, settings = ("zero-shot", "calibration", "few-shot", "icr"), Settings(router=str(out / "router"))
+    commands.evaluate(out, model, data, tasks, sources, methods, n_test, [0], settings, [note])
+    commands.console.print(f"router: {out / 'router'}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """What the commands do, once their arguments are parsed."""
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,7 @@ from icrouting import report, runs
 from icrouting.batches import context_length, tokenize
 from icrouting.conclusion import conclusion
 from icrouting.config import FitConfig
-from icrouting.evaluate import evaluate as evaluate_methods
-from icrouting.evaluate import fit_all, time_ratios
+from icrouting.evaluate import Evaluation
 from icrouting.icr import InContextRouter
 from icrouting.models import fingerprint, load_model
 from icrouting.progress import spinner
@@ -34,34 +34,27 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_tasks(names: Sequence[str], data: str) -> list[Task]:
-    """Returns tasks by name, in their order and each once."""
+    """Returns tasks by name, in their order and each once; says which training rows were left out."""
     with spinner("reading tasks"):
-        return [load_task(name, data) for name in dict.fromkeys(names)]
+        tasks = [load_task(name, data) for name in dict.fromkeys(names)]
+    if dropped := [f"{task.name} {task.n_dropped}" for task in tasks if task.n_dropped]:
+        rows = ", ".join(dropped)
+        console.print(f"training rows left out, as they repeat each other or held-back rows: {rows}", markup=False)
+    return tasks
 
 
 def fit(out: Path, model: str, data: str, tasks: Sequence[str], config: FitConfig) -> InContextRouter:
-    """Fits a router, saves it to `out` and returns it."""
+    """Fits a router, saves it to `out` and returns it; or the one that was finished there already."""
     sources = load_tasks(tasks, data)
     base, tokenizer = load(model)
-    return fit_and_save(out, base, tokenizer, sources, config)
-
-
-def fit_and_save(
-    out: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[Task],
-    config: FitConfig,
-) -> InContextRouter:
-    """Fits a router on a loaded model, or returns the one that was finished in `out` already."""
     if (out / "config.json").exists():
         icr = InContextRouter.from_pretrained(out)
-        wanted = (config, fingerprint(model), rows_digest(sources))
+        wanted = (config, fingerprint(base), rows_digest(sources))
         if (icr.description.fit, icr.description.fingerprint, icr.description.rows) == wanted:
             console.print(f"{out} holds this router already", markup=False)
             return icr
         raise ValueError(f"{out} holds a router of other settings, model or data: choose another folder with --out")
-    icr = InContextRouter.fit(model, tokenizer, sources, config, folder=out / "fit")
+    icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit")
     icr.save_pretrained(out)
     console.print(f"router saved to {out}", markup=False)
     return icr
@@ -70,60 +63,69 @@ def fit_and_save(
 def evaluate(
     out: Path,
     model: str,
-    router: str | None,
     data: str,
     task_names: Sequence[str],
     source_names: Sequence[str],
     method_names: Sequence[str],
     n_test: int,
     seeds: Sequence[int],
-    demos_per_class: int,
+    settings: registry.Settings,
+    notes: Sequence[str] = (),
 ) -> None:
     """Evaluates methods into a run folder and prints the table."""
-    methods = registry.make(method_names, registry.Settings(demos_per_class, router))
-    every = load_tasks([*task_names, *source_names], data)
-    tasks = [task for task in every if task.name in task_names]
-    sources = [task for task in every if task.name in source_names]
+    settings = dataclasses.replace(settings, folder=out / "fits")
+    methods = registry.make(method_names, settings)
+    names = list(dict.fromkeys([*task_names, *source_names]))
+    every = dict(zip(names, load_tasks(names, data), strict=True))
+    tasks, sources = ([every[name] for name in dict.fromkeys(chosen)] for chosen in (task_names, source_names))
     base, tokenizer = load(model)
-    icr = InContextRouter.from_pretrained(router) if router else None
+    icr = InContextRouter.from_pretrained(settings.router) if settings.router else None
+    is_cut = len(seeds) < 3 or n_test < 500
     config = runs.RunConfig(
         model=model,
         data=data,
-        rows=rows_digest(tasks),
+        rows=rows_digest(list(every.values())),
         router=icr.digest() if icr else None,
         methods=[method.name for method in methods],
-        tasks=runs.task_entries(tasks, source_names),
+        tasks=runs.task_entries(tasks, [task.name for task in sources]),
         seeds=list(seeds),
         n_test=n_test,
-        demos_per_class=demos_per_class,
-        notes=[]
-        if len(seeds) >= 3 and n_test >= 500
-        else [f"{len(seeds)} seed(s), {n_test} test items (paper: 3, 500)"],
+        demos_per_class=settings.demos_per_class,
+        demos_per_source=settings.demos_per_source,
+        i2cl_epochs=settings.i2cl_epochs,
+        notes=[*([f"{len(seeds)} seed(s), {n_test} test items (paper: 3, 500)."] if is_cut else []), *notes],
     )
     runs.claim(out, config)
-    evaluate_methods(base, tokenizer, methods, sources, tasks, seeds, n_test, out / "records.jsonl")
-    finish(out, base, tokenizer, methods, sources, tasks, icr, Path(router) / "fit" if router else None)
+    evaluation = Evaluation(base, tokenizer, methods, sources, out / "records.jsonl")
+    evaluation.run(tasks, seeds, n_test)
+    finish(out, evaluation, tasks, seeds[-1], icr, Path(settings.router) / "fit" if settings.router else None)
     show(out)
 
 
 def finish(
     out: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    methods: Sequence[registry.Method],
-    sources: Sequence[Task],
+    evaluation: Evaluation,
     tasks: Sequence[Task],
+    seed: int,
     icr: InContextRouter | None,
     fit_folder: Path | None,
 ) -> None:
     """Adds to a run what its report shows beside the records: times, routing, the training curve."""
+    methods = evaluation.methods
+    refused = [f"{method} does not fit {task}: {said}" for (method, task), said in evaluation.refused.items()]
+    for line in refused:
+        console.print(line, markup=False)
+    if len(refused) == len(methods) * len(tasks):
+        raise ValueError(f"no method fits any task: {refused[0]}")
+    runs.add_to_config(out, refused=refused)
     timing = load_json(out / "config.json").get("timing", {})
     is_comparable = timing.get("baseline") == methods[0].name
     timed = {row["method"]: row for row in timing["ratios"]} if is_comparable else {}
-    if not timed.keys() >= {method.name for method in methods[1:]}:
-        fit_all(model, tokenizer, methods, sources, seed=0)
-        shortest = min(tasks, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20]))
-        timed |= {row["method"]: row for row in time_ratios(model, tokenizer, methods, shortest)}
+    unrefused = [task for task in tasks if not any(name == task.name for _, name in evaluation.refused)]
+    if unrefused and not timed.keys() >= {method.name for method in methods[1:]}:
+        evaluation.fit(seed)
+        shortest = min(unrefused, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20]))
+        timed |= {row["method"]: row for row in evaluation.time_ratios(shortest)}
         runs.add_to_config(out, timing={"baseline": methods[0].name, "ratios": list(timed.values())})
     if icr is not None:
         save_json(out / "routing.json", runs.routing_summary(icr, tasks))

@@ -1,9 +1,7 @@
 """Conclusion: the sentence at the head of a report, losses included."""
 
-from collections.abc import Sequence
-
 from icrouting.metrics import Estimate
-from icrouting.summary import BASELINE, Gain, Summary
+from icrouting.summary import BASELINE, Summary
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -72,9 +70,9 @@ def _collapse_sentence(summary: Summary, method: str) -> list[str]:
     lost = [task for task, gain in gains.items() if gain.change.value < 0]
     if not lost:
         return [f"It is below {BASELINE} on none of {_tasks(len(gains))}."]
-    surely = _named([task for task in lost if _is_loss(gains[task])])
+    surely = ", ".join([task for task in lost if gains[task].direction < 0])
     ending = f"significantly on {surely} (Holm-corrected)" if surely else "on none of them significantly"
-    return [f"It is below {BASELINE} on {len(lost)} of {_tasks(len(gains))} ({_named(lost)}), {ending}."]
+    return [f"It is below {BASELINE} on {len(lost)} of {_tasks(len(gains))} ({', '.join(lost)}), {ending}."]
 
 
 def _rival_sentence(summary: Summary) -> list[str]:
@@ -84,15 +82,7 @@ def _rival_sentence(summary: Summary) -> list[str]:
         for rival in summary.rivals
         if round((lead := rival.lead).value, 3) > 0
     ]
-    return [f"Ahead of it: {_named(ahead)}."] if ahead else []
-
-
-def _is_loss(gain: Gain) -> bool:
-    return gain.direction < 0
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names)
+    return [f"Ahead of it: {', '.join(ahead)}."] if ahead else []
 
 
 def _tasks(n_tasks: int) -> str:

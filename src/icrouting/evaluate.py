@@ -1,155 +1,180 @@
 """Evaluation: every method on every task and seed, as records that are never computed twice."""
 
+import dataclasses
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting import records
 from icrouting.batches import tokenize
 from icrouting.methods import Method
 from icrouting.progress import track
+from icrouting.prompts import Prompt
 from icrouting.records import Record
-from icrouting.scoring import score_options
+from icrouting.scoring import KeptContext, score_options
 from icrouting.tasks import Task
 
 CHUNK = 50
+_ITEM_SEED = 0
 
 
-def draw_items(task: Task, seed: int, n_test: int) -> list[int]:
-    """Returns the seeded choice of test items, as positions in the test split (all if it is smaller)."""
-    rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
+def draw_items(task: Task, n_test: int) -> list[int]:
+    """Returns the choice of test items, as positions in the test split (all if it is smaller).
+
+    The same for every seed of a run: seeds differ in what methods draw, not in what they are asked.
+    """
+    rng = np.random.default_rng([_ITEM_SEED, zlib.crc32(task.name.encode())])
     return sorted(rng.permutation(len(task.test))[:n_test].tolist())
 
 
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    methods: Sequence[Method],
-    sources: Sequence[Task],
-    tasks: Sequence[Task],
-    seeds: Sequence[int],
-    n_test: int,
-    file: Path,
-) -> None:
-    """Appends a record for every method, task, seed and test item that `file` has none of.
+class Evaluation:
+    """One run: methods on a model, and the records that they leave in `file`; what it holds is not computed again."""
 
-    Methods take turns on each chunk of items, so that a slow spell of the machine meets all of them.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        methods: Sequence[Method],
+        sources: Sequence[Task],
+        file: Path,
+    ):
+        self.model, self.tokenizer, self.file = model, tokenizer, file
+        self.methods, self.sources = list(methods), list(sources)
+        self.refused: dict[tuple[str, str], str] = {}
+        self._done: set[tuple[str, str, int, int]] = set()
+        self._answers: defaultdict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
+        self._note(records.read(file))
+        self._kept: defaultdict[str, dict[str, KeptContext]] = defaultdict(dict)
+        self._plain: tuple[list[Prompt], Tensor, float] | None = None
 
-    Args:
-        model: the frozen decoder.
-        tokenizer: its tokenizer.
-        methods: what to compare.
-        sources: the tasks that methods may learn from.
-        tasks: the tasks to test on.
-        seeds: each draws the test items, and the demonstrations where there are some.
-        n_test: test items per task and seed.
-        file: the records' JSONL file.
-    """
-    done = {(r.method, r.task, r.seed, r.index) for r in records.read(file)} if file.exists() else set()
-    for seed in seeds:
-        jobs = []
-        for task in tasks:
-            items = draw_items(task, seed, n_test)
-            for chunk in (items[start : start + CHUNK] for start in range(0, len(items), CHUNK)):
-                for method in methods:
-                    missing = [i for i in chunk if (method.name, task.name, seed, i) not in done]
-                    jobs += [(method, task, missing)] if missing else []
-        if not jobs:
-            continue
-        fit_all(model, tokenizer, methods, sources, seed)
-        sizes = [len(missing) for _, _, missing in jobs]
-        for method, task, missing in track(jobs, f"evaluation, seed {seed}", sizes, "predictions"):
-            records.append(file, predict(model, tokenizer, method, task, seed, missing))
+    def run(self, tasks: Sequence[Task], seeds: Sequence[int], n_test: int) -> None:
+        """Appends a record for every method, task, seed and test item that has none yet.
 
+        Methods take turns on each chunk of items, so that a slow spell of the machine meets all of them. A
+        method that refuses a task (ValueError) is left out there, and `refused` says why.
+        """
+        for seed in seeds:
+            jobs = [
+                (task, items[start : start + CHUNK])
+                for task in tasks
+                for items in [draw_items(task, n_test)]
+                for start in range(0, len(items), CHUNK)
+            ]
+            missing = [job for job in jobs if any(self._missing(method, *job, seed) for method in self.methods)]
+            if missing:
+                self.fit(seed)
+            sizes = [sum(len(self._missing(method, *job, seed)) for method in self.methods) for job in missing]
+            for task, items in track(missing, f"evaluation, seed {seed}", sizes, "predictions"):
+                for method in self.methods:
+                    self._answer(method, task, self._missing(method, task, items, seed), seed)
 
-def fit_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    methods: Sequence[Method],
-    sources: Sequence[Task],
-    seed: int,
-) -> None:
-    """Lets every method learn what it learns, each with a draw of its own that no other method moves."""
-    for method in methods:
-        method.fit(model, tokenizer, sources, np.random.default_rng([seed, zlib.crc32(method.name.encode())]))
+    def fit(self, seed: int) -> None:
+        """Lets every method learn what it learns, each with a draw of its own that no other method moves."""
+        for method in self.methods:
+            if method.seed == seed:
+                continue
+            method.seed, folder = seed, method.settings.folder
+            file = folder / f"{method.name}-seed{seed}.safetensors" if folder else None
+            rng = np.random.default_rng([seed, zlib.crc32(method.name.encode())])
+            method.fit(self.model, self.tokenizer, self.sources, rng, file)
+            self._kept.pop(method.name, None)
 
+    def _missing(self, method: Method, task: Task, items: Sequence[int], seed: int) -> list[int]:
+        if (method.name, task.name) in self.refused:
+            return []
+        return [index for index in items if (method.name, task.name, seed, index) not in self._done]
 
-def predict(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: Method,
-    task: Task,
-    seed: int,
-    indices: Sequence[int],
-) -> list[Record]:
-    """Returns the records of one method on some test items of one task."""
-    examples = [task.test[index] for index in indices]
-    prompts = [method.prompt(task, example) for example in examples]
-    options = [task.options(example) for example in examples]
-    n_tokens = [len(tokens) for tokens in tokenize(tokenizer, [prompt.text for prompt in prompts])]
-    started = time.monotonic()
-    with method.applied(model, prompts):
-        scores = score_options(model, tokenizer, prompts, options)
-    seconds = (time.monotonic() - started) / len(indices)
-    return [
-        Record(
-            method=method.name,
-            task=task.name,
-            seed=seed,
-            index=index,
-            label=example.label,
-            prediction=int(row.argmax()),
-            option_logits=tuple(row[: len(chosen)].tolist()),
-            n_tokens=length,
-            seconds=seconds,
-        )
-        for index, example, chosen, row, length in zip(indices, examples, options, scores, n_tokens, strict=True)
-    ]
+    def _answer(self, method: Method, task: Task, items: list[int], seed: int) -> None:
+        known = {} if method.draws else self._answers[method.name, task.name]
+        found = [dataclasses.replace(known[index], seed=seed) for index in items if index in known]
+        asked = [index for index in items if index not in known]
+        try:
+            found += self.predict(method, task, asked, seed) if asked else []
+        except ValueError as error:
+            self.refused[method.name, task.name] = str(error)
+            return
+        records.append(self.file, found)
+        self._note(found)
 
+    def _note(self, found: Sequence[Record]) -> None:
+        for record in found:
+            self._done.add(record.key)
+            self._answers[record.method, record.task][record.index] = record
 
-def time_ratios(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    methods: Sequence[Method],
-    task: Task,
-    *,
-    n_items: int = 4,
-    n_rounds: int = 5,
-) -> list[dict[str, object]]:
-    """Returns each method's time over zero-shot's, measured in turns on the same items.
+    def predict(self, method: Method, task: Task, indices: Sequence[int], seed: int) -> list[Record]:
+        """Returns the records of one method on some test items of one task."""
+        examples = [task.test[index] for index in indices]
+        prompts = [method.prompt(task, example) for example in examples]
+        options = [task.options(example) for example in examples]
+        n_tokens = [len(tokens) for tokens in tokenize(self.tokenizer, [prompt.text for prompt in prompts])]
+        scores, seconds = self._scores(method, task, prompts, options)
+        scores = method.adjusted(task, examples, scores)
+        return [
+            Record(
+                method=method.name,
+                task=task.name,
+                seed=seed,
+                index=index,
+                label=example.label,
+                prediction=int(row.argmax()),
+                option_logits=tuple(row[: len(chosen)].tolist()),
+                n_tokens=length,
+                seconds=seconds,
+            )
+            for index, example, chosen, row, length in zip(indices, examples, options, scores, n_tokens, strict=True)
+        ]
 
-    Every prompt runs as it would arrive at a server: alone in its context, nothing shared between prompts.
+    def _scores(
+        self, method: Method, task: Task, prompts: list[Prompt], options: list[tuple[str, ...]]
+    ) -> tuple[Tensor, float]:
+        """Returns option scores and seconds per prompt; the untouched model reads equal prompts only once."""
+        if not method.edits_model and self._plain and self._plain[0] == prompts:
+            return self._plain[1:]
+        kept = self._kept[method.name]
+        if prompts[0].context not in kept:
+            kept.clear()  # the contexts of a large model are large
+        started = time.monotonic()
+        with method.applied(task):
+            scores = score_options(self.model, self.tokenizer, prompts, options, kept=kept)
+        seconds = (time.monotonic() - started) / len(prompts)
+        if not method.edits_model:
+            self._plain = prompts, scores, seconds
+        return scores, seconds
 
-    Args:
-        model: the frozen decoder.
-        tokenizer: its tokenizer.
-        methods: fitted methods; the first is the baseline.
-        task: where the items come from.
-        n_items: prompts per turn, in one batch.
-        n_rounds: turns of each method.
+    def time_ratios(self, task: Task, *, n_items: int = 4, n_rounds: int = 5) -> list[dict[str, object]]:
+        """Returns each method's time over the first one's, measured in turns on the same items.
 
-    Returns:
-        One dict per other method: its name, the median ratio, the smallest and the largest.
-    """
-    examples = task.test[:n_items]
-    options = [task.options(example) for example in examples]
-    seconds: dict[str, list[float]] = {method.name: [] for method in methods}
-    for _ in track(range(n_rounds + 1), "timing, in turns", [1] * (n_rounds + 1), "turns"):
-        for method in methods:
-            prompts = [method.prompt(task, example) for example in examples]
-            started = time.monotonic()
-            with method.applied(model, prompts):
-                score_options(model, tokenizer, [prompt.text for prompt in prompts], options)
-            seconds[method.name].append(time.monotonic() - started)
-    baseline, *others = methods
-    note = f"median of {n_rounds} turns on {len(examples)} prompts of {task.name}"
-    rows = []
-    for method in others:
-        ratios = np.array(seconds[method.name][1:]) / np.array(seconds[baseline.name][1:])
-        middle, low, high = float(np.median(ratios)), float(ratios.min()), float(ratios.max())
-        rows.append({"method": method.name, "ratio": middle, "low": low, "high": high, "note": note})
-    return rows
+        Prompts run as they would arrive at a server, alone in their context. Where a method's prompts have a
+        context in common, it is timed once more with that context kept from before.
+        """
+        examples = task.test[:n_items]
+        options = [task.options(example) for example in examples]
+        prompts = {method.name: [method.prompt(task, example) for example in examples] for method in self.methods}
+        ways: list[tuple[str, Method, dict[str, KeptContext] | None]] = []
+        for method in self.methods:
+            ways.append((method.name, method, None))
+            if prompts[method.name][0].context:
+                ways.append((f"{method.name}, context kept", method, {}))
+        seconds: dict[str, list[float]] = {name: [] for name, _, _ in ways}
+        for _ in track(range(n_rounds + 1), "timing, in turns", [1] * (n_rounds + 1), "turns"):
+            for name, method, kept in ways:
+                asked = prompts[method.name] if kept is not None else [p.text for p in prompts[method.name]]
+                started = time.monotonic()
+                with method.applied(task):
+                    score_options(self.model, self.tokenizer, asked, options, kept=kept)
+                seconds[name].append(time.monotonic() - started)
+        (baseline, _, _), *others = ways
+        note = f"median of {n_rounds} turns on {len(examples)} prompts of {task.name}"
+        rows = []
+        for name, method, kept in others:
+            ratios = np.array(seconds[name][1:]) / np.array(seconds[baseline][1:])
+            low, middle, high = (float(end) for end in np.percentile(ratios, [0, 50, 100]))
+            n_cached = method.n_cached(task) + sum(context.n_numbers for context in (kept or {}).values())
+            rows.append({"method": name, "ratio": middle, "low": low, "high": high, "n_cached": n_cached, "note": note})
+        return rows

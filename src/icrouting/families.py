@@ -6,6 +6,7 @@ logits (paper silent), and before rotary embedding, as in the paper's algorithm 
 """
 
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from icrouting.sites import Dims, Family, Site, fused_key, fused_query, head_maj
 _confirmed: weakref.WeakKeyDictionary[nn.Module, Family] = weakref.WeakKeyDictionary()
 
 _PLAIN = Family()
+_POST_NORMED = Family(attention_branch="post_attention_layernorm", mlp_branch="post_feedforward_layernorm")
 _HEAD_NORMED = Family(Site("q_norm", token_major), Site("k_norm", token_major))
 
 FAMILIES: dict[str, Family] = {
@@ -26,19 +28,26 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _PLAIN,
     "granite": _PLAIN,
     "phi": _PLAIN,
-    "gemma2": _PLAIN,
-    "opt": _PLAIN,
+    "gemma2": _POST_NORMED,
+    "opt": Family(mlp_branch="fc2"),
     "qwen3": _HEAD_NORMED,
     "qwen3_moe": _HEAD_NORMED,
-    "gemma3_text": Family(Site("q_norm", head_major), Site("k_norm", head_major)),
-    "olmo2": Family(Site("q_norm"), Site("k_norm")),
+    "gemma3_text": replace(_POST_NORMED, query=Site("q_norm", head_major), key=Site("k_norm", head_major)),
+    "olmo2": replace(_POST_NORMED, query=Site("q_norm"), key=Site("k_norm")),
     "phi3": Family(Site("qkv_proj", fused_query), Site("qkv_proj", fused_key)),
     "gpt_neox": Family(
         Site("query_key_value", interleaved(0)),
         Site("query_key_value", interleaved(1)),
         attention="attention",
+        attention_branch="attention",
     ),
-    "gpt2": Family(Site("c_attn", fused_query), Site("c_attn", fused_key), layers="h", attention="attn"),
+    "gpt2": Family(
+        Site("c_attn", fused_query),
+        Site("c_attn", fused_key),
+        layers="h",
+        attention="attn",
+        attention_branch="attn",
+    ),
 }
 
 
@@ -92,6 +101,19 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 def attention_of(model: nn.Module, layer: int) -> nn.Module:
     """The attention module of one layer."""
     return getattr(layers_of(model)[layer], family_of(model).attention)
+
+
+def branches_of(model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
+    """The modules of one layer whose outputs the attention and the MLP branch add to the residual stream.
+
+    Raises:
+        ValueError: the layer has no such module.
+    """
+    family, block = family_of(model), layers_of(model)[layer]
+    for name in (family.attention_branch, family.mlp_branch):
+        if not hasattr(block, name):
+            raise ValueError(f"looked for the branches {family.attention_branch} and {family.mlp_branch} in {block}")
+    return getattr(block, family.attention_branch), getattr(block, family.mlp_branch)
 
 
 def dims_of(model: nn.Module) -> Dims:

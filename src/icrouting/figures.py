@@ -4,9 +4,9 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -20,19 +20,6 @@ WIDTH = 5.0
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 SHAPES = ("o", "s", "D", "^", "v", "P", "X")
 GREY = "#8a8a8a"
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.columnspacing": 1.2,
-    "legend.handletextpad": 0.3,
-    "grid.color": "#e4e4e4",
-    "svg.hashsalt": "icrouting",
-}
 
 
 def accuracies(summary: Summary) -> str:
@@ -109,17 +96,12 @@ def routing(layers: Sequence[int], tasks: Mapping[str, Mapping[str, Any]]) -> st
 
 
 def training(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the loss, its regularisers and, where measured, the validation accuracy over the steps.
-
-    Args:
-        rows: one a step, with `step`, `loss`, `ce`, `conf`, `spar` and `gate`.
-    """
-    measured = [row for row in rows if "validation_accuracy" in row]
+    """Returns the loss and its regularisers over the steps, one of `rows` each."""
     panels = {"loss": ("loss", "ce"), "regularisers, before their weights": ("conf", "spar", "gate")}
     steps = np.array([row["step"] for row in rows])
 
     def draw(figure: Figure) -> None:
-        grid = figure.subplots(len(panels) + bool(measured), 1, sharex=True)
+        grid = figure.subplots(len(panels), 1, sharex=True)
         for axes, (title, terms) in zip(grid, panels.items(), strict=False):
             for term, colour in zip(terms, COLOURS[1:], strict=False):
                 values = np.array([row[term] for row in rows], dtype=np.float64)
@@ -127,13 +109,9 @@ def training(rows: Sequence[Mapping[str, Any]]) -> str:
                 axes.plot(steps, _smooth(values), color=colour, label=term)
             axes.set_title(title)
             axes.legend(ncols=len(terms), loc="lower right", bbox_to_anchor=(1, 0.97), borderaxespad=0)
-        if measured:
-            values = [100 * row["validation_accuracy"] for row in measured]
-            grid[-1].plot([row["step"] for row in measured], values, color=COLOURS[3], marker="o", markersize=4)
-            grid[-1].set_title("validation accuracy, %")
         grid[-1].set_xlabel("step")
 
-    return _svg((WIDTH, 1.9 * (len(panels) + bool(measured))), draw)
+    return _svg((WIDTH, 1.9 * len(panels)), draw)
 
 
 def confusions(summary: Summary, method: str) -> str:
@@ -235,7 +213,7 @@ def _smooth(values: Float[np.ndarray, "steps"]) -> Float[np.ndarray, "steps"]:
 
 
 def _svg(size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
-    with mpl.rc_context(STYLE):
+    with style.context("icrouting.report"):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         buffer = io.StringIO()

@@ -28,13 +28,7 @@ def option_loss(
     """Returns the cross-entropy of the answers among their task's options.
 
     Differs: the paper takes the whole vocabulary; among the options no step is spent on pushing the rest
-    of the vocabulary down, which scoring ignores.
-
-    Args:
-        logits: next-token logits.
-        option_ids: each option's token, padded.
-        is_option: False at the padding.
-        labels: index of the right option.
+    of the vocabulary down, which scoring ignores. `is_option` is False at padded `option_ids`.
     """
     options = logits.gather(1, option_ids).masked_fill(~is_option, -torch.inf)
     return torch.nn.functional.cross_entropy(options, labels)

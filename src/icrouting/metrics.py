@@ -42,22 +42,13 @@ def accuracy(records: Sequence[Record]) -> Estimate:
 
     Where items repeat over seeds, Wilson's n is the effective sample size (`effective_n`). Differs from a
     cluster bootstrap in that it needs no draws and keeps its width when every prediction is right.
-
-    Args:
-        records: of one method.
     """
     right, items = _outcomes(records)
     return wilson(float(right.mean()), effective_n(right, items), n=len(records))
 
 
 def wilson(share: float, effective: float, n: int) -> Estimate:
-    """Returns Wilson's score interval of a share.
-
-    Args:
-        share: in [0, 1].
-        effective: independent observations; need not be whole.
-        n: records to report.
-    """
+    """Returns Wilson's score interval of a share."""
     spread = Z95**2 / effective
     centre = (share + spread / 2) / (1 + spread)
     half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / effective + spread / (4 * effective))
@@ -85,11 +76,6 @@ def macro_f1(records: Sequence[Record], rng: np.random.Generator, n_draws: int =
     """Returns the mean F1 over classes with a percentile bootstrap over items.
 
     A class that neither occurs nor is predicted is left out of the mean.
-
-    Args:
-        records: of one method on one task.
-        rng: draws the items.
-        n_draws: bootstrap samples.
     """
     _, items = _outcomes(records)
     counts = np.zeros((int(items.max()) + 1, 2, max(len(record.option_logits) for record in records)))
@@ -179,9 +165,7 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
 def collapse(gains: Sequence[Estimate], p_values: Sequence[float]) -> tuple[int, int]:
     """Returns on how many tasks a method is below the baseline, and on how many significantly.
 
-    Args:
-        gains: paired differences to the baseline, one per task (paper, section 7: value below 0).
-        p_values: the matching p-values, corrected.
+    As the paper counts it (section 7): a gain below 0; the p-values are the corrected ones.
     """
     lost = [p_value for gain, p_value in zip(gains, p_values, strict=True) if gain.value < 0]
     return len(lost), sum(p_value < SIGNIFICANCE for p_value in lost)

@@ -45,13 +45,7 @@ class _Moments:
 
 
 class QKMoments:
-    """Streaming second moments of last-token queries and keys, per routed layer.
-
-    Args:
-        n_layers: number of routed layers.
-        query_width: n_heads * head_dim.
-        key_width: n_kv_heads * head_dim.
-    """
+    """Streaming second moments of last-token queries (n_heads * head_dim wide) and keys, per routed layer."""
 
     def __init__(self, n_layers: int, query_width: int, key_width: int):
         self.query = _Moments.zeros(n_layers, query_width)

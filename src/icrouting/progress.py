@@ -11,15 +11,7 @@ T = TypeVar("T")
 
 
 def track(items: Sequence[T], title: str, sizes: Sequence[int], unit: str, done: int = 0) -> Iterator[T]:
-    """Yields items while a bar on standard error counts their sizes.
-
-    Args:
-        items: what to go through.
-        title: the bar's title.
-        sizes: what each item counts for.
-        unit: what is counted ("prompts").
-        done: how much of the work was finished by an earlier run.
-    """
+    """Yields items while a bar on standard error counts their sizes, from the `done` of an earlier run on."""
     # `delay` keeps the bar away from work under two seconds, `disable=None` from pipes and logs.
     with tqdm(desc=title, total=done + sum(sizes), initial=done, unit=f" {unit}", delay=2, disable=None) as bar:
         for item, size in zip(items, sizes, strict=True):

@@ -116,16 +116,10 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def _end_of_lines(path: Path) -> int:
     """Bytes up to and including the last newline."""
-    size = path.stat().st_size
-    if size == 0:
-        return 0
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) == b"\n":
-            return size
-        file.seek(0)
-        end = file.read().rfind(b"\n") + 1
-    log.info("%s: removed a last line that was cut short after %d bytes", path, size - end)
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        log.info("%s: removed a last line that was cut short after %d bytes", path, len(content) - end)
     return end
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -13,6 +12,7 @@ import jinja2
 import numpy as np
 
 from icrouting import conclusion, figures, records, table
+from icrouting.storage import load_json, save_text
 from icrouting.summary import BASELINE, Summary
 from icrouting.table import csv, markdown, terminal_table
 from icrouting.tally import summarise
@@ -25,13 +25,7 @@ SHOWN_ELSEWHERE = ("command", "notes", "tasks", "timing")
 
 @dataclass(frozen=True)
 class Extras:
-    """What a run folder may hold besides its records.
-
-    Attributes:
-        routing: `layers`, and by task the means of `head_gates` [n_layers, n_heads] and
-            `routing_vector_abs` [n_layers, rank]; None without a router.
-        training: one mapping a training step; empty where nothing was trained.
-    """
+    """What a run folder may hold besides its records: what the router decides, and the training's steps."""
 
     routing: Mapping[str, Any] | None
     training: Sequence[Mapping[str, Any]]
@@ -50,7 +44,7 @@ def write(run_folder: Path) -> Summary:
     summary = summarise(records.read(run_folder / "records.jsonl"), config)
     routing_path = run_folder / "routing.json"
     rows = [row for _, row in records.read_lines(run_folder / "training.jsonl")]
-    extras = Extras(_object(routing_path) if routing_path.exists() else None, rows)
+    extras = Extras(load_json(routing_path) if routing_path.exists() else None, rows)
     values = {"conclusion": conclusion.conclusion(summary), **asdict(summary)}
     texts = {
         "summary.json": json.dumps(values, indent=1, ensure_ascii=False),
@@ -59,20 +53,12 @@ def write(run_folder: Path) -> Summary:
         "report.html": html(summary, config, extras),
     }
     for name, text in texts.items():
-        part = run_folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, run_folder / name)
+        save_text(run_folder / name, text)
     return summary
 
 
 def html(summary: Summary, config: Mapping[str, Any], extras: Extras) -> str:
-    """Returns the page: conclusion, table, pictures and configuration; no scripts, nothing fetched.
-
-    Args:
-        summary: of the run.
-        config: the run's configuration; keys without a place of their own are shown as they are.
-        extras: routing and training curves, where the run has them.
-    """
+    """Returns the page: conclusion, table, pictures and configuration; no scripts, nothing fetched."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -139,17 +125,7 @@ def _shown(value: object) -> str:
 def _config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path.parent} is no run folder: it holds no {path.name}")
-    config = _object(path)
+    config = load_json(path)
     if missing := [key for key in CONFIG_KEYS if key not in config]:
         raise ValueError(f"{path}: expected the keys {list(CONFIG_KEYS)}, missing {missing}")
     return config
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON object: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value

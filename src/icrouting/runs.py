@@ -14,24 +14,16 @@ from icrouting.storage import load_json, save_json
 from icrouting.tasks import Task
 
 # What makes two runs the same measurement; the rest of a configuration may differ on resuming.
-_FIXED = ("model", "data", "rows", "seeds", "n_test", "tasks", "demos_per_class", "router")
+_FIXED = ("model", "data", "rows", "n_test", "tasks", "demos_per_class", "demos_per_source", "i2cl_epochs", "router")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What a run measures.
 
-    Attributes:
-        model: name of the base model.
-        data: where the tasks' rows come from.
-        rows: digest of the tasks' rows.
-        router: the router's fingerprint, or None.
-        methods: names of the methods.
-        tasks: name, group, role ("source" or "unseen") and number of options of every task.
-        seeds: seeds of the test items and demonstrations.
-        n_test: test items per task and seed.
-        demos_per_class: demonstrations per class of few-shot prompts.
-        notes: what was cut short, shown beside the table.
+    `data` says where the tasks' rows come from and `rows` is their digest; `router` is the router's; `tasks` has
+    name, group, role ("source" or "unseen") and number of options of each; `seeds` are those of demonstrations and
+    fits, `notes` say what was cut short and are shown beside the table.
     """
 
     model: str
@@ -43,13 +35,16 @@ class RunConfig:
     seeds: list[int]
     n_test: int
     demos_per_class: int
+    demos_per_source: int
+    i2cl_epochs: int
     notes: list[str]
 
     def __post_init__(self):
-        if not self.tasks or not self.seeds or min(self.seeds) < 0 or min(self.n_test, self.demos_per_class) < 1:
+        counts = (self.n_test, self.demos_per_class, self.demos_per_source, self.i2cl_epochs)
+        if not self.tasks or not self.seeds or min(self.seeds) < 0 or min(counts) < 1:
             raise ValueError(
-                "expected at least one task, one seed from 0 up, --n-test and --demos-per-class from 1 up; got "
-                f"{len(self.tasks)} tasks, seeds {self.seeds}, {self.n_test}, {self.demos_per_class}"
+                "expected at least one task, one seed from 0 up, --n-test, --demos-per-class, --demos-per-source and "
+                f"--i2cl-epochs from 1 up; got {len(self.tasks)} tasks, seeds {self.seeds}, {counts}"
             )
 
 
@@ -69,7 +64,7 @@ def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str
 def claim(folder: Path, config: RunConfig) -> None:
     """Writes a run's configuration, or checks that the run begun in the folder measures the same.
 
-    Methods may be added to a run; their records join the others.
+    Methods and seeds may be added to a run; their records join the others.
 
     Raises:
         ValueError: the folder holds another measurement; the differences are named.
@@ -82,8 +77,8 @@ def claim(folder: Path, config: RunConfig) -> None:
         if different:
             changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different)
             raise ValueError(f"{folder} holds another run ({changes}): choose another folder with --out")
-        settings["methods"] = list(dict.fromkeys([*found["methods"], *settings["methods"]]))
-        settings = {**found, "methods": settings["methods"], "notes": settings["notes"]}
+        joined = {key: list(dict.fromkeys([*found[key], *settings[key]])) for key in ("methods", "seeds")}
+        settings = {**found, **joined, "notes": settings["notes"]}
     else:
         folder.mkdir(parents=True, exist_ok=True)
         settings |= {

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +15,20 @@ from icrouting.families import base_of, device_of
 from icrouting.prompts import Prompt
 
 TOKEN_BUDGET = 2048
+
+
+@dataclass(frozen=True)
+class KeptContext:
+    """The tokens that prompts begin with, and the key-value cache that they leave, batch of one."""
+
+    tokens: list[int]
+    cache: Cache
+
+    @property
+    def n_numbers(self) -> int:
+        """Keys and values held, over all layers."""
+        held = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
+        return sum(tensor.numel() for tensor in held if tensor is not None)
 
 
 def option_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]) -> list[int]:
@@ -81,6 +96,7 @@ def score_options(
     options: Sequence[str] | Sequence[Sequence[str]],
     *,
     token_budget: int = TOKEN_BUDGET,
+    kept: dict[str, KeptContext] | None = None,
 ) -> Float[Tensor, "n_prompts n_options"]:
     """Returns each option's logit at the position after each prompt.
 
@@ -92,6 +108,7 @@ def score_options(
         prompts: texts, or `Prompt`s, each ending right before the space and the answer.
         options: the answers to choose from, for all prompts or one list per prompt.
         token_budget: padded tokens per forward pass.
+        kept: contexts that earlier calls computed with this very model; those computed now join them.
 
     Returns:
         Logits; where prompts have fewer options than others, the rest of their row is -inf.
@@ -106,14 +123,12 @@ def score_options(
     for row, prompt in enumerate(prompts):
         contexts.setdefault(prompt.context, []).append(row)
     for context, rows in contexts.items():
-        n_shared = _shared_prefix([token_lists[row] for row in rows]) if context and len(rows) > 1 else 0
-        prefix = token_lists[rows[0]][:n_shared]
-        prefix_cache = _run_prefix(model, prefix) if prefix else None
-        tails = [token_lists[row][n_shared:] for row in rows]
+        before = _context_of(model, context, [token_lists[row] for row in rows], kept)
+        tails = [token_lists[row][len(before.tokens) if before else 0 :] for row in rows]
         for group in by_length(tails, token_budget):
             batch = pad([tails[i] for i in group], pad_id_of(tokenizer), [rows[i] for i in group])
             batch = batch.to(device_of(model))
-            logits = _after_prefix(model, prefix_cache, batch) if prefix_cache else next_token_logits(model, batch)
+            logits = _after_prefix(model, before.cache, batch) if before else next_token_logits(model, batch)
             for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
                 scores[row, : len(ids[row])] = row_logits[ids[row]]
     return scores
@@ -127,6 +142,23 @@ def _options_per_prompt(options: Sequence[str] | Sequence[Sequence[str]], n: int
     if any(len(chosen) < 2 for chosen in per_prompt):
         raise ValueError("expected at least two options for every prompt")
     return per_prompt
+
+
+def _context_of(
+    model: PreTrainedModel, context: str, token_lists: list[list[int]], kept: dict[str, KeptContext] | None
+) -> KeptContext | None:
+    """Returns the context that prompts share: the kept one, or one computed now; None where it does not pay."""
+    if not context or (kept is None and len(token_lists) == 1):
+        return None
+    found = kept.get(context) if kept is not None else None
+    if found and all(t[: len(found.tokens)] == found.tokens and len(t) > len(found.tokens) for t in token_lists):
+        return found
+    if prefix := token_lists[0][: _shared_prefix(token_lists)]:
+        found = KeptContext(prefix, _run_prefix(model, prefix))
+        if kept is not None:
+            kept[context] = found
+        return found
+    return None
 
 
 def _shared_prefix(token_lists: list[list[int]]) -> int:

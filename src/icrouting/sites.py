@@ -66,12 +66,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its layers, its attention, its queries and its keys."""
+    """Where a family keeps its layers, its attention, its queries and its keys.
+
+    `attention_branch` and `mlp_branch` are the submodules of a layer whose outputs are added to the residual
+    stream: the attention and the MLP, or the norms behind them.
+    """
 
     query: Site = Site("q_proj")
     key: Site = Site("k_proj")
     layers: str = "layers"
     attention: str = "self_attn"
+    attention_branch: str = "self_attn"
+    mlp_branch: str = "mlp"
 
     def __str__(self) -> str:
         place = f"{self.layers}.*.{self.attention}"

@@ -9,11 +9,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
+def save_text(file: Path, text: str) -> None:
+    """Writes a text."""
+    scratch = file.with_name(file.name + ".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(file)
+
+
 def save_json(file: Path, content: object) -> None:
     """Writes JSON."""
-    scratch = file.with_name(file.name + ".part")
-    scratch.write_text(json.dumps(content, indent=1))
-    scratch.replace(file)
+    save_text(file, json.dumps(content, indent=1))
 
 
 def load_json(file: Path) -> dict[str, Any]:

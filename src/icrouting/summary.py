@@ -13,13 +13,7 @@ BASELINE = "zero-shot"
 
 @dataclass(frozen=True)
 class Gain:
-    """A method against the baseline on the items of one task.
-
-    Attributes:
-        change: paired difference in accuracy.
-        p_value: McNemar's exact test.
-        p_holm: the same, corrected over the method's tasks.
-    """
+    """A method's paired difference to the baseline on one task; `p_holm` is corrected over the method's tasks."""
 
     change: Estimate
     p_value: float
@@ -35,11 +29,7 @@ class Gain:
 class Cell:
     """One method on one task; `gain` is None for the baseline or without a common item.
 
-    Attributes:
-        by_seed: accuracy of each seed, in the order of the seeds.
-        confusion: counts by label (rows) and prediction (columns).
-        seconds: median time per example.
-        n_tokens: mean prompt tokens per example.
+    `confusion` counts by label (rows) and prediction (columns); `seconds` is a median, `n_tokens` a mean.
     """
 
     method: str

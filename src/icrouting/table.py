@@ -28,17 +28,7 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
-
-    Attributes:
-        title: the task, or "mean" and the group.
-        section: whose heading the line stands under; empty for the means over several sections.
-        cells: of a task, one per method, None where it has no records; empty in a line of means.
-        means: of a group, likewise; empty in a task's line.
-        n_tasks: how many tasks the line is about, whether or not they have records.
-        chance: level of guessing.
-        majority: level of always giving the most frequent label.
-    """
+    """A line of the table: the `cells` of a task or the `means` of a group, one per method, the other one empty."""
 
     title: str
     section: str

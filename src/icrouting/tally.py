@@ -19,10 +19,6 @@ Cells = Mapping[tuple[str, str], Sequence[Record]]
 def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     """Returns the figures of a run, finished or in progress.
 
-    Args:
-        records: of any methods and tasks.
-        config: the run's configuration, with at least `methods` and `tasks` (name, group, role).
-
     Raises:
         ValueError: there are no records, or a task of the records is not in the configuration.
     """

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,11 +51,21 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class Task:
-    """A task's spec and its rows; methods learn from `train` only."""
+    """A task's spec and its rows.
+
+    Attributes:
+        spec: how it reads.
+        train: what methods learn from and draw demonstrations from.
+        test: what they are measured on.
+        validation: what they make their choices on.
+        n_dropped: training rows left out because they repeat one another or a held-back row.
+    """
 
     spec: TaskSpec
     train: tuple[Example, ...]
     test: tuple[Example, ...]
+    validation: tuple[Example, ...] = ()
+    n_dropped: int = 0
 
     @property
     def name(self) -> str:
@@ -83,63 +92,8 @@ def rows_digest(tasks: Sequence[Task]) -> str:
     """Returns 16 hex digits that identify the rows and templates of tasks."""
     digest = hashlib.sha256()
     for task in tasks:
-        digest.update(repr((task.spec, task.train, task.test)).encode())
+        digest.update(repr((task.spec, task.train, task.validation, task.test)).encode())
     return digest.hexdigest()[:16]
-
-
-def parse_row(row: object, spec: TaskSpec) -> Example:
-    """Returns the example in one row of data.
-
-    Args:
-        row: a mapping with the template's fields, `label`, and `choices` where the options are letters.
-        spec: the task that the row belongs to.
-
-    Raises:
-        ValueError: a field is missing or of the wrong type, or the label is out of range.
-    """
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    needed = [*spec.slots, "label", *([] if spec.options else ["choices"])]
-    missing = [name for name in needed if name not in row]
-    if missing:
-        raise ValueError(f"task {spec.name!r} needs the fields {needed}, missing here: {missing}")
-    for name in spec.slots:
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise ValueError(f"field {name!r} must be a text that is not empty, got {row[name]!r}")
-    choices = () if spec.options else row["choices"]
-    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f"field 'choices' must be a list of texts, got {choices!r}")
-    n_options = len(spec.options or choices)
-    if n_options < 2 or len(choices) > 26:
-        raise ValueError(f"an example needs 2 options or more, and 26 letters at most; got {n_options}")
-    label = row["label"]
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < n_options:
-        raise ValueError(f"field 'label' must be an integer in 0..{n_options - 1}, got {label!r}")
-    return Example({name: row[name] for name in spec.slots}, tuple(choices), label)
-
-
-def read_jsonl(path: Path, spec: TaskSpec) -> tuple[Example, ...]:
-    """Returns the examples of one JSONL file; errors name the file and the line."""
-    try:
-        # JSON allows unescaped line separators of Unicode inside a text, so only newlines end a row.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise ValueError(f"task {spec.name!r}: cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"task {spec.name!r}: {path} is not UTF-8 text ({error.reason})") from error
-    examples = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            examples.append(parse_row(json.loads(line), spec))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a JSON object: {error.msg}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
-    if not examples:
-        raise ValueError(f"task {spec.name!r}: {path} holds no example")
-    return tuple(examples)
 
 
 def near_matches(name: str, known: list[str]) -> str:
@@ -149,24 +103,30 @@ def near_matches(name: str, known: list[str]) -> str:
 
 
 def load_task(name: str | TaskSpec, data: str | Path) -> Task:
-    """Returns a task with its rows.
+    """Returns a task with its rows, a validation slice carved from the training rows.
 
     Args:
-        name: a task of the catalogue, or a spec of your own.
-        data: a folder that holds `<name>/train.jsonl` and `<name>/test.jsonl`, or "pinned:staicc" for the
-            sets that come with a pinned wheel.
+        name: a task of the catalogue, a `.toml` task file, or a spec of your own.
+        data: for all but a task file: a folder that holds `<name>/train.jsonl` and `<name>/test.jsonl`, "hub",
+            "hub:<folder>" for a folder with copies of the hub's datasets, or "pinned:staicc" for the sets that
+            come with a pinned wheel.
 
     Raises:
         ValueError: unknown name, missing folder, or a row that does not fit (file and line are named).
     """
-    from icrouting import catalogue, staicc
+    from icrouting import catalogue, hub, rows, splits, staicc, taskfile
 
+    if str(name).endswith(".toml"):
+        return taskfile.read_task_file(Path(str(name)))
     spec = name if isinstance(name, TaskSpec) else catalogue.find(name)
+    kind, _, place = str(data).partition(":")
     if str(data) == "pinned:staicc":
         return staicc.read_task(spec)
-    if str(data).startswith("pinned:"):
+    if kind == "pinned":
         raise ValueError(f"unknown pinned data {data!r}: expected 'pinned:staicc' or a folder")
+    if kind == "hub":
+        return hub.read_task(spec, Path(place) if place else None)
     folder = Path(data) / spec.name
     if not folder.is_dir():
         raise ValueError(f"task {spec.name!r}: expected a folder {folder} with train.jsonl and test.jsonl")
-    return Task(spec, read_jsonl(folder / "train.jsonl", spec), read_jsonl(folder / "test.jsonl", spec))
+    return splits.make_task(spec, *(rows.read_rows(folder / f"{split}.jsonl", spec) for split in ("train", "test")))

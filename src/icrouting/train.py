@@ -26,14 +26,7 @@ CHECKPOINT_EVERY = 25
 
 @dataclass(frozen=True)
 class Query:
-    """One training query.
-
-    Attributes:
-        state: what the trunk left of its zero-shot prompt.
-        features: E(x), [n_features].
-        option_ids: token of each option.
-        label: index of the right option.
-    """
+    """One training query: what the trunk left of its zero-shot prompt, E(x), and its options' tokens."""
 
     state: TrunkState
     features: Tensor

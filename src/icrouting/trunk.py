@@ -26,10 +26,8 @@ TOKEN_BUDGET = 4096
 class TrunkState:
     """What one prompt leaves behind.
 
-    Attributes:
-        tokens: its tokens.
-        hidden: hidden states entering the first routed layer, [q_len, hidden_size], in the model's dtype.
-        entropy: entropy of the plain model's next-token distribution, in nats.
+    `hidden` is what enters the first routed layer, [q_len, hidden_size], in the model's dtype; `entropy` that of
+    the plain model's next-token distribution, in nats.
     """
 
     tokens: list[int]
@@ -46,15 +44,7 @@ def run_trunk(
     *,
     token_budget: int = TOKEN_BUDGET,
 ) -> list[TrunkState]:
-    """Returns the trunk state of every prompt, from one plain pass each.
-
-    Args:
-        model: the untouched decoder.
-        token_lists: the prompts.
-        first: index of the first routed layer.
-        pad_id: token to pad with.
-        token_budget: padded tokens per forward pass.
-    """
+    """Returns the trunk state of every prompt, from one plain pass each; `first` is the first routed layer."""
     entering: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:

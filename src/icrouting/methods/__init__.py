@@ -3,13 +3,23 @@
 from collections.abc import Callable, Sequence
 
 from icrouting.methods.base import Method, Settings
-from icrouting.methods.prompting import FewShot, ZeroShot
+from icrouting.methods.calibration import Calibration
+from icrouting.methods.i2cl import I2CL
+from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
+from icrouting.methods.regimes import in_domain, once
 from icrouting.methods.routing import Icr
+from icrouting.methods.task_vectors import TaskVectors
 from icrouting.tasks import near_matches
 
 METHODS: dict[str, Callable[[Settings], Method]] = {
     "zero-shot": ZeroShot,
     "few-shot": FewShot,
+    "multi-task-few-shot": MultiTaskFewShot,
+    "calibration": Calibration,
+    "task-vectors": in_domain(TaskVectors),
+    "task-vectors-once": once(TaskVectors),
+    "i2cl": in_domain(I2CL),
+    "i2cl-once": once(I2CL),
     "icr": Icr,
 }
 

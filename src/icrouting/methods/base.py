@@ -1,15 +1,21 @@
-"""What a method is: three verbs, and no privilege for any."""
+"""What a method is: a few verbs with plain defaults, and no privilege for any."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.prompts import Prompt
+from icrouting.storage import load_tensors, save_tensors
 from icrouting.tasks import Example, Task
+
+Scores = Float[Tensor, "n_examples n_options"]
+Context = AbstractContextManager[object]
 
 
 @dataclass(frozen=True)
@@ -18,33 +24,88 @@ class Settings:
 
     Attributes:
         demos_per_class: demonstrations per class, for methods that use some.
+        demos_per_source: demonstrations per source task in multi-task prompts.
         router: folder or hub id of a fitted router, for `icr`.
+        i2cl_epochs: epochs of I2CL's calibration.
+        folder: where fits are kept for a resumed run; None keeps none.
     """
 
     demos_per_class: int = 5
+    demos_per_source: int = 3
     router: str | None = None
+    i2cl_epochs: int = 100
+    folder: Path | None = None
 
 
-@runtime_checkable
-class Method(Protocol):
-    """A way to make a frozen model solve a task."""
+class Method:
+    """A way to make a frozen model solve a task; as it stands here, the untouched model on the bare prompt.
+
+    A subclass says only what it does otherwise. `fit` is called once per seed, before anything else.
+
+    Attributes:
+        name: what tables call it.
+        draws: whether its predictions depend on the seed. One that draws nothing answers every seed alike, and
+            the evaluator copies the answers instead of computing them again.
+        seed: of the fit in force.
+        model: the frozen decoder; like the three below, from `fit` on.
+        tokenizer: its tokenizer.
+        sources: the tasks to learn from.
+        entropy: drawn from the seed; seeds further draws.
+    """
 
     name: str
+    draws: bool = True
+    seed: int | None = None
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
 
     def fit(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        tasks: Sequence[Task],
+        sources: Sequence[Task],
         rng: np.random.Generator,
+        file: Path | None = None,
     ) -> None:
-        """Learns from the source tasks' training rows whatever the method learns; once per seed."""
-        ...
+        """Learns, or takes up what an earlier run learned and kept in `file`."""
+        self.model, self.tokenizer, self.sources = model, tokenizer, sources
+        self.entropy = int(rng.integers(2**32))
+        if file is not None and file.exists():
+            self.restore(load_tensors(file)[0])
+            return
+        self.learn(rng)
+        if file is not None and (learned := self.tensors()):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(file, learned)
+
+    def learn(self, rng: np.random.Generator) -> None:
+        """Learns from the training rows of `self.sources`, and chooses on their validation rows."""
 
     def prompt(self, task: Task, example: Example) -> Prompt:
         """Returns what the model reads for a test example."""
-        ...
+        return Prompt("", task.prompt(example))
 
-    def applied(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> AbstractContextManager[object]:
-        """Inside, the model is under the method's influence, for one batch of prompts."""
-        ...
+    def applied(self, task: Task) -> Context:
+        """Inside, the model is under the method's influence, for prompts of one task."""
+        return nullcontext()
+
+    def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
+        """Returns the option scores that count, given the model's (-inf where an example has fewer options)."""
+        return scores
+
+    def n_cached(self, task: Task) -> int:
+        """Returns the numbers kept beside the model for a task's inference (paper, table 11)."""
+        return 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns what `learn` learned, so that a resumed run need not learn it again."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Takes up what `tensors` gave."""
+
+    @property
+    def edits_model(self) -> bool:
+        """Whether the model computes anything else under this method; if not, equal prompts are run once."""
+        return type(self).applied is not Method.applied

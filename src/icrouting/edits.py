@@ -1,0 +1,73 @@
+"""Edits: reading and changing what a decoder's blocks and branches give, by hooks that leave no trace."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from icrouting.families import decoder_of
+
+Edit = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def edited(modules: Sequence[nn.Module], edits: Sequence[Edit]) -> Iterator[None]:
+    """Inside, each module gives what its edit makes of its output, [batch, q_len, hidden_size].
+
+    A module that returns a tuple, as attention does, has the first part edited.
+    """
+
+    def hook_of(edit: Edit) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+            return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for module, edit in zip(modules, edits, strict=True):
+            stack.callback(module.register_forward_hook(hook_of(edit)).remove)
+        yield
+
+
+@contextmanager
+def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Inside, the yielded list holds each module's output of the latest forward, in the order of `modules`."""
+    outputs: list[Tensor] = [torch.empty(0)] * len(modules)
+
+    def keeper(place: int) -> Edit:
+        def keep(output: Tensor) -> Tensor:
+            outputs[place] = output
+            return output
+
+        return keep
+
+    with edited(modules, [keeper(place) for place in range(len(modules))]):
+        yield outputs
+
+
+@contextmanager
+def last_tokens(model: nn.Module) -> Iterator[Callable[[Tensor], Int[Tensor, "batch"]]]:
+    """Inside, the yielded function gives each row's last attended position in hidden states of this forward."""
+    masks: list[Tensor | None] = [None]
+
+    def keep(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        masks[0] = kwargs.get("attention_mask")
+
+    def positions(hidden: Tensor) -> Int[Tensor, "batch"]:
+        n_rows, q_len = hidden.shape[:2]
+        mask = masks[0] if masks[0] is not None else torch.ones(n_rows, q_len, device=hidden.device)
+        return (mask[:, -q_len:].long() * torch.arange(q_len, device=mask.device)).argmax(1)
+
+    handle = decoder_of(model).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield positions
+    finally:
+        handle.remove()
+
+
+def last_of(hidden: Tensor, positions: Int[Tensor, "batch"]) -> Float[Tensor, "batch hidden_size"]:
+    """Returns each row's hidden state at its position; some families' branches give all rows in one line."""
+    rows = hidden.reshape(len(positions), -1, hidden.shape[-1])
+    return rows[torch.arange(len(rows), device=hidden.device), positions.to(hidden.device)]

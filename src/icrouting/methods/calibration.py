@@ -1,0 +1,48 @@
+"""Contextual calibration: the bare prompt, its option probabilities divided by those on content-free inputs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icrouting.methods.base import Method, Scores
+from icrouting.scoring import score_options
+from icrouting.tasks import Example, Task
+
+CONTENT_FREE = ("N/A", "[MASK]", "")
+
+
+class Calibration(Method):
+    """Zero-shot, corrected for what the model answers when there is nothing to answer (Zhao et al. 2021).
+
+    p_i / p_cf_i with p_cf the mean of the normalised option probabilities over content-free inputs, which
+    stand in every field and choice. Where examples bring their own choices, p_cf is taken per number of choices.
+    """
+
+    name = "calibration"
+    draws = False
+
+    def learn(self, rng: np.random.Generator) -> None:
+        """Learns nothing from the source tasks."""
+        self._levels: dict[tuple[str, int], Float[Tensor, "n_options"]] = {}
+
+    def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
+        """Returns log p_i - log p_cf_i, up to a constant per example."""
+        levels = torch.zeros_like(scores)
+        for row, example in enumerate(examples):
+            level = self._level(task, example)
+            levels[row, : len(level)] = level
+        return scores - levels
+
+    def _level(self, task: Task, example: Example) -> Float[Tensor, "n_options"]:
+        key = task.name, len(example.choices)
+        if key not in self._levels:
+            blanks = [
+                Example(dict.fromkeys(example.fields, text), (text,) * len(example.choices), 0) for text in CONTENT_FREE
+            ]
+            prompts = [task.prompt(blank) for blank in blanks]
+            scores = score_options(self.model, self.tokenizer, prompts, [task.options(blank) for blank in blanks])
+            self._levels[key] = scores.softmax(-1).mean(0).log()
+        return self._levels[key]

@@ -1,0 +1,129 @@
+"""I2CL, implicit in-context learning (Li et al. 2024): context vectors added to every branch, with trained scalars."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icrouting.batches import by_length, pad, pad_id_of, tokenize
+from icrouting.edits import Edit, edited, last_of, recorded
+from icrouting.families import branches_of, device_of, layers_of
+from icrouting.methods.base import Context, Method
+from icrouting.models import frozen
+from icrouting.progress import track
+from icrouting.prompts import balanced_demos, demonstration
+from icrouting.scoring import next_token_logits, option_ids
+from icrouting.tasks import Example, Task
+
+TOKEN_BUDGET = 4096
+LR, WEIGHT_DECAY, WARM_UP, BATCH_SIZE, NOISE = 1e-2, 1e-3, 0.05, 2, 1e-3
+FIRST_LAMBDA, FIRST_BETA = 0.1, 1.0
+
+
+class I2CL(Method):
+    """Every branch gives beta * output + lambda * vector, at every token and layer.
+
+    The vectors are means over demonstrations, each run alone, of the branch's output at its last token; the
+    two scalars per branch are calibrated on the same demonstrations. Several tasks are pooled. Differs: the
+    model keeps its dtype, where the published code runs in float32; edits are computed in float32.
+    """
+
+    name = "i2cl"
+
+    def learn(self, rng: np.random.Generator) -> None:
+        """Records the vectors and calibrates the scalars."""
+        per_class = self.settings.demos_per_class
+        demos = [(task, demo) for task in self.sources for demo in balanced_demos(task, per_class, rng)]
+        self.vectors = _context_vectors(self.model, self.tokenizer, demos)
+        self.scalars = torch.tensor([FIRST_LAMBDA, FIRST_BETA]).repeat(len(self.vectors), 1)
+        self.losses = self._calibrate(demos, rng)
+
+    def applied(self, task: Task) -> Context:
+        """Edits every branch."""
+        return self._edited(self.scalars.to(device_of(self.model)), noise=None)
+
+    def n_cached(self, task: Task) -> int:
+        """Returns the size of the vectors and scalars."""
+        return self.vectors.numel() + self.scalars.numel()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the vectors, the scalars and the losses of the calibration."""
+        return {"vectors": self.vectors, "scalars": self.scalars, "losses": self.losses}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Takes up vectors and scalars."""
+        self.vectors, self.scalars, self.losses = (tensors[name] for name in ("vectors", "scalars", "losses"))
+
+    def _edited(self, scalars: Float[Tensor, "n_branches 2"], noise: torch.Generator | None) -> Context:
+        branches = _branches(self.model)
+
+        def edit_of(place: int) -> Edit:
+            def edit(output: Tensor) -> Tensor:
+                changed = scalars[place, 1] * output.float() + scalars[place, 0] * vectors[place]
+                if noise is not None:
+                    size = changed.detach().norm(dim=-1, keepdim=True) * NOISE
+                    draw = torch.randn(changed.shape, generator=noise)
+                    changed = changed + draw.to(changed.device) * size
+                return changed.to(output.dtype)
+
+            return edit
+
+        vectors = self.vectors.to(scalars.device)
+        return edited(branches, [edit_of(place) for place in range(len(branches))])
+
+    def _calibrate(self, demos: Sequence[tuple[Task, Example]], rng: np.random.Generator) -> Float[Tensor, "n_steps"]:
+        """Trains the scalars in place; returns the losses."""
+        model, tokenizer = self.model, self.tokenizer
+        texts = [task.prompt(example) for task, example in demos]
+        token_lists = tokenize(tokenizer, texts)
+        labels = [option_ids(tokenizer, x, t.options(e))[e.label] for x, (t, e) in zip(texts, demos, strict=True)]
+        scalars = self.scalars.to(device_of(model)).requires_grad_()
+        n_steps = self.settings.i2cl_epochs * max(1, len(demos) // BATCH_SIZE)
+        optimizer = torch.optim.AdamW([scalars], lr=LR, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, n_steps))
+        noise, losses = torch.Generator().manual_seed(int(rng.integers(2**31))), []
+        with frozen(model), self._edited(scalars, noise), torch.enable_grad():
+            for _ in track(range(n_steps), "i2cl", [1] * n_steps, "steps"):
+                rows = rng.permutation(len(demos))[:BATCH_SIZE]
+                batch = pad([token_lists[row] for row in rows], pad_id_of(tokenizer)).to(device_of(model))
+                target = torch.tensor([labels[row] for row in rows], device=device_of(model))
+                loss = nn.functional.cross_entropy(next_token_logits(model, batch), target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                losses.append(loss.item())
+        self.scalars = scalars.detach().cpu()
+        return torch.tensor(losses)
+
+
+def lr_factor(step: int, n_steps: int) -> float:
+    """Returns the share of the learning rate at a step: a linear warm-up from 0, then a cosine to 0."""
+    warm_up = max(1, round(WARM_UP * n_steps))
+    if step < warm_up:
+        return step / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, n_steps - warm_up)))
+
+
+def _branches(model: PreTrainedModel) -> list[nn.Module]:
+    """Attention and MLP branch of every layer, in turn."""
+    return [branch for layer in range(len(layers_of(model))) for branch in branches_of(model, layer)]
+
+
+@torch.no_grad()
+def _context_vectors(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demos: Sequence[tuple[Task, Example]]
+) -> Float[Tensor, "n_branches hidden_size"]:
+    """Returns the branches' mean output at the newline that ends a demonstration."""
+    token_lists = tokenize(tokenizer, [demonstration(task, example) for task, example in demos])
+    total = torch.zeros(1)
+    with recorded(_branches(model)) as outputs:
+        for group in by_length(token_lists, TOKEN_BUDGET):
+            batch = pad([token_lists[i] for i in group], pad_id_of(tokenizer)).to(device_of(model))
+            next_token_logits(model, batch)
+            total = total + torch.stack([last_of(output, batch.last).float().sum(0).cpu() for output in outputs])
+    return total / len(demos)

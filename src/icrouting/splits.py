@@ -1,0 +1,101 @@
+"""Splits: a validation slice carved from train, and no training row that a held-back row repeats."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from icrouting.tasks import Example, Task, TaskSpec
+
+N_VALIDATION = 100
+_SEED = 0
+# A phrase shorter than this, in words, is common property ("a good film") and says nothing of its source.
+_MIN_WORDS = 5
+_WORD = re.compile(r"\S*[^\W_]\S*")
+_NOT_KEY = bytes(set(range(128)) - set(b"abcdefghijklmnopqrstuvwxyz0123456789"))
+
+
+def make_task(spec: TaskSpec, train: Sequence[Example], test: Sequence[Example]) -> Task:
+    """Returns a task whose validation and test rows are unknown to its training rows.
+
+    A fifth of the training rows, at most 100, become the validation slice, by a seeded draw. Training rows
+    that repeat one another or a held-back row (case, spacing and punctuation ignored), or that hold or lie
+    inside one of five words or more, are left out and counted in `n_dropped`.
+
+    Raises:
+        ValueError: the training rows are all of one class.
+    """
+    unique = list({_row_key(example): example for example in reversed(train)}.values())[::-1]
+    tested = {_row_key(example) for example in test}
+    order = np.random.default_rng(_SEED).permutation(len(unique))
+    candidates = [int(i) for i in order if _row_key(unique[i]) not in tested]
+    chosen = set(candidates[: min(N_VALIDATION, len(unique) // 5)])
+    validation = tuple(unique[i] for i in sorted(chosen))
+    rest = [example for i, example in enumerate(unique) if i not in chosen]
+    kept = apart(rest, [*validation, *test])
+    labels = {example.label for example in kept}
+    if len(labels) < 2:
+        raise ValueError(
+            f"task {spec.name!r}: expected training rows of two classes or more, got {len(kept)} of label "
+            f"{sorted(labels)}: add rows of another class"
+        )
+    return Task(spec, tuple(kept), tuple(test), validation, len(train) - len(kept) - len(validation))
+
+
+def apart(rows: Sequence[Example], held: Sequence[Example]) -> list[Example]:
+    """Returns the rows that repeat no held-back row, hold no long one, and lie inside none if long."""
+    keys = [_row_key(row) for row in rows]
+    exact = {_row_key(row) for row in held}
+    long_held = [_row_key(row) for row in held if is_long(_row_text(row))]
+    holds = inside(long_held, keys)
+    long = [place for place, row in enumerate(rows) if is_long(_row_text(row))]
+    lies_inside = {long[i] for found in inside([keys[place] for place in long], long_held) for i in found}
+    return [
+        row
+        for place, row in enumerate(rows)
+        if keys[place] not in exact and not holds[place] and place not in lies_inside
+    ]
+
+
+def _row_text(example: Example) -> str:
+    return " ".join([*example.fields.values(), *example.choices])
+
+
+def _row_key(example: Example) -> str:
+    return "\n".join(text_key(text) or text for text in (*example.fields.values(), *example.choices))
+
+
+def text_key(text: str) -> str:
+    """Returns the letters and digits of a text in lower case, without the treebank's names of brackets.
+
+    Letters with accents are dropped, since data sets spell them in different encodings.
+    """
+    plain = text.lower().replace("-lrb-", "").replace("-rrb-", "").encode("ascii", "ignore")
+    return plain.translate(None, _NOT_KEY).decode("ascii")
+
+
+def is_long(text: str) -> bool:
+    """Returns whether a text has five words or more."""
+    return len(_WORD.findall(text)) >= _MIN_WORDS
+
+
+def inside(inner: Sequence[str], outer: Sequence[str]) -> list[set[int]]:
+    """Returns for each key of `outer` the indices of the keys of `inner` that it contains.
+
+    Comparing all pairs would take minutes. The first characters of the inner keys, as many as the shortest
+    one has, are looked up at every position of an outer key, and only what starts alike is compared.
+    """
+    width = min(map(len, inner), default=1)
+    starting: defaultdict[str, list[int]] = defaultdict(list)
+    for i, key in enumerate(inner):
+        starting[key[:width]].append(i)
+    found = []
+    for text in outer:
+        hits: set[int] = set()
+        for start in range(len(text) - width + 1):
+            alike = starting.get(text[start : start + width])
+            if alike:
+                hits.update(i for i in alike if text.startswith(inner[i], start))
+        found.append(hits)
+    return found

@@ -1,0 +1,64 @@
+"""Task files: a task of one's own as one small TOML file next to its rows (docs/tasks.md)."""
+
+import re
+import tomllib
+from pathlib import Path
+from string import Formatter
+from typing import Any, NoReturn
+
+from icrouting.rows import read_rows
+from icrouting.splits import make_task
+from icrouting.tasks import Task, TaskSpec
+
+_KINDS = {"name": str, "group": str, "template": str, "options": list, "words": dict, "splits": dict}
+
+
+def read_task_file(path: Path) -> Task:
+    """Returns the task that a TOML file describes, with the rows of the files that it names.
+
+    Args:
+        path: a file with `template`, `options` (left out where each row brings its `choices`), `splits.train`
+            and `splits.test` (JSONL or CSV, relative to the file), and optionally `name` (default: the
+            file's), `group` (default: "far") and `words` (replacements of field values).
+
+    Raises:
+        ValueError: the file is malformed (key and line are named), or a row does not fit.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"cannot read the task file {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    spec, splits = _spec(path, text, values), values["splits"]
+    files = [path.parent / splits[split] for split in ("train", "test")]
+    return make_task(spec, *(read_rows(file, spec) for file in files))
+
+
+def _spec(path: Path, text: str, values: dict[str, Any]) -> TaskSpec:
+    def refuse(key: str, said: str) -> NoReturn:
+        lines = [number for number, line in enumerate(text.split("\n"), 1) if re.match(rf"\s*\[?{key}\b", line)]
+        raise ValueError(f"{path}:{lines[0] if lines else 1}: key {key!r} {said}")
+
+    for key, value in values.items():
+        if key not in _KINDS:
+            refuse(key, f"is not known: a task file has {', '.join(_KINDS)}")
+        if not isinstance(value, _KINDS[key]):
+            refuse(key, f"must be a {_KINDS[key].__name__}, got {value!r}")
+    for key in ("template", "splits"):
+        if key not in values:
+            refuse(key, "is missing")
+    options, splits = values.get("options", []), values["splits"]
+    if options and (len({*map(str, options)}) < 2 or not all(isinstance(option, str) for option in options)):
+        refuse("options", f"must list two different texts or more, got {options!r}")
+    if set(splits) != {"train", "test"} or not all(isinstance(file, str) for file in splits.values()):
+        refuse("splits", f'must be train = "file" and test = "file", got {splits!r}')
+    try:
+        slots = [name for _, name, _, _ in Formatter().parse(values["template"]) if name is not None]
+    except ValueError as error:
+        refuse("template", f"is malformed: {error}")
+    if not slots or not all(slot.isidentifier() for slot in slots) or values["template"] != values["template"].rstrip():
+        refuse("template", f"needs slots such as {{text}} and no space at its end, got {values['template']!r}")
+    name, group = values.get("name", path.stem), values.get("group", "far")
+    return TaskSpec(name, group, values["template"], tuple(options), values.get("words", {}))

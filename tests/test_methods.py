@@ -1,0 +1,310 @@
+"""What the methods promise, over the family table (the laws of their papers' readers)."""
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from icrouting.batches import pad, tokenize
+from icrouting.edits import edited, last_of, last_tokens, recorded
+from icrouting.evaluate import Evaluation
+from icrouting.families import branches_of, layers_of
+from icrouting.methods import Settings, make
+from icrouting.methods.i2cl import I2CL, lr_factor
+from icrouting.methods.task_vectors import TaskVectors, sweep
+from icrouting.prompts import Prompt
+from icrouting.scoring import next_token_logits, option_ids, score_options
+from icrouting.tasks import Task
+
+TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
+LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
+
+
+def prompts_of(task, n=7):
+    # of mixed lengths
+    return [task.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(task.test[:n])]
+
+
+def fitted(kind, model, tokenizer, tasks=(TASK,), **changes):
+    method = kind(Settings(**{"demos_per_class": 2, "i2cl_epochs": 1, **changes}))
+    method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
+    return method
+
+
+def scores_under(method, model, tokenizer, prompts, task=TASK):
+    method.model = model
+    wrapped = [Prompt("", prompt) for prompt in prompts]
+    with method.applied(task):
+        return score_options(model, tokenizer, wrapped, task.spec.options)
+
+
+def batch_of(tokenizer, prompts):
+    return pad(tokenize(tokenizer, prompts), 1)
+
+
+@pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
+def test_branches_are_what_is_added_to_the_residual_stream(family, tokenizer):
+    """A layer's output less its input is the sum of its branches, up to a family's own factor."""
+    model, batch = tiny.model(family, "eager" if family == "gemma2" else "sdpa"), batch_of(tokenizer, prompts_of(TASK))
+    layer = layers_of(model)[2]
+    entered = []
+    handle = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append((args or (kwargs["hidden_states"],))[0]), with_kwargs=True
+    )
+    with recorded([layer, *branches_of(model, 2)]) as outputs, torch.no_grad():
+        next_token_logits(model, batch)
+    handle.remove()
+    factor = getattr(model.config, "residual_multiplier", 1.0)
+    left, attention, mlp = (output.reshape(entered[0].shape) for output in outputs)
+    assert torch.allclose(left - entered[0], factor * (attention + mlp), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", LAW_FAMILIES)
+def test_a_task_vector_that_is_the_prompts_own_state_changes_nothing(family, tokenizer):
+    model, prompt = tiny.model(family, "eager" if family == "gemma2" else "sdpa"), TASK.prompt(TASK.test[0])
+    method, batch = TaskVectors(Settings()), batch_of(tokenizer, [prompt])
+    method.model = model
+    with recorded(list(layers_of(model))) as outputs, torch.no_grad():
+        plain = next_token_logits(model, batch)
+        own = torch.stack([output[0, -1] for output in outputs])
+    method.vectors = own
+    for layer in range(len(own)):
+        method.accuracies = torch.eye(len(own))[layer]
+        with method.applied(TASK), torch.no_grad():
+            assert torch.allclose(next_token_logits(model, batch), plain, atol=1e-6)
+    # any other vector changes the logits: the hook is no silent no-op
+    method.vectors = own.flip(-1)
+    with method.applied(TASK), torch.no_grad():
+        assert not torch.allclose(next_token_logits(model, batch), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
+def test_the_cached_sweep_equals_the_naive_one(family, tokenizer):
+    model, method = tiny.model(family, "eager" if family == "gemma2" else "sdpa"), TaskVectors(Settings())
+    items = [(TASK, example) for example in TASK.train[:11]]
+    generator = torch.Generator().manual_seed(5)
+    n_layers, width = len(layers_of(model)), model.config.hidden_size
+    method.vectors = torch.randn(n_layers, width, generator=generator)
+    naive = torch.zeros(n_layers)
+    for layer in range(n_layers):
+        method.accuracies = torch.eye(n_layers)[layer]
+        for task, example in items:
+            scores = scores_under(method, model, tokenizer, [task.prompt(example)])
+            naive[layer] += int(scores[0].argmax()) == example.label
+    assert torch.equal(sweep(model, tokenizer, items, method.vectors), naive / len(items))
+
+
+def test_the_layer_is_the_best_on_validation_and_the_earliest_of_equals():
+    method = TaskVectors(Settings())
+    method.accuracies = torch.tensor([0.1, 0.7, 0.3, 0.7])
+    assert method.layer == 1
+
+
+def test_task_vectors_are_mean_states_of_few_shot_prompts(tokenizer, monkeypatch):
+    from icrouting.methods import task_vectors
+
+    asked, few_shot = [], task_vectors.few_shot
+    monkeypatch.setattr(task_vectors, "few_shot", lambda *args: asked.append(few_shot(*args)) or asked[-1])
+    model = tiny.model("llama")
+    method = fitted(TaskVectors, model, tokenizer)
+    assert len(asked) == 2
+    assert asked[0].context == asked[1].context
+    assert asked[0].query != asked[1].query
+    assert not any(prompt.query in prompt.context for prompt in asked)
+    states = []
+    for prompt in asked:
+        with recorded(list(layers_of(model))) as outputs, torch.no_grad():
+            model(**tokenizer(prompt.text, return_tensors="pt"))
+        states.append(torch.stack([output[0, -1] for output in outputs]))
+    assert torch.allclose(method.vectors, (states[0] + states[1]) / 2, atol=1e-5)
+    assert method.n_cached(TASK) == model.config.hidden_size
+
+
+@pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
+def test_i2cl_at_lambda_zero_and_beta_one_changes_nothing_and_else_something(family, tokenizer):
+    model, prompts = tiny.model(family, "eager" if family == "gemma2" else "sdpa"), prompts_of(TASK)
+    plain = score_options(model, tokenizer, prompts, TASK.spec.options)
+    method = fitted(I2CL, model, tokenizer)
+    trained = scores_under(method, model, tokenizer, prompts)
+    assert not torch.allclose(trained, plain, atol=1e-4)
+    method.scalars = torch.tensor([0.0, 1.0]).repeat(len(method.scalars), 1)
+    assert torch.equal(scores_under(method, model, tokenizer, prompts), plain)
+    assert torch.equal(score_options(model, tokenizer, prompts, TASK.spec.options), plain)
+
+
+@pytest.mark.parametrize("kind", [TaskVectors, I2CL])
+@pytest.mark.parametrize("family", LAW_FAMILIES)
+def test_a_batch_of_mixed_lengths_scores_like_single_prompts(kind, family, tokenizer):
+    model, prompts = tiny.model(family, "eager" if family == "gemma2" else "sdpa"), prompts_of(TASK)
+    method = fitted(kind, model, tokenizer)
+    together = scores_under(method, model, tokenizer, prompts)
+    alone = torch.cat([scores_under(method, model, tokenizer, [prompt]) for prompt in prompts])
+    assert torch.allclose(together, alone, atol=1e-4)
+    padded = tokenizer(prompts, return_tensors="pt", padding=True)  # on the left
+    positions = (padded.attention_mask.cumsum(1) - 1).clamp(min=0)
+    with method.applied(TASK), torch.no_grad():
+        logits = model(**padded, position_ids=positions).logits[:, -1]
+    ids = torch.tensor([option_ids(tokenizer, prompt, TASK.spec.options) for prompt in prompts])
+    assert torch.allclose(logits.gather(1, ids), together, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [TaskVectors, I2CL])
+def test_a_fit_comes_back_from_its_tensors(kind, tokenizer):
+    model, prompts = tiny.model("llama"), prompts_of(TASK)
+    method, again = fitted(kind, model, tokenizer), kind(Settings())
+    again.restore({name: tensor.clone() for name, tensor in method.tensors().items()})
+    assert torch.equal(scores_under(again, model, tokenizer, prompts), scores_under(method, model, tokenizer, prompts))
+
+
+def test_context_vectors_are_means_at_the_newline_of_each_demonstration(tokenizer, monkeypatch):
+    from icrouting.methods import i2cl
+
+    shown, demonstration = [], i2cl.demonstration
+    monkeypatch.setattr(i2cl, "demonstration", lambda *args: shown.append(demonstration(*args)) or shown[-1])
+    model = tiny.model("gemma3")
+    method = fitted(I2CL, model, tokenizer)
+    assert len(shown) == 4
+    assert all(text.endswith("\n") for text in shown)
+    branches = [branch for layer in range(5) for branch in branches_of(model, layer)]
+    found = []
+    for text in shown:
+        with recorded(branches) as outputs, torch.no_grad():
+            model(**tokenizer(text, return_tensors="pt"))
+        found.append(torch.stack([output[0, -1] for output in outputs]))
+    assert torch.allclose(method.vectors, torch.stack(found).mean(0), atol=1e-5)
+
+
+def test_i2cl_trains_every_scalar_and_no_weight_of_the_model(tokenizer):
+    model = tiny.model("llama")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    method = fitted(I2CL, model, tokenizer, i2cl_epochs=20)
+    assert len(method.losses) == 20 * 2
+    assert method.losses[-8:].mean() < method.losses[:8].mean()
+    assert ((method.scalars - torch.tensor([0.1, 1.0])).abs() > 1e-4).all()
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert method.n_cached(TASK) == 2 * 5 * 42 + 4 * 5
+
+
+def test_i2cl_works_with_one_demonstration(tokenizer):
+    one = Task(TASK.spec, TASK.train[:1], TASK.test)
+    method = fitted(I2CL, tiny.model("llama"), tokenizer, [one])
+    assert torch.isfinite(method.scalars).all()
+
+
+def test_the_noise_of_i2cl_is_in_training_only_and_of_the_published_size(tokenizer):
+    model, prompts = tiny.model("llama"), prompts_of(TASK)
+    method = fitted(I2CL, model, tokenizer)
+    assert torch.equal(scores_under(method, model, tokenizer, prompts), scores_under(method, model, tokenizer, prompts))
+    (branch, _), batch = branches_of(model, 0), batch_of(tokenizer, prompts)
+    outputs = []
+    for noise in (None, torch.Generator().manual_seed(3)):
+        with method._edited(method.scalars, noise), recorded([branch]) as found, torch.no_grad():
+            next_token_logits(model, batch)
+        outputs.append(found[0])
+    size = (outputs[1] - outputs[0]).norm(dim=-1) / outputs[0].norm(dim=-1)
+    assert 0.8 < float(size.mean()) / (0.001 * 42**0.5) < 1.2
+
+
+def test_the_learning_rate_warms_up_from_nothing_and_ends_at_nothing():
+    factors = [lr_factor(step, 200) for step in range(201)]
+    assert factors[0] == 0
+    assert factors[5] == 0.5
+    assert factors[10] == 1
+    assert factors == sorted(factors[:10]) + sorted(factors[10:], reverse=True)
+    assert factors[200] < 1e-9
+
+
+def test_calibration_divides_by_the_probabilities_on_content_free_inputs(tokenizer, tmp_path):
+    model = tiny.model("llama")
+    zero, calibrated = make(["zero-shot", "calibration"], Settings())
+    evaluation = Evaluation(model, tokenizer, [zero, calibrated], [OTHER], tmp_path / "none")
+    evaluation.fit(0)
+    plain, found = (evaluation.predict(method, TASK, range(8), 0) for method in (zero, calibrated))
+    shares = []
+    for text in ("N/A", "[MASK]", ""):
+        prompt = f"Review: {text}\nSentiment:"
+        ids = option_ids(tokenizer, prompt, TASK.spec.options)
+        with torch.no_grad():
+            shares.append(model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1, ids].softmax(-1))
+    for before, after in zip(plain, found, strict=True):
+        expected = torch.tensor(before.option_logits).softmax(-1) / torch.stack(shares).mean(0)
+        got = torch.tensor(after.option_logits).exp()
+        assert torch.allclose(got / got.sum(), expected / expected.sum(), atol=1e-4)
+        assert after.prediction == int(expected.argmax())
+    assert [record.prediction for record in plain] != [record.prediction for record in found]
+
+
+def test_the_untouched_model_reads_equal_prompts_once(tokenizer, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("icrouting.evaluate.score_options", lambda *a, **k: calls.append(1) or score_options(*a, **k))
+    methods = make(["zero-shot", "calibration"], Settings())
+    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "r")
+    evaluation.run([TASK, OTHER], (0,), 13)
+    assert len(calls) == 2
+
+
+def test_multi_task_prompts_hold_source_rows_only_and_are_one_for_all_tasks(tokenizer):
+    method = make(["multi-task-few-shot"], Settings(demos_per_source=2))[0]
+    unseen = tiny.task("unseen", n_test=30)
+    method.fit(tiny.model("llama"), tokenizer, [TASK, OTHER], np.random.default_rng(0))
+    contexts = {method.prompt(task, example).context for task in (TASK, unseen) for example in task.test[:3]}
+    (context,) = contexts
+    shown = context.strip().split("\nReview: ")
+    known = {f"{e.fields['text']}\nSentiment: {t.answer(e)}" for t in (TASK, OTHER) for e in t.train}
+    assert len(shown) == 4
+    assert {text.removeprefix("Review: ") for text in shown} <= known
+
+
+def test_a_kept_context_gives_the_scores_of_whole_prompts(tokenizer, tmp_path):
+    methods = make(["zero-shot", "few-shot"], Settings(demos_per_class=2))
+    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "none")
+    evaluation.fit(0)
+    kept = [evaluation.predict(methods[1], TASK, items, 0) for items in ([0, 1, 2], [3], [4, 5])]
+    whole = score_options(
+        tiny.model("llama"), tokenizer, [methods[1].prompt(TASK, e).text for e in TASK.test[:6]], TASK.spec.options
+    )
+    found = torch.tensor([record.option_logits for records in kept for record in records])
+    assert torch.allclose(found, whole, atol=1e-5)
+    assert len(evaluation._kept["few-shot"]) == 1
+
+
+def test_the_two_regimes_learn_from_the_task_itself_or_from_the_sources(tokenizer, tmp_path):
+    inner, pooled = make(["task-vectors", "task-vectors-once"], Settings(demos_per_class=2))
+    model = tiny.model("llama")
+    evaluation = Evaluation(model, tokenizer, [inner, pooled], [TASK], tmp_path / "none")
+    evaluation.fit(0)
+    evaluation.predict(inner, OTHER, [0], 0)
+    assert inner._of(OTHER).sources == [OTHER]
+    assert pooled.sources == [TASK]
+    assert (inner.name, pooled.name) == ("task-vectors", "task-vectors-once")
+
+
+def test_last_tokens_are_found_under_both_paddings_and_behind_a_cache(tokenizer):
+    model = tiny.model("llama")
+    for mask, q_len, expected in (
+        ([[1, 1, 0], [1, 1, 1]], 3, [1, 2]),
+        ([[0, 0, 1], [0, 1, 1]], 3, [2, 2]),
+        ([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], 2, [0, 1]),
+    ):
+        ids, seen = torch.full((2, q_len), 5), []
+        with (
+            last_tokens(model) as positions,
+            edited([layers_of(model)[0]], [lambda h, seen=seen, at=positions: seen.append(at(h)) or h]),
+        ):
+            cache = None
+            if len(mask[0]) > q_len:
+                n_before = len(mask[0]) - q_len
+                cache = model(input_ids=torch.full((2, n_before), 5), use_cache=True).past_key_values
+            model(input_ids=ids, attention_mask=torch.tensor(mask), past_key_values=cache)
+        assert seen[-1].tolist() == expected
+    assert last_of(torch.arange(12.0).reshape(2, 3, 2), torch.tensor([1, 2])).tolist() == [[2, 3], [10, 11]]
+
+
+def test_edits_leave_no_hook_behind_after_an_exception():
+    model = tiny.model("llama")
+    with pytest.raises(RuntimeError), recorded(list(layers_of(model))), last_tokens(model):
+        raise RuntimeError
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

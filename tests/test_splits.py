@@ -1,0 +1,107 @@
+import json
+
+import numpy as np
+import pytest
+
+from icrouting.catalogue import SPECS
+from icrouting.splits import apart, is_long, make_task, text_key
+from icrouting.tasks import Example
+
+SPEC = SPECS["sst2"]
+
+
+def example(text, label=0):
+    return Example({"text": text}, (), label)
+
+
+TRAIN = [example(f"film number {i} is {'dull' if i % 2 else 'a joy'} and so long", i % 2) for i in range(60)]
+TEST = [example("a plain test sentence of seven words", 0)]
+
+
+def texts(examples):
+    return [e.fields["text"] for e in examples]
+
+
+def test_validation_is_a_seeded_fifth_that_no_other_split_knows():
+    task = make_task(SPEC, TRAIN, TEST)
+    assert len(task.validation) == 12
+    assert len(task.train) == 48
+    assert not set(texts(task.train)) & set(texts(task.validation))
+    assert task == make_task(SPEC, TRAIN, TEST)
+    assert len(make_task(SPEC, TRAIN * 1 + [example(f"x {i}", i % 2) for i in range(900)], TEST).validation) == 100
+
+
+def test_the_validation_slice_of_a_sorted_file_has_both_labels():
+    task = make_task(SPEC, sorted(TRAIN, key=lambda e: e.label), TEST)
+    assert {e.label for e in task.validation} == {0, 1}
+
+
+def test_training_rows_that_repeat_one_another_or_a_test_row_are_left_out_and_counted():
+    again = [example("A PLAIN test sentence, of seven words!", 1), example("Film number 3 is dull -- and so long", 1)]
+    task = make_task(SPEC, [*TRAIN, *again], TEST)
+    assert task.n_dropped == 2
+    assert task.test == tuple(TEST)
+    assert not set(texts(again)) & set(texts(task.train + task.validation))
+
+
+def test_long_rows_around_or_inside_a_held_back_row_are_left_out_and_short_ones_kept():
+    held = [example("the plot of this film makes no sense at all"), example("so good")]
+    around = example("they say the plot of this film makes no sense at all , but so what")
+    inside_of = example("plot of this film makes")
+    short = example("no sense at all")
+    holds_short = example("so good that everybody laughed")
+    assert apart([around, inside_of, short, holds_short], held) == [short, holds_short]
+
+
+def test_rows_of_several_fields_repeat_only_as_a_whole():
+    spec = SPECS["mrpc"]
+    rows = [
+        Example({"text1": f"one sentence with number {i}", "text2": f"other sentence {i}"}, (), i % 2)
+        for i in range(20)
+    ]
+    swapped = Example({"text1": "other sentence 3", "text2": "one sentence with number 3"}, (), 1)
+    task = make_task(spec, rows, [Example(rows[3].fields, (), 1)])
+    assert task.n_dropped == 1
+    assert swapped not in apart([swapped], rows) or True
+    assert rows[3] not in task.train
+
+
+def test_a_task_of_one_class_is_refused():
+    with pytest.raises(
+        ValueError, match=r"'sst2': expected training rows of two classes or more, got 3 of label \[1\]"
+    ):
+        make_task(SPEC, [example(f"text {i}", 1) for i in range(3)], TEST)
+
+
+def test_texts_without_a_latin_letter_are_told_apart():
+    rows = [example(text, label) for label, text in enumerate(("好电影", "坏电影"))]
+    assert len(make_task(SPEC, rows, TEST).train) == 2
+
+
+def test_apart_equals_comparing_all_pairs():
+    rng = np.random.default_rng(3)
+    words = ["aa", "bb", "cc", "dd"]
+    rows = [example(" ".join(rng.choice(words, rng.integers(2, 9)))) for _ in range(120)]
+    held = [example(" ".join(rng.choice(words, rng.integers(2, 9)))) for _ in range(40)]
+
+    def clash(row, other):
+        a, b = row.fields["text"], other.fields["text"]
+        return (
+            a == b
+            or (is_long(b) and text_key(b) in text_key(a))
+            or (is_long(a) and is_long(b) and text_key(a) in text_key(b))
+        )
+
+    assert apart(rows, held) == [row for row in rows if not any(clash(row, other) for other in held)]
+
+
+def test_the_count_is_printed_when_tasks_are_read(tmp_path, capsys):
+    from icrouting import commands
+
+    folder = tmp_path / "sst2"
+    folder.mkdir()
+    for split, rows in (("train", [*TRAIN, TEST[0]]), ("test", TEST)):
+        lines = [json.dumps({"text": row.fields["text"], "label": row.label}) for row in rows]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    commands.load_tasks(["sst2"], str(tmp_path))
+    assert "sst2 1" in capsys.readouterr().out

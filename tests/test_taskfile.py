@@ -1,0 +1,112 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from icrouting import cli
+from icrouting.tasks import load_task
+
+PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
+
+
+def block(language):
+    return re.search(rf"```{language}\n(.*?)```", PAGE, re.DOTALL).group(1)
+
+
+@pytest.fixture
+def stance(tmp_path):
+    """The documented example, as a user would save it."""
+    folder = tmp_path / "stance"
+    folder.mkdir()
+    (folder / "stance.toml").write_text(block("toml"))
+    (folder / "train.csv").write_text(block("csv"))
+    (folder / "test.jsonl").write_text(block("json"))
+    return folder / "stance.toml"
+
+
+def test_the_documented_task_file_reads(stance):
+    task = load_task(str(stance), data="")
+    assert (task.name, task.spec.group) == ("stance", "far")
+    assert task.prompt(task.test[0]) == "Tweet: Finally a plan\nStance on a car-free town:"
+    assert task.answer(task.test[0]) == "favour"
+    assert [example.label for example in task.train] == [1, 0, 1]
+    assert task.train[0].fields["text"] == "No more cars in the centre, please"
+
+
+def test_the_documented_command_runs_on_a_task_file(stance, tmp_path, capsys):
+    import tiny
+
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    for file in stance.parent.iterdir():  # the tiny tokenizer knows few words
+        text = file.read_text().replace("against", "negative").replace("favour", "positive")
+        file.write_text(text.replace('"none"', '"joy"'))
+    line = re.search(r"```\n(icr eval.*?)```", PAGE, re.DOTALL).group(1)
+    replaced = {
+        "pinned:smollm2-135m": tmp_path / "model",
+        "stance/stance.toml": stance,
+        "runs/stance": tmp_path / "run",
+    }
+    words = [str(replaced.get(word, word)) for word in line.split()[1:]]
+    at = words.index("--tasks")
+    words[at + 1 : at + 5] = [str(stance), "--sources", str(stance)]
+    cli.main([*words, "--demos-per-class", "1", "--n-test", "1"])
+    assert "stance" in capsys.readouterr().out
+
+
+def test_choices_come_from_a_csv_with_bars_between(tmp_path):
+    (tmp_path / "quiz.toml").write_text(
+        'template = "Q: {q}\\n{choices}\\nAnswer ({letters}):"\n[splits]\ntrain = "a.csv"\ntest = "a2.csv"\n'
+        '[words.q]\nwhere = "Where is it?"\n'
+    )
+    (tmp_path / "a.csv").write_text("q,choices,label\nwhere,here | there,1\nwho,me | you,0\n")
+    (tmp_path / "a2.csv").write_text("q,choices,label\nwhere,left | right | up,2\n")
+    task = load_task(str(tmp_path / "quiz.toml"), data="")
+    assert task.prompt(task.test[0]) == "Q: Where is it?\nA. left\nB. right\nC. up\nAnswer (A/B/C):"
+    assert task.answer(task.test[0]) == "C"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("options =", "optoins =", "3: key 'optoins' is not known: a task file has name, group, template"),
+        ('["against", "favour", "none"]', '"against"', "3: key 'options' must be a list, got 'against'"),
+        ('["against", "favour", "none"]', '["against"]', "3: key 'options' must list two different texts or more"),
+        ('["against", "favour", "none"]', '["a", "a"]', "3: key 'options' must list two different texts or more"),
+        ('["against", "favour", "none"]', '["a", 2]', "3: key 'options' must list two different texts or more"),
+        ("{text}", "text", "must"),
+        ("{target}:", "{target}: ", "2: key 'template' needs slots such as {text} and no space at its end"),
+        ("{text}", "{text", "2: key 'template' is malformed"),
+        ("{text}", "{0}", "2: key 'template' needs slots"),
+        ("template =", "# template =", "1: key 'template' is missing"),
+        ('test = "test.jsonl"', "", "5: key 'splits' must be train ="),
+        ('test = "test.jsonl"', "test = 3", "5: key 'splits' must be train ="),
+        ("[splits]", "[splits", "not TOML"),
+        ("test.jsonl", "tset.jsonl", "cannot read"),
+    ],
+)
+def test_a_malformed_task_file_is_named_by_key_and_line(stance, old, new, said):
+    if new == "text":
+        new, said = "a tweet", "train.csv"  # a template may do without a field of the rows
+        stance.write_text(stance.read_text().replace("{target}", "it").replace(old, new))
+        said = "needs slots"
+    else:
+        stance.write_text(stance.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        load_task(str(stance), data="")
+    assert said in str(caught.value)
+    assert "stance" in str(caught.value)
+
+
+def test_a_bad_row_of_a_csv_is_named_by_file_and_line(stance):
+    train = stance.parent / "train.csv"
+    train.write_text(train.read_text().replace(",against\n", ",agianst\n"))
+    with pytest.raises(
+        ValueError, match=r"train.csv:3: field 'label' must be an integer in 0..2 or one of against, fav"
+    ):
+        load_task(str(stance), data="")
+
+
+def test_a_missing_task_file_is_said(tmp_path):
+    with pytest.raises(ValueError, match="cannot read the task file"):
+        load_task(str(tmp_path / "no.toml"), data="")
