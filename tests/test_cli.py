@@ -76,8 +76,8 @@ def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(wo
     assert (tmp_path / "run" / "records.jsonl").read_text() == lines
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        evaluate(world, tmp_path / "run", "--n-test", "8")
-    assert "n_test was 7, is 8" in capsys.readouterr().err
+        evaluate(world, tmp_path / "run", "--n-test", "6")
+    assert "n_test was 7, is 6" in capsys.readouterr().err
 
 
 def test_a_finished_fit_is_not_repeated_and_another_one_is_refused(world, encoder_folder, capsys):

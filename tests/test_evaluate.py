@@ -190,8 +190,9 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tm
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["methods"] == ["zero-shot", "icr"]
     assert config["seeds"] == [0, 1]
-    with pytest.raises(ValueError, match=r"another run \(n_test was 13, is 14\): choose another folder"):
-        runs.claim(tmp_path, config_of(n_test=14))
+    runs.claim(tmp_path, config_of(n_test=14))
+    with pytest.raises(ValueError, match=r"another run \(n_test was 14, is 13\): choose another folder"):
+        runs.claim(tmp_path, config_of(n_test=13))
     with pytest.raises(ValueError, match="rows was"):
         runs.claim(tmp_path, config_of(rows="other rows"))
 

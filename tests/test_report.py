@@ -28,7 +28,7 @@ TRAINING = [
     {"step": step, "loss": 2 / step, "ce": 1.9 / step, "conf": 0.1, "spar": 0.2, "gate": 0.5, "lr": 1e-4}
     for step in range(1, 31)
 ]
-EMPTY = Extras(None, ())
+EMPTY = Extras(None, {}, ())
 
 
 def write_run(folder, some=ICR_LOSES_ON_MR, config=None, is_full=False):

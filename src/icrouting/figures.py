@@ -46,18 +46,19 @@ def gains(summary: Summary) -> str:
     return _per_task(summary, [m.name for m in summary.methods if m.name != BASELINE], draw, change)
 
 
-def costs(summary: Summary) -> str:
-    """Returns mean accuracy against time and prompt tokens, for the methods that have every task."""
+def costs(summary: Summary, n_cached: Mapping[str, int]) -> str:
+    """Returns mean accuracy against time, prompt tokens and numbers kept, for the methods that have every task."""
     looks = _looks(summary)
     means = {mean.method: mean.accuracy for mean in summary.means if mean.group == "all"}
     methods = [method for method in summary.methods if means[method.name].n == len(summary.groups["all"])]
     costs_of = {
         "time per example, ms": [1000 * method.seconds for method in methods],
         "prompt tokens per example": [method.n_tokens for method in methods],
+        "numbers kept": [float(n_cached.get(method.name, 0)) for method in methods],
     }
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, 2, sharey=True)
+        panels = figure.subplots(1, len(costs_of), sharey=True)
         for axes, (title, values) in zip(panels, costs_of.items(), strict=True):
             for method, cost in zip(methods, values, strict=True):
                 low, value, high = _percent(means[method.name])
@@ -66,6 +67,9 @@ def costs(summary: Summary) -> str:
             axes.set(xlabel=title, xlim=(0, 1.1 * max(values, default=1)))
             axes.grid(True)
         panels[0].set_ylabel("mean accuracy, %")
+        panels[-1].set_xscale("symlog", linthresh=100)
+        panels[-1].set_xticks([0, 1e3, 1e5, 1e7])
+        panels[-1].set_xlim(-20, None)
         _legend(figure, looks, [method.name for method in methods])
 
     return _svg((WIDTH, 3.2), draw)

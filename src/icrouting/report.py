@@ -25,9 +25,10 @@ SHOWN_ELSEWHERE = ("command", "notes", "tasks", "timing")
 
 @dataclass(frozen=True)
 class Extras:
-    """What a run folder may hold besides its records: what the router decides, and the training's steps."""
+    """What a run folder may hold besides its records: what the router decides, numbers kept, training steps."""
 
     routing: Mapping[str, Any] | None
+    n_cached: Mapping[str, int]
     training: Sequence[Mapping[str, Any]]
 
 
@@ -44,7 +45,9 @@ def write(run_folder: Path) -> Summary:
     summary = summarise(records.read(run_folder / "records.jsonl"), config)
     routing_path = run_folder / "routing.json"
     rows = [row for _, row in records.read_lines(run_folder / "training.jsonl")]
-    extras = Extras(load_json(routing_path) if routing_path.exists() else None, rows)
+    ratios = config.get("timing", {}).get("ratios", ())
+    n_cached = {row["method"].removesuffix(", context kept"): row.get("n_cached", 0) for row in ratios}
+    extras = Extras(load_json(routing_path) if routing_path.exists() else None, n_cached, rows)
     values = {"conclusion": conclusion.conclusion(summary), **asdict(summary)}
     texts = {
         "summary.json": json.dumps(values, indent=1, ensure_ascii=False),
@@ -93,7 +96,7 @@ def _pictures(summary: Summary, extras: Extras) -> dict[str, str]:
     """The pictures that the run has the figures for, as SVG by name."""
     pictures = {"accuracies": figures.accuracies(summary)}
     if any(mean.group == "all" and mean.accuracy.n == len(summary.groups["all"]) for mean in summary.means):
-        pictures["costs"] = figures.costs(summary)
+        pictures["costs"] = figures.costs(summary, extras.n_cached)
     if any(cell.gain for cell in summary.cells):
         pictures["gains"] = figures.gains(summary)
     if extras.routing and extras.routing["tasks"]:

@@ -14,7 +14,7 @@ from icrouting.storage import load_json, save_json
 from icrouting.tasks import Task
 
 # What makes two runs the same measurement; the rest of a configuration may differ on resuming.
-_FIXED = ("model", "data", "rows", "n_test", "tasks", "demos_per_class", "demos_per_source", "i2cl_epochs", "router")
+_FIXED = ("model", "data", "rows", "tasks", "demos_per_class", "demos_per_source", "i2cl_epochs", "router")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str
 def claim(folder: Path, config: RunConfig) -> None:
     """Writes a run's configuration, or checks that the run begun in the folder measures the same.
 
-    Methods and seeds may be added to a run; their records join the others.
+    Methods, seeds and test items may be added to a run; their records join the others.
 
     Raises:
         ValueError: the folder holds another measurement; the differences are named.
@@ -74,11 +74,12 @@ def claim(folder: Path, config: RunConfig) -> None:
     if file.exists():
         found = load_json(file)
         different = [key for key in _FIXED if found.get(key) != settings[key]]
+        different += ["n_test"] if settings["n_test"] < found["n_test"] else []
         if different:
             changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different)
             raise ValueError(f"{folder} holds another run ({changes}): choose another folder with --out")
         joined = {key: list(dict.fromkeys([*found[key], *settings[key]])) for key in ("methods", "seeds")}
-        settings = {**found, **joined, "notes": settings["notes"]}
+        settings = {**found, **joined, **{key: settings[key] for key in ("n_test", "notes")}}
     else:
         folder.mkdir(parents=True, exist_ok=True)
         settings |= {

@@ -1,0 +1,53 @@
+"""Writes docs/results.md and the README's table from the run folders under benchmarks/results.
+
+python docs/results.py
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# The runs that are shown, by folder, and what they are.
+RUNS = {
+    "smollm2-135m": "SmolLM2-135M-Instruct, all twelve tasks",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, all twelve tasks",
+    "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B, all twelve tasks",
+    "demo": "The demo, SmolLM2-135M-Instruct on seven tasks",
+}
+IN_README = "smollm2-135m"
+HEAD = """# Results
+
+Made from [`benchmarks/results`](../benchmarks/results) by `python docs/results.py`; every table names its command, commit,
+seeds and what was cut short. The twelve-task runs come from
+[`benchmarks/recipes/twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in [`routers`](../routers).
+"""
+
+
+def page() -> str:
+    """Returns docs/results.md."""
+    parts = [HEAD]
+    for name, title in RUNS.items():
+        report = RESULTS / name / "report.md"
+        if report.exists():
+            parts.append(f"## {title}\n\n{report.read_text().strip()}\n")
+    return "\n".join(parts)
+
+
+def table() -> str:
+    """Returns the conclusion and the table of the run that the README shows."""
+    report = (RESULTS / IN_README / "report.md").read_text()
+    return re.split(r"\n- [▲M]", report)[0].strip()
+
+
+def readme(text: str) -> str:
+    """Returns the README with its table made anew."""
+    before, rest = text.split("<!-- results -->\n")
+    _, after = rest.split("<!-- end of results -->")
+    return f"{before}<!-- results -->\n{table()}\n<!-- end of results -->{after}"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "results.md").write_text(page())
+    file = ROOT / "README.md"
+    file.write_text(readme(file.read_text()))
