@@ -37,7 +37,7 @@ def evaluate(folder, out, *more):
     cli.main(["eval", "--out", str(out), *where, *small.split(), *more])
 
 
-SST2 = "--tasks sst2 --sources sst2"
+SST2, SOURCE = "--tasks sst2 --sources sst2", "--sources sst2"
 
 
 def failure(capsys, *arguments):
@@ -78,6 +78,14 @@ def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(wo
     with pytest.raises(SystemExit):
         evaluate(world, tmp_path / "run", "--n-test", "6")
     assert "n_test was 7, is 6" in capsys.readouterr().err
+
+
+def test_icr_alone_is_timed_against_zero_shot(world, tmp_path):
+    evaluate(world, tmp_path / "run", "--methods", "icr", "--n-test", "3")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (row,) = config["timing"]["ratios"]
+    assert (config["timing"]["baseline"], row["method"]) == ("zero-shot", "icr")
+    assert row["n_cached"] == 3 * (60 + 30) * 2
 
 
 def test_a_finished_fit_is_not_repeated_and_another_one_is_refused(world, encoder_folder, capsys):
@@ -135,10 +143,15 @@ def test_generate_shows_both_continuations(world, capsys):
             "max_tokens must be at least 1",
         ),
         ("generate --router {router} --model {tmp}/x.gguf --prompt a", "no such file"),
+        ("eval --out {tmp}/run --model {model} --data {data} --tasks {twin} --methods zero-shot " + SOURCE, "one name"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, said, world, tmp_path, capsys):
     places = {"tmp": tmp_path, "model": world / "model", "data": world / "data", "router": world / "router"}
+    places["twin"] = world / "data" / "sst2" / "sst2.toml"
+    places["twin"].write_text(
+        'template = "{text}:"\noptions = ["negative", "positive"]\nsplits = {train = "train.jsonl", test = "test.jsonl"}'
+    )
     assert said in failure(capsys, *(word.format(**places) for word in arguments.split()))
 
 

@@ -168,11 +168,13 @@ def test_fits_are_kept_for_a_resumed_run(tokenizer, tmp_path, monkeypatch):
 def config_of(**changes):
     values = {
         "model": "m",
+        "fingerprint": "f",
         "data": "d",
         "rows": "r",
         "router": None,
         "methods": ["zero-shot"],
         "tasks": runs.task_entries(TASKS, ["toy"]),
+        "sources": ["toy"],
         "seeds": [0],
         "n_test": 13,
         "demos_per_class": 5,
@@ -195,6 +197,29 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tm
         runs.claim(tmp_path, config_of(n_test=13))
     with pytest.raises(ValueError, match="rows was"):
         runs.claim(tmp_path, config_of(rows="other rows"))
+
+
+def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path):
+    runs.claim(tmp_path, config_of())
+    runs.claim(tmp_path, config_of(router="r1"))
+    runs.claim(tmp_path, config_of())
+    assert json.loads((tmp_path / "config.json").read_text())["router"] == "r1"
+    for changes in ({"router": "r2"}, {"fingerprint": "g"}, {"sources": ["other"]}, {"i2cl_epochs": 9}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} was"):
+            runs.claim(tmp_path, config_of(**changes))
+
+
+def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
+    def grow(argument, **changes):
+        monkeypatch.setattr("sys.argv", ["icr", argument])
+        runs.claim(tmp_path, config_of(i2cl_epochs=20, **changes))
+        return json.loads((tmp_path / "config.json").read_text())
+
+    assert grow("a")["notes"] == ["1 seed, 13 test items a task at most (paper: 3, 500)."]
+    assert grow("b", seeds=[1, 2])["notes"] == ["3 seeds, 13 test items a task at most (paper: 3, 500)."]
+    config = grow("b", methods=["i2cl"], n_test=500)
+    assert config["notes"] == ["I2CL is calibrated for 20 epochs (published: 100)."]
+    assert config["command"] == "icr a && icr b"
 
 
 def test_a_run_knows_source_from_unseen_tasks():

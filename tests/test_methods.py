@@ -5,16 +5,17 @@ import pytest
 import torch
 
 import tiny
+from icrouting import records
 from icrouting.batches import pad, tokenize
 from icrouting.edits import edited, last_of, last_tokens, recorded
 from icrouting.evaluate import Evaluation
-from icrouting.families import branches_of, layers_of
+from icrouting.families import FAMILIES, branches_of, layers_of
 from icrouting.methods import Settings, make
 from icrouting.methods.i2cl import I2CL, lr_factor
 from icrouting.methods.task_vectors import TaskVectors, sweep
 from icrouting.prompts import Prompt
 from icrouting.scoring import next_token_logits, option_ids, score_options
-from icrouting.tasks import Task
+from icrouting.tasks import Task, TaskSpec
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
@@ -244,6 +245,38 @@ def test_the_untouched_model_reads_equal_prompts_once(tokenizer, tmp_path, monke
     evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "r")
     evaluation.run([TASK, OTHER], (0,), 13)
     assert len(calls) == 2
+
+
+def test_equal_prompts_with_other_options_are_read_anew(tokenizer, tmp_path):
+    spec = TaskSpec("toy2", "far", TASK.spec.template, ("dull", "joy", "film"))
+    other = Task(spec, TASK.train, TASK.test, TASK.validation)
+    evaluation = Evaluation(tiny.model("llama"), tokenizer, make(["zero-shot"], Settings()), [TASK], tmp_path / "r")
+    evaluation.run([TASK, other], (0,), 13)
+    found = {record.key: record for record in records.read(tmp_path / "r")}
+    (alone,) = make(["zero-shot"], Settings())
+    for record in Evaluation(tiny.model("llama"), tokenizer, [alone], [], tmp_path / "n").predict(alone, other, [3], 0):
+        assert len(record.option_logits) == 3
+    assert {len(r.option_logits) for r in found.values() if r.task == "toy2"} == {3}
+
+
+def test_task_vectors_without_a_validation_slice_say_so(tokenizer):
+    bare = Task(TASK.spec, TASK.train, TASK.test)
+    with pytest.raises(ValueError, match="validation rows: give 5 training rows or more"):
+        fitted(TaskVectors, tiny.model("llama"), tokenizer, [bare])
+
+
+@pytest.mark.parametrize("kind", [TaskVectors, I2CL])
+def test_demonstrations_longer_than_the_models_context_are_refused(kind, tokenizer):
+    model = tiny.model("gpt2")
+    model.config.max_position_embeddings = model.config.n_positions = 20
+    with pytest.raises(ValueError, match="longer than the model's context of 20"):
+        fitted(kind, model, tokenizer)
+
+
+def test_branches_of_a_family_without_a_row_are_refused(tokenizer, monkeypatch):
+    monkeypatch.delitem(FAMILIES, "llama")
+    with pytest.raises(ValueError, match="the branches of 'llama' models are not known: add a row"):
+        fitted(I2CL, tiny.model("llama"), tokenizer)
 
 
 def test_multi_task_prompts_hold_source_rows_only_and_are_one_for_all_tasks(tokenizer):

@@ -46,11 +46,15 @@ def test_the_own_task_reads_as_the_readme_says(tmp_path):
     assert task.answer(task.test[0]) == "Hardware"
 
 
-def test_the_demo_table_is_that_of_the_committed_run():
-    shown = README.split("<!-- demo table -->\n")[1].split("<!-- end of demo table -->")[0].strip()
-    report = (ROOT / "benchmarks" / "results" / "demo" / "report.md").read_text()
-    assert shown
-    assert shown in report
+def test_tables_are_those_of_the_committed_runs():
+    import sys
+
+    sys.path.append(str(ROOT / "docs"))
+    import results
+
+    assert (ROOT / "docs" / "results.md").read_text() == results.page(), "run python docs/results.py"
+    assert results.readme(README) == README, "run python docs/results.py"
+    assert "| mean all |" in README
 
 
 @pytest.mark.parametrize("place", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))

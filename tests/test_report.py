@@ -137,7 +137,7 @@ def test_a_lone_baseline_renders_without_gains():
     config = fake_config(methods=("zero-shot",), tasks=[TASKS[1]])
     summary = summarise(some, config)
     page = report.html(summary, config, EMPTY)
-    assert "Only zero-shot has been run: it scores 50.0 on average over 1 task" in text_of(page)
+    assert "There is no gain to report: only zero-shot has been run." in text_of(page)
     assert summary.methods[0].n_collapsed is None
 
 

@@ -62,7 +62,7 @@ def test_rows_of_several_fields_repeat_only_as_a_whole():
     swapped = Example({"text1": "other sentence 3", "text2": "one sentence with number 3"}, (), 1)
     task = make_task(spec, rows, [Example(rows[3].fields, (), 1)])
     assert task.n_dropped == 1
-    assert swapped not in apart([swapped], rows) or True
+    assert apart([swapped], rows) == [swapped]
     assert rows[3] not in task.train
 
 
@@ -76,6 +76,19 @@ def test_a_task_of_one_class_is_refused():
 def test_texts_without_a_latin_letter_are_told_apart():
     rows = [example(text, label) for label, text in enumerate(("好电影", "坏电影"))]
     assert len(make_task(SPEC, rows, TEST).train) == 2
+
+
+@pytest.mark.parametrize("text", ["фильм номер {} мне очень понравился", "我喜欢这个 iPhone 的电影 {}"])
+def test_rows_in_other_scripts_are_told_apart(text):
+    rows = [example(text.format(i), i % 2) for i in range(60)]
+    task = make_task(SPEC, rows, TEST)
+    assert (len(task.train), len(task.validation), task.n_dropped) == (48, 12, 0)
+
+
+def test_the_last_row_of_a_rare_class_stays_in_training():
+    for place in range(5):
+        rows = [example(f"row {i}", int(i == place)) for i in range(5)]
+        assert {e.label for e in make_task(SPEC, rows, TEST).train} == {0, 1}
 
 
 def test_apart_equals_comparing_all_pairs():

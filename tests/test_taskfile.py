@@ -82,6 +82,12 @@ def test_choices_come_from_a_csv_with_bars_between(tmp_path):
         ('test = "test.jsonl"', "", "5: key 'splits' must be train ="),
         ('test = "test.jsonl"', "test = 3", "5: key 'splits' must be train ="),
         ("[splits]", "[splits", "not TOML"),
+        ("{target}:", "{choices}:", "3: key 'options' must be left out where the template has {choices}"),
+        ("{target}", "{target:d}", "2: key 'template' needs slots"),
+        ("{target}", "{text:{target}}", "2: key 'template' needs slots"),
+        ("options =", 'group = "source"\noptions =', "3: key 'group' must be"),
+        ("options =", 'words.text = "bar"\noptions =', "key 'words' must give a text for every value"),
+        ("options =", '"op(" = 1\noptions =', "key 'op(' is not known"),
         ("test.jsonl", "tset.jsonl", "cannot read"),
     ],
 )
@@ -105,6 +111,35 @@ def test_a_bad_row_of_a_csv_is_named_by_file_and_line(stance):
         ValueError, match=r"train.csv:3: field 'label' must be an integer in 0..2 or one of against, fav"
     ):
         load_task(str(stance), data="")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (",against\n", ",a,gainst\n", "train.csv:3: more cells than the heading has"),
+        ("They will", '"They "will', "not CSV after line 2"),
+        ("a car-free town,1\n", 'a car-free town,"1\n', "not CSV after line 4"),
+    ],
+)
+def test_a_line_that_is_no_csv_is_named(stance, old, new, said):
+    train = stance.parent / "train.csv"
+    train.write_text(train.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        load_task(str(stance), data="")
+    assert said in str(caught.value)
+
+
+def test_labels_may_be_letters_and_digits_that_are_options(tmp_path):
+    (tmp_path / "a.toml").write_text(
+        'template = "{q}:"\noptions = ["1", "2"]\nsplits = {train = "t.csv", test = "t2.csv"}'
+    )
+    (tmp_path / "t.csv").write_text("q,label\nfive,2\nsix,1\n")
+    (tmp_path / "t2.csv").write_text("q,label\nseven,2\neight,1\n")
+    assert [example.label for example in load_task(str(tmp_path / "a.toml"), "").test] == [1, 0]
+    (tmp_path / "b.toml").write_text('template = "{q} {choices}:"\nsplits = {train = "l.csv", test = "l2.csv"}')
+    (tmp_path / "l2.csv").write_text("q,choices,label\nseven,a|b,B\neight,a|b,A\n")
+    (tmp_path / "l.csv").write_bytes("\ufeffq,choices,label\r\nfive,a|b,B\r\nsix,a|b,A\r\n".encode())
+    assert [example.label for example in load_task(str(tmp_path / "b.toml"), "").test] == [1, 0]
 
 
 def test_a_missing_task_file_is_said(tmp_path):

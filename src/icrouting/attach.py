@@ -170,10 +170,6 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
     """Inside, the layers of `pids` are routed by the yielded attachment's `routing`.
 
     On leaving, also by an exception, hooks and attention implementation are as they were.
-
-    Raises:
-        ValueError: the model's family is unknown, its kernel cannot be widened, the PIDs do not fit, or a
-            layer is routed already.
     """
     base, family, dims = base_of(model), family_of(model), dims_of(model)
     check_fits(pids, base)

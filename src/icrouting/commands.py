@@ -22,6 +22,7 @@ from icrouting.icr import InContextRouter
 from icrouting.models import fingerprint, load_model
 from icrouting.progress import spinner
 from icrouting.storage import load_json, save_json
+from icrouting.summary import BASELINE
 from icrouting.tasks import Task, load_task, rows_digest
 
 console = Console()
@@ -37,6 +38,8 @@ def load_tasks(names: Sequence[str], data: str) -> list[Task]:
     """Returns tasks by name, in their order and each once; says which training rows were left out."""
     with spinner("reading tasks"):
         tasks = [load_task(name, data) for name in dict.fromkeys(names)]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ValueError(f"two of the tasks {', '.join(names)} have one name: set `name` in a task file")
     if dropped := [f"{task.name} {task.n_dropped}" for task in tasks if task.n_dropped]:
         rows = ", ".join(dropped)
         console.print(f"training rows left out, as they repeat each other or held-back rows: {rows}", markup=False)
@@ -80,20 +83,21 @@ def evaluate(
     tasks, sources = ([every[name] for name in dict.fromkeys(chosen)] for chosen in (task_names, source_names))
     base, tokenizer = load(model)
     icr = InContextRouter.from_pretrained(settings.router) if settings.router else None
-    is_cut = len(seeds) < 3 or n_test < 500
     config = runs.RunConfig(
         model=model,
+        fingerprint=fingerprint(base),
         data=data,
         rows=rows_digest(list(every.values())),
         router=icr.digest() if icr else None,
         methods=[method.name for method in methods],
         tasks=runs.task_entries(tasks, [task.name for task in sources]),
-        seeds=list(seeds),
+        sources=[task.name for task in sources],
+        seeds=list(dict.fromkeys(seeds)),
         n_test=n_test,
         demos_per_class=settings.demos_per_class,
         demos_per_source=settings.demos_per_source,
         i2cl_epochs=settings.i2cl_epochs,
-        notes=[*([f"{len(seeds)} seed(s), {n_test} test items (paper: 3, 500)."] if is_cut else []), *notes],
+        notes=list(notes),
     )
     runs.claim(out, config)
     evaluation = Evaluation(base, tokenizer, methods, sources, out / "records.jsonl")
@@ -111,22 +115,21 @@ def finish(
     fit_folder: Path | None,
 ) -> None:
     """Adds to a run what its report shows beside the records: times, routing, the training curve."""
-    methods = evaluation.methods
-    refused = [f"{method} does not fit {task}: {said}" for (method, task), said in evaluation.refused.items()]
-    for line in refused:
-        console.print(line, markup=False)
+    methods, config = evaluation.methods, load_json(out / "config.json")
+    refused = [[*cell, said] for cell, said in evaluation.refused.items()]
+    for method, task, said in refused:
+        console.print(f"{method} does not fit {task}: {said}", markup=False)
     if len(refused) == len(methods) * len(tasks):
-        raise ValueError(f"no method fits any task: {refused[0]}")
-    runs.add_to_config(out, refused=refused)
-    timing = load_json(out / "config.json").get("timing", {})
-    is_comparable = timing.get("baseline") == methods[0].name
-    timed = {row["method"]: row for row in timing["ratios"]} if is_comparable else {}
+        raise ValueError(f"no method fits any task: {refused[0][-1]}")
+    earlier = [entry for entry in config.get("refused", []) if entry not in refused]
+    runs.add_to_config(out, refused=[*earlier, *refused])
+    timed = {row["method"]: row for row in config.get("timing", {}).get("ratios", [])}
     unrefused = [task for task in tasks if not any(name == task.name for _, name in evaluation.refused)]
-    if unrefused and not timed.keys() >= {method.name for method in methods[1:]}:
+    if unrefused and not timed.keys() >= {method.name for method in methods} - {BASELINE}:
         evaluation.fit(seed)
         shortest = min(unrefused, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20]))
         timed |= {row["method"]: row for row in evaluation.time_ratios(shortest)}
-        runs.add_to_config(out, timing={"baseline": methods[0].name, "ratios": list(timed.values())})
+        runs.add_to_config(out, timing={"baseline": BASELINE, "ratios": list(timed.values())})
     if icr is not None:
         save_json(out / "routing.json", runs.routing_summary(icr, tasks))
     if fit_folder is not None and (fit_folder / "training.jsonl").exists():

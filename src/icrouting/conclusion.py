@@ -11,8 +11,7 @@ def conclusion(summary: Summary) -> str:
     method = summary.headline
     opening = "So far (the run is not complete), " if summary.unfinished else ""
     if method is None:
-        sentence = f"{opening}{_only_baseline(summary)}"
-        return sentence[0].upper() + sentence[1:]
+        return f"{opening}there is no gain to report: only {summary.methods[0].name} has been run.".capitalize()
     parts = [_group_clause(summary, method, group) for group in ("source", "unseen")]
     sentences = [f"{opening}{label(method)} scores {', and '.join(part for part in parts if part)}."]
     return " ".join([*sentences, *_collapse_sentence(summary, method), *_rival_sentence(summary)])
@@ -40,15 +39,6 @@ def verdict(gain: Estimate) -> str:
     size = points(abs(gain.value))
     side = f"{size} points {'above' if gain.value > 0 else 'below'}" if size != "0.0" else "level with"
     return f"{side} {BASELINE} ({span(gain)}{doubt})"
-
-
-def _only_baseline(summary: Summary) -> str:
-    mean = summary.mean(summary.methods[0].name, "all")
-    assert mean is not None, "a summary holds a record, so its first method has a mean"
-    return (
-        f"only {mean.method} has been run: it scores {points(mean.accuracy.value)} on average over "
-        f"{_tasks(mean.accuracy.n)} ({span(mean.accuracy)}), and there is no gain to report."
-    )
 
 
 def _group_clause(summary: Summary, method: str, group: str) -> str:

@@ -22,9 +22,6 @@ class SentenceEncoder:
     Args:
         name: "pinned:minilm", a hub id or a local folder in the layout of sentence-transformers.
         device: where it runs; it is small, so the processor will do.
-
-    Raises:
-        ValueError: nothing of that name can be loaded.
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):

@@ -18,6 +18,7 @@ from icrouting.progress import track
 from icrouting.prompts import Prompt
 from icrouting.records import Record
 from icrouting.scoring import KeptContext, score_options
+from icrouting.summary import BASELINE
 from icrouting.tasks import Task
 
 CHUNK = 50
@@ -51,7 +52,7 @@ class Evaluation:
         self._answers: defaultdict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
         self._note(records.read(file))
         self._kept: defaultdict[str, dict[str, KeptContext]] = defaultdict(dict)
-        self._plain: tuple[list[Prompt], Tensor, float] | None = None
+        self._plain: tuple[object, Tensor, float] | None = None
 
     def run(self, tasks: Sequence[Task], seeds: Sequence[int], n_test: int) -> None:
         """Appends a record for every method, task, seed and test item that has none yet.
@@ -134,7 +135,7 @@ class Evaluation:
         self, method: Method, task: Task, prompts: list[Prompt], options: list[tuple[str, ...]]
     ) -> tuple[Tensor, float]:
         """Returns option scores and seconds per prompt; the untouched model reads equal prompts only once."""
-        if not method.edits_model and self._plain and self._plain[0] == prompts:
+        if not method.edits_model and self._plain and self._plain[0] == (prompts, options):
             return self._plain[1:]
         kept = self._kept[method.name]
         if prompts[0].context not in kept:
@@ -144,20 +145,23 @@ class Evaluation:
             scores = score_options(self.model, self.tokenizer, prompts, options, kept=kept)
         seconds = (time.monotonic() - started) / len(prompts)
         if not method.edits_model:
-            self._plain = prompts, scores, seconds
+            self._plain = (prompts, options), scores, seconds
         return scores, seconds
 
     def time_ratios(self, task: Task, *, n_items: int = 4, n_rounds: int = 5) -> list[dict[str, object]]:
-        """Returns each method's time over the first one's, measured in turns on the same items.
+        """Returns each method's time over zero-shot's, measured in turns on the same items.
 
         Prompts run as they would arrive at a server, alone in their context. Where a method's prompts have a
         context in common, it is timed once more with that context kept from before.
         """
-        examples = task.test[:n_items]
+        examples = [task.test[index] for index in draw_items(task, n_items)]
         options = [task.options(example) for example in examples]
-        prompts = {method.name: [method.prompt(task, example) for example in examples] for method in self.methods}
+        baseline = Method(self.methods[0].settings)
+        baseline.name = BASELINE
+        methods = [baseline, *(method for method in self.methods if method.name != BASELINE)]
+        prompts = {method.name: [method.prompt(task, example) for example in examples] for method in methods}
         ways: list[tuple[str, Method, dict[str, KeptContext] | None]] = []
-        for method in self.methods:
+        for method in methods:
             ways.append((method.name, method, None))
             if prompts[method.name][0].context:
                 ways.append((f"{method.name}, context kept", method, {}))
@@ -169,11 +173,10 @@ class Evaluation:
                 with method.applied(task):
                     score_options(self.model, self.tokenizer, asked, options, kept=kept)
                 seconds[name].append(time.monotonic() - started)
-        (baseline, _, _), *others = ways
         note = f"median of {n_rounds} turns on {len(examples)} prompts of {task.name}"
         rows = []
-        for name, method, kept in others:
-            ratios = np.array(seconds[name][1:]) / np.array(seconds[baseline][1:])
+        for name, method, kept in ways[1:]:
+            ratios = np.array(seconds[name][1:]) / np.array(seconds[BASELINE][1:])
             low, middle, high = (float(end) for end in np.percentile(ratios, [0, 50, 100]))
             n_cached = method.n_cached(task) + sum(context.n_numbers for context in (kept or {}).values())
             rows.append({"method": name, "ratio": middle, "low": low, "high": high, "n_cached": n_cached, "note": note})

@@ -71,9 +71,6 @@ def family_of(model: nn.Module) -> Family:
     """The family row of a model, confirmed by a probe once per model object.
 
     A model type without a row of its own is tried with every row there is.
-
-    Raises:
-        ValueError: queries and keys are not where the row, or any row, says.
     """
     base, decoder = base_of(model), decoder_of(model)
     if decoder not in _confirmed:
@@ -104,15 +101,10 @@ def attention_of(model: nn.Module, layer: int) -> nn.Module:
 
 
 def branches_of(model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
-    """The modules of one layer whose outputs the attention and the MLP branch add to the residual stream.
-
-    Raises:
-        ValueError: the layer has no such module.
-    """
-    family, block = family_of(model), layers_of(model)[layer]
-    for name in (family.attention_branch, family.mlp_branch):
-        if not hasattr(block, name):
-            raise ValueError(f"looked for the branches {family.attention_branch} and {family.mlp_branch} in {block}")
+    """The modules of one layer whose outputs the attention and the MLP branch add to the residual stream."""
+    family, block, model_type = family_of(model), layers_of(model)[layer], decoder_of(model).config.model_type
+    if model_type not in FAMILIES:  # the probe checks queries and keys alone
+        raise ValueError(f"the branches of {model_type!r} models are not known: add a row to families.FAMILIES")
     return getattr(block, family.attention_branch), getattr(block, family.mlp_branch)
 
 

@@ -52,8 +52,8 @@ def costs(summary: Summary, n_cached: Mapping[str, int]) -> str:
     means = {mean.method: mean.accuracy for mean in summary.means if mean.group == "all"}
     methods = [method for method in summary.methods if means[method.name].n == len(summary.groups["all"])]
     costs_of = {
-        "time per example, ms": [1000 * method.seconds for method in methods],
-        "prompt tokens per example": [method.n_tokens for method in methods],
+        "ms per example": [1000 * method.seconds for method in methods],
+        "prompt tokens": [method.n_tokens for method in methods],
         "numbers kept": [float(n_cached.get(method.name, 0)) for method in methods],
     }
 
@@ -69,7 +69,7 @@ def costs(summary: Summary, n_cached: Mapping[str, int]) -> str:
         panels[0].set_ylabel("mean accuracy, %")
         panels[-1].set_xscale("symlog", linthresh=100)
         panels[-1].set_xticks([0, 1e3, 1e5, 1e7])
-        panels[-1].set_xlim(-20, None)
+        panels[-1].set_xlim(-60, 1e8)
         _legend(figure, looks, [method.name for method in methods])
 
     return _svg((WIDTH, 3.2), draw)

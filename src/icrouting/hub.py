@@ -26,9 +26,6 @@ def read_task(spec: TaskSpec, mirror: Path | None = None) -> Task:
     Args:
         spec: a task of the paper.
         mirror: a folder that holds the datasets under their ids, instead of the hub.
-
-    Raises:
-        ValueError: the hub has no set for the task, its columns do not fit, or it cannot be reached.
     """
     if spec.name not in HUB:
         raise ValueError(

@@ -109,9 +109,6 @@ def difference(records: Sequence[Record], baseline: Sequence[Record]) -> Estimat
     With b pairs won and c lost of n, half a pair is added to each of the four outcomes:
     (b - c) / (n + 2) +- z sqrt(b + c + 1 - (b - c)^2 / (n + 2)) / (n + 2).
     Where items repeat over seeds, b, c and n shrink to the effective sample size. `value` is (b - c) / n.
-
-    Raises:
-        ValueError: the two have no test item in common.
     """
     pairs = paired(records, baseline)
     if not pairs:

@@ -132,15 +132,7 @@ class PIDs:
 def fit_pids(moments: QKMoments, layers: tuple[int, ...], rank: int, basis: Basis, generator: torch.Generator) -> PIDs:
     """Returns the PIDs of accumulated moments.
 
-    Args:
-        moments: what the few-shot prompts left behind.
-        layers: the routed layers, in the order of the moments.
-        rank: directions per layer; 8 in the paper.
-        basis: "pca", "whitened" or "random".
-        generator: draws the random basis; unused otherwise.
-
-    Raises:
-        ValueError: too few prompts for the rank, or a rank wider than the keys.
+    `layers` are in the order of the moments; the generator draws the random basis.
     """
     widest = moments.key.mean.shape[-1]
     if not 1 <= rank <= widest:

@@ -4,23 +4,11 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-
-_JSON_TYPES = {
-    "method": str,
-    "task": str,
-    "seed": int,
-    "index": int,
-    "label": int,
-    "prediction": int,
-    "option_logits": list,
-    "n_tokens": int,
-    "seconds": int | float,
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +43,12 @@ class Record:
         return self.method, self.task, self.seed, self.index
 
 
+_JSON_TYPES: dict[str, Any] = {
+    **{field.name: field.type for field in fields(Record)},
+    **{"option_logits": list, "seconds": int | float},
+}
+
+
 def append(path: Path, records: Iterable[Record]) -> None:
     """Appends records, one JSON object a line, and syncs once.
 
@@ -71,9 +65,6 @@ def read(path: Path) -> list[Record]:
     """Returns the records of a file, in its order; none where there is no file yet.
 
     A last line that a kill cut short is dropped. Of several records with one key the first counts.
-
-    Raises:
-        ValueError: a complete line is no record (file and line are named).
     """
     unique: dict[tuple[str, str, int, int], Record] = {}
     n_duplicates = 0
@@ -93,9 +84,6 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Returns the JSON objects of a JSONL file with their line numbers, from 1.
 
     A last line without its newline was cut by a kill and is dropped; no file reads as no lines.
-
-    Raises:
-        ValueError: a complete line is no JSON object (file and line are named).
     """
     if not path.exists():
         return []

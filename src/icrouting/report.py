@@ -20,7 +20,7 @@ from icrouting.tally import summarise
 __all__ = ["Extras", "csv", "html", "markdown", "summarise", "terminal_table", "write"]
 
 CONFIG_KEYS = ("command", "commit", "created", "model", "seeds", "n_test", "methods", "tasks")
-SHOWN_ELSEWHERE = ("command", "notes", "tasks", "timing")
+SHOWN_ELSEWHERE = ("command", "notes", "refused", "tasks", "timing")
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,6 @@ def write(run_folder: Path) -> Summary:
 
     Reads config.json and records.jsonl, and where they exist routing.json and training.jsonl. Each file is
     replaced as a whole, so a kill leaves the old one or the new one.
-
-    Raises:
-        ValueError: the configuration is missing or incomplete, or there are no records.
     """
     config = _config(run_folder / "config.json")
     summary = summarise(records.read(run_folder / "records.jsonl"), config)

@@ -54,13 +54,8 @@ class Routing:
 class Router(nn.Module):
     """Two perceptrons on a query's features.
 
-    Args:
-        n_features: width of E(x); 384 for MiniLM.
-        n_layers: number of routed layers.
-        n_heads: query heads per layer.
-        rank: directions per layer.
-        hidden_width: width of the hidden layers (paper silent; 256 gives 0.24 M parameters on the default).
-        generator: draws the initial weights.
+    E(x) is `n_features` wide (384 for MiniLM), `n_layers` counts the routed ones; the paper is silent on
+    `hidden_width` (256 gives 0.24 M parameters on the default model).
     """
 
     def __init__(

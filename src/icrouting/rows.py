@@ -1,7 +1,9 @@
 """Rows: one labelled example from a JSON object or a CSV line, with file and line named where it does not fit."""
 
 import csv
+import io
 import json
+import string
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +17,6 @@ def parse_row(row: object, spec: TaskSpec) -> Example:
         row: a mapping with the template's fields, `label` (an index or one of the task's options), and
             `choices` where the options are letters (a list, or one text with the choices between "|").
         spec: the task that the row belongs to.
-
-    Raises:
-        ValueError: a field is missing or of the wrong type, or the label is out of range.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
@@ -40,11 +39,14 @@ def parse_row(row: object, spec: TaskSpec) -> Example:
 
 
 def _label(label: object, spec: TaskSpec, n_options: int) -> int:
-    if isinstance(label, str):
-        label = spec.options.index(label) if label in spec.options else int(label) if label.isdecimal() else label
+    names = spec.options or tuple(string.ascii_uppercase[:n_options])
+    if isinstance(label, str) and label in names:
+        label = names.index(label)
+    elif isinstance(label, str) and label.isdecimal() and not any(name.isdecimal() for name in names):
+        label = int(label)
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < n_options:
-        words = f" or one of {', '.join(spec.options)}" if spec.options else ""
-        raise ValueError(f"field 'label' must be an integer in 0..{n_options - 1}{words}, got {label!r}")
+        words = ", ".join(names)
+        raise ValueError(f"field 'label' must be an integer in 0..{n_options - 1} or one of {words}, got {label!r}")
     return label
 
 
@@ -57,7 +59,7 @@ def read_rows(path: Path, spec: TaskSpec) -> tuple[Example, ...]:
     except UnicodeDecodeError as error:
         raise ValueError(f"task {spec.name!r}: {path} is not UTF-8 text ({error.reason})") from error
     examples = []
-    for number, row in _csv_lines(text) if path.suffix == ".csv" else _json_lines(text, path):
+    for number, row in _csv_lines(text, path) if path.suffix == ".csv" else _json_lines(text, path):
         try:
             examples.append(parse_row(row, spec))
         except ValueError as error:
@@ -78,7 +80,13 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
             raise ValueError(f"{path}:{number}: not a JSON object: {error.msg}") from error
 
 
-def _csv_lines(text: str) -> Iterator[tuple[int, object]]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    for row in reader:
-        yield reader.line_num, {key: value for key, value in row.items() if value is not None}
+def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                said = "more cells than the heading has: put a text with commas in quotes"
+                raise ValueError(f"{path}:{reader.line_num}: {said}")
+            yield reader.line_num, {key: value for key, value in row.items() if value is not None}
+    except csv.Error as error:
+        raise ValueError(f"{path}: not CSV after line {reader.line_num}: {error}") from error

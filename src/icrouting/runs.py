@@ -14,7 +14,17 @@ from icrouting.storage import load_json, save_json
 from icrouting.tasks import Task
 
 # What makes two runs the same measurement; the rest of a configuration may differ on resuming.
-_FIXED = ("model", "data", "rows", "tasks", "demos_per_class", "demos_per_source", "i2cl_epochs", "router")
+_FIXED = (
+    "model",
+    "fingerprint",
+    "data",
+    "rows",
+    "tasks",
+    "sources",
+    "demos_per_class",
+    "demos_per_source",
+    "i2cl_epochs",
+)
 
 
 @dataclass(frozen=True)
@@ -27,11 +37,13 @@ class RunConfig:
     """
 
     model: str
+    fingerprint: str
     data: str
     rows: str
     router: str | None
     methods: list[str]
     tasks: list[dict[str, Any]]
+    sources: list[str]
     seeds: list[int]
     n_test: int
     demos_per_class: int
@@ -64,30 +76,44 @@ def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str
 def claim(folder: Path, config: RunConfig) -> None:
     """Writes a run's configuration, or checks that the run begun in the folder measures the same.
 
-    Methods, seeds and test items may be added to a run; their records join the others.
-
-    Raises:
-        ValueError: the folder holds another measurement; the differences are named.
+    Methods, with the router of one, seeds and test items may be added to a run; their records join the others.
     """
     settings = json.loads(json.dumps(asdict(config)))
     file = folder / "config.json"
     if file.exists():
         found = load_json(file)
-        different = [key for key in _FIXED if found.get(key) != settings[key]]
+        different = [key for key in _FIXED if found.get(key, settings[key]) != settings[key]]
+        routers = {found["router"], settings["router"]} - {None}
+        different += ["router"] if len(routers) > 1 else []
         different += ["n_test"] if settings["n_test"] < found["n_test"] else []
         if different:
             changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different)
             raise ValueError(f"{folder} holds another run ({changes}): choose another folder with --out")
         joined = {key: list(dict.fromkeys([*found[key], *settings[key]])) for key in ("methods", "seeds")}
-        settings = {**found, **joined, **{key: settings[key] for key in ("n_test", "notes")}}
+        command = found["command"] if _command() in found["command"] else f"{found['command']} && {_command()}"
+        now = {"n_test": settings["n_test"], "notes": settings["notes"], "router": next(iter(routers), None)}
+        settings = {**settings, **found, **joined, **now, "command": command}
     else:
         folder.mkdir(parents=True, exist_ok=True)
         settings |= {
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": _command(),
             "commit": commit(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-    save_json(file, settings)
+    save_json(file, {**settings, "notes": [*_cuts(settings), *settings["notes"]]})
+
+
+def _cuts(settings: dict[str, Any]) -> list[str]:
+    """What a run takes less of than was published."""
+    n_seeds, n_test, epochs = len(settings["seeds"]), settings["n_test"], settings["i2cl_epochs"]
+    seeds = f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most (paper: 3, 500)."
+    i2cl = f"I2CL is calibrated for {epochs} epochs (published: 100)."
+    is_i2cl_cut = epochs < 100 and any("i2cl" in method for method in settings["methods"])
+    return [*([seeds] if n_seeds < 3 or n_test < 500 else []), *([i2cl] if is_i2cl_cut else [])]
+
+
+def _command() -> str:
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _short(value: object) -> str:

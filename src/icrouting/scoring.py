@@ -35,9 +35,6 @@ def option_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequenc
     """Returns the token with which each option, after a space, goes on from this very prompt.
 
     An option of several tokens is known by its first.
-
-    Raises:
-        ValueError: two options share their first token, or the prompt's end merges with an option.
     """
     prompt_ids, *option_lists = tokenizer([prompt, *(f"{prompt} {option}" for option in options)]).input_ids
     ids = []
@@ -117,7 +114,7 @@ def score_options(
     per_prompt = _options_per_prompt(options, len(prompts))
     limit = context_length(model)
     token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], limit)
-    ids = [option_ids(tokenizer, p.text, chosen) for p, chosen in zip(prompts, per_prompt, strict=True)]
+    ids = [option_ids(tokenizer, p.query, chosen) for p, chosen in zip(prompts, per_prompt, strict=True)]
     scores = torch.full((len(prompts), max(map(len, ids), default=0)), -torch.inf)
     contexts: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):

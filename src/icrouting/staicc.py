@@ -52,9 +52,6 @@ def read_task(spec: TaskSpec) -> Task:
 
     Differs: the paper uses the official splits, which the wheel does not tell apart. SST-2 is tested on
     whole sentences, like the official test split, and trained on phrases of five words or more.
-
-    Raises:
-        ValueError: the wheel has no such set, the spec does not fit its rows, or the file is damaged.
     """
     if spec.name not in _FILES:
         raise ValueError(

@@ -17,11 +17,7 @@ Cells = Mapping[tuple[str, str], Sequence[Record]]
 
 
 def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
-    """Returns the figures of a run, finished or in progress.
-
-    Raises:
-        ValueError: there are no records, or a task of the records is not in the configuration.
-    """
+    """Returns the figures of a run, finished or in progress."""
     if not records:
         raise ValueError("no records to summarise: the run has not scored an example yet")
     by_cell: dict[tuple[str, str], list[Record]] = defaultdict(list)
@@ -35,6 +31,7 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     methods = list(dict.fromkeys([*config["methods"], *(method for method, _ in by_cell)]))
     by_method = {method: _cells(method, groups["all"], by_cell) for method in methods}
     means = [_mean(cells, group, groups[group]) for cells in by_method.values() for group in groups]
+    refused = config.get("refused", ())
     headline = _headline([method for method, cells in by_method.items() if cells])
     return Summary(
         headline=headline,
@@ -44,8 +41,8 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
         cells=tuple(cell for cells in by_method.values() for cell in cells),
         means=tuple(mean for mean in means if mean),
         rivals=_rivals(headline, by_cell) if headline else (),
-        unfinished=_unfinished(methods, list(described), by_cell),
-        notes=tuple(config.get("notes", ())),
+        unfinished=_unfinished(methods, list(described), by_cell, {(m, task) for m, task, _ in refused}),
+        notes=(*config.get("notes", ()), *(f"{m} does not fit {task}: {said}" for m, task, said in refused)),
         origin=_origin(config),
     )
 
@@ -138,14 +135,16 @@ def _rivals(headline: str, by_cell: Cells) -> tuple[Rival, ...]:
     return tuple(Rival(method, metrics.mean(found)) for method, found in leads.items())
 
 
-def _unfinished(methods: Sequence[str], tasks: Sequence[str], by_cell: Cells) -> tuple[str, ...]:
+def _unfinished(
+    methods: Sequence[str], tasks: Sequence[str], by_cell: Cells, refused: set[tuple[str, str]]
+) -> tuple[str, ...]:
     """What is missing against the configuration, and against the method with the most records on a task."""
     lines = []
     for method in methods:
-        missing = [task for task in tasks if (method, task) not in by_cell]
+        missing = [task for task in tasks if (method, task) not in by_cell and (method, task) not in refused]
         if missing:
             lines.append(f"{method}: no records on {', '.join(missing)}")
-        for task in [task for task in tasks if task not in missing]:
+        for task in [task for task in tasks if (method, task) in by_cell]:
             n, most = (
                 len(by_cell[method, task]),
                 max(len(by_cell.get((other, task), ())) for other in methods),

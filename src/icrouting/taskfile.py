@@ -25,7 +25,7 @@ def read_task_file(path: Path) -> Task:
         ValueError: the file is malformed (key and line are named), or a row does not fit.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"cannot read the task file {path}: {error.strerror}") from error
@@ -38,7 +38,9 @@ def read_task_file(path: Path) -> Task:
 
 def _spec(path: Path, text: str, values: dict[str, Any]) -> TaskSpec:
     def refuse(key: str, said: str) -> NoReturn:
-        lines = [number for number, line in enumerate(text.split("\n"), 1) if re.match(rf"\s*\[?{key}\b", line)]
+        lines = [
+            number for number, line in enumerate(text.split("\n"), 1) if re.match(rf"\s*\[?{re.escape(key)}\b", line)
+        ]
         raise ValueError(f"{path}:{lines[0] if lines else 1}: key {key!r} {said}")
 
     for key, value in values.items():
@@ -55,10 +57,18 @@ def _spec(path: Path, text: str, values: dict[str, Any]) -> TaskSpec:
     if set(splits) != {"train", "test"} or not all(isinstance(file, str) for file in splits.values()):
         refuse("splits", f'must be train = "file" and test = "file", got {splits!r}')
     try:
-        slots = [name for _, name, _, _ in Formatter().parse(values["template"]) if name is not None]
+        parts = Formatter().parse(values["template"])
+        slots = [(name, form or conversion) for _, name, form, conversion in parts if name is not None]
     except ValueError as error:
         refuse("template", f"is malformed: {error}")
-    if not slots or not all(slot.isidentifier() for slot in slots) or values["template"] != values["template"].rstrip():
+    is_plain = all(name.isidentifier() and not form for name, form in slots)
+    if not slots or not is_plain or values["template"] != values["template"].rstrip():
         refuse("template", f"needs slots such as {{text}} and no space at its end, got {values['template']!r}")
-    name, group = values.get("name", path.stem), values.get("group", "far")
-    return TaskSpec(name, group, values["template"], tuple(options), values.get("words", {}))
+    if options and {"choices", "letters"} & {slot[0] for slot in slots}:
+        refuse("options", "must be left out where the template has {choices} or {letters}")
+    name, group, words = values.get("name", path.stem), values.get("group", "far"), values.get("words", {})
+    if group not in ("in-domain", "near", "far"):
+        refuse("group", f'must be "in-domain", "near" or "far", got {group!r}')
+    if not all(isinstance(texts, dict) and all(isinstance(t, str) for t in texts.values()) for texts in words.values()):
+        refuse("words", f"must give a text for every value of a field, got {words!r}")
+    return TaskSpec(name, group, values["template"], tuple(options), words)

@@ -42,14 +42,7 @@ def alpha_scale(step: int, n_steps: int, final: float) -> float:
 class Trainer:
     """One router in training; its state can be saved after any step and taken up again.
 
-    Args:
-        model: the frozen decoder.
-        pids: the directions.
-        router: the router to train, in place.
-        queries: the training queries of all source tasks.
-        config: the objective and the optimiser.
-        pad_id: token to pad with.
-        folder: where to keep checkpoints and `training.jsonl`; None keeps nothing.
+    The router is trained in place; checkpoints and `training.jsonl` go to `folder`, if there is one.
     """
 
     def __init__(

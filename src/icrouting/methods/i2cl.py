@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import by_length, pad, pad_id_of, tokenize
+from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.edits import Edit, edited, last_of, recorded
 from icrouting.families import branches_of, device_of, layers_of
 from icrouting.methods.base import Context, Method
@@ -38,6 +38,8 @@ class I2CL(Method):
         """Records the vectors and calibrates the scalars."""
         per_class = self.settings.demos_per_class
         demos = [(task, demo) for task in self.sources for demo in balanced_demos(task, per_class, rng)]
+        if not demos:
+            raise ValueError("I2CL learns from demonstrations: give at least one source task")
         self.vectors = _context_vectors(self.model, self.tokenizer, demos)
         self.scalars = torch.tensor([FIRST_LAMBDA, FIRST_BETA]).repeat(len(self.vectors), 1)
         self.losses = self._calibrate(demos, rng)
@@ -79,7 +81,7 @@ class I2CL(Method):
         """Trains the scalars in place; returns the losses."""
         model, tokenizer = self.model, self.tokenizer
         texts = [task.prompt(example) for task, example in demos]
-        token_lists = tokenize(tokenizer, texts)
+        token_lists = tokenize(tokenizer, texts, context_length(model))
         labels = [option_ids(tokenizer, x, t.options(e))[e.label] for x, (t, e) in zip(texts, demos, strict=True)]
         scalars = self.scalars.to(device_of(model)).requires_grad_()
         n_steps = self.settings.i2cl_epochs * max(1, len(demos) // BATCH_SIZE)
@@ -119,7 +121,7 @@ def _context_vectors(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demos: Sequence[tuple[Task, Example]]
 ) -> Float[Tensor, "n_branches hidden_size"]:
     """Returns the branches' mean output at the newline that ends a demonstration."""
-    token_lists = tokenize(tokenizer, [demonstration(task, example) for task, example in demos])
+    token_lists = tokenize(tokenizer, [demonstration(*demo) for demo in demos], context_length(model))
     total = torch.zeros(1)
     with recorded(_branches(model)) as outputs:
         for group in by_length(token_lists, TOKEN_BUDGET):

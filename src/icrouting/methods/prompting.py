@@ -19,8 +19,8 @@ class ZeroShot(Method):
 class FewShot(Method):
     """Balanced demonstrations of the task in front of every prompt, the same ones for a whole seed.
 
-    On unseen tasks too the demonstrations are the task's own, which is a harder rival than the paper's
-    (section 6), see `MultiTaskFewShot`.
+    Differs: on unseen tasks too the demonstrations are the task's own, a harder rival than the paper's (section 6),
+    which is `MultiTaskFewShot`.
     """
 
     name = "few-shot"

@@ -29,6 +29,7 @@ def in_domain(kind: type[Method]) -> Callable[[Settings], Method]:
 class InDomain(Method):
     """A method fitted on the training and validation rows of the very task, when it first meets it.
 
+    Differs: the paper reuses what was learned in-domain on unseen tasks, whose labels this one sees: a harder rival.
     The draw of a task does not depend on the tasks met before, so a resumed run finds the same.
     """
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import by_length, pad, pad_id_of, tokenize
+from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.edits import edited, last_of, last_tokens, recorded
 from icrouting.families import device_of, layers_of
 from icrouting.methods.base import Method
@@ -32,11 +32,12 @@ class TaskVectors(Method):
 
     def learn(self, rng: np.random.Generator) -> None:
         """Records the states and chooses the layer."""
-        states = [
-            _states(self.model, self.tokenizer, task, self.settings.demos_per_class, rng) for task in self.sources
-        ]
-        self.vectors = torch.stack(states).mean(0)
         validation = [(task, example) for task in self.sources for example in task.validation]
+        if not validation:
+            raise ValueError("task vectors choose their layer on validation rows: give 5 training rows or more")
+        per_class = self.settings.demos_per_class
+        states = [_states(self.model, self.tokenizer, task, per_class, rng) for task in self.sources]
+        self.vectors = torch.stack(states).mean(0)
         self.accuracies = sweep(self.model, self.tokenizer, validation, self.vectors)
 
     @property
@@ -80,7 +81,8 @@ def _states(
     used = {id(demo) for _, demo in demos}
     spare = [example for example in task.train if id(example) not in used] or list(task.train)
     dummies = [spare[i] for i in rng.permutation(len(spare))[:N_DUMMIES]]
-    token_lists = tokenize(tokenizer, [few_shot(task, dummy, demos).text for dummy in dummies])
+    texts = [few_shot(task, dummy, demos).text for dummy in dummies]
+    token_lists = tokenize(tokenizer, texts, context_length(model))
     batch = pad(token_lists, pad_id_of(tokenizer)).to(device_of(model))
     with recorded(list(layers_of(model))) as outputs:
         next_token_logits(model, batch)
@@ -101,7 +103,7 @@ def sweep(
     """
     prompts = [task.prompt(example) for task, example in items]
     ids = [option_ids(tokenizer, prompt, task.options(x)) for prompt, (task, x) in zip(prompts, items, strict=True)]
-    token_lists, hits = tokenize(tokenizer, prompts), torch.zeros(len(vectors))
+    token_lists, hits = tokenize(tokenizer, prompts, context_length(model)), torch.zeros(len(vectors))
     for group in by_length(token_lists, TOKEN_BUDGET):
         step = _kept_prefill(model, [token_lists[i] for i in group], pad_id_of(tokenizer))
         for layer, vector in enumerate(vectors):
