@@ -150,7 +150,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, said, world, t
     places = {"tmp": tmp_path, "model": world / "model", "data": world / "data", "router": world / "router"}
     places["twin"] = world / "data" / "sst2" / "sst2.toml"
     places["twin"].write_text(
-        'template = "{text}:"\noptions = ["negative", "positive"]\nsplits = {train = "train.jsonl", test = "test.jsonl"}'
+        'template = "{text}:"\noptions = ["negative", "positive"]\n[splits]\ntrain = "train.jsonl"\ntest = "test.jsonl"'
     )
     assert said in failure(capsys, *(word.format(**places) for word in arguments.split()))
 

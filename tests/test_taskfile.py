@@ -118,7 +118,7 @@ def test_a_bad_row_of_a_csv_is_named_by_file_and_line(stance):
     [
         (",against\n", ",a,gainst\n", "train.csv:3: more cells than the heading has"),
         ("They will", '"They "will', "not CSV after line 2"),
-        ("a car-free town,1\n", 'a car-free town,"1\n', "not CSV after line 4"),
+        ("a car-free town,1\n", 'a car-free town,"1\n', "not CSV after line 3"),
     ],
 )
 def test_a_line_that_is_no_csv_is_named(stance, old, new, said):
