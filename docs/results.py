@@ -18,9 +18,9 @@ RUNS = {
 IN_README = "smollm2-135m"
 HEAD = """# Results
 
-Made from [`benchmarks/results`](../benchmarks/results) by `python docs/results.py`; every table names its command, commit,
-seeds and what was cut short. The twelve-task runs come from
-[`benchmarks/recipes/twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in [`routers`](../routers).
+Made from [`benchmarks/results`](../benchmarks/results) by `python docs/results.py`; every table names its command,
+commit, seeds and what was cut short. The twelve-task runs come from
+[`twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in [`routers`](../routers).
 """
 
 
