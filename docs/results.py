@@ -35,9 +35,10 @@ def page() -> str:
 
 
 def table() -> str:
-    """Returns the conclusion and the table of the run that the README shows."""
-    report = (RESULTS / IN_README / "report.md").read_text()
-    return re.split(r"\n- [▲M]", report)[0].strip()
+    """Returns the conclusion, the table and the cuts of the run that the README shows."""
+    shown, *rest = re.split(r"\n- ", (RESULTS / IN_README / "report.md").read_text())
+    cuts = [line.strip() for line in rest if not line.startswith(("▲", "Model"))]
+    return f"{shown.strip()}\n\nCut short: {' '.join(cuts)}"
 
 
 def readme(text: str) -> str:

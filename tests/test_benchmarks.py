@@ -1,3 +1,5 @@
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -24,3 +26,20 @@ def test_a_candidate_is_what_its_name_says(key):
     scope = "vocabulary" if is_paper or "vocabulary" in name else "options"
     assert (config.basis, config.lr, config.ce_scope) == (basis, lr, scope)
     assert f"{config.epochs} epoch" in name
+
+
+ROUTERS = Path(__file__).parents[1] / "routers"
+
+
+@pytest.mark.parametrize("folder", sorted(ROUTERS.iterdir()), ids=lambda folder: folder.name)
+def test_a_published_router_loads_is_small_and_is_the_one_of_its_table(folder):
+    from icrouting import InContextRouter
+
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 3 * 2**20
+    config = json.loads((ROUTERS.parent / "benchmarks" / "results" / folder.name / "config.json").read_text())
+    assert InContextRouter.from_pretrained(folder).digest() == config["router"]
+
+
+def test_published_figures_name_no_place_of_the_machine_that_made_them():
+    for file in (ROUTERS.parent / "benchmarks" / "results").rglob("*.*"):
+        assert not re.search(r"(?<![\w.])/(work|home|root|tmp)/", file.read_text()), file

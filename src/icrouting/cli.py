@@ -145,9 +145,8 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     )
     config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
     commands.fit(out / "router", model, data, sources, config)
-    note = f"A demonstration: {n_prompts} extraction prompts and {n_queries} queries per source task (paper: 5,000)."
     methods, settings = ("zero-shot", "calibration", "few-shot", "icr"), Settings(router=str(out / "router"))
-    commands.evaluate(out, model, data, tasks, sources, methods, n_test, [0], settings, [note])
+    commands.evaluate(out, model, data, tasks, sources, methods, n_test, [0], settings)
     commands.console.print(f"router: {out / 'router'}", soft_wrap=True)
 
 

@@ -73,7 +73,6 @@ def evaluate(
     n_test: int,
     seeds: Sequence[int],
     settings: registry.Settings,
-    notes: Sequence[str] = (),
 ) -> None:
     """Evaluates methods into a run folder and prints the table."""
     settings = dataclasses.replace(settings, folder=out / "fits")
@@ -97,13 +96,21 @@ def evaluate(
         demos_per_class=settings.demos_per_class,
         demos_per_source=settings.demos_per_source,
         i2cl_epochs=settings.i2cl_epochs,
-        notes=list(notes),
+        notes=_router_cuts(icr),
     )
     runs.claim(out, config)
     evaluation = Evaluation(base, tokenizer, methods, sources, out / "records.jsonl")
     evaluation.run(tasks, seeds, n_test)
     finish(out, evaluation, tasks, seeds[-1], icr, Path(settings.router) / "fit" if settings.router else None)
     show(out)
+
+
+def _router_cuts(icr: InContextRouter | None) -> list[str]:
+    """What a router learned from less than the paper's did."""
+    fit = icr.description.fit if icr else None
+    if fit is None or min(fit.n_prompts, fit.n_queries) >= 5000:
+        return []
+    return [f"ICR learned from {fit.n_prompts} prompts, {fit.n_queries} queries of a task at most (paper: 5,000 each)."]
 
 
 def finish(

@@ -117,8 +117,7 @@ def _command() -> str:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return (text := json.dumps(value))[:77] + "..." * (len(text) > 77)
 
 
 def commit() -> str:
