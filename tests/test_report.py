@@ -94,7 +94,7 @@ def test_the_page_shows_the_command_the_configuration_the_notes_and_the_timing(p
         "a: 1, 2",
     ):
         assert shown in text
-    assert "1.04 1.01 to 1.07 seven pairs" in text
+    assert "1.04 1.01 to 1.07 0 seven pairs" in text
     assert "group: far, role: unseen, n_options: 3" in text
 
 

@@ -64,7 +64,7 @@ def costs(summary: Summary, n_cached: Mapping[str, int]) -> str:
                 low, value, high = _percent(means[method.name])
                 axes.plot([cost, cost], [low, high], color=looks[method.name][0], linewidth=1.2, alpha=0.6)
                 axes.plot(cost, value, **_marker(looks[method.name], is_filled=True, size=6.0))
-            axes.set(xlabel=title, xlim=(0, 1.1 * max(values, default=1)))
+            axes.set(xlabel=title, xlim=(0, 1.1 * max(values, default=1) or 1))
             axes.grid(True)
         panels[0].set_ylabel("mean accuracy, %")
         panels[-1].set_xscale("symlog", linthresh=100)
