@@ -132,7 +132,7 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
 
     Args:
         out: The run's folder; the router is written to its subfolder "router".
-        quick: At most three minutes: fewer prompts, queries and test items, and so a weaker router.
+        quick: About three minutes: fewer prompts, queries and test items, and so a weaker router.
     """
     from icrouting import commands
     from icrouting.methods import Settings
