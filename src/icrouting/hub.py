@@ -51,7 +51,7 @@ def _read(spec: TaskSpec, split: str, mirror: Path | None) -> list[Example]:
     repo, files = source["repo"], source[split]
     revision = source.get("revision", _PARQUET).replace("/", "%2F")
     place = mirror / repo / files if mirror else f"hf://datasets/{repo}@{revision}/{files}"
-    kind = {"parquet": "parquet", "json": "json"}[files.rsplit(".", 1)[1]]
+    kind = files.rsplit(".", 1)[1]  # "parquet" or "json", as the loader is called
     try:
         found = datasets.load_dataset(kind, data_files=str(place), split="train")
     except Exception as error:  # the hub's errors have no common type
