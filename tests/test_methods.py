@@ -251,7 +251,7 @@ def test_equal_prompts_with_other_options_are_read_anew(tokenizer, tmp_path):
     spec = TaskSpec("toy2", "far", TASK.spec.template, ("dull", "joy", "film"))
     other = Task(spec, TASK.train, TASK.test, TASK.validation)
     evaluation = Evaluation(tiny.model("llama"), tokenizer, make(["zero-shot"], Settings()), [TASK], tmp_path / "r")
-    evaluation.run([TASK, other], (0,), 13)
+    evaluation.run([TASK, other], (0,), 30)  # all items, so that both tasks ask the same prompts
     found = {record.key: record for record in records.read(tmp_path / "r")}
     (alone,) = make(["zero-shot"], Settings())
     for record in Evaluation(tiny.model("llama"), tokenizer, [alone], [], tmp_path / "n").predict(alone, other, [3], 0):
