@@ -48,6 +48,19 @@ def test_zero_gates_leave_logits_unchanged(family, kernel, side):
     assert (routed - plain).abs().max() == 0.0
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_that_is_not_routed_stays_beside_rows_that_are(family, kernel):
+    """Its heads are widened with theirs, so it may differ by rounding."""
+    model, inputs = tiny.model(family, kernel), tiny.prompts((13, 13, 13))
+    routing = tiny.routing(model, 3)
+    routing.head_gates[1] = 0
+    plain, routed = logits_of(model, inputs), routed_logits(model, inputs, tiny.pids(model), routing)
+    moved = (routed - plain).abs().unflatten(0, (3, 13)).amax((1, 2))
+    assert moved[1] <= CLOSE
+    assert moved[[0, 2]].min() > 0.1
+
+
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -88,15 +88,29 @@ class Attachment:
         self.layers = layers
         self.routing: Routing | None = None
         self._placed: tuple[Routing, Routing] | None = None
+        self._neutral: tuple[Routing, bool] | None = None
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether the routing in force adds nothing anywhere, and is not being trained."""
+        routing = self._in_force()
+        if self._neutral is None or self._neutral[0] is not routing:
+            added = routing.routing_vector.detach().any((1, 2)) & routing.head_gates.detach().any((1, 2))
+            self._neutral = (routing, not routing.routing_vector.requires_grad and not bool(added.any()))
+        return self._neutral[1]
+
+    def _in_force(self) -> Routing:
+        if self.routing is None:
+            raise ValueError("the model is attached but has no routing: call it with `input_ids`")
+        return self.routing
 
     def routing_for(self, n_rows: int, device: torch.device) -> Routing:
         """The routing in force, with one row per batch row."""
-        if self.routing is None:
-            raise ValueError("the model is attached but has no routing: call it with `input_ids`")
-        if self._placed is None or self._placed[0] is not self.routing or self._placed[1].n_rows != n_rows:
-            routing = self.routing.repeated(n_rows)
+        current = self._in_force()
+        if self._placed is None or self._placed[0] is not current or self._placed[1].n_rows != n_rows:
+            routing = current.repeated(n_rows)
             moved = Routing(routing.routing_vector.to(device), routing.head_gates.to(device))
-            self._placed = (self.routing, moved)
+            self._placed = (current, moved)
         routing = self._placed[1]
         if routing.head_gates.device != device:
             routing = Routing(routing.routing_vector.to(device), routing.head_gates.to(device))
@@ -119,7 +133,9 @@ def _attention_function(original: str) -> Callable:
         kernel = eager if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
         assert kernel is not None, f"{type(module).__name__} has no eager attention function"
         layer = _routed.get(module)
-        if layer is None:
+        if layer is None or layer.attachment.is_neutral:
+            # Wider heads may round differently, so where nothing is added the columns are not there.
+            key, value = (states[..., : query.shape[-1]].contiguous() for states in (key, value))
             return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         if key.shape[-1] == query.shape[-1]:  # no cache has widened them
             key, value = layer.widen_cached(key, value)

@@ -159,4 +159,5 @@ def _directions(
     variance = torch.einsum("lwr,lwv,lvr->lr", columns, covariance, columns).clamp_min(0)
     total = covariance.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
     floor = torch.finfo(torch.float32).eps * total.sqrt()
-    return columns.float(), torch.maximum(variance.sqrt(), floor).float(), (variance / total).float()
+    # Contiguous, as a loaded file's are: kernels may round by the layout.
+    return columns.float().contiguous(), torch.maximum(variance.sqrt(), floor).float(), (variance / total).float()
