@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from icrouting.card import model_card
 from icrouting.config import FitConfig
-from icrouting.encoder import SentenceEncoder
 from icrouting.families import decoder_of, dims_of
+from icrouting.features import Features
 from icrouting.models import fingerprint
 from icrouting.pids import PIDs
 from icrouting.router import Router
@@ -36,8 +36,9 @@ _PID_TENSORS = ("query_pids", "key_pids", "query_std", "key_std", "query_explain
 class Description:
     """All there is to know about an artifact but its weights.
 
-    `encoder` is the digest of the sentence encoder's weights, `fingerprint` and `rows` those of the base model's
-    weights and of the source tasks' rows; `tasks` counts their training rows; `layers` are the routed ones, from 0.
+    `encoder` is the digest of the sentence encoder's weights, or "hidden" for the model's own states; `fingerprint`
+    and `rows` are those of the base model's weights and of the source tasks' rows; `tasks` counts their training
+    rows; `layers` are the routed ones, from 0.
     """
 
     base_model: str
@@ -61,7 +62,7 @@ def describe(
     tasks: Sequence[Task],
     fit: FitConfig,
     layers: tuple[int, ...],
-    encoder: SentenceEncoder,
+    features: Features,
 ) -> Description:
     """Returns the description of a router fitted on `model`."""
     dims, decoder = dims_of(model), decoder_of(model)
@@ -74,8 +75,8 @@ def describe(
         n_kv_heads=dims.n_kv_heads,
         head_dim=dims.head_dim,
         layers=layers,
-        encoder=encoder.fingerprint,
-        n_features=encoder.n_features,
+        encoder=features.fingerprint,
+        n_features=features.n_features,
         tasks={task.name: len(task.train) for task in tasks},
         rows=rows_digest(tasks),
         fit=fit,
@@ -193,7 +194,8 @@ def _assemble(tensors: dict[str, Tensor], description: Description, weights: Pat
         if not torch.isfinite(value).all():
             raise ValueError(f"{weights}: {name} holds NaN or infinity")
     router.load_state_dict({name.removeprefix("router."): tensors[name] for name in tensors if name[0] == "r"})
-    parts = {name: tensors[f"pids.{name}"] for name in _PID_TENSORS}
+    # A file's tensors are not aligned as fresh ones are, and kernels may round by that.
+    parts = {name: tensors[f"pids.{name}"].clone() for name in _PID_TENSORS}
     pids = PIDs(layers=description.layers, basis=description.fit.basis, **parts)
     return pids, router.eval().requires_grad_(False)
 

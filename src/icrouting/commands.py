@@ -138,7 +138,8 @@ def finish(
         timed |= {row["method"]: row for row in evaluation.time_ratios(shortest)}
         runs.add_to_config(out, timing={"baseline": BASELINE, "ratios": list(timed.values())})
     if icr is not None:
-        save_json(out / "routing.json", runs.routing_summary(icr, tasks))
+        with icr.attached(evaluation.model, evaluation.tokenizer) as routed:
+            save_json(out / "routing.json", runs.routing_summary(routed, icr.pids.layers, tasks))
     if fit_folder is not None and (fit_folder / "training.jsonl").exists():
         shutil.copyfile(fit_folder / "training.jsonl", out / "training.jsonl")
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Basis = Literal["pca", "whitened", "random"]
+# In place of a sentence encoder: the backbone's own hidden state entering the first routed layer.
+HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class FitConfig:
         basis: "pca" (paper), "whitened" or "random".
         n_prompts: few-shot extraction prompts per source task.
         demos_per_class: demonstrations per class in them.
-        encoder: the sentence encoder: hub id, folder, or "pinned:minilm".
+        encoder: what the router reads of a prompt: a sentence encoder (hub id, folder or "pinned:minilm"), or
+            "hidden", the backbone's own hidden state entering the first routed layer, which needs no second model.
         hidden_width: width of the router's hidden layers.
         n_queries: training queries per source task.
         max_tokens: longer zero-shot prompts lose their beginning [tokens].

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting.batches import context_length, pad_id_of, tokenize
 from icrouting.capture import capture_last_tokens
 from icrouting.config import FitConfig
-from icrouting.encoder import SentenceEncoder, query_texts
 from icrouting.families import dims_of
+from icrouting.features import Features, Scale
 from icrouting.pids import PIDs, QKMoments, fit_pids
 from icrouting.progress import track
 from icrouting.prompts import extraction_prompts
@@ -25,7 +25,7 @@ from icrouting.train import Query
 from icrouting.trunk import run_trunk
 
 SAVE_EVERY_SECONDS = 20.0
-ENCODED_AT_ONCE = 64
+READ_AT_ONCE = 64
 
 
 def claim_folder(folder: Path, config: FitConfig, tasks: Sequence[Task], fingerprint: str) -> None:
@@ -80,11 +80,11 @@ def training_queries(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
-    encoder: SentenceEncoder,
+    features: Features,
     first_layer: int,
     config: FitConfig,
-) -> list[Query]:
-    """Returns the training queries of all source tasks, their trunk run and their features computed."""
+) -> tuple[list[Query], Scale]:
+    """Returns the training queries of all source tasks, trunk run and features computed, and those's scale."""
     rng = np.random.default_rng(config.seed + 1)
     chosen = [
         (task, task.train[index]) for task in tasks for index in rng.permutation(len(task.train))[: config.n_queries]
@@ -96,13 +96,19 @@ def training_queries(
     limit = min(config.max_tokens, context_length(model) or config.max_tokens)
     token_lists = [_tail(tokens, limit, tokenizer.bos_token_id) for tokens in tokenize(tokenizer, texts)]
     states = run_trunk(model, token_lists, first_layer, pad_id_of(tokenizer))
-    chunks = [token_lists[start : start + ENCODED_AT_ONCE] for start in range(0, len(token_lists), ENCODED_AT_ONCE)]
-    encoded = track(chunks, "features", [len(chunk) for chunk in chunks], "queries")
-    features = torch.cat([encoder(query_texts(tokenizer, chunk)).cpu() for chunk in encoded])
-    return [
-        Query(state, feature, option_list, example.label)
-        for state, feature, option_list, (_, example) in zip(states, features, ids, chosen, strict=True)
+    chunks = [states[start : start + READ_AT_ONCE] for start in range(0, len(states), READ_AT_ONCE)]
+    vectors = torch.cat(
+        [
+            features([state.tokens for state in chunk], [state.hidden for state in chunk]).cpu()
+            for chunk in track(chunks, "features", [len(chunk) for chunk in chunks], "queries")
+        ]
+    )
+    mean, std = features.scale(vectors)
+    queries = [
+        Query(state, vector, option_list, example.label)
+        for state, vector, option_list, (_, example) in zip(states, (vectors - mean) / std, ids, chosen, strict=True)
     ]
+    return queries, (mean, std)
 
 
 def _tail(tokens: list[int], limit: int, bos: object) -> list[int]:

@@ -12,12 +12,12 @@ from icrouting import artifact, fitting
 from icrouting.artifact import Description
 from icrouting.batches import pad_id_of
 from icrouting.config import FitConfig
-from icrouting.encoder import SentenceEncoder, load_encoder
 from icrouting.families import check_layers, device_of, dims_of, family_of, late_third
+from icrouting.features import Features, Reader, features_of
 from icrouting.models import fingerprint, frozen
 from icrouting.pids import PIDs
 from icrouting.routed import Routed, rerouted
-from icrouting.router import Router, Routing
+from icrouting.router import Router
 from icrouting.tasks import Task
 from icrouting.train import Trainer
 
@@ -68,32 +68,28 @@ class InContextRouter:
         where = Path(folder) if folder is not None else None
         if where is not None:
             fitting.claim_folder(where, config, tasks, digest)
-        encoder = load_encoder(config.encoder, str(device_of(model)))
+        features = features_of(config.encoder, model, tokenizer, str(device_of(model)))
         generator = torch.Generator().manual_seed(config.seed)
-        router = Router(encoder.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
+        router = Router(features.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
         router.to(device_of(model))
         with frozen(model):
             pids = fitting.extract(model, tokenizer, tasks, layers, config, where)
-            queries = fitting.training_queries(model, tokenizer, tasks, encoder, layers[0], config)
+            queries, scale = fitting.training_queries(model, tokenizer, tasks, features, layers[0], config)
             Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), where).run()
-        description = artifact.describe(model, tasks, config, layers, encoder)
+        router.absorb(*scale)
+        description = artifact.describe(model, tasks, config, layers, features)
         return cls(description, pids, router.eval().requires_grad_(False))
 
-    @property
-    def encoder(self) -> SentenceEncoder:
-        """The sentence encoder that the router reads, loaded when first needed.
-
-        Raises:
-            ValueError: what its name stands for here is not the encoder that the router was fitted with.
-        """
+    def _features(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Features:
+        """What the router reads; ValueError if it is not what the router was fitted with."""
         description = self.description
-        encoder = load_encoder(description.fit.encoder, "cpu")
-        if encoder.fingerprint != description.encoder:
+        features = features_of(description.fit.encoder, model, tokenizer, "cpu")
+        if features.fingerprint != description.encoder:
             raise ValueError(
                 f"the router was fitted with another sentence encoder than {description.fit.encoder!r} is here: "
-                f"expected weights {description.encoder}, got {encoder.fingerprint}"
+                f"expected weights {description.encoder}, got {features.fingerprint}"
             )
-        return encoder
+        return features
 
     @contextmanager
     def attached(
@@ -118,23 +114,14 @@ class InContextRouter:
                 f"{model.config.name_or_path!r} ({found}): load the base model it was fitted on, or fit a new router"
             )
         self.router.to(device_of(model))
-        routed = Routed(model, tokenizer, lambda prompts: self.routing(prompts, strength=strength))
+        scale = strength * self.description.fit.final_alpha_scale
+        features = self._features(model, tokenizer)
+        reader = Reader(model, tokenizer, features, self.router, self.pids.layers[0], scale)
         if strength == 0:  # exact in every dtype: wider heads round differently below float32
-            yield routed
+            yield Routed(reader)
             return
-        with rerouted(model, tokenizer, self.pids, routed.routing):
-            yield routed
-
-    @torch.no_grad()
-    def routing(self, prompts: Sequence[str], *, strength: float = 1.0) -> Routing:
-        """Returns what the router decides for prompts, without running the model.
-
-        Args:
-            prompts: the prompts' texts.
-            strength: factor on the routing vector.
-        """
-        routing = self.router(self.encoder(prompts).to(device_of(self.router)))
-        return routing.scaled(strength * self.description.fit.final_alpha_scale)
+        with rerouted(reader, self.pids):
+            yield Routed(reader)
 
     def digest(self) -> str:
         """Returns 16 hex digits that identify the router's weights."""

@@ -4,29 +4,29 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache
 
 from icrouting.attach import Attachment, attach
-from icrouting.encoder import query_texts
-from icrouting.families import base_of, decoder_of
+from icrouting.families import base_of, decoder_of, layers_of
+from icrouting.features import Reader
 from icrouting.pids import PIDs
 from icrouting.router import Routing
 from icrouting.scoring import score_options
+from icrouting.trunk import entering_of
 
-Route = Callable[[Sequence[str]], Routing]
 
-
+@dataclass(frozen=True)
 class Routed:
     """An attached model; comes from `InContextRouter.attached`."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, route: Route):
-        self._model, self._tokenizer, self._route = model, tokenizer, route
+    reader: Reader
 
     def score(
         self, prompts: Sequence[str], options: Sequence[str] | Sequence[Sequence[str]]
@@ -37,36 +37,41 @@ class Routed:
             prompts: zero-shot prompts, ending right before the space and the answer ("Sentiment:").
             options: the answers to choose from, for all prompts or one list per prompt.
         """
-        return score_options(self._model, self._tokenizer, prompts, options)
+        return score_options(self.reader.model, self.reader.tokenizer, prompts, options)
 
     def routing(self, prompts: Sequence[str]) -> Routing:
-        """Returns what the router decides for prompts, without running the model."""
-        return self._route(prompts)
+        """Returns what the router decides for prompts; no routed layer runs."""
+        return self.reader.of_prompts(prompts)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Tokens that a routing is for, and which of them are real; `cache` is the one that they fill."""
+
+    input_ids: Int[Tensor, "batch q_len"]
+    is_real: Bool[Tensor, "batch q_len"]
+    cache: Cache | None
+
+    def token_lists(self) -> list[list[int]]:
+        return [row[keep].tolist() for row, keep in zip(self.input_ids, self.is_real, strict=True)]
 
 
 class _Rerouter:
     """Gives every forward pass the routing of its prompt.
 
-    A prefill (no cache, or an empty one) is routed by its own tokens. The routing is kept with the cache
-    that the prefill fills, and holds for every later step with that cache. Inside `generate` the routing of
-    the prompt holds for every forward, however the prompt is cut or speculated on.
+    A prefill (no cache, or an empty one) is routed by its own tokens, once the states that enter the first routed
+    layer are there. The routing is kept with the cache that the prefill fills, and holds for every later step with
+    that cache. Inside `generate` the routing of the prompt holds for every forward, however the prompt is cut or
+    speculated on.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, route: Route, attachment: Attachment):
-        self._tokenizer, self._route, self._attachment = tokenizer, route, attachment
+    def __init__(self, reader: Reader, attachment: Attachment):
+        self._reader, self._attachment = reader, attachment
         self._of_cache: weakref.WeakKeyDictionary[Cache, Routing] = weakref.WeakKeyDictionary()
+        self._generating: _Prompt | None = None
         self._held: Routing | None = None
-
-    def _of_rows(self, texts: list[str]) -> Routing:
-        # Beams and samples repeat their query; each text is encoded once.
-        order = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        routing = self._route(list(order))
-        rows = torch.tensor([order[text] for text in texts], device=routing.head_gates.device)
-        return Routing(routing.routing_vector[rows], routing.head_gates[rows])
-
-    def _of_tokens(self, input_ids: Int[Tensor, "batch q_len"], mask: Any) -> Routing:
-        rows = zip(input_ids, _attended(input_ids, mask), strict=True)
-        return self._of_rows(query_texts(self._tokenizer, [row[keep].tolist() for row, keep in rows]))
+        self._pending: _Prompt | None = None
+        self._is_reading = False
 
     def generate(self, plain_generate: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls `plain_generate` with one routing for all of its forwards: the cache's, or the prompt's."""
@@ -76,35 +81,61 @@ class _Rerouter:
         if cache is not None and cache in self._of_cache:
             self._held = self._of_cache[cache]
         elif input_ids is not None and (cache is None or int(cache.get_seq_length()) == 0):
-            self._held = self._of_tokens(input_ids, kwargs.get("attention_mask"))
+            self._generating = _Prompt(input_ids, _attended(input_ids, kwargs.get("attention_mask")), cache)
         try:
             return plain_generate(*args, **kwargs)
         finally:
-            self._held = None
+            self._held = self._generating = self._pending = None
 
     def before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._is_reading:
+            return
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         cache = given.get("past_key_values")
+        self._pending = None
         if self._held is not None:
-            self._attachment.routing = self._held
-            if cache is not None:
-                self._of_cache[cache] = self._held
-            return
-        if cache is not None and int(cache.get_seq_length()) > 0:
+            self._use(self._held, cache)
+        elif self._generating is None and cache is not None and int(cache.get_seq_length()) > 0:
             if cache not in self._of_cache:
                 raise ValueError(
                     "this cache is unknown here: it was filled outside `attached`, or is a copy; "
                     "start from the prompt inside it"
                 )
-            self._attachment.routing = self._of_cache[cache]
-            return
-        input_ids = given.get("input_ids")
-        if input_ids is None:
-            raise ValueError("a routed model needs `input_ids` to be routed by, got `inputs_embeds` alone")
-        self._attachment.routing = self._of_tokens(input_ids, given.get("attention_mask"))
+            self._use(self._of_cache[cache], cache)
+        else:
+            input_ids = given.get("input_ids")
+            if input_ids is None:
+                raise ValueError("a routed model needs `input_ids` to be routed by, got `inputs_embeds` alone")
+            self._await(_Prompt(input_ids, _attended(input_ids, given.get("attention_mask")), cache))
+
+    def _await(self, prompt: _Prompt) -> None:
+        """Lets the first routed layer route by `prompt`; by the whole one where `generate` cuts or goes beyond it."""
+        self._attachment.routing = None
+        whole = self._generating
+        n_tokens = whole.input_ids.shape[1] if whole else prompt.input_ids.shape[1]
+        if whole and prompt.input_ids.shape[1] < n_tokens:
+            self._is_reading = True
+            try:
+                self._use(self._reader.of_tokens(whole.token_lists()), prompt.cache)
+            finally:
+                self._is_reading = False
+        else:
+            self._pending = _Prompt(prompt.input_ids[:, :n_tokens], prompt.is_real[:, :n_tokens], prompt.cache)
+
+    def at_first_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        prompt = self._pending
+        if prompt is not None and not self._is_reading:
+            hidden = entering_of(args, kwargs)[:, : prompt.is_real.shape[1]]
+            states = [row[keep] for row, keep in zip(hidden, prompt.is_real.to(hidden.device), strict=True)]
+            self._use(self._reader.of_states(prompt.token_lists(), states), prompt.cache)
+
+    def _use(self, routing: Routing, cache: Cache | None) -> None:
+        self._pending, self._attachment.routing = None, routing
+        if self._generating is not None:
+            self._held = routing
         if cache is not None:
-            self._of_cache[cache] = self._attachment.routing
+            self._of_cache[cache] = routing
 
     def after_forward(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         cache = output.get("past_key_values") if isinstance(output, dict) else None
@@ -121,16 +152,19 @@ def _attended(input_ids: Int[Tensor, "batch q_len"], mask: Any) -> Bool[Tensor, 
     if mask.ndim == 4:  # [batch, 1, q_len, kv_len]: a token is real if any token sees it
         seen = mask if mask.dtype == torch.bool else mask == 0
         mask = seen[:, 0, :, : input_ids.shape[1]].any(1)
-    return mask[:, -input_ids.shape[1] :].bool().expand(len(input_ids), -1)
+    mask = mask[:, -input_ids.shape[1] :].bool().expand(len(input_ids), -1)
+    return mask | ~mask.any(1, keepdim=True)  # a row without any real token is read as it stands
 
 
 @contextmanager
-def rerouted(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pids: PIDs, route: Route) -> Iterator[None]:
-    """Inside, plain calls of `model` are routed by `route`; on leaving, the model is as it was found."""
-    decoder = decoder_of(model)
+def rerouted(reader: Reader, pids: PIDs) -> Iterator[None]:
+    """Inside, plain calls of the reader's model are routed; on leaving, the model is as it was found."""
+    model = reader.model
+    decoder, first = decoder_of(model), layers_of(model)[reader.first_layer]
     with attach(model, pids) as attachment, ExitStack() as stack:
-        rerouter = _Rerouter(tokenizer, route, attachment)
+        rerouter = _Rerouter(reader, attachment)
         stack.callback(decoder.register_forward_pre_hook(rerouter.before_forward, with_kwargs=True).remove)
+        stack.callback(first.register_forward_pre_hook(rerouter.at_first_layer, with_kwargs=True).remove)
         stack.callback(decoder.register_forward_hook(rerouter.after_forward).remove)
         base = base_of(model)
         plain_generate: Callable = base.generate  # pyright: ignore[reportAssignmentType]

@@ -82,6 +82,14 @@ class Router(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.alpha[-1].weight)  # pyright: ignore[reportArgumentType]
 
+    @torch.no_grad()
+    def absorb(self, mean: Float[Tensor, "n_features"], std: Float[Tensor, "n_features"]) -> None:
+        """Makes a router that was trained on (features - mean) / std read the features as they are."""
+        for perceptron in (self.alpha, self.gamma):
+            first: nn.Linear = perceptron[0]  # pyright: ignore[reportAssignmentType]
+            first.weight.div_(std.to(first.weight))
+            first.bias.sub_(first.weight @ mean.to(first.weight))
+
     def forward(self, features: Float[Tensor, "batch n_features"]) -> Routing:
         """Returns the routing of a batch of queries, in float32."""
         alpha = torch.tanh(self.alpha(features)).unflatten(-1, (self.n_layers, -1))

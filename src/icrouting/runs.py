@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from icrouting.icr import InContextRouter
+from icrouting.routed import Routed
 from icrouting.storage import load_json, save_json
 from icrouting.tasks import Task
 
@@ -140,13 +140,13 @@ def add_to_config(folder: Path, **entries: object) -> None:
     save_json(folder / "config.json", {**load_json(folder / "config.json"), **entries})
 
 
-def routing_summary(icr: InContextRouter, tasks: Sequence[Task], n_items: int = 50) -> dict[str, Any]:
+def routing_summary(routed: Routed, layers: Sequence[int], tasks: Sequence[Task], n_items: int = 50) -> dict[str, Any]:
     """Returns what a router decides on each task: its mean head gates and mean |alpha|, for the report."""
     found = {}
     for task in tasks:
-        routing = icr.routing([task.prompt(example) for example in task.test[:n_items]])
+        routing = routed.routing([task.prompt(example) for example in task.test[:n_items]])
         found[task.name] = {
             "head_gates": routing.head_gates.mean(0).tolist(),
             "routing_vector_abs": routing.routing_vector.abs().mean(0).tolist(),
         }
-    return {"layers": list(icr.pids.layers), "tasks": found}
+    return {"layers": list(layers), "tasks": found}

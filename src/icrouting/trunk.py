@@ -5,7 +5,7 @@ every epoch, so it is kept, and training runs the layers from `first` on.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from icrouting.batches import Batch, by_length, pad
-from icrouting.families import device_of, layers_of
+from icrouting.families import decoder_of, device_of, layers_of
 from icrouting.losses import entropy
 from icrouting.progress import track
 from icrouting.scoring import next_token_logits
@@ -35,6 +35,54 @@ class TrunkState:
     entropy: float
 
 
+class _Reached(Exception):
+    """The first routed layer is reached, and nothing behind it is needed."""
+
+
+@torch.no_grad()
+def entering_states(
+    model: PreTrainedModel,
+    token_lists: Sequence[Sequence[int]],
+    first: int,
+    pad_id: int,
+    *,
+    token_budget: int = TOKEN_BUDGET,
+) -> list[Float[Tensor, "q_len hidden_size"]]:
+    """Returns what enters layer `first` for every prompt; the layers from there on do not run."""
+    entered: list[Tensor] = [torch.empty(0)] * len(token_lists)
+    decoder = decoder_of(model)
+    with _entering(model, first, stop=True) as entering:
+        for group in by_length(token_lists, token_budget):
+            batch = pad([token_lists[i] for i in group], pad_id).to(device_of(model))
+            with suppress(_Reached):
+                decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
+            for row, hidden in zip(group, entering.pop(), strict=True):
+                entered[row] = hidden[: len(token_lists[row])]
+    return entered
+
+
+@contextmanager
+def _entering(model: PreTrainedModel, first: int, *, stop: bool) -> Iterator[list[Tensor]]:
+    """Inside, every pass appends what enters layer `first`, and ends there with `stop`."""
+    entering: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        entering.append(entering_of(args, kwargs))
+        if stop:
+            raise _Reached
+
+    handle = layers_of(model)[first].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield entering
+    finally:
+        handle.remove()
+
+
+def entering_of(args: tuple, kwargs: dict) -> Float[Tensor, "batch q_len hidden_size"]:
+    """Returns the hidden states among a layer's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 @torch.no_grad()
 def run_trunk(
     model: PreTrainedModel,
@@ -45,15 +93,9 @@ def run_trunk(
     token_budget: int = TOKEN_BUDGET,
 ) -> list[TrunkState]:
     """Returns the trunk state of every prompt, from one plain pass each; `first` is the first routed layer."""
-    entering: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        entering.append(args[0] if args else kwargs["hidden_states"])
-
     states: list[TrunkState | None] = [None] * len(token_lists)
-    handle = layers_of(model)[first].register_forward_pre_hook(keep, with_kwargs=True)
     groups = list(by_length(token_lists, token_budget))
-    try:
+    with _entering(model, first, stop=False) as entering:
         for group in track(groups, "trunk", [len(group) for group in groups], "queries"):
             batch = pad([token_lists[i] for i in group], pad_id).to(device_of(model))
             entropies = entropy(next_token_logits(model, batch)).tolist()
@@ -61,8 +103,6 @@ def run_trunk(
             for row, index in enumerate(group):
                 tokens = token_lists[index]
                 states[index] = TrunkState(tokens, hidden[row, : len(tokens)].clone(), entropies[row])
-    finally:
-        handle.remove()
     return [state for state in states if state is not None]
 
 
