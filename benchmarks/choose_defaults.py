@@ -24,8 +24,8 @@ from icrouting.attach import attach
 from icrouting.batches import pad_id_of, tokenize
 from icrouting.catalogue import PAPER_TASKS
 from icrouting.config import PAPER, FitConfig
-from icrouting.encoder import SentenceEncoder, query_texts
 from icrouting.families import dims_of, late_third
+from icrouting.features import SentenceFeatures
 from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
 from icrouting.records import Record
@@ -65,12 +65,13 @@ CANDIDATES = {
 class Items:
     """Items to score, with their trunk kept: every candidate then costs the routed third of a pass."""
 
-    def __init__(self, model, tokenizer, encoder, task, examples, first):
+    def __init__(self, model, tokenizer, features, task, examples, first, scale):
         self.task, self.examples = task, examples
         texts = [task.prompt(example) for example in examples]
         token_lists = tokenize(tokenizer, texts)
         self.states = run_trunk(model, token_lists, first, pad_id_of(tokenizer))
-        self.features = encoder(query_texts(tokenizer, token_lists))
+        mean, std = scale
+        self.features = (features(token_lists, [state.hidden for state in self.states]) - mean) / std
         self.ids = [option_ids(tokenizer, t, task.options(e)) for t, e in zip(texts, examples, strict=True)]
 
     @torch.no_grad()
@@ -104,12 +105,12 @@ def run(data: Path, out: Path, only: list[str]) -> None:
     sources = [task for task in tasks.values() if task.spec.group == "in-domain"]
     fit_tasks = [dataclasses.replace(task, train=task.train[:-N_VALIDATION]) for task in sources]
     layers, dims, pad_id = late_third(model.config.num_hidden_layers), dims_of(model), pad_id_of(tokenizer)
-    encoder = SentenceEncoder("pinned:minilm")
+    features = SentenceFeatures("pinned:minilm", "cpu", tokenizer)
     fitting.extract(model, tokenizer, fit_tasks, layers, BASE, out)
     moments = QKMoments.from_tensors(load_tensors(out / "moments.safetensors")[0])
-    queries = fitting.training_queries(model, tokenizer, fit_tasks, encoder, layers[0], BASE)
-    validation = [Items(model, tokenizer, encoder, t, t.train[-N_VALIDATION:], layers[0]) for t in sources]
-    test = [Items(model, tokenizer, encoder, t, t.test[:N_TEST], layers[0]) for t in tasks.values()]
+    queries, scale_of = fitting.training_queries(model, tokenizer, fit_tasks, features, layers[0], BASE)
+    validation = [Items(model, tokenizer, features, t, t.train[-N_VALIDATION:], layers[0], scale_of) for t in sources]
+    test = [Items(model, tokenizer, features, t, t.test[:N_TEST], layers[0], scale_of) for t in tasks.values()]
     chosen = {name: CANDIDATES[name] for name in only} if only else CANDIDATES
     write_config(out, tasks, ["zero-shot", *chosen])
     done = (
@@ -124,7 +125,7 @@ def run(data: Path, out: Path, only: list[str]) -> None:
         else:
             pids = fit_pids(moments, layers, config.rank, config.basis, torch.Generator().manual_seed(SEED))
             generator = torch.Generator().manual_seed(SEED)
-            router = Router(encoder.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
+            router = Router(features.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
             started = time.monotonic()
             Trainer(model, pids, router, queries, config, pad_id).run()
             print(f"{name}: trained in {time.monotonic() - started:.0f} s", flush=True)

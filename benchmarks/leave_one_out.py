@@ -21,8 +21,8 @@ from icrouting import fitting, records
 from icrouting.batches import pad_id_of
 from icrouting.capture import capture_last_tokens
 from icrouting.config import FitConfig
-from icrouting.encoder import SentenceEncoder
 from icrouting.families import dims_of, late_third
+from icrouting.features import SentenceFeatures
 from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
 from icrouting.prompts import extraction_prompts
@@ -84,14 +84,15 @@ def run(out: Path) -> None:
     file = out / "records.jsonl"
     done = {record.method for record in records.read(file)}
     model, tokenizer = load_model("pinned:smollm2-135m")
-    layers, pad_id, encoder = late_third(30), pad_id_of(tokenizer), SentenceEncoder("pinned:minilm")
+    layers, pad_id, features = late_third(30), pad_id_of(tokenizer), SentenceFeatures("pinned:minilm", "cpu", tokenizer)
     whole = [load_task(name, "pinned:staicc") for name in TASKS]
     tasks = [dataclasses.replace(task, train=task.train[:-N_VALIDATION]) for task in whole]
     moments = moments_per_task(model, tokenizer, tasks, layers)
     queries = {
-        task.name: fitting.training_queries(model, tokenizer, [task], encoder, layers[0], BASE) for task in tasks
+        task.name: fitting.training_queries(model, tokenizer, [task], features, layers[0], BASE)[0] for task in tasks
     }
-    items = [Items(model, tokenizer, encoder, t, t.train[-N_VALIDATION:], layers[0]) for t in whole]
+    unscaled = features.scale(torch.empty(0))
+    items = [Items(model, tokenizer, features, t, t.train[-N_VALIDATION:], layers[0], unscaled) for t in whole]
     if "zero-shot" not in done:
         pids = fit_pids(moments["agnews"], layers, 8, "pca", torch.Generator())
         records.append(file, [r for item in items for r in item.score("zero-shot", model, None, pids, 0.0, pad_id)])
@@ -102,7 +103,7 @@ def run(out: Path) -> None:
                 continue  # the three strengths of one fit are appended together
             kept, started = [task for task in TASKS if task != left_out], time.monotonic()
             of_kept = [query for task in kept for query in queries[task]]
-            pids, router = fit(model, pad_id, config, [moments[t] for t in kept], of_kept, encoder.n_features)
+            pids, router = fit(model, pad_id, config, [moments[t] for t in kept], of_kept, features.n_features)
             for method, strength in zip(names, STRENGTHS, strict=True):
                 scale = strength * config.final_alpha_scale
                 records.append(

@@ -4,7 +4,7 @@
 
 On SmolLM2-135M with a fitted router of the default shape. For each prompt length the plain and the routed
 scoring pass take turns; the routed pass is timed with its routing given (the attention alone) and as a user
-calls it (sentence encoder and router on top). Training is timed per epoch with the trunk kept and without.
+calls it (router on top, reading a sentence encoder or the backbone's own hidden state). Training is timed per epoch with the trunk kept and without.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import torch
 
 from icrouting.attach import attach
 from icrouting.batches import pad
-from icrouting.config import FitConfig
-from icrouting.encoder import SentenceEncoder
+from icrouting.config import HIDDEN, FitConfig
 from icrouting.families import dims_of, late_third
+from icrouting.features import Reader, features_of
 from icrouting.models import load_model
 from icrouting.pids import PIDs
 from icrouting.routed import rerouted
@@ -64,13 +64,22 @@ def random_pids(model, layers):
     return PIDs(layers, query, key, *(torch.full((len(layers), RANK), 5.0) for _ in range(4)), "whitened")
 
 
-def scoring(model, tokenizer, pids, router, encoder, n_turns):
-    rows, route = {}, lambda texts: router(encoder(texts))
+def reader_of(model, tokenizer, encoder, layers):
+    features = features_of(encoder, model, tokenizer, "cpu")
+    generator, n_heads = torch.Generator().manual_seed(0), dims_of(model).n_heads
+    router = Router(features.n_features, len(layers), n_heads, RANK, 256, generator)
+    torch.nn.init.normal_(router.alpha[-1].weight, std=0.01, generator=generator)  # untrained, it would add nothing
+    return Reader(model, tokenizer, features, router.requires_grad_(False), layers[0], 1.0)
+
+
+def scoring(model, tokenizer, pids, n_turns):
+    rows = {}
+    readers = {name: reader_of(model, tokenizer, name, pids.layers) for name in ("pinned:minilm", HIDDEN)}
     for batch_size, length in SHAPES:
         generator = torch.Generator().manual_seed(length)
         tokens = torch.randint(100, 40000, (batch_size, length), generator=generator).tolist()
         batch = pad(tokens, 0)
-        routing = router(torch.randn(batch_size, encoder.n_features, generator=generator))
+        routing = readers[HIDDEN].router(torch.randn(batch_size, model.config.hidden_size, generator=generator))
 
         @contextmanager
         def given(routing=routing):
@@ -85,13 +94,15 @@ def scoring(model, tokenizer, pids, router, encoder, n_turns):
             with given():
                 next_token_logits(model, batch)
 
-        def as_called(batch=batch):
-            with rerouted(model, tokenizer, pids, route):
-                next_token_logits(model, batch)
-
         name = f"{batch_size} x {length} tokens"
         rows[f"routed attention / plain, {name}"] = in_turns(plain, with_routing_given, n_turns)
-        rows[f"routed with encoder and router / plain, {name}"] = in_turns(plain, as_called, n_turns)
+        for encoder, reader in readers.items():
+
+            def as_called(batch=batch, reader=reader):
+                with rerouted(reader, pids):
+                    next_token_logits(model, batch)
+
+            rows[f"routed as called, reading {encoder} / plain, {name}"] = in_turns(plain, as_called, n_turns)
     return rows
 
 
@@ -139,13 +150,10 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = load_model("pinned:smollm2-135m")
     layers = late_third(model.config.num_hidden_layers)
-    pids, encoder = random_pids(model, layers), SentenceEncoder("pinned:minilm")
-    router = Router(
-        encoder.n_features, len(layers), dims_of(model).n_heads, RANK, 256, torch.Generator().manual_seed(0)
-    ).requires_grad_(False)
+    pids = random_pids(model, layers)
     with torch.no_grad():
-        rows = scoring(model, tokenizer, pids, router, encoder, arguments.turns)
-    rows |= training(model, pids, encoder.n_features, 3)
+        rows = scoring(model, tokenizer, pids, arguments.turns)
+    rows |= training(model, pids, model.config.hidden_size, 3)
     about = {"commit": commit(), "dtype": str(model.dtype), "threads": torch.get_num_threads(), "layers": len(layers)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_json(arguments.out, {"command": "python benchmarks/speed.py", **about, "rows": rows})
