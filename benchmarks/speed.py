@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py --out benchmarks/results/speed.json
 
-On SmolLM2-135M with a fitted router of the default shape. For each prompt length the plain and the routed
-scoring pass take turns; the routed pass is timed with its routing given (the attention alone) and as a user
-calls it (router on top, reading a sentence encoder or the backbone's own hidden state). Training is timed per epoch with the trunk kept and without.
+On SmolLM2-135M with a router of the default shape. For each prompt length the plain and the routed scoring pass
+take turns; the routed pass is timed with its routing given (the attention alone) and as a user calls it (the
+router on top, reading a sentence encoder or the backbone's own hidden state). Training is timed per epoch with the
+trunk kept and without.
 """
 
 import argparse
