@@ -39,7 +39,7 @@ def load_model(
     Raises:
         ValueError: nothing of that name can be loaded.
     """
-    folder = _resolve(str(name))
+    folder = folder_of(str(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or default_dtype())
@@ -58,7 +58,8 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _resolve(name: str) -> str:
+def folder_of(name: str) -> str:
+    """Returns what transformers loads a name from: an unpacked folder for pinned and GGUF models, else the name."""
     if name.startswith("pinned:"):
         asset = name.removeprefix("pinned:")
         if asset not in PINNED:
