@@ -146,7 +146,7 @@ def _attention_function(original: str) -> Callable:
     return routed_attention
 
 
-def _routed_kernel(model: PreTrainedModel) -> AbstractContextManager[None]:
+def routed_kernel(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Inside, the model uses our attention function over the kernel that it used before."""
     original = model.config._attn_implementation
     alias = _ALIASES.get(original or "")
@@ -202,5 +202,5 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
                 stack.callback(hook_site(attention, site, dims, layer.store, name).remove)
             hook = attention.register_forward_pre_hook(_widen_cache_of(layer), with_kwargs=True)
             stack.callback(hook.remove)
-        stack.enter_context(_routed_kernel(base))
+        stack.enter_context(routed_kernel(base))
         yield attachment
