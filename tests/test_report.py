@@ -2,11 +2,10 @@ import csv
 import html as markup
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
+import browser
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records
 from icrouting import records, report
 from icrouting.conclusion import conclusion, points
@@ -178,40 +177,8 @@ def test_drawing_leaves_matplotlibs_settings_alone():
     assert dict(mpl.rcParams) == before
 
 
-PROBE = """
-<script>
-addEventListener("load", () => {
-  const pages = [...document.querySelectorAll("iframe")].map((frame) => {
-    const inner = frame.contentDocument;
-    inner.querySelectorAll("details").forEach((part) => { part.open = true; });
-    const images = [...inner.images];
-    const broken = images.filter((image) => !image.complete || !image.naturalWidth).length;
-    const boxes = [...inner.querySelectorAll(".wide")];
-    const clipped = boxes.filter((box) => box.scrollWidth > box.clientWidth).length;
-    return { images: images.length, broken, clipped, width: inner.documentElement.scrollWidth };
-  });
-  document.body.innerHTML = "<pre>" + JSON.stringify(pages) + "</pre>";
-});
-</script>
-"""
-
-
 def test_in_a_browser_pictures_load_and_nothing_scrolls_sideways(page, tmp_path):
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium on PATH to lay the page out")
-    widths = (1280, 700, 400)
-    frames = [f'<iframe style="width:{w}px;border:0" srcdoc="{markup.escape(page)}"></iframe>' for w in widths]
-    outer = tmp_path / "outer.html"
-    outer.write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{"".join(frames)}{PROBE}</body>')
-    command = [
-        *(chromium, "--headless", "--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-quic"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        *(f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900", "--dump-dom", outer.as_uri()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    pages = json.loads(re.search(r"<pre>(.*)</pre>", done.stdout).group(1))
-    for width, found in zip(widths, pages, strict=True):
+    for width, found in browser.lay_out(page, (1280, 700, 400), tmp_path).items():
         assert found["images"] == page.count("<img")
         assert found["broken"] == found["clipped"] == 0
         assert found["width"] <= width

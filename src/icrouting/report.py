@@ -59,12 +59,8 @@ def write(run_folder: Path) -> Summary:
 
 def html(summary: Summary, config: Mapping[str, Any], extras: Extras) -> str:
     """Returns the page: conclusion, table, pictures and configuration; no scripts, nothing fetched."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(points=conclusion.points, label=conclusion.label)
-    template = resources.files("icrouting").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return render(
+        "report.html.j2",
         summary=summary,
         conclusion=conclusion.conclusion(summary),
         rows=table.rows(summary),
@@ -80,6 +76,17 @@ def html(summary: Summary, config: Mapping[str, Any], extras: Extras) -> str:
         confusions=_confusions(summary),
         options={task["name"]: task["options"] for task in config["tasks"] if task.get("options")},
     )
+
+
+def render(template: str, **values: object) -> str:
+    """Returns a page: one of our templates filled with values, which are escaped."""
+    texts = resources.files("icrouting")
+    loader = jinja2.FunctionLoader(lambda name: texts.joinpath(name).read_text(encoding="utf-8"))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader
+    )
+    environment.filters.update(points=conclusion.points, label=conclusion.label)
+    return environment.get_template(template).render(**values)
 
 
 def _confusions(summary: Summary) -> dict[str, str]:
