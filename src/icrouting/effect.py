@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from icrouting.attach import routed_kernel
-from icrouting.batches import context_length, pad, tokenize
+from icrouting.batches import pad
 from icrouting.families import attention_of, base_of, device_of
 from icrouting.router import Routing
 from icrouting.scoring import next_token_logits
@@ -57,13 +57,10 @@ class Passes:
 
 
 @torch.no_grad()
-def run_both(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, layers: tuple[int, ...]
-) -> Passes:
+def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...]) -> Passes:
     """Returns an attached model's two passes over a prompt; its attention implementation is put back."""
     base, found = base_of(model), base_of(model).config._attn_implementation
     assert found is not None, "transformers gives every loaded model an attention implementation"
-    (tokens,) = tokenize(tokenizer, [prompt], context_length(base))
     batch, kept = pad([tokens], 0).to(device_of(model)), []
     with ExitStack() as stack:
         # Not `output_attentions`: that keeps every layer's weights, and leaves hooks of transformers on the model.

@@ -118,10 +118,10 @@ class InContextRouter:
         features = self._features(model, tokenizer)
         reader = Reader(model, tokenizer, features, self.router, self.pids.layers[0], scale)
         if strength == 0:  # exact in every dtype: wider heads round differently below float32
-            yield Routed(reader)
+            yield Routed(reader, self.pids.layers, [])
             return
-        with rerouted(reader, self.pids):
-            yield Routed(reader)
+        with rerouted(reader, self.pids) as last:
+            yield Routed(reader, self.pids.layers, last)
 
     def digest(self) -> str:
         """Returns 16 hex digits that identify the router's weights."""

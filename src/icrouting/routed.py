@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from icrouting.attach import Attachment, attach
+from icrouting.batches import context_length, tokenize
+from icrouting.effect import describe, run_both, warn_if_nothing
 from icrouting.families import base_of, decoder_of, layers_of
 from icrouting.features import Reader
 from icrouting.pids import PIDs
@@ -24,9 +26,14 @@ from icrouting.trunk import entering_of
 
 @dataclass(frozen=True)
 class Routed:
-    """An attached model; comes from `InContextRouter.attached`."""
+    """An attached model; comes from `InContextRouter.attached`.
+
+    `layers` are the routed ones; `last` holds the tokens of the prompts that were routed or scored last.
+    """
 
     reader: Reader
+    layers: tuple[int, ...]
+    last: list[list[int]]
 
     def score(
         self, prompts: Sequence[str], options: Sequence[str] | Sequence[Sequence[str]]
@@ -37,11 +44,34 @@ class Routed:
             prompts: zero-shot prompts, ending right before the space and the answer ("Sentiment:").
             options: the answers to choose from, for all prompts or one list per prompt.
         """
-        return score_options(self.reader.model, self.reader.tokenizer, prompts, options)
+        scores = score_options(self.reader.model, self.reader.tokenizer, prompts, options)
+        self.last[:] = tokenize(self.reader.tokenizer, prompts)
+        return scores
 
     def routing(self, prompts: Sequence[str]) -> Routing:
         """Returns what the router decides for prompts; no routed layer runs."""
         return self.reader.of_prompts(prompts)
+
+    def effect(self, prompts: Sequence[str] | None = None) -> str:
+        """Returns in one line of numbers what routing does to prompts; warns when that is numerically nothing.
+
+        Each prompt is run twice, alone, on the `eager` kernel.
+
+        Args:
+            prompts: None takes those that were routed or scored last; a plain call at strength 0 is not seen.
+        """
+        reader, model = self.reader, self.reader.model
+        found = self.last if prompts is None else tokenize(reader.tokenizer, prompts, context_length(model))
+        token_lists = [list(tokens) for tokens in dict.fromkeys(map(tuple, found))]  # beams repeat their prompt
+        if not token_lists:
+            raise ValueError("nothing has been routed yet: give `effect` prompts, or call the model first")
+        passes, routing = (
+            [run_both(model, tokens, self.layers) for tokens in token_lists],
+            reader.of_tokens(token_lists),
+        )
+        self.last[:] = token_lists
+        warn_if_nothing(passes)
+        return describe(passes, routing)
 
 
 @dataclass(frozen=True)
@@ -72,6 +102,7 @@ class _Rerouter:
         self._held: Routing | None = None
         self._pending: _Prompt | None = None
         self._is_reading = False
+        self.last: list[list[int]] = []
 
     def generate(self, plain_generate: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls `plain_generate` with one routing for all of its forwards: the cache's, or the prompt's."""
@@ -117,7 +148,8 @@ class _Rerouter:
         if whole and prompt.input_ids.shape[1] < n_tokens:
             self._is_reading = True
             try:
-                self._use(self._reader.of_tokens(whole.token_lists()), prompt.cache)
+                self.last[:] = whole.token_lists()
+                self._use(self._reader.of_tokens(self.last), prompt.cache)
             finally:
                 self._is_reading = False
         else:
@@ -128,7 +160,8 @@ class _Rerouter:
         if prompt is not None and not self._is_reading:
             hidden = entering_of(args, kwargs)[:, : prompt.is_real.shape[1]]
             states = [row[keep] for row, keep in zip(hidden, prompt.is_real.to(hidden.device), strict=True)]
-            self._use(self._reader.of_states(prompt.token_lists(), states), prompt.cache)
+            self.last[:] = prompt.token_lists()
+            self._use(self._reader.of_states(self.last, states), prompt.cache)
 
     def _use(self, routing: Routing, cache: Cache | None) -> None:
         self._pending, self._attachment.routing = None, routing
@@ -157,8 +190,11 @@ def _attended(input_ids: Int[Tensor, "batch q_len"], mask: Any) -> Bool[Tensor, 
 
 
 @contextmanager
-def rerouted(reader: Reader, pids: PIDs) -> Iterator[None]:
-    """Inside, plain calls of the reader's model are routed; on leaving, the model is as it was found."""
+def rerouted(reader: Reader, pids: PIDs) -> Iterator[list[list[int]]]:
+    """Inside, plain calls of the reader's model are routed; on leaving, the model is as it was found.
+
+    Yields the tokens of the prompts that were routed last, kept up to date.
+    """
     model = reader.model
     decoder, first = decoder_of(model), layers_of(model)[reader.first_layer]
     with attach(model, pids) as attachment, ExitStack() as stack:
@@ -171,4 +207,4 @@ def rerouted(reader: Reader, pids: PIDs) -> Iterator[None]:
         # On the instance alone, so that deleting it uncovers the class's own.
         vars(base)["generate"] = partial(rerouter.generate, plain_generate)
         stack.callback(vars(base).pop, "generate")
-        yield
+        yield rerouter.last
