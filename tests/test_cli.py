@@ -106,6 +106,26 @@ def test_generate_shows_both_continuations(world, capsys):
     assert "routed, strength 1" in shown
 
 
+def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys):
+    where = [
+        "--model",
+        str(world / "model"),
+        "--router",
+        str(world / "router"),
+        "--out",
+        str(tmp_path / "a" / "b.html"),
+    ]
+    cli.main(["inspect", *where, "--prompt", "Review: [/b] joy\\nSentiment:", "--options", "negative", "positive"])
+    shown = capsys.readouterr().out
+    for said in ("effect on 1 prompt", "'positive'", "next token", "gates, %", "attention of the last token", "b.html"):
+        assert said in shown
+    assert "<svg" in (tmp_path / "a" / "b.html").read_text()
+    cli.main(["inspect", *where, "--prompt", "Review: joy", "--strength", "0"])
+    shown = capsys.readouterr().out
+    assert "numerically nothing" in shown
+    assert "option" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -133,6 +153,7 @@ def test_generate_shows_both_continuations(world, capsys):
         ("report {tmp}", "config.json"),
         ("generate --router {tmp} --model {model} --prompt a", "config.json is missing"),
         ("generate --router {router} --model {model} --prompt=", "empty text"),
+        ("inspect --router {router} --model {model} --prompt a: --options b", "at least two options"),
         ("eval --out {tmp}/run --model {model} --data {data} --n-test -1 --router {router} " + SST2, "--n-test"),
         (
             "eval --out {tmp}/run --model {model} --data {data} --seeds -1 --router {router} " + SST2,
@@ -201,7 +222,7 @@ def test_ctrl_c_says_that_the_work_is_kept(monkeypatch, capsys):
     assert "is kept" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["fit", "eval", "report", "generate", "demo"])
+@pytest.mark.parametrize("command", ["fit", "eval", "report", "generate", "inspect", "demo"])
 def test_help_teaches_every_option(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])

@@ -124,6 +124,32 @@ def generate(
     commands.generate(prompt.replace("\\n", "\n"), router, model, strength, max_new_tokens)
 
 
+def inspect(
+    prompt: str,
+    router: str,
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    options: Names = (),
+    strength: float = 1.0,
+    out: Path = Path("inspect.html"),
+) -> None:
+    r"""Show what the router does to one prompt: gates, weights, scores, attention; as text and as an HTML page.
+
+    Example: icr inspect --model pinned:smollm2-135m --router my-router --prompt "Review: a joy .\nSentiment:"
+    --options negative positive
+
+    Args:
+        prompt: The text to look at; \n stands for a new line.
+        router: Folder or hub id of a fitted router.
+        model: The base model that the router was fitted on.
+        options: Answers to compare, at least two; none: only the likeliest next tokens.
+        strength: Factor on the routing; 0 is the untouched model.
+        out: The page; it needs nothing beside it.
+    """
+    from icrouting import commands
+
+    commands.inspect(prompt.replace("\\n", "\n"), router, model, options or None, strength, out)
+
+
 def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     """Fit a router on SmolLM2-135M and compare it with zero-shot and few-shot, all offline data included.
 
@@ -155,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Bars of transformers' loaders would fill the terminal between our own.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    commands = {"fit": fit, "eval": evaluate, "report": report, "generate": generate, "demo": demo}
+    commands = {"fit": fit, "eval": evaluate, "report": report, "generate": generate, "inspect": inspect, "demo": demo}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,

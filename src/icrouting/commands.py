@@ -12,8 +12,8 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from icrouting import inspection, report, runs
 from icrouting import methods as registry
-from icrouting import report, runs
 from icrouting.batches import context_length, tokenize
 from icrouting.conclusion import conclusion
 from icrouting.config import FitConfig
@@ -21,7 +21,7 @@ from icrouting.evaluate import Evaluation
 from icrouting.icr import InContextRouter
 from icrouting.models import fingerprint, load_model
 from icrouting.progress import spinner
-from icrouting.storage import load_json, save_json
+from icrouting.storage import load_json, save_json, save_text
 from icrouting.summary import BASELINE
 from icrouting.tasks import Task, load_task, rows_digest
 
@@ -169,3 +169,12 @@ def generate(prompt: str, router: str, model: str, strength: float, max_new_toke
         routed = go_on()
     console.print(Panel(go_on(), title="zero-shot"))
     console.print(Panel(routed, title=f"routed, strength {strength:g}"))
+
+
+def inspect(prompt: str, router: str, model: str, options: Sequence[str] | None, strength: float, out: Path) -> None:
+    """Prints what a router does to one prompt and writes it as a page."""
+    icr = InContextRouter.from_pretrained(router)
+    seen = inspection.inspect_prompt(icr, *load(model), prompt, options, strength)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_text(out, inspection.html(seen, f"{model}, router {router} ({icr.digest()})"))
+    console.print(f"{inspection.text(seen)}\npage: {out}", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,105 @@
+"""Inspection: what the router did to one prompt, as values, for the terminal and as a page of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icrouting.batches import context_length, tokenize
+from icrouting.effect import Passes, describe, run_both
+from icrouting.icr import InContextRouter
+from icrouting.report import render
+from icrouting.router import Routing
+from icrouting.scoring import option_ids
+
+N_TOP = 10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible next token, without and with routing."""
+
+    text: str
+    logits: tuple[float, float]
+    probabilities: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a router did to one prompt.
+
+    Attributes:
+        tokens: the prompt's, as text.
+        passes: its two passes, with their logits and attention.
+        routing: the router's decision, with its strength, one row.
+        options: with probabilities among the options; empty where none were asked for.
+        top_tokens: the likeliest next tokens, by the larger of their two probabilities.
+    """
+
+    strength: float
+    tokens: list[str]
+    passes: Passes
+    routing: Routing
+    options: list[Candidate]
+    top_tokens: list[Candidate]
+
+    @property
+    def gained(self) -> Float[Tensor, "kv_len"]:
+        """The last token's attention to each token, routed minus plain, mean over the routed heads."""
+        return self.passes.attn_weights.diff(dim=0)[0].mean((0, 1))
+
+    @property
+    def line(self) -> str:
+        """The effect in one line."""
+        return describe([self.passes], self.routing)
+
+
+def inspect_prompt(
+    icr: InContextRouter,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: Sequence[str] | None = None,
+    strength: float = 1.0,
+) -> Inspection:
+    """Returns what a router does to one prompt; the model is as found afterwards.
+
+    Args:
+        icr: the router.
+        model: the base model that it was fitted on.
+        tokenizer: its tokenizer.
+        prompt: ends right before the space and the answer ("Sentiment:").
+        options: at least two answers to choose from; None looks at the likeliest tokens alone.
+        strength: factor on the routing vector.
+    """
+    if options is not None and len(options) < 2:
+        raise ValueError(f"expected at least two options or none, got {list(options)}")
+    (token_ids,) = tokenize(tokenizer, [prompt], context_length(model))
+    chosen = option_ids(tokenizer, prompt, options) if options else []
+    with icr.attached(model, tokenizer, strength=strength) as routed:
+        passes, routing = run_both(model, token_ids, icr.pids.layers), routed.routing([prompt])
+    probabilities = passes.logits.softmax(-1)
+    top = probabilities.amax(0).topk(min(N_TOP, probabilities.shape[-1])).indices.tolist()
+    tokens, top_texts = ([str(tokenizer.decode([token])) for token in ids] for ids in (passes.tokens, top))
+    among = passes.logits[:, chosen].softmax(-1)
+    listed = _candidates(options or [], passes.logits[:, chosen], among)
+    return Inspection(
+        strength, tokens, passes, routing, listed, _candidates(top_texts, passes.logits[:, top], probabilities[:, top])
+    )
+
+
+def _candidates(texts: Sequence[str], logits: Float[Tensor, "2 n"], shares: Float[Tensor, "2 n"]) -> list[Candidate]:
+    pairs = zip(texts, logits.T.tolist(), shares.T.tolist(), strict=True)
+    return [Candidate(text, (plain, routed), (before, after)) for text, (plain, routed), (before, after) in pairs]
+
+
+def html(seen: Inspection, about: str) -> str:
+    """Returns the page: numbers and pictures, no scripts, nothing fetched; `about` names model and router."""
+    return render("inspect.html.j2", seen=seen, about=about, quoted=repr)
+
+
+def text(seen: Inspection) -> str:
+    """Returns the tables that a terminal shows."""
+    return render("inspect.txt.j2", seen=seen, quoted=repr)
