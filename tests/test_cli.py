@@ -149,7 +149,10 @@ def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys)
         ),
         ("fit --out {tmp}/r --model pinned:smollm --data {data} --tasks sst2", "known are pinned:smollm2-135m"),
         ("fit --out {tmp}/r --model {model} --data pinned:stick --tasks sst2", "unknown pinned data"),
-        ("fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --rank 0", "rank must be at least 1"),
+        (
+            "fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --rank 0",
+            "rank: Input should be greater than 0",
+        ),
         ("report {tmp}", "config.json"),
         ("generate --router {tmp} --model {model} --prompt a", "config.json is missing"),
         ("generate --router {router} --model {model} --prompt=", "empty text"),
@@ -161,7 +164,7 @@ def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys)
         ),
         (
             "fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --max-tokens 0",
-            "max_tokens must be at least 1",
+            "max_tokens: Input should be greater than 0, got 0",
         ),
         ("generate --router {router} --model {tmp}/x.gguf --prompt a", "no such file"),
         ("eval --out {tmp}/run --model {model} --data {data} --tasks {twin} --methods zero-shot " + SOURCE, "one name"),

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import PositiveFloat, PositiveInt
+
+from icrouting.checks import check
+
 Basis = Literal["pca", "whitened", "random"]
 # In place of a sentence encoder: the backbone's own hidden state entering the first routed layer.
 HIDDEN = "hidden"
@@ -40,46 +44,28 @@ class FitConfig:
     """
 
     layers: tuple[int, ...] | None = None
-    rank: int = 8
+    rank: PositiveInt = 8
     basis: Basis = "pca"
-    n_prompts: int = 100
-    demos_per_class: int = 5
+    n_prompts: PositiveInt = 100
+    demos_per_class: PositiveInt = 5
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    hidden_width: int = 256
-    n_queries: int = 1000
-    max_tokens: int = 512
+    hidden_width: PositiveInt = 256
+    n_queries: PositiveInt = 1000
+    max_tokens: PositiveInt = 512
     ce_scope: Literal["vocabulary", "options"] = "options"
     w_conf: float = 0.01
     w_spar: float = 1e-3
     w_gate: float = 0.02
     deepest_weight: float = 3.0
     final_alpha_scale: float = 0.8
-    lr: float = 1e-4
-    batch_size: int = 8
-    epochs: int = 2
-    grad_clip: float = 1.0
+    lr: PositiveFloat = 1e-4
+    batch_size: PositiveInt = 8
+    epochs: PositiveInt = 2
+    grad_clip: PositiveFloat = 1.0
     seed: int = 42
 
     def __post_init__(self):
-        if self.basis not in ("pca", "whitened", "random"):
-            raise ValueError(f"basis must be 'pca', 'whitened' or 'random', got {self.basis!r}")
-        if self.ce_scope not in ("vocabulary", "options"):
-            raise ValueError(f"ce_scope must be 'vocabulary' or 'options', got {self.ce_scope!r}")
-        for name in (
-            "rank",
-            "n_prompts",
-            "demos_per_class",
-            "hidden_width",
-            "n_queries",
-            "max_tokens",
-            "batch_size",
-            "epochs",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "grad_clip"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check(self)
 
 
 # The paper's own settings (sections 2 to 4), but for the 10,000 prompts that it takes of AG News alone.

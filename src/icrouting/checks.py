@@ -1,0 +1,29 @@
+"""Checks: values held against the types and bounds that their class declares, and what is wrong in one line."""
+
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+
+def check(values: object) -> None:
+    """Checks a dataclass's fields; ValueError names the first that does not fit, what is expected and what came."""
+    try:
+        _model_of(type(values)).model_validate(vars(values))
+    except ValidationError as error:
+        raise ValueError(in_words(error)) from error
+
+
+def in_words(error: ValidationError) -> str:
+    """Returns the first thing that pydantic found wrong: the field, what is expected and what came."""
+    first = error.errors(include_url=False)[0]
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] not in ("value_error", "missing", "json_invalid"):  # those say it already
+        said = f"{said}, got {first['input']!r}"
+    return ": ".join([*([".".join(map(str, first["loc"]))] if first["loc"] else []), said])
+
+
+@cache
+def _model_of(kind: type) -> type[BaseModel]:
+    fields: dict[str, Any] = {name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    return create_model(kind.__name__, __config__=ConfigDict(strict=True), **fields)
