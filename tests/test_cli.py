@@ -157,10 +157,10 @@ def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys)
         ("generate --router {tmp} --model {model} --prompt a", "config.json is missing"),
         ("generate --router {router} --model {model} --prompt=", "empty text"),
         ("inspect --router {router} --model {model} --prompt a: --options b", "at least two options"),
-        ("eval --out {tmp}/run --model {model} --data {data} --n-test -1 --router {router} " + SST2, "--n-test"),
+        ("eval --out {tmp}/run --model {model} --data {data} --n-test -1 --router {router} " + SST2, "n_test: Input"),
         (
             "eval --out {tmp}/run --model {model} --data {data} --seeds -1 --router {router} " + SST2,
-            "one seed from 0 up",
+            "seeds.0: Input should be greater than or equal to 0, got -1",
         ),
         (
             "fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --max-tokens 0",

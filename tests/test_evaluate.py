@@ -17,8 +17,8 @@ def methods():
     return make(["zero-shot", "few-shot"], Settings(demos_per_class=2))
 
 
-def run(methods, file, tokenizer, seeds=(0, 1)):
-    Evaluation(tiny.model("llama"), tokenizer, methods, TASKS[:1], file).run(TASKS, seeds, 13)
+def run(methods, file, tokenizer, seeds=(0, 1), fits=None):
+    Evaluation(tiny.model("llama"), tokenizer, methods, TASKS[:1], file, fits).run(TASKS, seeds, 13)
     return sorted(records.read(file), key=lambda r: r.key)
 
 
@@ -98,7 +98,7 @@ def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encod
     evaluation.fit(0)
     first = evaluation.predict(method, task, [0, 1, 2], 0)
     assert without_times(evaluation.predict(method, task, [0, 1, 2], 0)) == without_times(first)
-    assert method.n_cached(task) >= 0
+    assert method.on(task).n_cached(task) >= 0
     assert torch.equal(model(**inputs).logits, plain)
 
 
@@ -153,15 +153,15 @@ def test_a_method_that_refuses_a_task_keeps_the_rest(tokenizer, tmp_path):
 def test_fits_are_kept_for_a_resumed_run(tokenizer, tmp_path, monkeypatch):
     from icrouting.methods.task_vectors import TaskVectors
 
-    settings = Settings(demos_per_class=2, folder=tmp_path / "fits")
+    settings = Settings(demos_per_class=2)
     names = ["zero-shot", "task-vectors", "task-vectors-once"]
-    whole = run(make(names, settings), tmp_path / "whole", tokenizer, (0, 1))
+    whole = run(make(names, settings), tmp_path / "whole", tokenizer, (0, 1), tmp_path / "fits")
     assert {file.name for file in (tmp_path / "fits").iterdir()} == {
         *(f"task-vectors-once-seed{seed}.safetensors" for seed in (0, 1)),
         *(f"task-vectors-seed{seed}-{task.name}.safetensors" for seed in (0, 1) for task in TASKS),
     }
     monkeypatch.setattr(TaskVectors, "learn", lambda *args: pytest.fail("fitted again"))
-    again = run(make(names, settings), tmp_path / "again", tokenizer, (0, 1))
+    again = run(make(names, settings), tmp_path / "again", tokenizer, (0, 1), tmp_path / "fits")
     assert without_times(again) == without_times(whole)
 
 
@@ -177,9 +177,7 @@ def config_of(**changes):
         "sources": ["toy"],
         "seeds": [0],
         "n_test": 13,
-        "demos_per_class": 5,
-        "demos_per_source": 3,
-        "i2cl_epochs": 100,
+        "settings": Settings(),
         "notes": [],
     }
     return runs.RunConfig(**{**values, **changes})
@@ -204,15 +202,17 @@ def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path
     runs.claim(tmp_path, config_of(router="r1"))
     runs.claim(tmp_path, config_of())
     assert json.loads((tmp_path / "config.json").read_text())["router"] == "r1"
-    for changes in ({"router": "r2"}, {"fingerprint": "g"}, {"sources": ["other"]}, {"i2cl_epochs": 9}):
+    for changes in ({"router": "r2"}, {"fingerprint": "g"}, {"sources": ["other"]}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} was"):
             runs.claim(tmp_path, config_of(**changes))
+    with pytest.raises(ValueError, match=r"another run \(i2cl_epochs was 100, is 9\)"):
+        runs.claim(tmp_path, config_of(settings=Settings(i2cl_epochs=9)))
 
 
 def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
     def grow(argument, **changes):
         monkeypatch.setattr("sys.argv", ["icr", argument])
-        runs.claim(tmp_path, config_of(i2cl_epochs=20, **changes))
+        runs.claim(tmp_path, config_of(settings=Settings(i2cl_epochs=20), **changes))
         return json.loads((tmp_path / "config.json").read_text())
 
     assert grow("a")["notes"] == ["1 seed, 13 test items a task at most (paper: 3, 500)."]

@@ -8,9 +8,9 @@ from typing import Annotated
 import tyro
 
 from icrouting.catalogue import PAPER_TASKS
-from icrouting.config import FitConfig
+from icrouting.config import FitConfig, Settings
 
-DEFAULTS = FitConfig()
+DEFAULTS, SETTINGS = FitConfig(), Settings()
 # The paper's tasks that the hub holds: the five in-domain ones first.
 HUB_TASKS = tuple(name for name in PAPER_TASKS if name != "ai2scie")
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
@@ -46,16 +46,13 @@ def fit(
 def evaluate(
     out: Path,
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
-    router: str | None = None,
     data: str = "hub",
     tasks: Names = HUB_TASKS,
     sources: Names = HUB_TASKS[:5],
     methods: Names = ("zero-shot", "few-shot", "multi-task-few-shot", "calibration", "icr"),
     n_test: int = 500,
     seeds: tuple[int, ...] = (0, 1, 2),
-    demos_per_class: int = 5,
-    demos_per_source: int = 3,
-    i2cl_epochs: int = 100,
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = SETTINGS,
 ) -> None:
     """Compare methods on tasks; writes a run folder with records, tables and an HTML report.
 
@@ -70,21 +67,16 @@ def evaluate(
     Args:
         out: The run's folder.
         model: Hub id, local folder, .gguf file, or "pinned:smollm2-135m".
-        router: Folder or hub id of a fitted router, for the method "icr".
         data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
         tasks: Tasks to test on: names, or task files of your own (my-task.toml).
         sources: The tasks that the router was fitted on; the others count as unseen.
         methods: What to compare; zero-shot is the baseline.
         n_test: Test items per task (all, where a task has fewer), the same for every seed.
         seeds: Each draws demonstrations and fits anew.
-        demos_per_class: Demonstrations per class of few-shot prompts.
-        demos_per_source: Demonstrations per source task of multi-task prompts.
-        i2cl_epochs: Epochs of I2CL's calibration; the published 100 take minutes per task on a CPU.
+        settings: The methods' settings below.
     """
     from icrouting import commands
-    from icrouting.methods import Settings
 
-    settings = Settings(demos_per_class, demos_per_source, router, i2cl_epochs)
     commands.evaluate(out, model, data, tasks, sources, methods, n_test, seeds, settings)
 
 
@@ -161,7 +153,6 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
         quick: About three minutes: fewer prompts, queries and test items, and so a weaker router.
     """
     from icrouting import commands
-    from icrouting.methods import Settings
 
     n_prompts, n_queries, n_test = (6, 60, 24) if quick else (40, 400, 120)
     model, data, sources = "pinned:smollm2-135m", "pinned:staicc", ("agnews", "sst2", "trec")

@@ -1,6 +1,5 @@
 """What the commands do, once their arguments are parsed."""
 
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from icrouting import inspection, report, runs
 from icrouting import methods as registry
 from icrouting.batches import context_length, tokenize
 from icrouting.conclusion import conclusion
-from icrouting.config import FitConfig
+from icrouting.config import FitConfig, Settings
 from icrouting.evaluate import Evaluation
 from icrouting.icr import InContextRouter
 from icrouting.models import fingerprint, load_model
@@ -72,10 +71,9 @@ def evaluate(
     method_names: Sequence[str],
     n_test: int,
     seeds: Sequence[int],
-    settings: registry.Settings,
+    settings: Settings,
 ) -> None:
     """Evaluates methods into a run folder and prints the table."""
-    settings = dataclasses.replace(settings, folder=out / "fits")
     methods = registry.make(method_names, settings)
     names = list(dict.fromkeys([*task_names, *source_names]))
     every = dict(zip(names, load_tasks(names, data), strict=True))
@@ -93,13 +91,11 @@ def evaluate(
         sources=[task.name for task in sources],
         seeds=list(dict.fromkeys(seeds)),
         n_test=n_test,
-        demos_per_class=settings.demos_per_class,
-        demos_per_source=settings.demos_per_source,
-        i2cl_epochs=settings.i2cl_epochs,
+        settings=settings,
         notes=_router_cuts(icr),
     )
     runs.claim(out, config)
-    evaluation = Evaluation(base, tokenizer, methods, sources, out / "records.jsonl")
+    evaluation = Evaluation(base, tokenizer, methods, sources, out / "records.jsonl", out / "fits")
     evaluation.run(tasks, seeds, n_test)
     finish(out, evaluation, tasks, seeds[-1], icr, Path(settings.router) / "fit" if settings.router else None)
     show(out)

@@ -1,4 +1,4 @@
-"""The settings of a fit, in one place."""
+"""The settings of a fit and those of methods, in one place."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -70,3 +70,23 @@ class FitConfig:
 
 # The paper's own settings (sections 2 to 4), but for the 10,000 prompts that it takes of AG News alone.
 PAPER = FitConfig(basis="pca", n_prompts=5000, n_queries=5000, ce_scope="vocabulary", lr=1e-4, batch_size=4, epochs=2)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run tells its methods; each field is an option of `icr eval` and part of what a run measures.
+
+    Attributes:
+        demos_per_class: Demonstrations per class of few-shot prompts.
+        demos_per_source: Demonstrations per source task of multi-task prompts.
+        router: Folder or hub id of a fitted router, for the method "icr".
+        i2cl_epochs: Epochs of I2CL's calibration; the published 100 take minutes per task on a CPU.
+    """
+
+    demos_per_class: PositiveInt = 5
+    demos_per_source: PositiveInt = 3
+    router: str | None = None
+    i2cl_epochs: PositiveInt = 100
+
+    def __post_init__(self):
+        check(self)

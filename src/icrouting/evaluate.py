@@ -35,7 +35,10 @@ def draw_items(task: Task, n_test: int) -> list[int]:
 
 
 class Evaluation:
-    """One run: methods on a model, and the records that they leave in `file`; what it holds is not computed again."""
+    """One run: methods on a model, and the records that they leave in `file`; what it holds is not computed again.
+
+    `fits` is a folder that keeps what methods learn, for a resumed run; None keeps nothing.
+    """
 
     def __init__(
         self,
@@ -44,8 +47,9 @@ class Evaluation:
         methods: Sequence[Method],
         sources: Sequence[Task],
         file: Path,
+        fits: Path | None = None,
     ):
-        self.model, self.tokenizer, self.file = model, tokenizer, file
+        self.model, self.tokenizer, self.file, self.fits = model, tokenizer, file, fits
         self.methods, self.sources = list(methods), list(sources)
         self.refused: dict[tuple[str, str], str] = {}
         self._done: set[tuple[str, str, int, int]] = set()
@@ -80,8 +84,8 @@ class Evaluation:
         for method in self.methods:
             if method.seed == seed:
                 continue
-            method.seed, folder = seed, method.settings.folder
-            file = folder / f"{method.name}-seed{seed}.safetensors" if folder else None
+            method.seed = seed
+            file = self.fits / f"{method.name}-seed{seed}.safetensors" if self.fits else None
             rng = np.random.default_rng([seed, zlib.crc32(method.name.encode())])
             method.fit(self.model, self.tokenizer, self.sources, rng, file)
             self._kept.pop(method.name, None)
@@ -110,6 +114,7 @@ class Evaluation:
 
     def predict(self, method: Method, task: Task, indices: Sequence[int], seed: int) -> list[Record]:
         """Returns the records of one method on some test items of one task."""
+        method = method.on(task)
         examples = [task.test[index] for index in indices]
         prompts = [method.prompt(task, example) for example in examples]
         options = [task.options(example) for example in examples]
@@ -158,7 +163,7 @@ class Evaluation:
         options = [task.options(example) for example in examples]
         baseline = Method(self.methods[0].settings)
         baseline.name = BASELINE
-        methods = [baseline, *(method for method in self.methods if method.name != BASELINE)]
+        methods = [baseline, *(method.on(task) for method in self.methods if method.name != BASELINE)]
         prompts = {method.name: [method.prompt(task, example) for example in examples] for method in methods}
         ways: list[tuple[str, Method, dict[str, KeptContext] | None]] = []
         for method in methods:

@@ -41,7 +41,7 @@ def write(run_folder: Path) -> Summary:
     config = _config(run_folder / "config.json")
     summary = summarise(records.read(run_folder / "records.jsonl"), config)
     routing_path = run_folder / "routing.json"
-    rows = records.read_lines(run_folder / "training.jsonl", dict[str, Any])
+    rows = records.read_lines(run_folder / "training.jsonl", dict)
     ratios = config.get("timing", {}).get("ratios", ())
     n_cached = {row["method"].removesuffix(", context kept"): row.get("n_cached", 0) for row in ratios}
     extras = Extras(load_json(routing_path) if routing_path.exists() else None, n_cached, rows)

@@ -7,24 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from icrouting.checks import check
+from icrouting.config import Settings
 from icrouting.routed import Routed
 from icrouting.storage import load_json, save_json
 from icrouting.tasks import Task
 
-# What makes two runs the same measurement; the rest of a configuration may differ on resuming.
-_FIXED = (
-    "model",
-    "fingerprint",
-    "data",
-    "rows",
-    "tasks",
-    "sources",
-    "demos_per_class",
-    "demos_per_source",
-    "i2cl_epochs",
-)
+# What a run may take more of when it is resumed; all else makes it the same measurement.
+_GROWING = ("methods", "seeds", "n_test", "router", "notes")
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class RunConfig:
 
     `data` says where the tasks' rows come from and `rows` is their digest; `router` is the router's; `tasks` has
     name, group, role ("source" or "unseen") and number of options of each; `seeds` are those of demonstrations and
-    fits, `notes` say what was cut short and are shown beside the table.
+    fits, `settings` those of the methods, `notes` say what was cut short and are shown beside the table.
     """
 
     model: str
@@ -42,22 +36,20 @@ class RunConfig:
     rows: str
     router: str | None
     methods: list[str]
-    tasks: list[dict[str, Any]]
+    tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
     sources: list[str]
-    seeds: list[int]
-    n_test: int
-    demos_per_class: int
-    demos_per_source: int
-    i2cl_epochs: int
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    n_test: PositiveInt
+    settings: Settings
     notes: list[str]
 
     def __post_init__(self):
-        counts = (self.n_test, self.demos_per_class, self.demos_per_source, self.i2cl_epochs)
-        if not self.tasks or not self.seeds or min(self.seeds) < 0 or min(counts) < 1:
-            raise ValueError(
-                "expected at least one task, one seed from 0 up, --n-test, --demos-per-class, --demos-per-source and "
-                f"--i2cl-epochs from 1 up; got {len(self.tasks)} tasks, seeds {self.seeds}, {counts}"
-            )
+        check(self)
+
+    def flat(self) -> dict[str, Any]:
+        """The content of config.json, with the methods' settings beside the others."""
+        values = asdict(self)
+        return {**values.pop("settings"), **values}
 
 
 def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -78,28 +70,22 @@ def claim(folder: Path, config: RunConfig) -> None:
 
     Methods, with the router of one, seeds and test items may be added to a run; their records join the others.
     """
-    settings = json.loads(json.dumps(asdict(config)))
-    file = folder / "config.json"
-    if file.exists():
-        found = load_json(file)
-        different = [key for key in _FIXED if found.get(key, settings[key]) != settings[key]]
-        routers = {found["router"], settings["router"]} - {None}
-        different += ["router"] if len(routers) > 1 else []
-        different += ["n_test"] if settings["n_test"] < found["n_test"] else []
-        if different:
-            changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different)
-            raise ValueError(f"{folder} holds another run ({changes}): choose another folder with --out")
-        joined = {key: list(dict.fromkeys([*found[key], *settings[key]])) for key in ("methods", "seeds")}
-        command = found["command"] if _command() in found["command"] else f"{found['command']} && {_command()}"
-        now = {"n_test": settings["n_test"], "notes": settings["notes"], "router": next(iter(routers), None)}
-        settings = {**settings, **found, **joined, **now, "command": command}
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        settings |= {
-            "command": _command(),
-            "commit": commit(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+    file, settings = folder / "config.json", config.flat()
+    begun = {"command": _command(), "commit": commit(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    found = load_json(file) if file.exists() else {**settings, **begun}
+    routers = {found["router"], settings["router"]} - {None}
+    different = [key for key in settings if key not in _GROWING and found.get(key, settings[key]) != settings[key]]
+    different += ["router"] if len(routers) > 1 else []
+    different += ["n_test"] if settings["n_test"] < found["n_test"] else []
+    if different:
+        changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different)
+        raise ValueError(f"{folder} holds another run ({changes}): choose another folder with --out")
+    grown = {key: list(dict.fromkeys([*found[key], *settings[key]])) for key in ("methods", "seeds")}
+    grown |= {"n_test": settings["n_test"], "router": next(iter(routers), None)}
+    if _command() not in found["command"]:
+        grown["command"] = f"{found['command']} && {_command()}"
+    settings = {**settings, **found, **grown, "notes": settings["notes"]}
+    folder.mkdir(parents=True, exist_ok=True)
     save_json(file, {**settings, "notes": [*_cuts(settings), *settings["notes"]]})
 
 
@@ -126,13 +112,10 @@ def commit() -> str:
     is_tracked = ["git", "ls-files", "--error-unmatch", here.name]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        for command in (is_tracked, describe):
-            done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True)
-            if done.returncode:
-                return "unknown"
-    except FileNotFoundError:
+        subprocess.run(is_tracked, cwd=here.parent, capture_output=True, check=True)
+        return subprocess.run(describe, cwd=here.parent, capture_output=True, check=True, text=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
 
 
 def add_to_config(folder: Path, **entries: object) -> None:

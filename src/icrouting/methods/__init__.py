@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from icrouting.methods.base import Method, Settings
+from icrouting.config import Settings
+from icrouting.methods.base import Method
 from icrouting.methods.calibration import Calibration
 from icrouting.methods.i2cl import I2CL
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot

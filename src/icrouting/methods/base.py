@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,31 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from icrouting.config import Settings
 from icrouting.prompts import Prompt
 from icrouting.storage import load_tensors, save_tensors
 from icrouting.tasks import Example, Task
 
 Scores = Float[Tensor, "n_examples n_options"]
 Context = AbstractContextManager[object]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run tells its methods.
-
-    Attributes:
-        demos_per_class: demonstrations per class, for methods that use some.
-        demos_per_source: demonstrations per source task in multi-task prompts.
-        router: folder or hub id of a fitted router, for `icr`.
-        i2cl_epochs: epochs of I2CL's calibration.
-        folder: where fits are kept for a resumed run; None keeps none.
-    """
-
-    demos_per_class: int = 5
-    demos_per_source: int = 3
-    router: str | None = None
-    i2cl_epochs: int = 100
-    folder: Path | None = None
 
 
 class Method:
@@ -47,10 +28,11 @@ class Method:
         draws: whether its predictions depend on the seed. One that draws nothing answers every seed alike, and
             the evaluator copies the answers instead of computing them again.
         seed: of the fit in force.
-        model: the frozen decoder; like the three below, from `fit` on.
+        model: the frozen decoder; like the four below, from `fit` on.
         tokenizer: its tokenizer.
         sources: the tasks to learn from.
         entropy: drawn from the seed; seeds further draws.
+        file: where the fit is kept for a resumed run; None keeps none.
     """
 
     name: str
@@ -69,7 +51,7 @@ class Method:
         file: Path | None = None,
     ) -> None:
         """Learns, or takes up what an earlier run learned and kept in `file`."""
-        self.model, self.tokenizer, self.sources = model, tokenizer, sources
+        self.model, self.tokenizer, self.sources, self.file = model, tokenizer, sources, file
         self.entropy = int(rng.integers(2**32))
         if file is not None and file.exists():
             self.restore(load_tensors(file)[0])
@@ -81,6 +63,10 @@ class Method:
 
     def learn(self, rng: np.random.Generator) -> None:
         """Learns from the training rows of `self.sources`, and chooses on their validation rows."""
+
+    def on(self, task: Task) -> "Method":
+        """Returns what answers a task: this very method, or one that was fitted on the task."""
+        return self
 
     def prompt(self, task: Task, example: Example) -> Prompt:
         """Returns what the model reads for a test example."""

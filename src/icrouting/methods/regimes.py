@@ -1,13 +1,13 @@
 """The two regimes of a method that learns: fitted anew on each task, or once on the pooled source tasks."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from icrouting.methods.base import Context, Method, Scores, Settings
-from icrouting.prompts import Prompt
-from icrouting.tasks import Example, Task
+from icrouting.config import Settings
+from icrouting.methods.base import Method
+from icrouting.tasks import Task
 
 
 def once(kind: type[Method]) -> Callable[[Settings], Method]:
@@ -38,28 +38,13 @@ class InDomain(Method):
         self.name, self.draws, self._kind = kind.name, kind.draws, kind
         self._fitted: dict[tuple[int, str], Method] = {}
 
-    def prompt(self, task: Task, example: Example) -> Prompt:
-        """Returns what the task's own method reads."""
-        return self._of(task).prompt(task, example)
-
-    def applied(self, task: Task) -> Context:
-        """Applies the task's own method."""
-        return self._of(task).applied(task)
-
-    def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
-        """Adjusts as the task's own method does."""
-        return self._of(task).adjusted(task, examples, scores)
-
-    def n_cached(self, task: Task) -> int:
-        """Returns the numbers that the task's own method keeps."""
-        return self._of(task).n_cached(task)
-
-    def _of(self, task: Task) -> Method:
+    def on(self, task: Task) -> Method:
+        """Returns the task's own method."""
         key = self.entropy, task.name
         if key not in self._fitted:
-            method, folder = self._kind(self.settings), self.settings.folder
+            method = self._kind(self.settings)
             rng = np.random.default_rng([self.entropy, zlib.crc32(task.name.encode())])
-            file = folder / f"{self.name}-seed{self.seed}-{task.name}.safetensors" if folder else None
+            file = self.file.with_stem(f"{self.file.stem}-{task.name}") if self.file else None
             method.fit(self.model, self.tokenizer, [task], rng, file)
             self._fitted[key] = method
         return self._fitted[key]

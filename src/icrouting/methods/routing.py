@@ -1,7 +1,8 @@
 """In-Context Routing as one method among others."""
 
+from icrouting.config import Settings
 from icrouting.icr import InContextRouter
-from icrouting.methods.base import Context, Method, Settings
+from icrouting.methods.base import Context, Method
 from icrouting.tasks import Task
 
 
