@@ -25,7 +25,7 @@ from icrouting.batches import pad_id_of, tokenize
 from icrouting.catalogue import PAPER_TASKS
 from icrouting.config import PAPER, FitConfig
 from icrouting.families import dims_of, late_third
-from icrouting.features import SentenceFeatures
+from icrouting.features import features_of
 from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
 from icrouting.records import Record
@@ -71,7 +71,7 @@ class Items:
         token_lists = tokenize(tokenizer, texts)
         self.states = run_trunk(model, token_lists, first, pad_id_of(tokenizer))
         mean, std = scale
-        self.features = (features(token_lists, [state.hidden for state in self.states]) - mean) / std
+        self.features = (features.read(token_lists, [state.hidden for state in self.states]) - mean) / std
         self.ids = [option_ids(tokenizer, t, task.options(e)) for t, e in zip(texts, examples, strict=True)]
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ def run(data: Path, out: Path, only: list[str]) -> None:
     sources = [task for task in tasks.values() if task.spec.group == "in-domain"]
     fit_tasks = [dataclasses.replace(task, train=task.train[:-N_VALIDATION]) for task in sources]
     layers, dims, pad_id = late_third(model.config.num_hidden_layers), dims_of(model), pad_id_of(tokenizer)
-    features = SentenceFeatures("pinned:minilm", "cpu", tokenizer)
+    features = features_of("pinned:minilm", model, tokenizer, "cpu")
     fitting.extract(model, tokenizer, fit_tasks, layers, BASE, out)
     moments = QKMoments.from_tensors(load_tensors(out / "moments.safetensors")[0])
     queries, scale_of = fitting.training_queries(model, tokenizer, fit_tasks, features, layers[0], BASE)

@@ -19,7 +19,7 @@ from icrouting import fitting, records
 from icrouting.batches import pad_id_of
 from icrouting.config import FitConfig
 from icrouting.families import late_third
-from icrouting.features import HiddenFeatures, SentenceFeatures
+from icrouting.features import Features, features_of
 from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
 from icrouting.runs import commit
@@ -31,40 +31,6 @@ CONFIG = FitConfig(
 )
 
 
-class Pooled(HiddenFeatures):
-    """Hidden states pooled in several ways, one after the other."""
-
-    def __init__(self, model, *pools):
-        super().__init__(model)
-        self.pools, self.n_features = pools, self.n_features * len(pools)
-
-    def __call__(self, token_lists, hidden):
-        return torch.stack([torch.cat([pool(states.float()) for pool in self.pools]) for states in hidden])
-
-
-class Standardised(SentenceFeatures):
-    """A sentence encoder's vectors, standardised over the training queries as hidden states are."""
-
-    scale = HiddenFeatures.scale
-
-
-class Joined(HiddenFeatures):
-    """Two kinds of features side by side, standardised."""
-
-    def __init__(self, *parts):
-        self.parts, self.n_features = parts, sum(part.n_features for part in parts)
-
-    def __call__(self, token_lists, hidden):
-        return torch.cat([part(token_lists, hidden).cpu() for part in self.parts], dim=1)
-
-
-class Constant(SentenceFeatures):
-    """Nothing of the query: what is left is one routing for all."""
-
-    def __call__(self, token_lists, hidden):
-        return torch.ones(len(token_lists), self.n_features)
-
-
 def last(states):
     return states[-1]
 
@@ -73,16 +39,30 @@ def mean(states):
     return states.mean(0)
 
 
+def pooled(model, *pools):
+    """Hidden states pooled in several ways, one after the other."""
+
+    def read(token_lists, hidden):
+        return torch.stack([torch.cat([pool(states.float()) for pool in pools]) for states in hidden])
+
+    return Features(model.config.hidden_size * len(pools), "pooled", True, read)
+
+
 def kinds(model, tokenizer):
-    minilm = ("pinned:minilm", "cpu", tokenizer)
+    minilm, hidden = features_of("pinned:minilm", model, tokenizer, "cpu"), pooled(model, last)
+
+    def joined(token_lists, states):
+        return torch.cat([part.read(token_lists, states).cpu() for part in (minilm, hidden)], dim=1)
+
     return {
-        "minilm": SentenceFeatures(*minilm),
-        "hidden, last token": Pooled(model, last),
-        "hidden, mean": Pooled(model, mean),
-        "hidden, last and mean": Pooled(model, last, mean),
-        "minilm and hidden, last": Joined(SentenceFeatures(*minilm), Pooled(model, last)),
-        "minilm, standardised": Standardised(*minilm),
-        "constant": Constant(*minilm),
+        "minilm": minilm,
+        "hidden, last token": hidden,
+        "hidden, mean": pooled(model, mean),
+        "hidden, last and mean": pooled(model, last, mean),
+        "minilm and hidden, last": Features(minilm.n_features + hidden.n_features, "joined", True, joined),
+        # "reads hidden" also says that they are standardised over the training queries
+        "minilm, standardised": dataclasses.replace(minilm, reads_hidden=True),
+        "constant": dataclasses.replace(minilm, read=lambda tokens, _: torch.ones(len(tokens), minilm.n_features)),
     }
 
 

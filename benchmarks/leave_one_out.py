@@ -22,7 +22,7 @@ from icrouting.batches import pad_id_of
 from icrouting.capture import capture_last_tokens
 from icrouting.config import FitConfig
 from icrouting.families import dims_of, late_third
-from icrouting.features import SentenceFeatures
+from icrouting.features import features_of
 from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
 from icrouting.prompts import extraction_prompts
@@ -84,7 +84,11 @@ def run(out: Path) -> None:
     file = out / "records.jsonl"
     done = {record.method for record in records.read(file)}
     model, tokenizer = load_model("pinned:smollm2-135m")
-    layers, pad_id, features = late_third(30), pad_id_of(tokenizer), SentenceFeatures("pinned:minilm", "cpu", tokenizer)
+    layers, pad_id, features = (
+        late_third(30),
+        pad_id_of(tokenizer),
+        features_of("pinned:minilm", model, tokenizer, "cpu"),
+    )
     whole = [load_task(name, "pinned:staicc") for name in TASKS]
     tasks = [dataclasses.replace(task, train=task.train[:-N_VALIDATION]) for task in whole]
     moments = moments_per_task(model, tokenizer, tasks, layers)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from icrouting import artifact
 from icrouting.config import FitConfig
-from icrouting.features import SentenceFeatures
+from icrouting.features import features_of
 from icrouting.icr import InContextRouter
 from icrouting.router import Router
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory, encoder_folder):
     model = tiny.model("qwen2")
     fit = FitConfig(layers=(3, 4), rank=3, hidden_width=5, basis="pca")
     description = artifact.describe(
-        model, [tiny.task()], fit, (3, 4), SentenceFeatures(str(encoder_folder), "cpu", tiny.tokenizer())
+        model, [tiny.task()], fit, (3, 4), features_of(str(encoder_folder), model, tiny.tokenizer(), "cpu")
     )
     router = Router(12, 2, 6, 3, 5, torch.Generator().manual_seed(0))
     artifact.save(where, description, tiny.pids(model), router)

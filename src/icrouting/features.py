@@ -4,9 +4,8 @@ The paper's features are a sentence encoder's. The backbone's own hidden state e
 needs no second model, no second tokenizer and no further pass: routing starts where it is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,80 +22,46 @@ from icrouting.trunk import entering_states
 Scale = tuple[Float[Tensor, "n_features"], Float[Tensor, "n_features"]]
 
 
-@runtime_checkable
-class Features(Protocol):
-    """What turns prompts into vectors.
+@dataclass(frozen=True)
+class Features:
+    """What the router reads of a prompt.
 
     Attributes:
         n_features: how many numbers describe a prompt.
         fingerprint: identifies what computes them.
         reads_hidden: whether they depend on the hidden states.
+        read: gives the features, [batch, n_features] in float32, of prompts' tokens and of the states that enter
+            the first routed layer, [q_len, hidden_size] each; those may be missing unless `reads_hidden`.
     """
 
     n_features: int
     fingerprint: str
     reads_hidden: bool
-
-    def __call__(
-        self, token_lists: Sequence[Sequence[int]], hidden: Sequence[Float[Tensor, "q_len hidden_size"]]
-    ) -> Float[Tensor, "batch n_features"]:
-        """Returns the features of prompts, in float32.
-
-        Args:
-            token_lists: each prompt's tokens.
-            hidden: each prompt's states entering the first routed layer; may be empty unless `reads_hidden`.
-        """
-        ...
+    read: Callable[[Sequence[Sequence[int]], Sequence[Tensor]], Tensor]
 
     def scale(self, features: Float[Tensor, "n_queries n_features"]) -> Scale:
-        """Returns the mean and standard deviation that training takes out of its queries' features."""
-        ...
+        """Returns the mean and standard deviation that training takes out of its queries' features.
 
-
-class SentenceFeatures:
-    """A frozen sentence encoder on the text that the prompt's tokens stand for (the paper's features)."""
-
-    reads_hidden = False
-
-    def __init__(self, name: str, device: str, tokenizer: PreTrainedTokenizerBase):
-        self._encoder, self._tokenizer = load_encoder(name, device), tokenizer
-        self.n_features, self.fingerprint = self._encoder.n_features, self._encoder.fingerprint
-
-    def __call__(self, token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Tensor:
-        """Returns the encoder's vectors, of variance one per feature."""
-        return self._encoder(query_texts(self._tokenizer, token_lists))
-
-    def scale(self, features: Tensor) -> Scale:
-        """Returns no change, since the encoder's vectors are scaled."""
-        return torch.zeros(self.n_features), torch.ones(self.n_features)
-
-
-class HiddenFeatures:
-    """The backbone's state at the prompt's last token, entering the first routed layer.
-
-    Differs: the paper reads a sentence encoder. A backbone's channels differ in size by orders of magnitude, so
-    training sees them standardised over its queries.
-    """
-
-    reads_hidden = True
-    fingerprint = HIDDEN
-
-    def __init__(self, model: PreTrainedModel):
-        self.n_features = int(decoder_of(model).config.hidden_size)
-
-    def __call__(self, token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Tensor:
-        """Returns each prompt's last state."""
-        return torch.stack([states[-1].float() for states in hidden])
-
-    def scale(self, features: Tensor) -> Scale:
-        """Returns the mean and standard deviation over the queries."""
+        A backbone's channels differ in size by orders of magnitude; a sentence encoder's vectors are scaled as it is.
+        """
+        if not self.reads_hidden:
+            return torch.zeros(self.n_features), torch.ones(self.n_features)
         std = features.std(0, correction=0)
         return features.mean(0), std.clamp_min(torch.finfo(std.dtype).eps)
 
 
 def features_of(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str) -> Features:
-    """Returns the features that `FitConfig.encoder` names; a sentence encoder runs on `device`."""
-    return HiddenFeatures(model) if name == HIDDEN else SentenceFeatures(name, device, tokenizer)
+    """Returns the features that `FitConfig.encoder` names; a sentence encoder runs on `device`.
+
+    Differs: "hidden", the state at the prompt's last token, is not in the paper.
+    """
+    if name == HIDDEN:
+        width = int(decoder_of(model).config.hidden_size)
+        return Features(width, HIDDEN, True, lambda _, hidden: torch.stack([row[-1].float() for row in hidden]))
+    encoder = load_encoder(name, device)
+    return Features(
+        encoder.n_features, encoder.fingerprint, False, lambda tokens, _: encoder(query_texts(tokenizer, tokens))
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +91,7 @@ class Reader:
         first: dict[tuple[int, ...], int] = {}
         rows = [first.setdefault(tuple(tokens), row) for row, tokens in enumerate(token_lists)]
         chosen = list(first.values())
-        features = self.features([token_lists[row] for row in chosen], [hidden[row] for row in chosen if hidden])
+        features = self.features.read([token_lists[row] for row in chosen], [hidden[row] for row in chosen if hidden])
         routing = self.router(features.to(device_of(self.router))).scaled(self.scale)
         places = torch.tensor([chosen.index(row) for row in rows], device=routing.head_gates.device)
         return Routing(routing.routing_vector[places], routing.head_gates[places])

@@ -99,7 +99,7 @@ def training_queries(
     chunks = [states[start : start + READ_AT_ONCE] for start in range(0, len(states), READ_AT_ONCE)]
     vectors = torch.cat(
         [
-            features([state.tokens for state in chunk], [state.hidden for state in chunk]).cpu()
+            features.read([state.tokens for state in chunk], [state.hidden for state in chunk]).cpu()
             for chunk in track(chunks, "features", [len(chunk) for chunk in chunks], "queries")
         ]
     )
