@@ -66,11 +66,15 @@ class _WideningCache:
     """A cache as one attention module sees it: what it stores is widened first."""
 
     def __init__(self, cache: Cache, layer: RoutedLayer):
-        self._cache = cache
+        self._cache: Any = cache
         self._layer = layer
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return self._cache.update(*self._layer.widen_cached(key, value), layer_idx, *args, **kwargs)
+        key, value = self._layer.widen_cached(key, value)
+        for kept in self._cache.layers[layer_idx : layer_idx + 1]:  # allocated ahead, for the plain width
+            if getattr(kept, "k_head_dim", key.shape[-1]) != key.shape[-1] and int(kept.get_seq_length()) == 0:
+                kept.lazy_initialization(key, value)
+        return self._cache.update(key, value, layer_idx, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -168,6 +172,12 @@ def _widen_cache_of(layer: RoutedLayer) -> Callable:
     return swap
 
 
+def _refuse_packing(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "a routed model cannot batch continuously, which packs all prompts into one row: pad them and use `generate`"
+    )
+
+
 def check_fits(pids: PIDs, model: PreTrainedModel) -> None:
     """Raises ValueError unless PIDs have the widths and layers of a model."""
     dims = dims_of(model)
@@ -203,4 +213,7 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
             hook = attention.register_forward_pre_hook(_widen_cache_of(layer), with_kwargs=True)
             stack.callback(hook.remove)
         stack.enter_context(routed_kernel(base))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled graphs do not notice hooks
+        vars(base)["init_continuous_batching"] = _refuse_packing  # `generate_batch` goes through it
+        stack.callback(vars(base).pop, "init_continuous_batching")
         yield attachment
