@@ -134,5 +134,5 @@ def check_layers(layers: tuple[int, ...], n_layers: int) -> None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's first parameter."""
-    return next(module.parameters()).device
+    """The device of a module's first parameter that is not off-loaded."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -116,11 +117,17 @@ def fingerprint(model: nn.Module) -> str:
 def weights_digest(module: nn.Module) -> str:
     """Returns 16 hex digits that identify a module's weights."""
     digest = hashlib.sha256()
-    weights = {_plain_name(name): weight for name, weight in module.named_parameters() if "lora_" not in name}
-    for name, weight in sorted(weights.items()):
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name}{tuple(weight.shape)}{sample.tolist()}".encode())
+    tied = getattr(module, "all_tied_weights_keys", {})  # off-loaded ones are no longer one object
+    names = {name for name, _ in module.named_parameters() if "lora_" not in name and name not in tied}
+    samples = {}
+    for prefix, owner in module.named_modules():
+        with align_module_device(owner):  # brings off-loaded weights in
+            for name, weight in owner.named_parameters(prefix, recurse=False):
+                flat = weight.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
+                samples[name] = f"{tuple(weight.shape)}{sample.tolist()}"
+    for name in sorted(names, key=_plain_name):
+        digest.update(f"{_plain_name(name)}{samples[name]}".encode())
     return digest.hexdigest()[:16]
 
 

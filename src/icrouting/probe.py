@@ -104,5 +104,6 @@ def agrees(model: PreTrainedModel, decoder: PreTrainedModel, family: Family, dim
             stack.callback(setattr, module, "training", module.training)
         decoder.eval()
         stack.enter_context(attention_function(model, "icrouting_probe", _recording_attention, masks="sdpa"))
-        decoder(input_ids=tokens.view(_BATCH, _LENGTH).to(next(decoder.parameters()).device), use_cache=False)
+        on = next((p.device for p in decoder.parameters() if not p.is_meta), tokens.device)  # off-loaded ones are meta
+        decoder(input_ids=tokens.view(_BATCH, _LENGTH).to(on), use_cache=False)
         return all(_layer_agrees(*layer, family, dims) for layer in zip(attentions, stores, strict=True))
