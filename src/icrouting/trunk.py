@@ -117,6 +117,17 @@ class _PassThrough(nn.Module):
         return hidden_states if self.states is None else self.states
 
 
+class _Checkpointed(nn.Module):
+    """Stands in for a layer with activation checkpointing, which transformers heeds in training mode alone."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        return self.layer._gradient_checkpointing_func(self.layer, *args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
 class LateEntry:
     """A model whose trunk is bridged: a forward starts from kept hidden states."""
 
@@ -140,11 +151,12 @@ def late_entry(model: PreTrainedModel, first: int) -> Iterator[LateEntry]:
     With `first` = 0 there is no trunk and every pass is a whole one.
     """
     layers = layers_of(model)
-    kept = list(layers[:first])
-    bridges = [_PassThrough() for _ in kept]
+    kept = list(layers)
+    bridges = [_PassThrough() for _ in kept[:first]]
+    late = [_Checkpointed(lay) if getattr(lay, "gradient_checkpointing", False) else lay for lay in kept[first:]]
     try:
-        for index, bridge in enumerate(bridges):
-            layers[index] = bridge
+        for index, stand_in in enumerate([*bridges, *late]):
+            layers[index] = stand_in
         yield LateEntry(model, bridges[0] if bridges else None)
     finally:
         for index, layer in enumerate(kept):
