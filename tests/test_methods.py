@@ -9,7 +9,7 @@ from icrouting import records
 from icrouting.batches import pad, tokenize
 from icrouting.edits import edited, last_of, last_tokens, recorded
 from icrouting.evaluate import Evaluation
-from icrouting.families import FAMILIES, branches_of, layers_of
+from icrouting.families import CACHE, FAMILIES, branches_of, layers_of
 from icrouting.methods import Settings, make
 from icrouting.methods.i2cl import I2CL, lr_factor
 from icrouting.methods.task_vectors import TaskVectors, sweep
@@ -330,8 +330,8 @@ def test_last_tokens_are_found_under_both_paddings_and_behind_a_cache(tokenizer)
             cache = None
             if len(mask[0]) > q_len:
                 n_before = len(mask[0]) - q_len
-                cache = model(input_ids=torch.full((2, n_before), 5), use_cache=True).past_key_values
-            model(input_ids=ids, attention_mask=torch.tensor(mask), past_key_values=cache)
+                cache = model(input_ids=torch.full((2, n_before), 5), use_cache=True)[CACHE]
+            model(input_ids=ids, attention_mask=torch.tensor(mask), **{CACHE: cache})
         assert seen[-1].tolist() == expected
     assert last_of(torch.arange(12.0).reshape(2, 3, 2), torch.tensor([1, 2])).tolist() == [[2, 3], [10, 11]]
 

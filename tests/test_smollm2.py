@@ -8,7 +8,7 @@ import tiny
 from icrouting import assets
 from icrouting.attach import attach
 from icrouting.encoder import SentenceEncoder, query_texts
-from icrouting.families import late_third
+from icrouting.families import CACHE, late_third
 from icrouting.models import load_model, unpack_gguf
 from icrouting.router import Routing
 from reference import reference_routed
@@ -72,8 +72,8 @@ def test_prefill_and_decoding_equal_one_pass(world):
         for start, stop in [(0, n_tokens - 3), *((t, t + 1) for t in range(n_tokens - 3, n_tokens))]:
             step = {name: inputs[name][:, start:stop] for name in ("input_ids", "position_ids")}
             step["attention_mask"] = inputs["attention_mask"][:, :stop]
-            output = model(**step, past_key_values=cache, use_cache=True)
-            cache, pieces = output.past_key_values, [*pieces, output.logits]
+            output = model(**step, use_cache=True, **{CACHE: cache})
+            cache, pieces = output[CACHE], [*pieces, output.logits]
     assert (torch.cat(pieces, 1) - expected)[real].abs().max() <= CLOSE
 
 

@@ -190,8 +190,7 @@ def encoder_folder(folder: Path) -> Path:
         *letters,
         *(f"##{letter}" for letter in letters),
     ]
-    (bert / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizer(vocab=str(bert / "vocab.txt")).save_pretrained(bert)
+    BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained(bert)
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=12,

@@ -164,7 +164,7 @@ def routed_kernel(model: PreTrainedModel) -> AbstractContextManager[None]:
 
 def _widen_cache_of(layer: RoutedLayer) -> Callable:
     def swap(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        for name in ("past_key_values", "layer_past"):
+        for name in ("cache", "past_key_values", "layer_past"):
             if kwargs.get(name) is not None:
                 return args, {**kwargs, name: _WideningCache(kwargs[name], layer)}
         return None

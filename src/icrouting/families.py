@@ -11,9 +11,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from icrouting.probe import agrees, has_sites
 from icrouting.sites import Dims, Family, Site, fused_key, fused_query, head_major, interleaved, token_major
+
+# What transformers calls a cache, in calls and in outputs: the first name since 5.24, the second before.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 _confirmed: weakref.WeakKeyDictionary[nn.Module, Family] = weakref.WeakKeyDictionary()
 

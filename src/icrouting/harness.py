@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 
 from icrouting.batches import pad
+from icrouting.families import CACHE
 from icrouting.icr import InContextRouter
 from icrouting.models import folder_of
 from icrouting.scoring import last_position_only
@@ -86,7 +87,7 @@ class RoutedLM(huggingface.HFLM):
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         with last_position_only(self.model, mask.bool()):
             output = self.model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        logits, cache = output.logits[:, None, None].expand(-1, widest, -1, -1), output.past_key_values
+        logits, cache = output.logits[:, None, None].expand(-1, widest, -1, -1), output[CACHE]
         # What follows the last token is not asked for. A context with fewer continuations repeats them.
         fed = [tokens[:-1] for group in groups for _, _, tokens in (group * widest)[:widest]]
         if any(fed):
@@ -94,7 +95,7 @@ class RoutedLM(huggingface.HFLM):
             mask = torch.cat([mask.repeat_interleave(widest, 0), tails.attention_mask], 1)
             positions = (mask.cumsum(1) - 1)[:, input_ids.shape[1] :]
             cache.batch_repeat_interleave(widest)
-            output = self.model(tails.input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            output = self.model(tails.input_ids, attention_mask=mask, position_ids=positions, **{CACHE: cache})
             logits = torch.cat([logits, output.logits.unflatten(0, (-1, widest))], 2)
         for of_group, group in zip(logits, groups, strict=True):
             for of_row, (texts, _, tokens) in zip(of_group, group, strict=False):

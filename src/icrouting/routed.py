@@ -16,7 +16,7 @@ from transformers import Cache
 from icrouting.attach import Attachment, attach
 from icrouting.batches import context_length, tokenize
 from icrouting.effect import describe, run_both, warn_if_nothing
-from icrouting.families import base_of, decoder_of, layers_of
+from icrouting.families import CACHE, base_of, decoder_of, layers_of
 from icrouting.features import Reader
 from icrouting.pids import PIDs
 from icrouting.router import Routing
@@ -108,7 +108,7 @@ class _Rerouter:
         """Calls `plain_generate` with one routing for all of its forwards: the cache's, or the prompt's."""
         given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
         input_ids = next((value for value in given if isinstance(value, Tensor)), None)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
         if cache is not None and cache in self._of_cache:
             self._held = self._of_cache[cache]
         elif input_ids is not None and (cache is None or int(cache.get_seq_length()) == 0):
@@ -123,7 +123,7 @@ class _Rerouter:
             return
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        cache = given.get("past_key_values")
+        cache = given.get(CACHE, given.get("past_key_values"))
         self._pending = None
         if self._held is not None:
             self._use(self._held, cache)
@@ -171,7 +171,7 @@ class _Rerouter:
             self._of_cache[cache] = routing
 
     def after_forward(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        cache = output.get("past_key_values") if isinstance(output, dict) else None
+        cache = output.get(CACHE) if isinstance(output, dict) else None
         if isinstance(cache, Cache) and cache not in self._of_cache and self._attachment.routing is not None:
             self._of_cache[cache] = self._attachment.routing
 

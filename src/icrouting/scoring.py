@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.families import base_of, device_of
+from icrouting.families import CACHE, base_of, device_of
 from icrouting.prompts import Prompt
 
 TOKEN_BUDGET = 2048
@@ -172,7 +172,7 @@ def _run_prefix(model: PreTrainedModel, prefix: list[int]) -> Cache:
     """Returns the key-value cache of a prefix, batch of one."""
     input_ids = torch.tensor([prefix], device=device_of(model))
     with last_position_only(model, torch.ones_like(input_ids, dtype=torch.bool)):
-        return model(input_ids=input_ids, use_cache=True).past_key_values
+        return model(input_ids=input_ids, use_cache=True)[CACHE]
 
 
 def _after_prefix(model: PreTrainedModel, prefix_cache: Cache, batch: Batch) -> Float[Tensor, "batch vocab"]:
@@ -187,7 +187,7 @@ def _after_prefix(model: PreTrainedModel, prefix_cache: Cache, batch: Batch) -> 
             input_ids=batch.input_ids,
             attention_mask=torch.cat([seen, batch.attention_mask], dim=1).long(),
             position_ids=torch.arange(n_seen, n_seen + n_new, device=device).expand(n_rows, -1),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
     return output.logits.float()

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.edits import edited, last_of, last_tokens, recorded
-from icrouting.families import device_of, layers_of
+from icrouting.families import CACHE, device_of, layers_of
 from icrouting.methods.base import Method
 from icrouting.prompts import balanced_demos, few_shot
 from icrouting.scoring import last_position_only, next_token_logits, option_ids
@@ -127,9 +127,9 @@ def _kept_prefill(model: PreTrainedModel, token_lists: Sequence[list[int]], pad_
             input_ids=ids[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=positions[:, :-1],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         )
 
     def step() -> Float[Tensor, "batch vocab"]:
@@ -138,8 +138,8 @@ def _kept_prefill(model: PreTrainedModel, token_lists: Sequence[list[int]], pad_
                 input_ids=ids[:, -1:],
                 attention_mask=mask,
                 position_ids=positions[:, -1:],
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
             )
         cache.crop(-1)
         return output.logits.float().cpu()
