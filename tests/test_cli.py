@@ -69,6 +69,25 @@ def test_fit_eval_and_report_leave_a_whole_run(world, tmp_path, capsys):
     assert (tmp_path / "run" / "report.html").read_text() == page
 
 
+def test_a_report_goes_to_the_card_of_the_router_that_was_measured_and_no_other(
+    world, tmp_path, encoder_folder, capsys
+):
+    fit(world, encoder_folder, tmp_path / "router")
+    where = ["--router", str(tmp_path / "router"), "--methods", "zero-shot", "icr", "--n-test", "3"]
+    evaluate(world, tmp_path / "run", *where)
+    run, card = str(tmp_path / "run"), tmp_path / "router" / "README.md"
+    before = card.read_text()
+    for _ in range(2):
+        cli.main(["report", run, "--card", str(tmp_path / "router")])
+        report = (tmp_path / "run" / "report.md").read_text()
+        assert card.read_text() == before[: before.index("## Results")] + f"## Results\n\n{report}"
+    fit(world, encoder_folder, tmp_path / "other", "--seed", "7")
+    before = (tmp_path / "other" / "README.md").read_text()
+    assert "nothing is recorded" in failure(capsys, "report", run, "--card", str(tmp_path / "other"))
+    assert (tmp_path / "other" / "README.md").read_text() == before
+    assert "config.json: keys" in failure(capsys, "report", run, "--card", run)
+
+
 def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(world, tmp_path, capsys):
     evaluate(world, tmp_path / "run", "--methods", "zero-shot", "icr")
     lines = (tmp_path / "run" / "records.jsonl").read_text()

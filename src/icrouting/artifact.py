@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from pydantic import PositiveInt
 from safetensors.torch import save as serialize
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from icrouting.card import model_card
+from icrouting.checks import read
 from icrouting.config import FitConfig
-from icrouting.families import decoder_of, dims_of
+from icrouting.families import check_layers, decoder_of, dims_of
 from icrouting.features import Features
 from icrouting.models import fingerprint
 from icrouting.pids import PIDs
@@ -29,6 +30,12 @@ from icrouting.tasks import Task, rows_digest
 
 FORMAT_VERSION = 1
 _FILES = ("config.json", "model.safetensors", "README.md")
+_MEANING = {
+    "method": "icr",
+    "format_version": FORMAT_VERSION,
+    "site": "query and key projections before rotary embedding, after the family's own norm if it has one",
+    "scale": "logits = scaling * q.k + gate * (Q U_q) diag(alpha) (K U_k)^T, the bias not scaled",
+}
 _PID_TENSORS = ("query_pids", "key_pids", "query_std", "key_std", "query_explained", "key_explained")
 
 
@@ -44,13 +51,13 @@ class Description:
     base_model: str
     model_type: str
     fingerprint: str
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt
+    head_dim: PositiveInt
     layers: tuple[int, ...]
     encoder: str
-    n_features: int
+    n_features: PositiveInt
     tasks: dict[str, int]
     rows: str
     fit: FitConfig
@@ -84,21 +91,24 @@ def describe(
     )
 
 
-def save(folder: Path, description: Description, pids: PIDs, router: Router) -> None:
-    """Writes an artifact; a kill between its two files leaves a folder that `load` refuses."""
+def save(folder: Path, description: Description, pids: PIDs, router: Router, source: Path | None = None) -> None:
+    """Writes an artifact; a kill between its two files leaves a folder that `load` refuses.
+
+    A card that names these weights, in `source` or in the folder itself, is kept as it stands, with what it records.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "model.safetensors", _tensors(pids, router))
     config = {
-        "format_version": FORMAT_VERSION,
-        "method": "icr",
-        "site": "query and key projections before rotary embedding, after the family's own norm if it has one",
-        "scale": "logits = scaling * q.k + gate * (Q U_q) diag(alpha) (K U_k)^T, the bias not scaled",
+        **_MEANING,
         "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         **dataclasses.asdict(description),
     }
     config["checksum"] = _checksum(config)
     save_json(folder / "config.json", config)
-    (folder / "README.md").write_text(model_card(description))
+    cards = [where / "README.md" for where in (source, folder) if where]
+    known = digest(pids, router).encode()
+    kept = next((text for card in cards if card.is_file() and known in (text := card.read_bytes())), None)
+    (folder / "README.md").write_bytes(kept or model_card(description, known.decode()).encode())
 
 
 def _tensors(pids: PIDs, router: Router) -> dict[str, Tensor]:
@@ -117,14 +127,14 @@ def _checksum(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def locate(name: str, revision: str | None) -> Path:
+def locate(name: str, revision: str | None, token: str | bool | None = None) -> Path:
     """Returns the folder of an artifact, downloaded if `name` is a hub id."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no router at {name!r}: expected a folder or a hub id; {reason}") from error
 
 
@@ -134,79 +144,70 @@ def load(folder: Path) -> tuple[Description, PIDs, Router]:
     Raises:
         ValueError: a file is missing or damaged, the format is newer, or shapes do not match.
     """
-    config = _read_config(folder)
+    config = _read_config(folder / "config.json")
+    description = _description(config, folder / "config.json")
     weights = folder / "model.safetensors"
-    if not weights.exists():
+    if not weights.is_file():
         raise ValueError(f"{folder} is no router: model.safetensors is missing")
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if digest != config["weights_sha256"]:
-        raise ValueError(
-            f"{weights} is damaged: expected sha256 {config['weights_sha256'][:12]}…, got {digest[:12]}…; "
-            "fetch it again"
-        )
-    description = _description(config, folder)
+    found, expected = hashlib.sha256(weights.read_bytes()).hexdigest(), config.get("weights_sha256")
+    if found != expected:
+        raise ValueError(f"{weights} is damaged: its sha256 is {found[:12]}…, not {expected!r:.14}…; fetch it again")
     return description, *_assemble(load_tensors(weights)[0], description, weights)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.exists():
-        raise ValueError(f"{folder} is no router: config.json is missing")
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{file.parent} is no router: config.json is missing")
     config = load_json(file)
     if config.get("method") != "icr":
         raise ValueError(f'{file} does not describe an icrouting artifact: expected "method": "icr"')
     found = config.get("format_version")
-    if found != FORMAT_VERSION:
+    if type(found) is not int or found != FORMAT_VERSION:
         raise ValueError(f"{file} is of format {found!r}, this version reads {FORMAT_VERSION}: update icrouting")
     if config.get("checksum") != _checksum(config):
         raise ValueError(f"{file} is damaged or was edited: its checksum does not match; fetch it again")
     return config
 
 
-def _description(config: dict[str, Any], folder: Path) -> Description:
-    names = {field.name for field in dataclasses.fields(Description)}
-    envelope = {"format_version", "method", "site", "scale", "weights_sha256", "checksum"}
-    fit, settings = config.get("fit", {}), {field.name for field in dataclasses.fields(FitConfig)}
-    if odd := sorted((set(config) ^ (names | envelope)) | (set(fit) ^ settings)):
-        raise ValueError(f"{folder}/config.json: keys {odd} are unknown or missing: another version wrote it")
-    fit = FitConfig(**{**fit, "layers": None if fit["layers"] is None else tuple(fit["layers"])})
-    values = {name: config[name] for name in names}
-    return Description(**{**values, "fit": fit, "layers": tuple(config["layers"])})
+def _description(config: dict[str, Any], file: Path) -> Description:
+    content = {name: value for name, value in config.items() if name not in ("checksum", "weights_sha256")}
+    if {name: content.pop(name, None) for name in _MEANING} != _MEANING:
+        raise ValueError(f"{file}: it says otherwise what the weights are than {_MEANING}: another version wrote it")
+    try:
+        fit, description = read(FitConfig, content.get("fit")), read(Description, content)
+        check_layers(description.layers, description.n_layers)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if fit.layers not in (None, description.layers):
+        raise ValueError(f"{file}: its layers {description.layers} are not those of the fit, {fit.layers}")
+    return description
+
+
+def _shapes(description: Description) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, from the description alone: nothing is allocated for a size that is a lie."""
+    n_routed, fit = len(description.layers), description.fit
+    shapes: dict[str, tuple[int, ...]] = {f"pids.{name}": (n_routed, fit.rank) for name in _PID_TENSORS[2:]}
+    shapes["pids.query_pids"] = (n_routed, description.n_heads * description.head_dim, fit.rank)
+    shapes["pids.key_pids"] = (n_routed, description.n_kv_heads * description.head_dim, fit.rank)
+    for part, n_out in (("alpha", n_routed * fit.rank), ("gamma", n_routed * description.n_heads)):
+        for layer, shape in ((0, (fit.hidden_width, description.n_features)), (2, (n_out, fit.hidden_width))):
+            shapes |= {f"router.{part}.{layer}.weight": shape, f"router.{part}.{layer}.bias": shape[:1]}
+    return shapes
 
 
 def _assemble(tensors: dict[str, Tensor], description: Description, weights: Path) -> tuple[PIDs, Router]:
-    n_routed, rank = len(description.layers), description.fit.rank
-    router = Router(description.n_features, n_routed, description.n_heads, rank, description.fit.hidden_width)
-    query_width = description.n_heads * description.head_dim
-    key_width = description.n_kv_heads * description.head_dim
-    expected = {f"router.{name}": tuple(value.shape) for name, value in router.state_dict().items()}
-    expected |= {f"pids.{name}": (n_routed, rank) for name in _PID_TENSORS[2:]}
-    expected |= {
-        "pids.query_pids": (n_routed, query_width, rank),
-        "pids.key_pids": (n_routed, key_width, rank),
-    }
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if found != expected:
-        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        name = wrong[0]
-        raise ValueError(f"{weights}: {name} should be {expected.get(name)}, is {found.get(name)}")
+    expected = {name: (shape, torch.float32) for name, shape in _shapes(description).items()}
+    found = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(f"{weights}: {name!r} should be {expected.get(name)}, is {found.get(name)}")
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{weights}: {name} holds NaN or infinity")
+        if name.endswith("_std") and value.min() <= 0:
+            raise ValueError(f"{weights}: {name} holds a deviation that is not positive")
+    fit, n_routed = description.fit, len(description.layers)
+    router = Router(description.n_features, n_routed, description.n_heads, fit.rank, fit.hidden_width)
     router.load_state_dict({name.removeprefix("router."): tensors[name] for name in tensors if name[0] == "r"})
-    # A file's tensors are not aligned as fresh ones are, and kernels may round by that.
-    parts = {name: tensors[f"pids.{name}"].clone() for name in _PID_TENSORS}
-    pids = PIDs(layers=description.layers, basis=description.fit.basis, **parts)
-    return pids, router.eval().requires_grad_(False)
-
-
-def push(
-    repo_id: str, description: Description, pids: PIDs, router: Router, *, private: bool, token: str | None
-) -> str:
-    """Uploads an artifact to the hub and returns its address."""
-    api = HfApi(token=token)
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        save(Path(scratch), description, pids, router)
-        api.upload_folder(repo_id=url.repo_id, folder_path=scratch, allow_patterns=list(_FILES))
-    return str(url)
+    parts = {name: tensors[f"pids.{name}"] for name in _PID_TENSORS}
+    return PIDs(layers=description.layers, basis=fit.basis, **parts), router.eval().requires_grad_(False)

@@ -1,9 +1,12 @@
 """Checks: values held against the types and bounds that their class declares, and what is wrong in one line."""
 
+import json
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+T = TypeVar("T")
 
 
 def check(values: object) -> None:
@@ -12,6 +15,23 @@ def check(values: object) -> None:
         _model_of(type(values)).model_validate(vars(values))
     except ValidationError as error:
         raise ValueError(in_words(error)) from error
+
+
+def read(kind: type[T], values: object) -> T:
+    """Returns a dataclass from a JSON object; ValueError unless each of its fields is there and fits, and no other."""
+    names = get_type_hints(kind).keys()
+    if not isinstance(values, dict) or (odd := sorted(values.keys() ^ names)):
+        said = (
+            f"keys {odd} are unknown or missing"
+            if isinstance(values, dict)
+            else f"expected an object, got {values!r:.60}"
+        )
+        raise ValueError(f"{said}: another version wrote it")
+    try:
+        model = _model_of(kind).model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ValueError(in_words(error)) from error
+    return kind(**{name: getattr(model, name) for name in names})
 
 
 def in_words(error: ValidationError) -> str:
@@ -26,4 +46,4 @@ def in_words(error: ValidationError) -> str:
 @cache
 def _model_of(kind: type) -> type[BaseModel]:
     fields: dict[str, Any] = {name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()}
-    return create_model(kind.__name__, __config__=ConfigDict(strict=True), **fields)
+    return create_model(kind.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)

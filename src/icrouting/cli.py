@@ -80,17 +80,18 @@ def evaluate(
     commands.evaluate(out, model, data, tasks, sources, methods, n_test, seeds, settings)
 
 
-def report(run: Annotated[Path, tyro.conf.Positional]) -> None:
+def report(run: Annotated[Path, tyro.conf.Positional], card: Path | None = None) -> None:
     """Remake the tables and the HTML page of a run from its records alone.
 
-    Example: icr report runs/first
+    Example: icr report runs/first --card my-router
 
     Args:
         run: The run's folder.
+        card: Folder of the router that the run measured: the table is written to its model card (README.md).
     """
     from icrouting import commands
 
-    commands.show(run)
+    commands.show(run, card)
 
 
 def generate(

@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from icrouting import inspection, report, runs
 from icrouting import methods as registry
 from icrouting.batches import context_length, tokenize
+from icrouting.card import with_results
 from icrouting.conclusion import conclusion
 from icrouting.config import FitConfig, Settings
 from icrouting.evaluate import Evaluation
@@ -140,10 +141,19 @@ def finish(
         shutil.copyfile(fit_folder / "training.jsonl", out / "training.jsonl")
 
 
-def show(run: Path) -> None:
-    """Remakes a run's report and prints its table and its conclusion."""
+def show(run: Path, card: Path | None = None) -> None:
+    """Remakes a run's report, prints its table and its conclusion, and writes both to the card of a router's folder."""
     with spinner("making the report"):
         summary = report.write(run)
+    if card is not None:
+        icr, measured = InContextRouter.from_pretrained(card), load_json(run / "config.json").get("router")
+        if measured != icr.digest():
+            raise ValueError(
+                f"{run} measured router {measured}, {card} holds router {icr.digest()}: nothing is recorded"
+            )
+        icr.save_pretrained(card)
+        file = card / "README.md"
+        save_text(file, with_results(file.read_text(encoding="utf-8"), report.markdown(summary)))
     console.print(report.terminal_table(summary))
     console.print(Panel(Text(conclusion(summary)), title="in short"))
     console.print(f"report: {run / 'report.html'}", soft_wrap=True, markup=False)

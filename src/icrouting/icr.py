@@ -4,13 +4,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting import artifact, fitting
 from icrouting.artifact import Description
 from icrouting.batches import pad_id_of
+from icrouting.card import model_card
 from icrouting.config import FitConfig
 from icrouting.families import check_layers, device_of, dims_of, family_of, late_third
 from icrouting.features import Features, Reader, features_of
@@ -23,18 +26,26 @@ from icrouting.train import Trainer
 
 
 @dataclass(frozen=True)
-class InContextRouter:
+class InContextRouter(ModelHubMixin):
     """PIDs and a trained router for one base model (arXiv 2509.22854).
+
+    `save_pretrained(folder)` writes config.json, model.safetensors and a model card, `push_to_hub("owner/name")`
+    uploads them; both are huggingface_hub's, and keep a card as it stands, with the results recorded in it.
 
     Attributes:
         description: what it is and where it comes from; the artifact's config.json.
         pids: the directions.
         router: the trained router.
+        folder: where it was loaded from; None if it was fitted here.
     """
 
     description: Description
     pids: PIDs
     router: Router
+    folder: Path | None = None
+
+    # Where this is empty, the mixin would set it on every new object, which is frozen.
+    _hub_mixin_config: ClassVar[dict] = {"method": "icr"}
 
     @classmethod
     def fit(
@@ -127,29 +138,28 @@ class InContextRouter:
         """Returns 16 hex digits that identify the router's weights."""
         return artifact.digest(self.pids, self.router)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, model.safetensors and a model card (README.md) to a folder."""
-        artifact.save(Path(folder), self.description, self.pids, self.router)
+    def _save_pretrained(self, save_directory: Path) -> None:
+        artifact.save(save_directory, self.description, self.pids, self.router, self.folder)
+
+    def generate_model_card(self) -> ModelCard:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the card of a router without results."""
+        return ModelCard(model_card(self.description, self.digest()))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> "InContextRouter":
-        """Returns a saved router.
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, name: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> "InContextRouter":
+        """Returns a saved router; reads nothing but its config.json and its model.safetensors.
+
+        The mixin's own would read config.json unchecked first.
 
         Args:
             name: a folder, or a hub id.
             revision: branch, tag or commit, for a hub id.
+            token: access token, for a hub id; None takes the one you are logged in with.
 
         Raises:
             ValueError: nothing is there, or it is damaged, of a newer format, or of wrong shapes.
         """
-        return cls(*artifact.load(artifact.locate(str(name), revision)))
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Uploads the artifact to the hub and returns its address.
-
-        Args:
-            repo_id: "owner/name".
-            private: whether a repository made for it is private.
-            token: access token; None takes the one you are logged in with.
-        """
-        return artifact.push(repo_id, self.description, self.pids, self.router, private=private, token=token)
+        folder = artifact.locate(str(name), revision, token)
+        return cls(*artifact.load(folder), folder)

@@ -24,12 +24,24 @@ def save_json(file: Path, content: object) -> None:
 def load_json(file: Path) -> dict[str, Any]:
     """Returns a JSON object; ValueError names the file if it is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: it is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key stands twice")
+    return content
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -44,10 +56,13 @@ def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns tensors and metadata; ValueError names the file if it is damaged."""
+    """Returns tensors and metadata; ValueError names the file if it is damaged.
+
+    Copies, since a file that lies under tensors must not change, and lies unaligned: some kernels round by that.
+    """
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-        return load_file(file), metadata
+        return {name: value.clone() for name, value in load_file(file).items()}, metadata
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it and what it held is made anew") from error
