@@ -35,7 +35,15 @@ def test_streamed_moments_equal_the_covariance_of_all_at_once():
     moments = moments_of(query, key)
     for layer in range(N_LAYERS):
         expected = torch.cov(query[layer].double().T)
-        assert torch.allclose(moments.query.scatter[layer] / (moments.count - 1), expected, rtol=1e-10)
+        assert torch.allclose(moments.covariance("query")[layer], expected, rtol=1e-10)
+
+
+def test_a_large_mean_leaves_the_covariance_as_it_is():
+    query, key = sample()
+    near, far = moments_of(query, key), moments_of(query.double() + 9e3, key.double() - 9e3)  # 1,000 deviations or more
+    for side in ("query", "key"):
+        expected = near.covariance(side)
+        assert torch.allclose(far.covariance(side), expected, rtol=0, atol=1e-8 * expected.abs().max().item())
 
 
 def test_merged_moments_equal_one_stream():
@@ -48,8 +56,8 @@ def test_merged_moments_equal_one_stream():
     part.merge(QKMoments(N_LAYERS, QUERY_WIDTH, KEY_WIDTH))
     part.merge(rest)
     assert part.count == whole.count
-    assert torch.allclose(part.query.scatter, whole.query.scatter, rtol=1e-10)
-    assert torch.allclose(part.key.mean, whole.key.mean, rtol=1e-10)
+    for side in ("query", "key"):
+        assert torch.allclose(part.covariance(side), whole.covariance(side), rtol=1e-10)
 
 
 def test_moments_survive_saving():
