@@ -16,12 +16,12 @@ def test_entropy_is_that_of_the_probabilities():
 
 
 def test_option_loss_is_the_cross_entropy_of_the_renormalised_options():
-    ids, is_option = torch.tensor([[1, 4, 0]] * 5), torch.tensor([[True, True, False]] * 5)
+    ids = torch.tensor([[1, 4, -1]] * 5)
     labels = torch.tensor([0, 1, 0, 1, 1])
     probabilities = LOGITS.softmax(-1)[:, [1, 4]]
     renormalised = probabilities / probabilities.sum(-1, keepdim=True)
     expected = -renormalised.gather(1, labels[:, None]).log().mean()
-    assert torch.allclose(losses.option_loss(LOGITS, ids, is_option, labels), expected, atol=1e-5)
+    assert torch.allclose(losses.option_loss(LOGITS, ids, labels), expected, atol=1e-5)
 
 
 def test_label_loss_counts_the_whole_vocabulary():

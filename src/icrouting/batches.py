@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -29,12 +30,9 @@ class Batch:
 
 def pad(token_lists: Sequence[Sequence[int]], pad_id: int, rows: list[int] | None = None) -> Batch:
     """Returns token lists as one batch, padded on the right."""
-    longest = max(len(tokens) for tokens in token_lists)
-    input_ids = torch.full((len(token_lists), longest), pad_id)
-    attention_mask = torch.zeros(len(token_lists), longest, dtype=torch.bool)
-    for row, tokens in enumerate(token_lists):
-        input_ids[row, : len(tokens)] = torch.tensor(tokens)
-        attention_mask[row, : len(tokens)] = True
+    input_ids = pad_sequence(list(map(torch.tensor, token_lists)), batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor(list(map(len, token_lists)))
+    attention_mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
     return Batch(rows if rows is not None else list(range(len(token_lists))), input_ids, attention_mask)
 
 

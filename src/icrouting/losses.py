@@ -4,7 +4,7 @@ L = CE + w_conf * L_conf + w_spar * L_spar + w_gate * L_gate
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -22,15 +22,14 @@ def label_loss(logits: Float[Tensor, "batch vocab"], targets: Int[Tensor, "batch
 def option_loss(
     logits: Float[Tensor, "batch vocab"],
     option_ids: Int[Tensor, "batch n_options"],
-    is_option: Bool[Tensor, "batch n_options"],
     labels: Int[Tensor, "batch"],
 ) -> Float[Tensor, ""]:
     """Returns the cross-entropy of the answers among their task's options.
 
     Differs: the paper takes the whole vocabulary; among the options no step is spent on pushing the rest
-    of the vocabulary down, which scoring ignores. `is_option` is False at padded `option_ids`.
+    of the vocabulary down, which scoring ignores. Padded `option_ids` are negative.
     """
-    options = logits.gather(1, option_ids).masked_fill(~is_option, -torch.inf)
+    options = logits.gather(1, option_ids.clamp_min(0)).masked_fill(option_ids < 0, -torch.inf)
     return torch.nn.functional.cross_entropy(options, labels)
 
 

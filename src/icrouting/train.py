@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from icrouting import losses
@@ -95,9 +95,10 @@ class Trainer:
         attachment.routing = routing.scaled(alpha_scale(self.step, self.n_steps, config.final_alpha_scale))
         logits = entry.next_token_logits(batch.to(device), hidden)
         labels = torch.tensor([query.label for query in queries], device=device)
-        option_ids, is_option = _pad_options([query.option_ids for query in queries], device)
+        id_lists = [torch.tensor(query.option_ids, device=device) for query in queries]
+        option_ids = pad_sequence(id_lists, batch_first=True, padding_value=-1)
         if config.ce_scope == "options":
-            ce = losses.option_loss(logits, option_ids, is_option, labels)
+            ce = losses.option_loss(logits, option_ids, labels)
         else:
             ce = losses.label_loss(logits, option_ids.gather(1, labels[:, None])[:, 0])
         plain_entropy = torch.tensor([query.state.entropy for query in queries], device=device)
@@ -140,23 +141,14 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         tensors, metadata = load_tensors(folder / "training.safetensors")
         self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
-        prefix = "router."
-        self.router.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        )
-        state: dict[int, dict[str, Tensor]] = {}
+        router: dict[str, Tensor] = {}
+        optimizer = self.optimizer.state_dict()
         for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, part = name.split(".")
-                state.setdefault(int(index), {})[part] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _pad_options(
-    id_lists: list[list[int]], device: torch.device
-) -> tuple[Int[Tensor, "batch n_options"], Bool[Tensor, "batch n_options"]]:
-    widest = max(map(len, id_lists))
-    ids = torch.tensor([ids + [0] * (widest - len(ids)) for ids in id_lists], device=device)
-    is_option = torch.tensor([[i < len(ids) for i in range(widest)] for ids in id_lists], device=device)
-    return ids, is_option
+            part, rest = name.split(".", 1)
+            if part == "router":
+                router[rest] = value
+            else:
+                index, kind = rest.split(".")
+                optimizer["state"].setdefault(int(index), {})[kind] = value
+        self.router.load_state_dict(router)
+        self.optimizer.load_state_dict(optimizer)
