@@ -11,7 +11,7 @@ from icrouting.edits import edited, last_of, last_tokens, recorded
 from icrouting.evaluate import Evaluation
 from icrouting.families import CACHE, FAMILIES, branches_of, layers_of
 from icrouting.methods import Settings, make
-from icrouting.methods.i2cl import I2CL, lr_factor
+from icrouting.methods.i2cl import I2CL
 from icrouting.methods.task_vectors import TaskVectors, sweep
 from icrouting.prompts import Prompt
 from icrouting.scoring import next_token_logits, option_ids, score_options
@@ -209,13 +209,20 @@ def test_the_noise_of_i2cl_is_in_training_only_and_of_the_published_size(tokeniz
     assert 0.8 < float(size.mean()) / (0.001 * 42**0.5) < 1.2
 
 
-def test_the_learning_rate_warms_up_from_nothing_and_ends_at_nothing():
-    factors = [lr_factor(step, 200) for step in range(201)]
-    assert factors[0] == 0
-    assert factors[5] == 0.5
-    assert factors[10] == 1
-    assert factors == sorted(factors[:10]) + sorted(factors[10:], reverse=True)
-    assert factors[200] < 1e-9
+def test_the_learning_rate_warms_up_from_nothing_and_ends_at_nothing(tokenizer, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def note(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    fitted(I2CL, tiny.model("llama"), tokenizer, i2cl_epochs=40)
+    assert len(rates) == 80
+    assert rates[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[42] == pytest.approx(0.005)
+    assert rates[-1] < 1e-4
 
 
 def test_calibration_divides_by_the_probabilities_on_content_free_inputs(tokenizer, tmp_path):
@@ -310,7 +317,7 @@ def test_the_two_regimes_learn_from_the_task_itself_or_from_the_sources(tokenize
     evaluation = Evaluation(model, tokenizer, [inner, pooled], [TASK], tmp_path / "none")
     evaluation.fit(0)
     evaluation.predict(inner, OTHER, [0], 0)
-    assert inner._of(OTHER).sources == [OTHER]
+    assert inner.on(OTHER).sources == [OTHER]
     assert pooled.sources == [TASK]
     assert (inner.name, pooled.name) == ("task-vectors", "task-vectors-once")
 
@@ -325,7 +332,7 @@ def test_last_tokens_are_found_under_both_paddings_and_behind_a_cache(tokenizer)
         ids, seen = torch.full((2, q_len), 5), []
         with (
             last_tokens(model) as positions,
-            edited([layers_of(model)[0]], [lambda h, seen=seen, at=positions: seen.append(at(h)) or h]),
+            edited([layers_of(model)[0]], lambda _, h, seen=seen, at=positions: seen.append(at(h)) or h),
         ):
             cache = None
             if len(mask[0]) > q_len:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -9,25 +10,22 @@ from torch import Tensor, nn
 
 from icrouting.families import decoder_of
 
-Edit = Callable[[Tensor], Tensor]
+Edit = Callable[[int, Tensor], Tensor]
 
 
 @contextmanager
-def edited(modules: Sequence[nn.Module], edits: Sequence[Edit]) -> Iterator[None]:
-    """Inside, each module gives what its edit makes of its output, [batch, q_len, hidden_size].
+def edited(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
+    """Inside, a module gives what `edit` makes of its place in `modules` and its output, [batch, q_len, hidden_size].
 
     A module that returns a tuple, as attention does, has the first part edited.
     """
 
-    def hook_of(edit: Edit) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-            return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
-
-        return hook
+    def hook(place: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        return (edit(place, output[0]), *output[1:]) if isinstance(output, tuple) else edit(place, output)
 
     with ExitStack() as stack:
-        for module, edit in zip(modules, edits, strict=True):
-            stack.callback(module.register_forward_hook(hook_of(edit)).remove)
+        for place, module in enumerate(modules):
+            stack.enter_context(module.register_forward_hook(partial(hook, place)))
         yield
 
 
@@ -36,14 +34,11 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Inside, the yielded list holds each module's output of the latest forward, in the order of `modules`."""
     outputs: list[Tensor] = [torch.empty(0)] * len(modules)
 
-    def keeper(place: int) -> Edit:
-        def keep(output: Tensor) -> Tensor:
-            outputs[place] = output
-            return output
+    def keep(place: int, output: Tensor) -> Tensor:
+        outputs[place] = output
+        return output
 
-        return keep
-
-    with edited(modules, [keeper(place) for place in range(len(modules))]):
+    with edited(modules, keep):
         yield outputs
 
 
@@ -60,11 +55,8 @@ def last_tokens(model: nn.Module) -> Iterator[Callable[[Tensor], Int[Tensor, "ba
         mask = masks[0] if masks[0] is not None else torch.ones(n_rows, q_len, device=hidden.device)
         return (mask[:, -q_len:].long() * torch.arange(q_len, device=mask.device)).argmax(1)
 
-    handle = decoder_of(model).register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with decoder_of(model).register_forward_pre_hook(keep, with_kwargs=True):
         yield positions
-    finally:
-        handle.remove()
 
 
 def last_of(hidden: Tensor, positions: Int[Tensor, "batch"]) -> Float[Tensor, "batch hidden_size"]:

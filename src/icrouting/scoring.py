@@ -71,11 +71,8 @@ def last_position_only(model: PreTrainedModel, attention_mask: Bool[Tensor, "bat
 
     head = base_of(model).get_output_embeddings()
     assert head is not None, "a causal language model has a vocabulary head"
-    handle = head.register_forward_pre_hook(gather)
-    try:
+    with head.register_forward_pre_hook(gather):
         yield
-    finally:
-        handle.remove()
 
 
 def next_token_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch vocab"]:

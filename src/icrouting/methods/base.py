@@ -27,6 +27,7 @@ class Method:
         name: what tables call it.
         draws: whether its predictions depend on the seed. One that draws nothing answers every seed alike, and
             the evaluator copies the answers instead of computing them again.
+        learned: names of the attributes, all tensors, in which `learn` leaves what it learned.
         seed: of the fit in force.
         model: the frozen decoder; like the four below, from `fit` on.
         tokenizer: its tokenizer.
@@ -37,6 +38,7 @@ class Method:
 
     name: str
     draws: bool = True
+    learned: tuple[str, ...] = ()
     seed: int | None = None
 
     def __init__(self, settings: Settings):
@@ -86,10 +88,11 @@ class Method:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns what `learn` learned, so that a resumed run need not learn it again."""
-        return {}
+        return {name: vars(self)[name] for name in self.learned}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes up what `tensors` gave."""
+        vars(self).update(tensors)
 
     @property
     def edits_model(self) -> bool:

@@ -1,16 +1,15 @@
 """I2CL, implicit in-context learning (Li et al. 2024): context vectors added to every branch, with trained scalars."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.edits import Edit, edited, last_of, recorded
+from icrouting.edits import edited, last_of, recorded
 from icrouting.families import branches_of, device_of, layers_of
 from icrouting.methods.base import Context, Method
 from icrouting.models import frozen
@@ -33,6 +32,7 @@ class I2CL(Method):
     """
 
     name = "i2cl"
+    learned = ("vectors", "scalars", "losses")
 
     def learn(self, rng: np.random.Generator) -> None:
         """Records the vectors and calibrates the scalars."""
@@ -52,30 +52,18 @@ class I2CL(Method):
         """Returns the size of the vectors and scalars."""
         return self.vectors.numel() + self.scalars.numel()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the vectors, the scalars and the losses of the calibration."""
-        return {"vectors": self.vectors, "scalars": self.scalars, "losses": self.losses}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes up vectors and scalars."""
-        self.vectors, self.scalars, self.losses = (tensors[name] for name in ("vectors", "scalars", "losses"))
-
     def _edited(self, scalars: Float[Tensor, "n_branches 2"], noise: torch.Generator | None) -> Context:
-        branches = _branches(self.model)
-
-        def edit_of(place: int) -> Edit:
-            def edit(output: Tensor) -> Tensor:
-                changed = scalars[place, 1] * output.float() + scalars[place, 0] * vectors[place]
-                if noise is not None:
-                    size = changed.detach().norm(dim=-1, keepdim=True) * NOISE
-                    draw = torch.randn(changed.shape, generator=noise)
-                    changed = changed + draw.to(changed.device) * size
-                return changed.to(output.dtype)
-
-            return edit
-
         vectors = self.vectors.to(scalars.device)
-        return edited(branches, [edit_of(place) for place in range(len(branches))])
+
+        def edit(place: int, output: Tensor) -> Tensor:
+            changed = scalars[place, 1] * output.float() + scalars[place, 0] * vectors[place]
+            if noise is not None:
+                size = changed.detach().norm(dim=-1, keepdim=True) * NOISE
+                draw = torch.randn(changed.shape, generator=noise)
+                changed = changed + draw.to(changed.device) * size
+            return changed.to(output.dtype)
+
+        return edited(_branches(self.model), edit)
 
     def _calibrate(self, demos: Sequence[tuple[Task, Example]], rng: np.random.Generator) -> Float[Tensor, "n_steps"]:
         """Trains the scalars in place; returns the losses."""
@@ -86,7 +74,7 @@ class I2CL(Method):
         scalars = self.scalars.to(device_of(model)).requires_grad_()
         n_steps = self.settings.i2cl_epochs * max(1, len(demos) // BATCH_SIZE)
         optimizer = torch.optim.AdamW([scalars], lr=LR, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, n_steps))
+        schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(WARM_UP * n_steps)), n_steps)
         noise, losses = torch.Generator().manual_seed(int(rng.integers(2**31))), []
         with frozen(model), self._edited(scalars, noise), torch.enable_grad():
             for _ in track(range(n_steps), "i2cl", [1] * n_steps, "steps"):
@@ -101,14 +89,6 @@ class I2CL(Method):
                 losses.append(loss.item())
         self.scalars = scalars.detach().cpu()
         return torch.tensor(losses)
-
-
-def lr_factor(step: int, n_steps: int) -> float:
-    """Returns the share of the learning rate at a step: a linear warm-up from 0, then a cosine to 0."""
-    warm_up = max(1, round(WARM_UP * n_steps))
-    if step < warm_up:
-        return step / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, n_steps - warm_up)))
 
 
 def _branches(model: PreTrainedModel) -> list[nn.Module]:

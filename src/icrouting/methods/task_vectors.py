@@ -29,6 +29,7 @@ class TaskVectors(Method):
     """
 
     name = "task-vectors"
+    learned = ("vectors", "accuracies")
 
     def learn(self, rng: np.random.Generator) -> None:
         """Records the states and chooses the layer."""
@@ -49,26 +50,18 @@ class TaskVectors(Method):
         """Returns the size of one state."""
         return self.vectors.shape[-1]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns every layer's state and its accuracy on validation."""
-        return {"vectors": self.vectors, "accuracies": self.accuracies}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes up states and accuracies."""
-        self.vectors, self.accuracies = tensors["vectors"], tensors["accuracies"]
-
     @contextmanager
     def applied(self, task: Task) -> Iterator[None]:
         """Replaces the state at each row's last token."""
         with last_tokens(self.model) as positions:
 
-            def replace(hidden: Tensor) -> Tensor:
+            def replace(place: int, hidden: Tensor) -> Tensor:
                 hidden = hidden.clone()
                 rows = torch.arange(len(hidden), device=hidden.device)
                 hidden[rows, positions(hidden).to(hidden.device)] = self.vectors[self.layer].to(hidden)
                 return hidden
 
-            with edited([layers_of(self.model)[self.layer]], [replace]):
+            with edited([layers_of(self.model)[self.layer]], replace):
                 yield
 
 
@@ -107,7 +100,9 @@ def sweep(
     for group in by_length(token_lists, TOKEN_BUDGET):
         step = _kept_prefill(model, [token_lists[i] for i in group], pad_id_of(tokenizer))
         for layer, vector in enumerate(vectors):
-            with edited([layers_of(model)[layer]], [lambda hidden, vector=vector: vector.to(hidden).expand_as(hidden)]):
+            with edited(
+                [layers_of(model)[layer]], lambda _, hidden, vector=vector: vector.to(hidden).expand_as(hidden)
+            ):
                 logits = step()
             guesses = [int(row[ids[i]].argmax()) for row, i in zip(logits, group, strict=True)]
             hits[layer] += sum(guess == items[i][1].label for guess, i in zip(guesses, group, strict=True))
@@ -116,32 +111,28 @@ def sweep(
 
 def _kept_prefill(model: PreTrainedModel, token_lists: Sequence[list[int]], pad_id: int):
     """Returns a function that runs the last token of every row anew and gives its logits, [batch, vocab]."""
-    longest, device = max(map(len, token_lists)), device_of(model)
-    ids = torch.tensor([[pad_id] * (longest - len(tokens)) + tokens for tokens in token_lists], device=device)
-    lengths = torch.tensor([[len(tokens)] for tokens in token_lists], device=device)
-    mask = (torch.arange(longest, device=device) >= longest - lengths).long()
+    # Turned round before and after, it is padded on the left.
+    batch = pad([tokens[::-1] for tokens in token_lists], pad_id).to(device_of(model))
+    ids, mask = batch.input_ids.flip(1), batch.attention_mask.flip(1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache()
-    if longest > 1:
-        model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            use_cache=True,
-            logits_to_keep=1,
-            **{CACHE: cache},
-        )
 
-    def step() -> Float[Tensor, "batch vocab"]:
-        with last_position_only(model, mask[:, -1:].bool()):
+    def run(columns: slice) -> Float[Tensor, "batch vocab"]:
+        with last_position_only(model, mask[:, columns]):
             output = model(
-                input_ids=ids[:, -1:],
-                attention_mask=mask,
-                position_ids=positions[:, -1:],
+                input_ids=ids[:, columns],
+                attention_mask=mask[:, : columns.stop].long(),
+                position_ids=positions[:, columns],
                 use_cache=True,
                 **{CACHE: cache},
             )
-        cache.crop(-1)
         return output.logits.float().cpu()
 
+    def step() -> Float[Tensor, "batch vocab"]:
+        logits = run(slice(-1, None))
+        cache.crop(-1)
+        return logits
+
+    if ids.shape[1] > 1:
+        run(slice(-1))
     return step
