@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import json
 import re
@@ -167,74 +166,6 @@ def test_saving_and_loading_give_identical_logits(fitted, model, tokenizer, tmp_
         assert torch.equal(routed.score(texts(), OPTIONS), expected)
 
 
-def test_a_plain_call_is_routed_by_its_own_prompt_under_any_padding(fitted, model, tokenizer):
-    for side in ("left", "right"):
-        tokenizer.padding_side = side
-        inputs = tokenizer(texts(), return_tensors="pt", padding=True)
-        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-        with fitted.attached(model, tokenizer) as routed:
-            logits = model(**inputs, position_ids=positions).logits
-            for row, text in enumerate(texts()):
-                alone = model(**tokenizer(text, return_tensors="pt")).logits[0]
-                assert (logits[row][inputs["attention_mask"][row].bool()] - alone).abs().max() < 1e-4
-            vectors = routed.routing(texts()).routing_vector
-        assert vectors.std(0).max() > 1e-3, "prompts are routed differently"
-    tokenizer.padding_side = "left"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_cache": False},
-        {"cache_implementation": "static"},
-        {"prefill_chunk_size": 5},
-        {"prompt_lookup_num_tokens": 3},
-    ],
-)
-def test_generation_is_routed_by_its_prompt_however_it_runs(settings, fitted, model, tokenizer, monkeypatch):
-    """With a router so sharp that another text than the prompt's would be decided otherwise."""
-    spread = dataclasses.replace(fitted, router=copy.deepcopy(fitted.router))
-    for parameter in spread.router.parameters():
-        parameter.data *= 4
-    inputs = tokenizer(texts()[:1], return_tensors="pt")
-    with spread.attached(model, tokenizer):
-        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-        assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False, **settings), expected)
-    assert "generate" not in vars(model)
-
-
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
-def test_generation_in_a_batch_equals_one_prompt_at_a_time(settings, fitted, model, tokenizer):
-    settings = {"max_new_tokens": 7, "do_sample": False, **settings}
-    with fitted.attached(model, tokenizer):
-        inputs = tokenizer(texts()[:3], return_tensors="pt", padding=True)
-        together = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
-        for row, text in enumerate(texts()[:3]):
-            single = tokenizer(text, return_tensors="pt")
-            alone = model.generate(**single, **settings)[0, single["input_ids"].shape[1] :]
-            assert together[row, : len(alone)].tolist() == alone.tolist()
-
-
-def test_routing_stays_with_the_cache_it_was_made_for(fitted, model, tokenizer):
-    prompts = [tokenizer(text, return_tensors="pt") for text in texts()[:2]]
-    steps = [torch.tensor([[token]]) for token in (9, 17, 5)]
-
-    def start(prompt):
-        return model(**prompt, use_cache=True).past_key_values
-
-    with fitted.attached(model, tokenizer):
-        alone = []
-        for prompt in prompts:
-            cache = start(prompt)
-            alone.append([model(input_ids=step, past_key_values=cache).logits for step in steps])
-        caches = [start(prompt) for prompt in prompts]
-        for number, step in enumerate(steps):
-            for cache, expected in zip(caches, alone, strict=True):
-                assert torch.equal(model(input_ids=step, past_key_values=cache).logits, expected[number])
-    with fitted.attached(model, tokenizer), pytest.raises(ValueError, match="filled outside `attached`"):
-        model(input_ids=steps[0], past_key_values=caches[0])
-
-
 def test_in_use_the_routing_vector_has_the_scale_where_training_ended(fitted, model, tokenizer):
     raw = fitted.router(features_of_texts(fitted.description.fit.encoder, model, tokenizer, texts()))
     with fitted.attached(model, tokenizer) as routed:
@@ -336,11 +267,6 @@ def test_a_damaged_stage_is_named(name, config, model, tokenizer, tmp_path):
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"{name} is damaged"):
         InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
-
-
-def test_what_a_routed_model_cannot_do_is_said(fitted, model, tokenizer):
-    with fitted.attached(model, tokenizer), pytest.raises(ValueError, match="needs `input_ids`"):
-        model(inputs_embeds=torch.zeros(1, 4, 42))
 
 
 def test_another_base_model_is_refused_by_fingerprint(fitted, tokenizer):

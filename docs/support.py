@@ -1,0 +1,66 @@
+"""Writes docs/support.md from the ways and families that the tests run over.
+
+python docs/support.py
+"""
+
+import inspect
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HEAD = """# What is supported
+
+Made by `python docs/support.py` from what the tests run over: `tests/ways.py` for the ways of running a model,
+`tests/test_families.py` for the families. "Works" means: a test compares it, in float32 on tiny sharp models, with the
+slow obvious version, one prompt at a time on dense matrices without padding or cache (`tests/reference.py`), and checks
+that without the routing it would come out otherwise. "Raises" means: a `ValueError` with the sentence given, and a test
+that it comes. Everything was run on a processor, with the versions in `constraints.txt`.
+"""
+
+
+def ways() -> str:
+    """Returns a table of ways for each of their groups."""
+    from ways import WAYS
+
+    parts = []
+    for group in dict.fromkeys(way.group for way in WAYS):
+        parts.append(f"## {group}\n\n| way | outcome | |\n|---|---|---|")
+        for way in (way for way in WAYS if way.group == group):
+            remark = "; ".join(filter(None, (f"“{way.raises}”" if way.raises else "", way.note, way.elsewhere)))
+            parts.append(f"| {way.name} | {way.outcome} | {remark} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def families() -> str:
+    """Returns the tables of families and of the laws that are tested for every one of them."""
+    import test_families
+    import tiny
+
+    parts = ["## Families\n\n| family | model type | kernel | sliding window |\n|---|---|---|---|"]
+    for family, config in tiny.ALL_CONFIGS.items():
+        slides = "yes" if getattr(config, "sliding_window", None) else ""
+        kernel = test_families.model_of(family).config._attn_implementation
+        parts.append(f"| {family} | `{config.model_type}` | `{kernel}` | {slides} |")
+    parts.append("\nFor every family:\n\n| law | tested with |\n|---|---|")
+    for name, law in inspect.getmembers(test_families, inspect.isfunction):
+        marks = {mark.args[0]: mark for mark in getattr(law, "pytestmark", ()) if mark.name == "parametrize"}
+        if name.startswith("test_") and marks.pop("family", None):
+            values = (f"{axis}: {', '.join(map(str, of(mark)))}" for axis, mark in sorted(marks.items()))
+            parts.append(f"| {name.removeprefix('test_').replace('_', ' ')} | {'; '.join(values)} |")
+    return "\n".join(parts) + "\n"
+
+
+def of(mark) -> list:
+    """Returns the values of a parametrisation, or their names where they have some."""
+    return mark.kwargs.get("ids") or mark.args[1]
+
+
+def page() -> str:
+    """Returns docs/support.md."""
+    return "\n".join((HEAD, ways(), families()))
+
+
+if __name__ == "__main__":
+    sys.path.append(str(ROOT / "tests"))
+    (ROOT / "docs" / "support.md").write_text(page())

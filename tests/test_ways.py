@@ -1,0 +1,39 @@
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import Bench
+from ways import WAYS
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def bench(encoder_folder):
+    return Bench(encoder_folder)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.check], ids=lambda way: f"{way.group}: {way.name}")
+def test_a_way_of_running_does_what_the_support_page_says(way, bench):
+    if way.raises:
+        with pytest.raises(ValueError, match=re.escape(way.raises)) as error:
+            way.check(bench)
+        assert "\n" not in str(error.value)
+    else:
+        way.check(bench)
+    assert "generate" not in vars(bench.model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in bench.model.modules())
+
+
+def test_every_way_has_a_name_of_its_own_and_a_reason_where_it_is_untested():
+    assert len({(way.group, way.name) for way in WAYS}) == len(WAYS)
+    assert all(way.note for way in WAYS if way.outcome == "untested")
+
+
+def test_the_support_page_is_current():
+    sys.path.append(str(DOCS))
+    import support
+
+    assert (DOCS / "support.md").read_text() == support.page(), "run python docs/support.py"
