@@ -8,10 +8,11 @@ from transformers import DynamicCache
 import tiny
 from icrouting import artifact
 from icrouting.config import FitConfig
-from icrouting.encoder import load_encoder
 from icrouting.families import base_of
+from icrouting.features import features_of
 from icrouting.icr import InContextRouter
 from icrouting.router import Router, Routing
+from icrouting.trunk import entering_states
 from reference import reference_routed
 
 # fp32 round-off of logits of size 10 through five layers
@@ -46,14 +47,16 @@ class Bench:
 
     def router(self, seed=0, layers=(3, 4)):
         fit = FitConfig(layers=layers, rank=3, hidden_width=13, encoder=str(self.encoder))
-        described = (self.model, [tiny.task()], fit, layers, load_encoder(str(self.encoder), "cpu"))
+        features = features_of(str(self.encoder), self.model, self.tokenizer, "cpu")
+        described = (self.model, [tiny.task()], fit, layers, features)
         generator = torch.Generator().manual_seed(seed)
-        router = Router(12, len(layers), 6, 3, 13, generator).requires_grad_(False)
+        router = Router(features.n_features, len(layers), 6, 3, 13, generator).requires_grad_(False)
         router.alpha[-1].weight.normal_(generator=generator)
-        features = load_encoder(str(self.encoder), "cpu")(self.texts)
-        for linear in (router.alpha[0], router.gamma[0]):  # the random encoder tells texts apart by little
-            linear.weight *= 3 / features.std(0).mean()
-            linear.bias -= linear.weight @ features.mean(0)
+        rows = self.tokenizer(self.texts).input_ids
+        vectors = features.read(rows, entering_states(self.model, rows, layers[0], 1))
+        for linear in (router.alpha[0], router.gamma[0]):  # a random encoder tells texts apart by little
+            linear.weight *= 3 / vectors.std(0).mean()
+            linear.bias -= linear.weight @ vectors.mean(0)
         return InContextRouter(artifact.describe(*described), tiny.pids(self.model, layers), router)
 
     def inputs(self, *rows, side="left", positions=False):

@@ -5,18 +5,25 @@ from pathlib import Path
 import pytest
 
 from bench import Bench
+from icrouting.config import HIDDEN
 from ways import WAYS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+# Where it matters when and from what a routing is read, both kinds of features are tried.
+TRIED = [(way, "encoder") for way in WAYS if way.check]
+TRIED += [(way, HIDDEN) for way, _ in TRIED if way.group in ("Padding", "Decoding", "Caches")]
+
+
 @pytest.fixture(scope="module")
-def bench(encoder_folder):
-    return Bench(encoder_folder)
+def benches(encoder_folder):
+    return {"encoder": Bench(encoder_folder), HIDDEN: Bench(HIDDEN)}
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way.check], ids=lambda way: f"{way.group}: {way.name}")
-def test_a_way_of_running_does_what_the_support_page_says(way, bench):
+@pytest.mark.parametrize(("way", "features"), TRIED, ids=[f"{way.group}: {way.name}: {kind}" for way, kind in TRIED])
+def test_a_way_of_running_does_what_the_support_page_says(way, features, benches):
+    bench = benches[features]
     if way.raises:
         with pytest.raises(ValueError, match=re.escape(way.raises)) as error:
             way.check(bench)

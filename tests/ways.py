@@ -166,6 +166,15 @@ def allocates_ahead(bench):
     bench.check_tokens(0, fast={"past_key_values": cache})
 
 
+def starts_a_reset_cache_anew(bench):
+    cache = static(bench.model.config)
+    with bench.attached():
+        bench.tokens(bench.model, bench.inputs(1), past_key_values=cache)
+        cache.reset()
+        got = bench.tokens(bench.model, bench.inputs(0), past_key_values=cache)
+    assert torch.equal(got, bench.slow_tokens(0))
+
+
 def interleaves_two_caches(bench):
     steps = [torch.tensor([[token]]) for token in (9, 17, 5)]
     prompts = [bench.inputs(row)["input_ids"] for row in (0, 1)]
@@ -382,6 +391,10 @@ WAYS = (
         generates(*ONE, fast=lambda bench: {"assistant_model": tiny.model("llama", seed=4)}),
         note="the assistant is routed only if it is attached itself",
     ),
+    Way(
+        "Decoding", "assisted by the model itself", generates(*ONE, fast=lambda bench: {"assistant_model": bench.model})
+    ),
+    Way("Decoding", "drafts by early exit", generates(*ONE, fast={"assistant_early_exit": 4})),
     Way("Decoding", "a streamer", streams),
     Way("Decoding", "a decoding loop of one's own (`custom_generate`)", looped_by_hand),
     Way("Decoding", "contrastive search, DoLa, group and constrained beams", note=TO_HUB),
@@ -428,6 +441,7 @@ WAYS = (
     Way("Caches", "a kept cache in `generate`, dynamic", takes_turns(dynamic), note="routed by the first turn"),
     Way("Caches", "a kept cache in `generate`, static", takes_turns(static), note="routed by the first turn"),
     Way("Caches", "a kept cache that was cropped", takes_turns(dynamic, cropped=3)),
+    Way("Caches", "a cache that was reset, and another prompt", starts_a_reset_cache_anew),
     Way("Caches", "two caches in turn", interleaves_two_caches),
     Way("Caches", "a cache filled outside `attached`", continues_a_foreign_cache, UNKNOWN),
     Way(

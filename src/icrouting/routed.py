@@ -106,12 +106,14 @@ class _Rerouter:
 
     def generate(self, plain_generate: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls `plain_generate` with one routing for all of its forwards: the cache's, or the prompt's."""
+        if self._held is not None or self._generating is not None:  # it drafts for itself: a draft is no prompt
+            return plain_generate(*args, **kwargs)
         given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
         input_ids = next((value for value in given if isinstance(value, Tensor)), None)
         cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
-        if cache is not None and cache in self._of_cache:
-            self._held = self._of_cache[cache]
-        elif input_ids is not None and (cache is None or int(cache.get_seq_length()) == 0):
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            self._held = self._of_cache.get(cache)
+        elif input_ids is not None:
             self._generating = _Prompt(input_ids, _attended(input_ids, kwargs.get("attention_mask")), cache)
         try:
             return plain_generate(*args, **kwargs)
