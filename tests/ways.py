@@ -2,17 +2,20 @@
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import accelerate
+import peft
 import torch
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, QuantizedCache, StaticCache
 
 import tiny
-from bench import CLOSE, Bench, rows_of
+from bench import CLOSE, MATTERS, Bench, rows_of
 from icrouting.attach import attach
 from icrouting.config import FitConfig
+from icrouting.icr import InContextRouter
 from icrouting.models import fingerprint
 from icrouting.router import Router
 from icrouting.train import Query, Trainer
@@ -128,6 +131,10 @@ def compiles(bench):
     for _ in range(2):
         bench.check_tokens(0, fast=settings)
     assert torch.equal(bench.tokens(bench.model, bench.inputs(0), **settings), plain)
+    compiled = torch.compile(bench.model, backend="eager")
+    with bench.attached(compiled):
+        logits = compiled(**bench.inputs(0)).logits
+    assert (logits - bench.slow_logits(0)).abs().max() <= CLOSE
 
 
 def takes_turns(make_cache, **settings):
@@ -233,6 +240,45 @@ def routes_one_model_twice_in_turn(bench):
 
 def routes_one_model_twice_at_once(bench):
     with bench.attached(), bench.attached():
+        pass
+
+
+def wrapped(bench, config, kernel="sdpa"):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for an attribute by its old name
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return peft.get_peft_model(bench.fresh(kernel), config).eval().requires_grad_(False)
+
+
+def with_lora(bench, kernel="sdpa"):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    return wrapped(bench, config, kernel)
+
+
+def routes_a_lora(bench):
+    model, dense = with_lora(bench), with_lora(bench, "eager")
+    assert fingerprint(model) == fingerprint(bench.model)
+    assert (model(**bench.inputs(0)).logits - bench.model(**bench.inputs(0)).logits).abs().max() > MATTERS
+    bench.check_logits(0, 1, 2, model=model, dense=dense)
+    bench.check_tokens(0, 1, 2, model=model, dense=dense)
+
+
+def fits_on_a_lora(bench):
+    config = FitConfig((3, 4), 3, n_prompts=6, demos_per_class=1, n_queries=6, epochs=1, encoder=str(bench.encoder))
+    model = with_lora(bench)
+    icr = InContextRouter.fit(model, bench.tokenizer, [tiny.task()], config)
+    with icr.attached(model, bench.tokenizer) as routed:
+        assert routed.score(bench.texts, ["negative", "positive"]).shape == (3, 2)
+
+
+def routes_a_merged_lora(bench):
+    with bench.attached(with_lora(bench).merge_and_unload()):
+        pass
+
+
+def routes_virtual_tokens(bench):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with bench.attached(wrapped(bench, config)):
         pass
 
 
@@ -459,6 +505,15 @@ WAYS = (
         "two routers on one model at once",
         routes_one_model_twice_at_once,
         "the model is routed already: leave the first `attached` before entering another",
+    ),
+    Way("Models", "a LoRA, in peft's wrapper", routes_a_lora, note="on the queries, keys and values that it makes"),
+    Way("Models", "a router fitted with a LoRA in place", fits_on_a_lora),
+    Way("Models", "a merged LoRA", routes_a_merged_lora, "this router was fitted on", "other weights: fit a router"),
+    Way(
+        "Models",
+        "prompt and prefix tuning",
+        routes_virtual_tokens,
+        "PeftModelForCausalLM puts tokens of its own before the prompt: expected a LoRA or none",
     ),
     Way("Models", "bfloat16", in_half_precision(torch.bfloat16)),
     Way("Models", "float16", in_half_precision(torch.float16)),

@@ -57,6 +57,8 @@ FAMILIES: dict[str, Family] = {
 
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, also inside a peft wrapper."""
+    if hasattr(model, "prompt_encoder"):
+        raise ValueError(f"{type(model).__name__} puts tokens of its own before the prompt: expected a LoRA or none")
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module

@@ -8,14 +8,15 @@ from typing import ClassVar
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from icrouting import artifact, fitting
 from icrouting.artifact import Description
 from icrouting.batches import pad_id_of
 from icrouting.card import model_card
 from icrouting.config import FitConfig
-from icrouting.families import check_layers, device_of, dims_of, family_of, late_third
+from icrouting.families import base_of, check_layers, device_of, dims_of, family_of, late_third
 from icrouting.features import Features, Reader, features_of
 from icrouting.models import fingerprint, frozen
 from icrouting.pids import PIDs
@@ -50,7 +51,7 @@ class InContextRouter(ModelHubMixin):
     @classmethod
     def fit(
         cls,
-        model: PreTrainedModel,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Sequence[Task],
         config: FitConfig | None = None,
@@ -60,7 +61,7 @@ class InContextRouter(ModelHubMixin):
         """Returns a router fitted on source tasks: extraction, PIDs, training (sections 2 to 4).
 
         Args:
-            model: a frozen decoder of a known family, from `load_model` or `from_pretrained`.
+            model: a frozen decoder of a known family, from `load_model`, `from_pretrained` or peft.
             tokenizer: its tokenizer.
             tasks: the source tasks.
             config: settings; None takes the defaults.
@@ -72,6 +73,7 @@ class InContextRouter(ModelHubMixin):
         config = config or FitConfig()
         if not tasks:
             raise ValueError("a fit needs at least one source task, got none")
+        model = base_of(model)
         family_of(model)
         dims, digest = dims_of(model), fingerprint(model)
         layers = config.layers or late_third(dims.n_layers)
@@ -104,7 +106,7 @@ class InContextRouter(ModelHubMixin):
 
     @contextmanager
     def attached(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, strength: float = 1.0
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, strength: float = 1.0
     ) -> Iterator[Routed]:
         """Inside, every plain `model(...)` and `model.generate(...)` is routed by the prompt it is given.
 
@@ -118,6 +120,7 @@ class InContextRouter(ModelHubMixin):
         Raises:
             ValueError: another base model, or one that is attached already.
         """
+        model = base_of(model)
         found, expected = fingerprint(model), self.description.fingerprint
         if found != expected:
             raise ValueError(
