@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting import artifact, fitting
 from icrouting.artifact import Description
