@@ -53,11 +53,10 @@ class RoutedLayer:
         z_key = project(states, self.key_directions)
         return widen_key(key, z_key), widen_value(value, self.key_directions.shape[-1])
 
-    def widen_queries(self, query: Tensor, scaling: float) -> Tensor:
-        """Queries of the current tokens, widened by the routing in force."""
+    def widen_queries(self, query: Tensor, routing: Routing, scaling: float) -> Tensor:
+        """Queries of the current tokens, widened by a routing with a row for each of theirs."""
         states = self.store["query"]
         self.query_directions = self.query_directions.to(states.device)
-        routing = self.attachment.routing_for(query.shape[0], query.device)
         z_query = project(states, self.query_directions)
         return widen_query(query, z_query, routing, self.position, scaling)
 
@@ -91,34 +90,18 @@ class Attachment:
     def __init__(self, layers: tuple[int, ...]):
         self.layers = layers
         self.routing: Routing | None = None
-        self._placed: tuple[Routing, Routing] | None = None
-        self._neutral: tuple[Routing, bool] | None = None
+        self._placed: tuple[Routing, int, Routing | None] | None = None
 
-    @property
-    def is_neutral(self) -> bool:
-        """Whether the routing in force adds nothing anywhere, and is not being trained."""
-        routing = self._in_force()
-        if self._neutral is None or self._neutral[0] is not routing:
-            added = routing.routing_vector.detach().any((1, 2)) & routing.head_gates.detach().any((1, 2))
-            self._neutral = (routing, not routing.routing_vector.requires_grad and not bool(added.any()))
-        return self._neutral[1]
-
-    def _in_force(self) -> Routing:
+    def routing_for(self, n_rows: int, device: torch.device) -> Routing | None:
+        """The routing in force, with one row per batch row; None where it adds nothing and is not being trained."""
         if self.routing is None:
             raise ValueError("the model is attached but has no routing: call it with `input_ids`")
-        return self.routing
-
-    def routing_for(self, n_rows: int, device: torch.device) -> Routing:
-        """The routing in force, with one row per batch row."""
-        current = self._in_force()
-        if self._placed is None or self._placed[0] is not current or self._placed[1].n_rows != n_rows:
-            routing = current.repeated(n_rows)
-            moved = Routing(routing.routing_vector.to(device), routing.head_gates.to(device))
-            self._placed = (current, moved)
-        routing = self._placed[1]
-        if routing.head_gates.device != device:
-            routing = Routing(routing.routing_vector.to(device), routing.head_gates.to(device))
-        return routing
+        if self._placed is None or self._placed[0] is not self.routing or self._placed[1] != n_rows:
+            alpha, gates = self.routing.routing_vector, self.routing.head_gates
+            adds = alpha.requires_grad or bool((alpha.any((1, 2)) & gates.any((1, 2))).any())
+            self._placed = self.routing, n_rows, self.routing.repeated(n_rows) if adds else None
+        routing = self._placed[2]
+        return routing and Routing(routing.routing_vector.to(device), routing.head_gates.to(device))
 
 
 def _attention_function(original: str) -> Callable:
@@ -137,13 +120,14 @@ def _attention_function(original: str) -> Callable:
         kernel = eager if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
         assert kernel is not None, f"{type(module).__name__} has no eager attention function"
         layer = _routed.get(module)
-        if layer is None or layer.attachment.is_neutral:
-            # Wider heads may round differently, so where nothing is added the columns are not there.
-            key, value = (states[..., : query.shape[-1]].contiguous() for states in (key, value))
+        routing = layer.attachment.routing_for(query.shape[0], query.device) if layer else None
+        if layer is None or routing is None:
+            if key.shape[-1] != query.shape[-1]:  # wider heads may round differently, so what adds nothing is left out
+                key, value = (states[..., : query.shape[-1]].contiguous() for states in (key, value))
             return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         if key.shape[-1] == query.shape[-1]:  # no cache has widened them
             key, value = layer.widen_cached(key, value)
-        query = layer.widen_queries(query, scaling)
+        query = layer.widen_queries(query, routing, scaling)
         output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return output[..., : -layer.rank].contiguous(), weights
 
