@@ -1,10 +1,12 @@
 """What the commands do, once their arguments are parsed."""
 
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -167,14 +169,18 @@ def generate(prompt: str, router: str, model: str, strength: float, max_new_toke
     inputs = {"input_ids": torch.tensor([tokens], device=base.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
-    def go_on() -> Text:
+    def go_on(title: str) -> Panel:
+        base.generate(**inputs, max_new_tokens=1)  # pyright: ignore[reportCallIssue]  # warms up, so that times compare
+        started = time.monotonic()
         output = base.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore[reportCallIssue]
-        return Text(str(tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)))
+        seconds, new = time.monotonic() - started, output[0, len(tokens) :]
+        text = Text(str(tokenizer.decode(new, skip_special_tokens=True)))
+        return Panel(text, title=f"{title}: {len(new)} tokens in {seconds:.1f} s")
 
-    with icr.attached(base, tokenizer, strength=strength):
-        routed = go_on()
-    console.print(Panel(go_on(), title="zero-shot"))
-    console.print(Panel(routed, title=f"routed, strength {strength:g}"))
+    plain = go_on("zero-shot")
+    with icr.attached(base, tokenizer, strength=strength) as routed:
+        console.print(Columns([plain, go_on(f"routed, strength {strength:g}")], equal=True, expand=True))
+        console.print(routed.effect([prompt]), markup=False, highlight=False)
 
 
 def inspect(prompt: str, router: str, model: str, options: Sequence[str] | None, strength: float, out: Path) -> None:
