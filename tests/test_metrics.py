@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
@@ -12,12 +13,12 @@ LEAST_COVERAGE = 0.895
 
 
 def answers(outcomes, **changes):
-    return [record(index, bool(is_right), **changes) for index, is_right in enumerate(outcomes)]
+    return metrics.frame(record(index, bool(is_right), **changes) for index, is_right in enumerate(outcomes))
 
 
 def over_seeds(outcomes, n_seeds):
     """A method without randomness: each seed draws the same items and gets the same answers."""
-    return [one for seed in range(n_seeds) for one in answers(outcomes, seed=seed)]
+    return pd.concat([answers(outcomes, seed=seed) for seed in range(n_seeds)])
 
 
 @pytest.mark.parametrize(("n_right", "n"), [(0, 1), (1, 1), (0, 40), (17, 40), (40, 40), (250, 500)])
@@ -59,7 +60,7 @@ def test_accuracy_intervals_cover_when_seeds_share_items():
     for _ in range(N_SIMULATED):
         pool = rng.random(60) < 0.7
         draws = [(seed, index) for seed in range(3) for index in rng.permutation(60)[:40]]
-        found = metrics.accuracy([record(int(i), bool(pool[i]), seed=seed) for seed, i in draws])
+        found = metrics.accuracy(metrics.frame(record(int(i), bool(pool[i]), seed=seed) for seed, i in draws))
         n_covered += found.low <= 0.7 <= found.high
     assert n_covered / N_SIMULATED >= LEAST_COVERAGE
 
@@ -71,9 +72,8 @@ def test_difference_intervals_cover_when_seeds_share_items():
         mine, theirs = rng.random(50) < 0.6, rng.random(50) < 0.5
         # seeds of mine differ by noise on a fifth of the items, the baseline answers alike
         noisy = [np.where(rng.random(50) < 0.2, rng.random(50) < 0.6, mine) for _ in range(3)]
-        found = metrics.difference(
-            [one for seed in range(3) for one in answers(noisy[seed], seed=seed)], over_seeds(theirs, 3)
-        )
+        ours = pd.concat([answers(noisy[seed], seed=seed) for seed in range(3)])
+        found = metrics.difference(ours, over_seeds(theirs, 3))
         n_covered += found.low <= 0.1 <= found.high
     assert n_covered / N_SIMULATED >= LEAST_COVERAGE
 
@@ -102,8 +102,7 @@ def test_difference_stays_in_range_at_the_extremes(n):
 def test_only_common_items_are_compared():
     mine, theirs = answers([1, 1, 1, 1]), answers([0, 0])
     assert metrics.difference(mine, theirs).n == 2
-    with pytest.raises(ValueError, match="no test item in common"):
-        metrics.difference(mine, answers([0, 0], seed=9))
+    assert metrics.difference(mine, answers([0, 0], seed=9)) is metrics.NOTHING
 
 
 def test_mcnemar_counts_only_items_that_changed():
@@ -123,35 +122,41 @@ def test_mcnemar_seldom_rejects_without_an_effect():
 def test_holm_keeps_the_order_and_never_lowers():
     rng = np.random.default_rng(1)
     for size in range(1, 9):
-        raw = [float(p) for p in rng.random(size) ** 3]
+        raw = pd.Series(rng.random(size) ** 3)
         found = metrics.holm(raw)
-        assert all(p <= corrected <= min(1, size * p) + 1e-12 for p, corrected in zip(raw, found, strict=True))
-        in_order = [found[place] for place in np.argsort(raw)]
-        assert in_order == sorted(in_order)
-        assert min(found) == pytest.approx(min(1, size * min(raw)))
-    assert metrics.holm([]) == ()
+        assert (raw <= found).all()
+        assert (found <= np.minimum(1, size * raw) + 1e-12).all()
+        assert found[raw.sort_values().index].is_monotonic_increasing
+        assert found.min() == pytest.approx(min(1, size * raw.min()))
+    assert metrics.holm(pd.Series([], dtype=float)).empty
+
+
+def test_holm_counts_only_the_tests_that_were_made():
+    found = metrics.holm(pd.Series([0.03, np.nan, 0.01], index=["a", "b", "c"]))
+    assert found.to_dict() == pytest.approx({"a": 0.03, "b": np.nan, "c": 0.02}, nan_ok=True)
 
 
 def test_mean_of_equal_estimates_narrows_with_the_root_of_their_number():
-    one = Estimate(0.6, 0.5, 0.65, 100)
-    found = metrics.mean([one] * 4)
+    one = Estimate(0.6, 0.5, 0.65, 100).columns("x")
+    found = metrics.mean(pd.DataFrame([one] * 4), "x")
     assert (found.value, found.low, found.high, found.n) == pytest.approx((0.6, 0.55, 0.625, 4))
-    alone = metrics.mean([one])
+    alone = metrics.mean(pd.DataFrame([one, metrics.NOTHING.columns("x")]), "x")
     assert (alone.value, alone.low, alone.high, alone.n) == pytest.approx((0.6, 0.5, 0.65, 1))
+    assert metrics.mean(pd.DataFrame([metrics.NOTHING.columns("x")]), "x") is metrics.NOTHING
 
 
 def test_collapse_counts_losses_and_the_significant_among_them():
-    gains = [Estimate(value, value - 0.1, value + 0.1, 50) for value in (-0.2, -0.01, 0.0, 0.3)]
-    assert metrics.collapse(gains, [0.01, 0.9, 1.0, 0.001]) == (2, 1)
-    assert metrics.collapse([], []) == (0, 0)
+    gains = pd.Series([-0.2, -0.01, 0.0, 0.3])
+    assert metrics.collapse(gains, pd.Series([0.01, 0.9, 1.0, 0.001])) == (2, 1)
+    assert metrics.collapse(gains[:0], gains[:0]) == (0, 0)
 
 
 def test_chance_and_majority_levels():
-    three = [record(index, option_logits=(0.0, 0.0, 0.0)) for index in (0, 1, 2)]
+    three = answers([1, 1, 1], option_logits=(0.0, 0.0, 0.0))
     assert metrics.chance(three) == pytest.approx(1 / 3)
-    assert metrics.chance([*three, *answers([1, 1, 1])]) == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert metrics.chance(pd.concat([three, answers([1, 1, 1])])) == pytest.approx((1 / 3 + 1 / 2) / 2)
     # labels 0, 1, 0; a second seed on the first item changes nothing
-    assert metrics.majority([*three, record(1, seed=5)]) == pytest.approx(2 / 3)
+    assert metrics.majority(pd.concat([three, metrics.frame([record(1, seed=5)])])) == pytest.approx(2 / 3)
 
 
 def test_above_chance_needs_more_than_luck_and_more_than_repeats():
@@ -169,7 +174,7 @@ def test_macro_f1_is_one_when_all_is_right_and_like_accuracy_when_balanced():
 
 
 def test_macro_f1_of_a_constant_answer_is_below_its_accuracy():
-    constant = [record(index, prediction=0) for index in range(20)]
+    constant = answers([1] * 20, prediction=0)
     found = metrics.macro_f1(constant, np.random.default_rng(0))
     assert found.value == pytest.approx(1 / 3)
     assert found.low <= found.value <= found.high < metrics.accuracy(constant).value
@@ -179,7 +184,9 @@ def test_macro_f1_agrees_with_its_definition_and_repeats_with_its_generator():
     rng = np.random.default_rng(2)
     pairs = rng.integers(0, 3, (50, 2))
     logits = (0.0, 0.0, 0.0)
-    some = [record(i, label=int(a), prediction=int(b), option_logits=logits) for i, (a, b) in enumerate(pairs)]
+    some = metrics.frame(
+        record(i, label=int(a), prediction=int(b), option_logits=logits) for i, (a, b) in enumerate(pairs)
+    )
     found = metrics.macro_f1(some, np.random.default_rng(4))
     scores = []
     for kind in range(3):
@@ -191,7 +198,7 @@ def test_macro_f1_agrees_with_its_definition_and_repeats_with_its_generator():
 
 def test_confusion_counts_every_record_once_and_hits_on_the_diagonal():
     some = answers([1, 0, 1, 1, 0])
-    counts = np.array(metrics.confusion(some))
+    counts = metrics.confusion(some)
     assert counts.sum() == len(some)
     assert np.trace(counts) == 3
 
@@ -199,4 +206,4 @@ def test_confusion_counts_every_record_once_and_hits_on_the_diagonal():
 @pytest.mark.parametrize("measure", [metrics.accuracy, metrics.is_above_chance])
 def test_no_records_are_no_estimate(measure):
     with pytest.raises(ValueError, match="no records"):
-        measure([])
+        measure(metrics.frame([]))

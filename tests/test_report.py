@@ -62,16 +62,17 @@ def text_of(page):
 
 def test_every_cell_is_in_every_format(run_folder, page):
     summary = summarise(ICR_LOSES_ON_MR, fake_config())
-    assert len(summary.cells) == 9
+    cells = summary.lines.loc["task"]
+    assert len(cells) == 9
     text, plain = text_of(page), (run_folder / "report.md").read_text()
     lines = list(csv.DictReader((run_folder / "report.csv").read_text().splitlines()))
-    for cell in summary.cells:
-        value = points(cell.accuracy.value)
-        interval = f"{points(cell.accuracy.low)} to {points(cell.accuracy.high)}"
+    for (task, method), cell in cells.iterrows():
+        value = points(cell.accuracy)
+        interval = f"{points(cell.accuracy_low)} to {points(cell.accuracy_high)}"
         assert f"{value} {marks(cell)} {interval}".replace("  ", " ") in text
         assert f"{value} ±" in plain
-        (line,) = [line for line in lines if (line["name"], line["method"]) == (cell.task, cell.method)]
-        assert float(line["accuracy"]) == cell.accuracy.value
+        (line,) = [line for line in lines if (line["name"], line["method"]) == (task, method)]
+        assert float(line["accuracy"]) == cell.accuracy
 
 
 def test_the_page_fetches_nothing_and_runs_nothing(page):
@@ -114,7 +115,13 @@ def test_the_summary_file_holds_the_conclusion_and_the_figures(run_folder):
     values = json.loads((run_folder / "summary.json").read_text())
     summary = summarise(ICR_LOSES_ON_MR, fake_config())
     assert values["conclusion"] == conclusion(summary)
-    assert values["cells"][0]["accuracy"]["value"] == summary.cells[0].accuracy.value
+    assert len(values["lines"]) == len(summary.lines)
+    for line in values["lines"]:
+        found = summary.line(line["kind"], line["name"], line["method"])
+        assert line["accuracy"] == found.accuracy
+        assert line.get("gain") == (found.gain if found.gain_n else None)
+        assert line["accuracy_n"] == found.accuracy_n
+    assert values["rivals"]["few-shot"]["high"] == summary.rivals["few-shot"].high
 
 
 def test_a_run_in_progress_renders_and_says_what_is_missing(tmp_path):
@@ -137,7 +144,7 @@ def test_a_lone_baseline_renders_without_gains():
     summary = summarise(some, config)
     page = report.html(summary, config, EMPTY)
     assert "There is no gain to report: only zero-shot has been run." in text_of(page)
-    assert summary.methods[0].n_collapsed is None
+    assert summary.methods[0].n_compared == 0
 
 
 def test_methods_without_a_baseline_render():

@@ -1,7 +1,7 @@
 from rich.console import Console
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config
-from icrouting.table import marks, rows, terminal_table
+from icrouting.table import NONE, collapse, marks, terminal_table
 from icrouting.tally import summarise
 
 
@@ -15,14 +15,17 @@ def test_the_terminal_table_holds_brackets_of_notes_as_they_are():
 
 
 def test_tasks_stand_by_section_with_a_mean_after_each():
-    titles = [row.title for row in rows(summarise(ICR_LOSES_ON_MR, fake_config()))]
+    titles = [row.title for row in summarise(ICR_LOSES_ON_MR, fake_config()).rows]
     assert titles == ["agnews", "mean source", "mr", "mean near", "cb", "mean far", "mean unseen", "mean all"]
 
 
 def test_marks_and_collapse_name_the_loss():
     summary = summarise(ICR_LOSES_ON_MR, fake_config())
-    assert marks(summary.cell("icr", "mr")) == "▼≈"
-    assert marks(summary.cell("icr", "agnews")) == "▲"
-    (icr,) = [method for method in summary.methods if method.name == "icr"]
-    assert (icr.n_collapsed, icr.n_collapsed_significantly) == (1, 1)
-    assert "≈" not in marks(summary.cell("few-shot", "mr"))
+    assert marks(summary.line("task", "mr", "icr")) == "▼≈"
+    assert marks(summary.line("task", "agnews", "icr")) == "▲"
+    methods = {method.name: method for method in summary.methods}
+    icr = methods["icr"]
+    assert (icr.n_compared, icr.n_collapsed, icr.n_collapsed_significantly) == (3, 1, 1)
+    assert collapse(icr) == "1 (1 sig.)"
+    assert collapse(methods["zero-shot"]) == NONE
+    assert "≈" not in marks(summary.line("task", "mr", "few-shot"))

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config
@@ -7,13 +9,13 @@ from icrouting.tally import summarise
 
 def test_means_and_gains_follow_from_the_cells():
     summary = summarise(ICR_LOSES_ON_MR, fake_config())
-    unseen = summary.mean("icr", "unseen")
-    cells = [summary.cell("icr", task) for task in ("mr", "cb")]
-    assert unseen.accuracy.value == pytest.approx(sum(cell.accuracy.value for cell in cells) / 2)
-    assert unseen.gain.value == pytest.approx(sum(cell.gain.change.value for cell in cells) / 2)
-    baseline = summary.mean("zero-shot", "unseen")
-    assert unseen.accuracy.value - baseline.accuracy.value == pytest.approx(unseen.gain.value)
-    assert baseline.gain is None
+    unseen, baseline = (summary.line("mean", "unseen", method) for method in ("icr", "zero-shot"))
+    cells = summary.cells("icr").loc[["mr", "cb"]]
+    assert unseen.accuracy == pytest.approx(cells.accuracy.mean())
+    assert unseen.gain == pytest.approx(cells.gain.mean())
+    assert unseen.accuracy - baseline.accuracy == pytest.approx(unseen.gain)
+    assert (unseen.gain_n, baseline.gain_n) == (2, 0)
+    assert math.isnan(baseline.gain)
 
 
 def test_a_task_without_a_description_is_an_error():
@@ -39,12 +41,13 @@ def test_an_in_domain_task_that_was_not_a_source_is_unseen():
 def test_holm_corrects_over_the_tasks_of_one_method():
     summary = summarise(ICR_LOSES_ON_MR, fake_config())
     for method in ("icr", "few-shot"):
-        gains = [cell.gain for cell in summary.cells if cell.method == method]
-        assert tuple(gain.p_holm for gain in gains) == metrics.holm([gain.p_value for gain in gains])
+        cells = summary.cells(method)
+        assert len(cells) == 3
+        assert cells.p_holm.equals(metrics.holm(cells.p_value))
 
 
 def test_a_rivals_lead_is_its_accuracy_less_the_headlines():
     summary = summarise(ICR_LOSES_ON_MR, fake_config())
-    (rival,) = summary.rivals
-    ours, theirs = (summary.mean(method, "all").accuracy.value for method in (summary.headline, rival.method))
-    assert rival.lead.value == pytest.approx(theirs - ours)
+    ((rival, lead),) = summary.rivals.items()
+    ours, theirs = (summary.line("mean", "all", method).accuracy for method in (summary.headline, rival))
+    assert lead.value == pytest.approx(theirs - ours)

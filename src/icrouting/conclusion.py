@@ -43,34 +43,35 @@ def verdict(gain: Estimate) -> str:
 
 def _group_clause(summary: Summary, method: str, group: str) -> str:
     """Mean accuracy over a group and the gain on it; empty where the method has no records there."""
-    mean = summary.mean(method, group)
+    mean = summary.line("mean", group, method)
     if mean is None:
         return ""
-    done, of = mean.accuracy.n, len(summary.groups[group])
+    done, of = mean.accuracy_n, len(summary.groups[group])
     which = f"the {done} {group} task{'s' if done > 1 else ''}" if done == of else f"{done} of the {of} {group} tasks"
     average = "on average over" if done > 1 else "on"
-    against = f", {verdict(mean.gain)}" if mean.gain else f" (no {BASELINE} records to compare with)"
-    return f"{points(mean.accuracy.value)} {average} {which}{against}"
+    gain = Estimate(mean.gain, mean.gain_low, mean.gain_high, int(mean.gain_n))
+    against = f", {verdict(gain)}" if gain.n else f" (no {BASELINE} records to compare with)"
+    return f"{points(mean.accuracy)} {average} {which}{against}"
 
 
 def _collapse_sentence(summary: Summary, method: str) -> list[str]:
-    gains = {cell.task: cell.gain for cell in summary.cells if cell.method == method and cell.gain}
-    if not gains:
+    cells = summary.cells(method).dropna(subset="gain")
+    lost = cells[cells.gain < 0]
+    if cells.empty:
         return []
-    lost = [task for task, gain in gains.items() if gain.change.value < 0]
-    if not lost:
-        return [f"It is below {BASELINE} on none of {_tasks(len(gains))}."]
-    surely = ", ".join([task for task in lost if gains[task].direction < 0])
+    if lost.empty:
+        return [f"It is below {BASELINE} on none of {_tasks(len(cells))}."]
+    surely = ", ".join(lost.index[lost.direction < 0])
     ending = f"significantly on {surely} (Holm-corrected)" if surely else "on none of them significantly"
-    return [f"It is below {BASELINE} on {len(lost)} of {_tasks(len(gains))} ({', '.join(lost)}), {ending}."]
+    return [f"It is below {BASELINE} on {len(lost)} of {_tasks(len(cells))} ({', '.join(lost.index)}), {ending}."]
 
 
 def _rival_sentence(summary: Summary) -> list[str]:
     """The methods with a higher accuracy on what both have answered."""
     ahead = [
-        f"{label(rival.method)} by {points(lead.value)} points ({span(lead)}, {_tasks(lead.n)})"
-        for rival in summary.rivals
-        if round((lead := rival.lead).value, 3) > 0
+        f"{label(method)} by {points(lead.value)} points ({span(lead)}, {_tasks(lead.n)})"
+        for method, lead in summary.rivals.items()
+        if round(lead.value, 3) > 0
     ]
     return [f"Ahead of it: {', '.join(ahead)}."] if ahead else []
 

@@ -1,10 +1,12 @@
 """Figures: a run's pictures as SVG text, drawn 5 inches wide so that they stay readable on a phone."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -12,69 +14,68 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from icrouting.conclusion import label
-from icrouting.metrics import Estimate
-from icrouting.summary import BASELINE, Cell, Summary
+from icrouting.summary import BASELINE, Method, Summary
 
 WIDTH = 5.0
 # Okabe and Ito's colours, told apart with every common colour blindness; shapes repeat the distinction
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 SHAPES = ("o", "s", "D", "^", "v", "P", "X")
 GREY = "#8a8a8a"
+in_our_style = style.context("icrouting.report")
 
 
+@in_our_style
 def accuracies(summary: Summary) -> str:
     """Returns accuracy per task and method, with intervals and the chance level."""
-
-    def draw(axes: Axes) -> None:
-        for row, task in enumerate(summary.tasks):
-            axes.plot([100 * task.chance] * 2, [row - 0.45, row + 0.45], color=GREY, linestyle=":", zorder=1)
-        axes.set_xlabel("accuracy, % (dotted line: chance)")
-
-    return _per_task(summary, [m.name for m in summary.methods], draw, lambda cell: (cell.accuracy, True))
+    figure, axes = _per_task(summary, [method.name for method in summary.methods], "accuracy")
+    for row, task in enumerate(summary.tasks):
+        axes.plot([100 * task.chance] * 2, [row - 0.45, row + 0.45], color=GREY, linestyle=":", zorder=1)
+    axes.set_xlabel("accuracy, % (dotted line: chance)")
+    return _svg(figure)
 
 
+@in_our_style
 def gains(summary: Summary) -> str:
     """Returns the change against zero-shot per task and method; filled where significant."""
-
-    def draw(axes: Axes) -> None:
-        axes.axvline(0, color="black", linewidth=1, zorder=1)
-        axes.set_xlabel(f"points above {BASELINE} (filled: significant)")
-
-    def change(cell: Cell) -> tuple[Estimate, bool] | None:
-        return (cell.gain.change, cell.gain.direction != 0) if cell.gain else None
-
-    return _per_task(summary, [m.name for m in summary.methods if m.name != BASELINE], draw, change)
+    figure, axes = _per_task(summary, [method.name for method in summary.methods if method.name != BASELINE], "gain")
+    axes.axvline(0, color="black", linewidth=1, zorder=1)
+    axes.set_xlabel(f"points above {BASELINE} (filled: significant)")
+    return _svg(figure)
 
 
+@in_our_style
 def costs(summary: Summary, n_cached: Mapping[str, int]) -> str:
     """Returns mean accuracy against time, prompt tokens and numbers kept, for the methods that have every task."""
-    looks = _looks(summary)
-    means = {mean.method: mean.accuracy for mean in summary.means if mean.group == "all"}
-    methods = [method for method in summary.methods if means[method.name].n == len(summary.groups["all"])]
+    looks, methods = _looks(summary), complete(summary)
     costs_of = {
         "ms per example": [1000 * method.seconds for method in methods],
         "prompt tokens": [method.n_tokens for method in methods],
         "numbers kept": [float(n_cached.get(method.name, 0)) for method in methods],
     }
-
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, len(costs_of), sharey=True)
-        for axes, (title, values) in zip(panels, costs_of.items(), strict=True):
-            for method, cost in zip(methods, values, strict=True):
-                low, value, high = _percent(means[method.name])
-                axes.plot([cost, cost], [low, high], color=looks[method.name][0], linewidth=1.2, alpha=0.6)
-                axes.plot(cost, value, **_marker(looks[method.name], is_filled=True, size=6.0))
-            axes.set(xlabel=title, xlim=(0, 1.1 * max(values, default=1) or 1))
-            axes.grid(True)
-        panels[0].set_ylabel("mean accuracy, %")
-        panels[-1].set_xscale("symlog", linthresh=100)
-        panels[-1].set_xticks([0, 1e3, 1e5, 1e7])
-        panels[-1].set_xlim(-60, 1e8)
-        _legend(figure, looks, [method.name for method in methods])
-
-    return _svg((WIDTH, 3.2), draw)
+    figure = _figure(3.2)
+    panels = figure.subplots(1, len(costs_of), sharey=True)
+    for axes, (title, values) in zip(panels, costs_of.items(), strict=True):
+        for method, cost in zip(methods, values, strict=True):
+            low, value, high = _percent(summary.line("mean", "all", method.name), "accuracy")
+            axes.plot([cost, cost], [low, high], color=looks[method.name]["color"], linewidth=1.2, alpha=0.6)
+            axes.plot(cost, value, **looks[method.name], ms=6.0)
+        axes.set(xlabel=title, xlim=(0, 1.1 * max(values, default=1) or 1))
+        axes.grid(True)
+    panels[0].set_ylabel("mean accuracy, %")
+    panels[-1].set_xscale("symlog", linthresh=100)
+    panels[-1].set_xticks([0, 1e3, 1e5, 1e7])
+    panels[-1].set_xlim(-60, 1e8)
+    _legend(figure, {method.name: looks[method.name] for method in methods})
+    return _svg(figure)
 
 
+def complete(summary: Summary) -> list[Method]:
+    """Returns the methods that have records of every task."""
+    n_tasks, means = len(summary.groups["all"]), summary.lines.accuracy_n
+    return [method for method in summary.methods if means["mean", "all", method.name] == n_tasks]
+
+
+@in_our_style
 def routing(layers: Sequence[int], tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns heat maps of the head gates and of |routing vector|, a row per task.
 
@@ -84,118 +85,99 @@ def routing(layers: Sequence[int], tasks: Mapping[str, Mapping[str, Any]]) -> st
     """
     maps = {name: (np.array(t["head_gates"]), np.array(t["routing_vector_abs"])) for name, t in tasks.items()}
     top = max(float(weights.max()) for _, weights in maps.values()) or 1.0
-
-    def draw(figure: Figure) -> None:
-        rows = figure.subplots(len(maps), 2, squeeze=False, sharex="col", sharey=True)
-        for (gate_axes, weight_axes), (name, (gates, weights)) in zip(rows, maps.items(), strict=True):
-            images = _heat(gate_axes, gates, layers, 1.0), _heat(weight_axes, weights, layers, top)
-            gate_axes.set(title=f"{name}: head gates", ylabel="layer")
-            weight_axes.set(title="|routing vector|")
-            for axes, image in zip((gate_axes, weight_axes), images, strict=True):
-                figure.colorbar(image, ax=axes, aspect=12, pad=0.02)
-        rows[-1][0].set_xlabel("head")
-        rows[-1][1].set_xlabel("direction")
-
-    return _svg((WIDTH, 0.5 + len(maps) * (1.1 + 0.06 * len(layers))), draw)
+    figure = _figure(0.5 + len(maps) * (1.1 + 0.06 * len(layers)))
+    rows = figure.subplots(len(maps), 2, squeeze=False, sharex="col", sharey=True)
+    for (gate_axes, weight_axes), (name, (gates, weights)) in zip(rows, maps.items(), strict=True):
+        images = _heat(gate_axes, gates, layers, 1.0), _heat(weight_axes, weights, layers, top)
+        gate_axes.set(title=f"{name}: head gates", ylabel="layer")
+        weight_axes.set(title="|routing vector|")
+        for axes, image in zip((gate_axes, weight_axes), images, strict=True):
+            figure.colorbar(image, ax=axes, aspect=12, pad=0.02)
+    rows[-1][0].set_xlabel("head")
+    rows[-1][1].set_xlabel("direction")
+    return _svg(figure)
 
 
+@in_our_style
 def training(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the loss and its regularisers over the steps, one of `rows` each."""
     panels = {"loss": ("loss", "ce"), "regularisers, before their weights": ("conf", "spar", "gate")}
-    steps = np.array([row["step"] for row in rows])
-
-    def draw(figure: Figure) -> None:
-        grid = figure.subplots(len(panels), 1, sharex=True)
-        for axes, (title, terms) in zip(grid, panels.items(), strict=False):
-            for term, colour in zip(terms, COLOURS[1:], strict=False):
-                values = np.array([row[term] for row in rows], dtype=np.float64)
-                axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
-                axes.plot(steps, _smooth(values), color=colour, label=term)
-            axes.set_title(title)
-            axes.legend(ncols=len(terms), loc="lower right", bbox_to_anchor=(1, 0.97), borderaxespad=0)
-        grid[-1].set_xlabel("step")
-
-    return _svg((WIDTH, 1.9 * len(panels)), draw)
+    steps = pd.DataFrame(rows)
+    figure = _figure(1.9 * len(panels))
+    grid = figure.subplots(len(panels), 1, sharex=True)
+    for axes, (title, terms) in zip(grid, panels.items(), strict=True):
+        for term, colour in zip(terms, COLOURS[1:], strict=False):
+            axes.plot(steps.step, steps[term], color=colour, alpha=0.25, linewidth=0.7)
+            smooth = steps[term].rolling(max(1, len(steps) // 20), min_periods=1).mean()
+            axes.plot(steps.step, smooth, color=colour, label=term)
+        axes.set_title(title)
+        axes.legend(ncols=len(terms), loc="lower right", bbox_to_anchor=(1, 0.97), borderaxespad=0)
+    grid[-1].set_xlabel("step")
+    return _svg(figure)
 
 
+@in_our_style
 def confusions(summary: Summary, method: str) -> str:
     """Returns a method's confusion matrices, one a task, as percentages of each label's items."""
-    cells = [cell for cell in summary.cells if cell.method == method]
-    n_rows = -(-len(cells) // 3)
-
-    def draw(figure: Figure) -> None:
-        for place, cell in enumerate(cells):
-            axes = figure.add_subplot(n_rows, 3, place + 1)
-            counts = np.array(cell.confusion, dtype=float)
-            shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-            axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-            axes.set(title=cell.task, xticks=range(len(counts)), yticks=range(len(counts)))
-            for row, column in np.argwhere(shares >= 1):
-                share, look = shares[row, column], {"ha": "center", "va": "center", "fontsize": 7}
-                axes.text(column, row, f"{share:.0f}", color="white" if share > 55 else "black", **look)
-        figure.supxlabel("predicted option", fontsize=9)
-        figure.supylabel("right option", fontsize=9)
-
-    return _svg((WIDTH, 0.4 + 1.75 * n_rows), draw)
+    found = summary.cells(method).confusion
+    n_rows = -(-len(found) // 3)
+    figure = _figure(0.4 + 1.75 * n_rows)
+    for place, (task, confusion) in enumerate(found.items(), start=1):
+        axes = figure.add_subplot(n_rows, 3, place)
+        counts = np.array(confusion, dtype=float)
+        shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        axes.set(title=task, xticks=range(len(counts)), yticks=range(len(counts)))
+        for row, column in np.argwhere(shares >= 1):
+            share, look = shares[row, column], {"ha": "center", "va": "center", "fontsize": 7}
+            axes.text(column, row, f"{share:.0f}", color="white" if share > 55 else "black", **look)
+    figure.supxlabel("predicted option", fontsize=9)
+    figure.supylabel("right option", fontsize=9)
+    return _svg(figure)
 
 
-def _per_task(
-    summary: Summary,
-    methods: Sequence[str],
-    draw_frame: Callable[[Axes], None],
-    estimate: Callable[[Cell], tuple[Estimate, bool] | None],
-) -> str:
-    """Dots with interval bars, a band per task; `estimate` gives a figure and whether its dot is filled."""
-    looks = _looks(summary)
+def _per_task(summary: Summary, methods: Sequence[str], name: str) -> tuple[Figure, Axes]:
+    """Dots with interval bars, a band per task; an insignificant gain's dot is empty."""
+    tasks, looks = summary.tasks, _looks(summary)
     step = 0.8 / max(1, len(methods))
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        draw_frame(axes)
-        for row, task in enumerate(summary.tasks):
-            for place, method in enumerate(methods):
-                cell = summary.cell(method, task.name)
-                found = estimate(cell) if cell else None
-                if found:
-                    height = row + step * (place + 0.5) - 0.4
-                    low, value, high = _percent(found[0])
-                    axes.plot([low, high], [height, height], color=looks[method][0], linewidth=1.2)
-                    axes.plot(value, height, **_marker(looks[method], found[1], size=4.5))
-        for row in range(1, len(summary.tasks)):
-            is_border = summary.tasks[row].section != summary.tasks[row - 1].section
-            axes.axhline(row - 0.5, color=GREY if is_border else "#e4e4e4", linewidth=1 if is_border else 0.6)
-        names = [f"{task.name}\n({task.section})" for task in summary.tasks]
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.grid(True, axis="x")
-        axes.tick_params(top=True, labeltop=True)
-        _legend(figure, looks, methods)
-
-    return _svg((WIDTH, 0.9 + len(summary.tasks) * max(0.36, 0.13 * len(methods) + 0.06)), draw)
+    figure = _figure(0.9 + len(tasks) * max(0.36, 0.13 * len(methods) + 0.06))
+    axes = figure.subplots()
+    for row, task in enumerate(tasks):
+        for place, method in enumerate(methods):
+            cell = summary.line("task", task.name, method)
+            if cell is not None and cell[f"{name}_n"]:
+                height = row + step * (place + 0.5) - 0.4
+                low, value, high = _percent(cell, name)
+                fill = looks[method]["color"] if name == "accuracy" or cell.direction else "white"
+                axes.plot([low, high], [height, height], color=looks[method]["color"], linewidth=1.2)
+                axes.plot(value, height, **looks[method], mfc=fill, ms=4.5)
+    for row, (above, below) in enumerate(itertools.pairwise(tasks), start=1):
+        is_border = above.section != below.section
+        axes.axhline(row - 0.5, color=GREY if is_border else "#e4e4e4", linewidth=1 if is_border else 0.6)
+    axes.set_yticks(range(len(tasks)), [f"{task.name}\n({task.section})" for task in tasks], fontsize=8)
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.grid(True, axis="x")
+    axes.tick_params(top=True, labeltop=True)
+    _legend(figure, {method: looks[method] for method in methods})
+    return figure, axes
 
 
-def _looks(summary: Summary) -> dict[str, tuple[str, str]]:
-    """Colour and shape of each method, the same in every picture."""
-    names = [method.name for method in summary.methods]
-    return {
-        name: (COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]) for i, name in enumerate(names)
-    }
+def _looks(summary: Summary) -> dict[str, dict[str, Any]]:
+    """Colour and shape of each method's dots, the same in every picture."""
+    looks = {}
+    for i, method in enumerate(summary.methods):
+        colour, shape = COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]
+        looks[method.name] = {"color": colour, "marker": shape, "linestyle": "none"}
+    return looks
 
 
-def _marker(look: tuple[str, str], is_filled: bool, size: float) -> dict[str, Any]:
-    colour, shape = look
-    fill = colour if is_filled else "white"
-    return {"color": colour, "marker": shape, "ms": size, "mfc": fill, "linestyle": "none"}
-
-
-def _legend(figure: Figure, looks: Mapping[str, tuple[str, str]], methods: Sequence[str]) -> None:
-    axes = figure.axes[0]
-    handles = [axes.plot([], [], label=label(m), **_marker(looks[m], is_filled=True, size=5.0))[0] for m in methods]
+def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
+    handles = [figure.axes[0].plot([], [], label=label(name), **look, ms=5.0)[0] for name, look in looks.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=3)
 
 
-def _percent(estimate: Estimate) -> tuple[float, float, float]:
-    return 100 * estimate.low, 100 * estimate.value, 100 * estimate.high
+def _percent(line: Any, name: str) -> tuple[float, float, float]:
+    return 100 * line[f"{name}_low"], 100 * line[name], 100 * line[f"{name}_high"]
 
 
 def _heat(axes: Axes, values: Float[np.ndarray, "n_layers columns"], layers: Sequence[int], top: float) -> Any:
@@ -208,18 +190,11 @@ def _heat(axes: Axes, values: Float[np.ndarray, "n_layers columns"], layers: Seq
     return image
 
 
-def _smooth(values: Float[np.ndarray, "steps"]) -> Float[np.ndarray, "steps"]:
-    """Running mean over 5 % of the steps, the ones before."""
-    window = max(1, len(values) // 20)
-    sums = np.cumsum(values)
-    sums[window:] -= sums[:-window].copy()
-    return sums / np.minimum(np.arange(1, len(values) + 1), window)
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def _svg(size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
-    with style.context("icrouting.report"):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

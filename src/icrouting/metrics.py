@@ -3,14 +3,15 @@
 Several seeds may draw the same test item, and a method without randomness then answers it alike each
 time. So the unit of every interval and test is the item: one that was met three times is not three items.
 The intervals hold for the seeds that were run; three seeds are too few to estimate how seeds differ.
+`records` is what `frame` makes of them.
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from scipy.stats import binomtest
 
@@ -18,41 +19,43 @@ from icrouting.records import Record
 
 Z95 = 1.959963984540054
 SIGNIFICANCE = 0.05
+ITEM = ["task", "index"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval.
-
-    Attributes:
-        value: the figure; a fraction, not a percentage.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        n: records behind the figure (tasks, for a mean over tasks).
-    """
+    """A fraction, its 95 % interval and the `n` records (tasks, for a mean over tasks) behind it; NaN where n is 0."""
 
     value: float
     low: float
     high: float
     n: int
 
+    def columns(self, name: str) -> dict[str, float]:
+        """The estimate as columns of a frame."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high, f"{name}_n": self.n}
 
-def accuracy(records: Sequence[Record]) -> Estimate:
-    """Returns the share of right predictions with Wilson's interval.
+
+NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
+
+
+def frame(records: Iterable[Record]) -> pd.DataFrame:
+    """Returns a line a record: its fields, whether it is `right` (1.0 or 0.0) and its `n_options`."""
+    lines = pd.DataFrame([vars(record) for record in records], columns=[field.name for field in fields(Record)])
+    return lines.assign(right=(lines.label == lines.prediction) * 1.0, n_options=lines.option_logits.map(len))
+
+
+def accuracy(records: pd.DataFrame) -> Estimate:
+    """Returns the share of right predictions with Wilson's score interval.
 
     Where items repeat over seeds, Wilson's n is the effective sample size (`effective_n`). Differs from a
     cluster bootstrap in that it needs no draws and keeps its width when every prediction is right.
     """
-    right, items = _outcomes(records)
-    return wilson(float(right.mean()), effective_n(right, items), n=len(records))
-
-
-def wilson(share: float, effective: float, n: int) -> Estimate:
-    """Returns Wilson's score interval of a share."""
+    share, effective = float(records.right.mean()), effective_n(records.right.to_numpy(), _items(records))
     spread = Z95**2 / effective
     centre = (share + spread / 2) / (1 + spread)
     half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / effective + spread / (4 * effective))
-    return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
+    return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), len(records))
 
 
 def effective_n(values: Float[np.ndarray, "n"], items: Int[np.ndarray, "n"]) -> float:
@@ -72,17 +75,15 @@ def effective_n(values: Float[np.ndarray, "n"], items: Int[np.ndarray, "n"]) -> 
     return float(np.clip(n / deff, floor, n))
 
 
-def macro_f1(records: Sequence[Record], rng: np.random.Generator, n_draws: int = 1000) -> Estimate:
+def macro_f1(records: pd.DataFrame, rng: np.random.Generator, n_draws: int = 1000) -> Estimate:
     """Returns the mean F1 over classes with a percentile bootstrap over items.
 
     A class that neither occurs nor is predicted is left out of the mean.
     """
-    _, items = _outcomes(records)
-    counts = np.zeros((int(items.max()) + 1, 2, max(len(record.option_logits) for record in records)))
-    for item, record in zip(items, records, strict=True):
-        counts[item, 0, record.label] += record.label == record.prediction
-        counts[item, 1, record.label] += 1
-        counts[item, 1, record.prediction] += 1
+    items, options = _items(records), np.eye(records.n_options.max())
+    label, prediction = options[records.label], options[records.prediction]
+    counts = np.zeros((items.max() + 1, 2, len(options)))
+    np.add.at(counts, items, np.stack([label * prediction, label + prediction], axis=1))
     n_items = len(counts)
     weights = rng.multinomial(n_items, np.full(n_items, 1 / n_items), size=n_draws)
     draws = _mean_f1(np.tensordot(weights, counts, axes=1))
@@ -97,113 +98,102 @@ def _mean_f1(counts: Float[np.ndarray, "draws 2 n_options"]) -> Float[np.ndarray
     return (2 * hits / np.maximum(total, 1)).sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1)
 
 
-def paired(records: Sequence[Record], baseline: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """Returns the pairs of records on the same task, seed and index."""
-    others = {record.key[1:]: record for record in baseline}
-    return [(record, others[record.key[1:]]) for record in records if record.key[1:] in others]
+def paired(records: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
+    """Returns the pairs on the same task, seed and index; `change` is 1 where won, -1 where lost, else 0."""
+    pairs = records.merge(baseline, on=["task", "seed", "index"], suffixes=("", "_before"))
+    return pairs.assign(change=pairs.right - pairs.right_before)
 
 
-def difference(records: Sequence[Record], baseline: Sequence[Record]) -> Estimate:
+def difference(records: pd.DataFrame, baseline: pd.DataFrame) -> Estimate:
     """Returns the paired difference in accuracy with the interval of Agresti and Min (2005).
 
     With b pairs won and c lost of n, half a pair is added to each of the four outcomes:
     (b - c) / (n + 2) +- z sqrt(b + c + 1 - (b - c)^2 / (n + 2)) / (n + 2).
-    Where items repeat over seeds, b, c and n shrink to the effective sample size. `value` is (b - c) / n.
+    Where items repeat over seeds, b, c and n shrink to the effective sample size. `value` is (b - c) / n;
+    there is none without a common item.
     """
     pairs = paired(records, baseline)
-    if not pairs:
-        raise ValueError("no test item in common with the baseline: run both on the same tasks and seeds")
-    mine, theirs = zip(*pairs, strict=True)
-    (right, items), (right_before, _) = _outcomes(mine), _outcomes(theirs)
-    changes = right - right_before
-    n = effective_n(changes, items) + 2
+    if pairs.empty:
+        return NOTHING
+    changes = pairs.change.to_numpy()
+    n = effective_n(changes, _items(pairs)) + 2
     net, moved = float(changes.mean()) * (n - 2), float(np.abs(changes).mean()) * (n - 2)
     half = Z95 * math.sqrt(moved + 1 - net**2 / n) / n
     value = float(changes.mean())
     return Estimate(value, min(value, max(-1.0, net / n - half)), max(value, min(1.0, net / n + half)), len(pairs))
 
 
-def mcnemar(records: Sequence[Record], baseline: Sequence[Record]) -> float:
+def mcnemar(records: pd.DataFrame, baseline: pd.DataFrame) -> float:
     """Returns the two-sided p-value of McNemar's exact test.
 
     Each item votes once: won or lost over all its seeds together. With one seed this is McNemar's test,
     with several it stays exact, because under no effect every item's sign is a fair coin.
     """
-    votes: dict[tuple[str, int], int] = defaultdict(int)
-    for mine, theirs in paired(records, baseline):
-        votes[mine.task, mine.index] += (mine.prediction == mine.label) - (theirs.prediction == theirs.label)
-    n_won, n_lost = (sum(sign * vote > 0 for vote in votes.values()) for sign in (1, -1))
+    votes = paired(records, baseline).groupby(ITEM).change.sum()
+    n_won, n_lost = int((votes > 0).sum()), int((votes < 0).sum())
     return float(binomtest(n_won, n_won + n_lost).pvalue) if n_won + n_lost else 1.0
 
 
-def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Returns Holm's corrected p-values, in the order given: all below 0.05 hold together at 5 %."""
-    corrected = [1.0] * len(p_values)
-    worst = 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = worst
-    return tuple(corrected)
+def holm(p_values: pd.Series) -> pd.Series:
+    """Returns Holm's corrected p-values: all below 0.05 hold together at 5 %. NaN is no test and stays NaN."""
+    ranked = p_values.dropna().sort_values(kind="stable")
+    corrected = (ranked * np.arange(len(ranked), 0, -1)).clip(upper=1.0).cummax()
+    return corrected.reindex(p_values.index)
 
 
-def mean(estimates: Sequence[Estimate]) -> Estimate:
-    """Returns the unweighted mean of independent estimates, `n` being their number.
+def mean(estimates: pd.DataFrame, name: str) -> Estimate:
+    """Returns the unweighted mean of the independent estimates called `name`, `n` being their number.
 
     Distances to each end add in squares (Zou and Donner, 2008), which keeps Wilson's asymmetry. The tasks
     are taken as given: the interval says nothing about tasks that were not run.
     """
-    n = len(estimates)
-    value = sum(estimate.value for estimate in estimates) / n
-    below = math.hypot(*(estimate.value - estimate.low for estimate in estimates)) / n
-    above = math.hypot(*(estimate.high - estimate.value for estimate in estimates)) / n
-    return Estimate(value, value - below, value + above, n)
+    values, lows, highs = (estimates[column].dropna() for column in (name, f"{name}_low", f"{name}_high"))
+    n = len(values)
+    if not n:
+        return NOTHING
+    value = sum(values) / n
+    return Estimate(value, value - math.hypot(*(values - lows)) / n, value + math.hypot(*(highs - values)) / n, n)
 
 
-def collapse(gains: Sequence[Estimate], p_values: Sequence[float]) -> tuple[int, int]:
+def collapse(gains: pd.Series, p_values: pd.Series) -> tuple[int, int]:
     """Returns on how many tasks a method is below the baseline, and on how many significantly.
 
     As the paper counts it (section 7): a gain below 0; the p-values are the corrected ones.
     """
-    lost = [p_value for gain, p_value in zip(gains, p_values, strict=True) if gain.value < 0]
-    return len(lost), sum(p_value < SIGNIFICANCE for p_value in lost)
+    return int((gains < 0).sum()), int(((gains < 0) & (p_values < SIGNIFICANCE)).sum())
 
 
-def chance(records: Sequence[Record]) -> float:
+def chance(records: pd.DataFrame) -> float:
     """Returns the expected accuracy of guessing: 1 / number of options, averaged over records."""
-    return float(np.mean([1 / len(record.option_logits) for record in records]))
+    return float((1 / records.n_options).mean())
 
 
-def majority(records: Sequence[Record]) -> float:
+def majority(records: pd.DataFrame) -> float:
     """Returns the accuracy of always giving the most frequent label of the tested items."""
-    labels = {(record.task, record.index): record.label for record in records}
-    return max(Counter(labels.values()).values()) / len(labels)
+    return float(records.drop_duplicates(ITEM).label.value_counts(normalize=True).max())
 
 
-def is_above_chance(records: Sequence[Record]) -> bool:
+def is_above_chance(records: pd.DataFrame) -> bool:
     """Returns whether a one-sided binomial test puts accuracy above `chance` (p < 0.05, uncorrected).
 
     Chance and not the majority level, which is known only from the tested labels themselves; a constant
     answer can pass on unbalanced items, so reports show both. Items with unequal numbers of options make
     the true spread smaller than the binomial one, so the test errs towards "not above".
     """
-    right, items = _outcomes(records)
-    n = max(1, math.floor(effective_n(right, items)))
-    n_right = math.floor(float(right.mean()) * n + 1e-9)
+    n = max(1, math.floor(effective_n(records.right.to_numpy(), _items(records))))
+    n_right = math.floor(float(records.right.mean()) * n + 1e-9)
     return bool(binomtest(n_right, n, chance(records), alternative="greater").pvalue < SIGNIFICANCE)
 
 
-def confusion(records: Sequence[Record]) -> tuple[tuple[int, ...], ...]:
+def confusion(records: pd.DataFrame) -> Int[np.ndarray, "n_options n_options"]:
     """Returns counts by label (rows) and prediction (columns)."""
-    n_options = max(len(record.option_logits) for record in records)
-    counts = Counter((record.label, record.prediction) for record in records)
-    return tuple(tuple(counts[label, guess] for guess in range(n_options)) for label in range(n_options))
+    counts = np.zeros((records.n_options.max(),) * 2, dtype=int)
+    np.add.at(counts, (records.label, records.prediction), 1)
+    return counts
 
 
-def _outcomes(records: Sequence[Record]) -> tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """1 for each right record and 0 for each wrong one; the number of its item, counted from 0."""
-    if not records:
+def _items(records: pd.DataFrame) -> Int[np.ndarray, "n"]:
+    """The number of each record's item, counted from 0 as they come."""
+    if records.empty:
         raise ValueError("no records to measure")
-    numbers: dict[tuple[str, int], int] = {}
-    items = [numbers.setdefault((record.task, record.index), len(numbers)) for record in records]
-    right = [record.prediction == record.label for record in records]
-    return np.array(right, dtype=np.float64), np.array(items)
+    return records.groupby(ITEM, sort=False).ngroup().to_numpy()

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import pandas as pd
 
 from icrouting import conclusion, figures, records, table
 from icrouting.storage import load_json, save_text
@@ -47,7 +48,7 @@ def write(run_folder: Path) -> Summary:
     extras = Extras(load_json(routing_path) if routing_path.exists() else None, n_cached, rows)
     values = {"conclusion": conclusion.conclusion(summary), **asdict(summary)}
     texts = {
-        "summary.json": json.dumps(values, indent=1, ensure_ascii=False),
+        "summary.json": json.dumps(values, indent=1, ensure_ascii=False, default=_objects),
         "report.csv": csv(summary),
         "report.md": markdown(summary),
         "report.html": html(summary, config, extras),
@@ -63,7 +64,6 @@ def html(summary: Summary, config: Mapping[str, Any], extras: Extras) -> str:
         "report.html.j2",
         summary=summary,
         conclusion=conclusion.conclusion(summary),
-        rows=table.rows(summary),
         marks=table.marks,
         collapse=table.collapse,
         legend=table.LEGEND,
@@ -89,19 +89,24 @@ def render(template: str, **values: object) -> str:
     return environment.get_template(template).render(**values)
 
 
+def _objects(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The lines of a frame as JSON has them, without what is NaN."""
+    return [line.dropna().to_dict() for _, line in frame.reset_index().astype(object).iterrows()]
+
+
 def _confusions(summary: Summary) -> dict[str, str]:
     """Confusion matrices by method: the method in question, the baseline, the others."""
     first = (summary.headline, BASELINE)
-    names = sorted((m.name for m in summary.methods), key=lambda name: (*first, name).index(name))
+    names = sorted((method.name for method in summary.methods), key=lambda name: (*first, name).index(name))
     return {name: _data_uri(figures.confusions(summary, name)) for name in names}
 
 
 def _pictures(summary: Summary, extras: Extras) -> dict[str, str]:
     """The pictures that the run has the figures for, as SVG by name."""
     pictures = {"accuracies": figures.accuracies(summary)}
-    if any(mean.group == "all" and mean.accuracy.n == len(summary.groups["all"]) for mean in summary.means):
+    if figures.complete(summary):
         pictures["costs"] = figures.costs(summary, extras.n_cached)
-    if any(cell.gain for cell in summary.cells):
+    if summary.lines.gain_n.any():
         pictures["gains"] = figures.gains(summary)
     if extras.routing and extras.routing["tasks"]:
         layers, tasks = extras.routing["layers"], extras.routing["tasks"]

@@ -1,87 +1,44 @@
-"""Summary: everything a report says, as values."""
+"""Summary: everything a report says, as frames of figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
+import pandas as pd
 
-from icrouting import metrics
 from icrouting.metrics import Estimate
 
 BASELINE = "zero-shot"
 
 
 @dataclass(frozen=True)
-class Gain:
-    """A method's paired difference to the baseline on one task; `p_holm` is corrected over the method's tasks."""
+class Row:
+    """A line of the table: a task, or the mean over a group; its size and its levels without any model."""
 
-    change: Estimate
-    p_value: float
-    p_holm: float
-
-    @property
-    def direction(self) -> int:
-        """1 or -1 where the difference is significant after correction, else 0."""
-        return int(np.sign(self.change.value)) if self.p_holm < metrics.SIGNIFICANCE else 0
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method on one task; `gain` is None for the baseline or without a common item.
-
-    `confusion` counts by label (rows) and prediction (columns); `seconds` is a median, `n_tokens` a mean.
-    """
-
-    method: str
-    task: str
-    accuracy: Estimate
-    macro_f1: Estimate
-    gain: Gain | None
-    is_above_chance: bool
-    by_seed: tuple[float, ...]
-    confusion: tuple[tuple[int, ...], ...]
-    seconds: float
-    n_tokens: float
-
-
-@dataclass(frozen=True)
-class TaskLine:
-    """What a task brings along: its section of the table, its size and its levels without any model."""
-
+    kind: Literal["task", "mean"]
     name: str
     section: str
+    n_tasks: int
     n_items: int
     chance: float
     majority: float
 
-
-@dataclass(frozen=True)
-class GroupMean:
-    """A method's unweighted mean over the tasks of a group; `gain` over those shared with the baseline."""
-
-    method: str
-    group: str
-    accuracy: Estimate
-    gain: Estimate | None
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+        return f"mean {self.name}" if self.kind == "mean" else self.name
 
 
 @dataclass(frozen=True)
-class Rival:
-    """Another method's paired lead over the headline, as the mean over the tasks that both have."""
-
-    method: str
-    lead: Estimate
-
-
-@dataclass(frozen=True)
-class MethodLine:
-    """A method's cost per example and its collapse count; the counts are None for the baseline."""
+class Method:
+    """A method's cost per example and its collapse count, over the tasks compared with the baseline."""
 
     name: str
     seconds: float
     n_tokens: float
-    n_collapsed: int | None
-    n_collapsed_significantly: int | None
+    n_compared: int
+    n_collapsed: int
+    n_collapsed_significantly: int
 
 
 @dataclass(frozen=True)
@@ -91,34 +48,37 @@ class Summary:
     Attributes:
         headline: the method that the conclusion speaks of: "icr", else the last; None for a lone baseline.
         groups: task names by group: each section, then "unseen" and "all".
+        rows: each section's tasks and their mean, then the means over the unseen and over all tasks.
+        lines: by kind, name and method: accuracy and gain, the paired difference to the baseline; on a task also the
+            gain's `direction` (1 or -1 where significant, else 0), `p_holm` corrected over the method's tasks,
+            `confusion` counts by label (rows) and prediction, median `seconds` and mean `n_tokens`. An estimate `x`
+            has its interval from `x_low` to `x_high` and its n in `x_n`; one that cannot be had is NaN with n = 0.
+        rivals: by method: its paired lead over the headline, the mean over the tasks that both have.
         unfinished: what the records lack, in words; empty for a complete run.
         notes: what the run cut short or subsampled.
         origin: model, seeds, size, commit and command in words.
     """
 
     headline: str | None
-    methods: tuple[MethodLine, ...]
-    tasks: tuple[TaskLine, ...]
     groups: Mapping[str, tuple[str, ...]]
-    cells: tuple[Cell, ...]
-    means: tuple[GroupMean, ...]
-    rivals: tuple[Rival, ...]
+    methods: Sequence[Method]
+    rows: Sequence[Row]
+    lines: pd.DataFrame
+    rivals: Mapping[str, Estimate]
     unfinished: tuple[str, ...]
     notes: tuple[str, ...]
     origin: str
 
-    def cell(self, method: str, task: str) -> Cell | None:
-        """The cell of a method and a task; None where there are no records."""
-        return next((cell for cell in self.cells if (cell.method, cell.task) == (method, task)), None)
-
-    def mean(self, method: str, group: str) -> GroupMean | None:
-        """A method's mean over a group; None where there are no records."""
-        return next((mean for mean in self.means if (mean.method, mean.group) == (method, group)), None)
-
     @property
-    def distinct_groups(self) -> tuple[str, ...]:
-        """The groups, without those that repeat the tasks of an earlier one."""
-        first: dict[tuple[str, ...], str] = {}
-        for group, tasks in self.groups.items():
-            first.setdefault(tasks, group)
-        return tuple(first.values())
+    def tasks(self) -> list[Row]:
+        """The rows of tasks."""
+        return [row for row in self.rows if row.kind == "task"]
+
+    def line(self, kind: str, name: str, method: str) -> Any:
+        """A method's line on a task or group; None where there are no records."""
+        key = (kind, name, method)
+        return self.lines.loc[key] if key in self.lines.index else None
+
+    def cells(self, method: str) -> Any:
+        """A method's lines on tasks, by name."""
+        return self.lines.xs(("task", method), level=("kind", "method"))

@@ -1,47 +1,47 @@
 """Tally: the records and the configuration of a run, counted into a summary."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from icrouting import metrics
 from icrouting.records import Record
-from icrouting.summary import BASELINE, Cell, Gain, GroupMean, MethodLine, Rival, Summary, TaskLine
+from icrouting.summary import BASELINE, Method, Row, Summary
 
 HEADLINE = "icr"
 SECTIONS = ("source", "in-domain, unseen", "near", "far")
 
-Cells = Mapping[tuple[str, str], Sequence[Record]]
+Cells = Mapping[tuple[str, str], pd.DataFrame]
 
 
 def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     """Returns the figures of a run, finished or in progress."""
     if not records:
         raise ValueError("no records to summarise: the run has not scored an example yet")
-    by_cell: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        by_cell[record.method, record.task].append(record)
-    described: dict[str, Mapping[str, Any]] = {task["name"]: task for task in config["tasks"]}
-    if unknown := sorted({task for _, task in by_cell} - set(described)):
+    by_cell: dict[Any, pd.DataFrame] = dict(iter(metrics.frame(records).groupby(["method", "task"], sort=False)))
+    sections = {task["name"]: _section(task) for task in config["tasks"]}
+    if unknown := sorted({task for _, task in by_cell} - set(sections)):
         raise ValueError(f"config.json does not describe the tasks {unknown}, which have records")
-    groups = _groups(described.values())
-    scored = [name for name in groups["all"] if any(task == name for _, task in by_cell)]
+    groups = _groups(sections)
     methods = list(dict.fromkeys([*config["methods"], *(method for method, _ in by_cell)]))
-    by_method = {method: _cells(method, groups["all"], by_cell) for method in methods}
-    means = [_mean(cells, group, groups[group]) for cells in by_method.values() for group in groups]
+    keys = [(method, task) for method in methods for task in groups["all"] if (method, task) in by_cell]
+    cells = pd.DataFrame([_cell(*key, by_cell) for key in keys])
+    cells["p_holm"] = cells.groupby("method").p_value.transform(metrics.holm)
+    cells["direction"] = np.where(cells.p_holm < metrics.SIGNIFICANCE, np.sign(cells.gain), 0)
+    others = [method for method in cells.method if method != BASELINE]
+    headline = HEADLINE if HEADLINE in others else others[-1] if others else None
     refused = config.get("refused", ())
-    headline = _headline([method for method, cells in by_method.items() if cells])
     return Summary(
         headline=headline,
-        methods=tuple(_method_line(cells) for cells in by_method.values() if cells),
-        tasks=tuple(_task_line(name, _section(described[name]), by_cell) for name in scored),
         groups=groups,
-        cells=tuple(cell for cells in by_method.values() for cell in cells),
-        means=tuple(mean for mean in means if mean),
-        rivals=_rivals(headline, by_cell) if headline else (),
-        unfinished=_unfinished(methods, list(described), by_cell, {(m, task) for m, task, _ in refused}),
+        methods=[_method(str(name), found) for name, found in cells.groupby("method", sort=False)],
+        rows=_rows(groups, sections, by_cell),
+        lines=pd.concat([cells, _means(cells, groups)]).set_index(["kind", "name", "method"]),
+        rivals=_rivals(headline, by_cell),
+        unfinished=_unfinished(methods, list(sections), by_cell, {(m, task) for m, task, _ in refused}),
         notes=(*config.get("notes", ()), *(f"{m} does not fit {task}: {said}" for m, task, said in refused)),
         origin=_origin(config),
     )
@@ -53,9 +53,8 @@ def _section(task: Mapping[str, Any]) -> str:
     return "in-domain, unseen" if task["group"] == "in-domain" else task["group"]
 
 
-def _groups(tasks: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
+def _groups(sections: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Task names by section, and those of the unseen and of all tasks."""
-    sections = {task["name"]: _section(task) for task in tasks}
     ranked = sorted(dict.fromkeys(sections.values()), key=lambda section: (*SECTIONS, section).index(section))
     groups = {section: tuple(name for name in sections if sections[name] == section) for section in ranked}
     unseen = tuple(name for section in ranked if section != "source" for name in groups[section])
@@ -63,94 +62,88 @@ def _groups(tasks: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
     return {**groups, **({"unseen": unseen} if unseen else {}), "all": everything}
 
 
-def _task_line(name: str, section: str, by_cell: Cells) -> TaskLine:
-    """A task's line; its levels come from the method with the most records."""
-    records = max((found for (_, task), found in by_cell.items() if task == name), key=len)
-    n_items = len({record.index for record in records})
-    return TaskLine(name, section, n_items, metrics.chance(records), metrics.majority(records))
-
-
-def _cells(method: str, tasks: Sequence[str], by_cell: Cells) -> tuple[Cell, ...]:
-    """A method's cells; Holm's correction is over its tasks."""
-    tasks = [task for task in tasks if (method, task) in by_cell]
-    pairs = {task: (by_cell[method, task], by_cell.get((BASELINE, task), ())) for task in tasks}
-    compared = [task for task in tasks if method != BASELINE and metrics.paired(*pairs[task])]
-    p_values = [metrics.mcnemar(*pairs[task]) for task in compared]
-    gains = {
-        task: Gain(metrics.difference(*pairs[task]), p_value, p_holm)
-        for task, p_value, p_holm in zip(compared, p_values, metrics.holm(p_values), strict=True)
-    }
-    return tuple(_cell(by_cell[method, task], gains.get(task)) for task in tasks)
-
-
-def _cell(records: Sequence[Record], gain: Gain | None) -> Cell:
-    seeds = sorted({record.seed for record in records})
-    return Cell(
-        method=records[0].method,
-        task=records[0].task,
-        accuracy=metrics.accuracy(records),
+def _cell(method: str, task: str, by_cell: Cells) -> dict[str, Any]:
+    """A method's figures on a task, before any correction."""
+    records = by_cell[method, task]
+    baseline = records.head(0) if method == BASELINE else by_cell.get((BASELINE, task), records.head(0))
+    gain = metrics.difference(records, baseline)
+    return {
+        **{"kind": "task", "name": task, "method": method},
+        **metrics.accuracy(records).columns("accuracy"),
+        **gain.columns("gain"),
+        "p_value": metrics.mcnemar(records, baseline) if gain.n else math.nan,
         # a fixed generator per cell: a report remade from the same records says the same
-        macro_f1=metrics.macro_f1(records, np.random.default_rng(0)),
-        gain=gain,
-        is_above_chance=metrics.is_above_chance(records),
-        by_seed=tuple(metrics.accuracy([r for r in records if r.seed == seed]).value for seed in seeds),
-        confusion=metrics.confusion(records),
-        seconds=float(np.median([record.seconds for record in records])),
-        n_tokens=float(np.mean([record.n_tokens for record in records])),
-    )
+        **metrics.macro_f1(records, np.random.default_rng(0)).columns("macro_f1"),
+        "is_above_chance": metrics.is_above_chance(records),
+        "seconds": records.seconds.median(),
+        "n_tokens": records.n_tokens.mean(),
+        "by_seed": records.groupby("seed").right.mean().tolist(),
+        "confusion": metrics.confusion(records).tolist(),
+    }
 
 
-def _mean(cells: Sequence[Cell], group: str, tasks: Sequence[str]) -> GroupMean | None:
-    cells = [cell for cell in cells if cell.task in tasks]
-    if not cells:
-        return None
-    gains = [cell.gain.change for cell in cells if cell.gain]
-    accuracy = metrics.mean([cell.accuracy for cell in cells])
-    return GroupMean(cells[0].method, group, accuracy, metrics.mean(gains) if gains else None)
+def _means(cells: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Each method's means over the groups of which it has tasks; the gain's over those shared with the baseline."""
+    means = []
+    for method, found in cells.groupby("method", sort=False):
+        for group, tasks in groups.items():
+            members = found.set_index("name").reindex(tasks)
+            accuracy, gain = (metrics.mean(members, name).columns(name) for name in ("accuracy", "gain"))
+            means.append({"kind": "mean", "name": group, "method": method, **accuracy, **gain})
+    return pd.DataFrame(means).query("accuracy_n > 0")
 
 
-def _method_line(cells: Sequence[Cell]) -> MethodLine:
-    gains = [cell.gain for cell in cells if cell.gain]
-    lost = metrics.collapse([gain.change for gain in gains], [gain.p_holm for gain in gains]) if gains else None
-    return MethodLine(
-        name=cells[0].method,
-        seconds=float(np.mean([cell.seconds for cell in cells])),
-        n_tokens=float(np.mean([cell.n_tokens for cell in cells])),
-        n_collapsed=lost[0] if lost else None,
-        n_collapsed_significantly=lost[1] if lost else None,
-    )
+def _method(name: str, cells: pd.DataFrame) -> Method:
+    n_compared, lost = int(cells.gain.count()), metrics.collapse(cells.gain, cells.p_holm)
+    return Method(name, float(cells.seconds.mean()), float(cells.n_tokens.mean()), n_compared, *lost)
 
 
-def _headline(methods: Sequence[str]) -> str | None:
-    others = [method for method in methods if method != BASELINE]
-    return HEADLINE if HEADLINE in others else others[-1] if others else None
+def _rows(groups: Mapping[str, tuple[str, ...]], sections: Mapping[str, str], by_cell: Cells) -> list[Row]:
+    """The table's lines, without the means of groups that repeat the tasks of an earlier one."""
+    levels = {task: _level(task, sections[task], by_cell) for _, task in by_cell}
+    rows, seen = [], set()
+    for group, tasks in groups.items():
+        scored = [levels[task] for task in tasks if task in levels]
+        if scored and tasks not in seen:
+            members = [row for row in scored if row.section == group]
+            chance, majority = (
+                float(np.mean([getattr(row, level) for row in scored])) for level in ("chance", "majority")
+            )
+            n_items, section = sum(row.n_items for row in scored), group if members else ""
+            rows += [*members, Row("mean", group, section, len(tasks), n_items, chance, majority)]
+        seen.add(tasks)
+    return rows
 
 
-def _rivals(headline: str, by_cell: Cells) -> tuple[Rival, ...]:
-    leads: dict[str, list[metrics.Estimate]] = defaultdict(list)
-    for (method, task), records in by_cell.items():
-        ours = by_cell.get((headline, task), ())
-        if method not in (headline, BASELINE) and metrics.paired(records, ours):
-            leads[method].append(metrics.difference(records, ours))
-    return tuple(Rival(method, metrics.mean(found)) for method, found in leads.items())
+def _level(task: str, section: str, by_cell: Cells) -> Row:
+    """A task's row; its levels come from the method with the most records."""
+    records = max((found for (_, name), found in by_cell.items() if name == task), key=len)
+    n_items = len(set(records["index"]))
+    return Row("task", task, section, 1, n_items, metrics.chance(records), metrics.majority(records))
+
+
+def _rivals(headline: str | None, by_cell: Cells) -> dict[str, metrics.Estimate]:
+    leads = [
+        {"method": method, **metrics.difference(found, by_cell[headline, task]).columns("lead")}
+        for (method, task), found in by_cell.items()
+        if headline and method not in (headline, BASELINE) and (headline, task) in by_cell
+    ]
+    compared = pd.DataFrame(leads, columns=["method", "lead", "lead_low", "lead_high"]).dropna()
+    return {str(method): metrics.mean(found, "lead") for method, found in compared.groupby("method", sort=False)}
 
 
 def _unfinished(
     methods: Sequence[str], tasks: Sequence[str], by_cell: Cells, refused: set[tuple[str, str]]
 ) -> tuple[str, ...]:
     """What is missing against the configuration, and against the method with the most records on a task."""
+    sizes = {cell: len(records) for cell, records in by_cell.items()}
+    most = {task: max(n for (_, name), n in sizes.items() if name == task) for _, task in sizes}
     lines = []
     for method in methods:
-        missing = [task for task in tasks if (method, task) not in by_cell and (method, task) not in refused]
-        if missing:
-            lines.append(f"{method}: no records on {', '.join(missing)}")
-        for task in [task for task in tasks if (method, task) in by_cell]:
-            n, most = (
-                len(by_cell[method, task]),
-                max(len(by_cell.get((other, task), ())) for other in methods),
-            )
-            if n < most:
-                lines.append(f"{method} on {task}: {n} of {most} predictions")
+        missing = [task for task in tasks if (method, task) not in sizes and (method, task) not in refused]
+        lines += [f"{method}: no records on {', '.join(missing)}"] if missing else []
+        found = {task: sizes[method, task] for task in tasks if (method, task) in sizes}
+        lines += [f"{method} on {task}: {n} of {most[task]} predictions" for task, n in found.items() if n < most[task]]
     return tuple(lines)
 
 
