@@ -52,7 +52,7 @@ def costs(summary: Summary, n_cached: Mapping[str, int]) -> str:
         "prompt tokens": [method.n_tokens for method in methods],
         "numbers kept": [float(n_cached.get(method.name, 0)) for method in methods],
     }
-    figure = _figure(3.2)
+    figure = Figure(figsize=(WIDTH, 3.2))
     panels = figure.subplots(1, len(costs_of), sharey=True)
     for axes, (title, values) in zip(panels, costs_of.items(), strict=True):
         for method, cost in zip(methods, values, strict=True):
@@ -63,8 +63,7 @@ def costs(summary: Summary, n_cached: Mapping[str, int]) -> str:
         axes.grid(True)
     panels[0].set_ylabel("mean accuracy, %")
     panels[-1].set_xscale("symlog", linthresh=100)
-    panels[-1].set_xticks([0, 1e3, 1e5, 1e7])
-    panels[-1].set_xlim(-60, 1e8)
+    panels[-1].set(xticks=[0, 1e3, 1e5, 1e7], xlim=(-60, 1e8))
     _legend(figure, {method.name: looks[method.name] for method in methods})
     return _svg(figure)
 
@@ -85,7 +84,7 @@ def routing(layers: Sequence[int], tasks: Mapping[str, Mapping[str, Any]]) -> st
     """
     maps = {name: (np.array(t["head_gates"]), np.array(t["routing_vector_abs"])) for name, t in tasks.items()}
     top = max(float(weights.max()) for _, weights in maps.values()) or 1.0
-    figure = _figure(0.5 + len(maps) * (1.1 + 0.06 * len(layers)))
+    figure = Figure(figsize=(WIDTH, 0.5 + len(maps) * (1.1 + 0.06 * len(layers))))
     rows = figure.subplots(len(maps), 2, squeeze=False, sharex="col", sharey=True)
     for (gate_axes, weight_axes), (name, (gates, weights)) in zip(rows, maps.items(), strict=True):
         images = _heat(gate_axes, gates, layers, 1.0), _heat(weight_axes, weights, layers, top)
@@ -103,7 +102,7 @@ def training(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the loss and its regularisers over the steps, one of `rows` each."""
     panels = {"loss": ("loss", "ce"), "regularisers, before their weights": ("conf", "spar", "gate")}
     steps = pd.DataFrame(rows)
-    figure = _figure(1.9 * len(panels))
+    figure = Figure(figsize=(WIDTH, 1.9 * len(panels)))
     grid = figure.subplots(len(panels), 1, sharex=True)
     for axes, (title, terms) in zip(grid, panels.items(), strict=True):
         for term, colour in zip(terms, COLOURS[1:], strict=False):
@@ -121,7 +120,7 @@ def confusions(summary: Summary, method: str) -> str:
     """Returns a method's confusion matrices, one a task, as percentages of each label's items."""
     found = summary.cells(method).confusion
     n_rows = -(-len(found) // 3)
-    figure = _figure(0.4 + 1.75 * n_rows)
+    figure = Figure(figsize=(WIDTH, 0.4 + 1.75 * n_rows))
     for place, (task, confusion) in enumerate(found.items(), start=1):
         axes = figure.add_subplot(n_rows, 3, place)
         counts = np.array(confusion, dtype=float)
@@ -140,7 +139,7 @@ def _per_task(summary: Summary, methods: Sequence[str], name: str) -> tuple[Figu
     """Dots with interval bars, a band per task; an insignificant gain's dot is empty."""
     tasks, looks = summary.tasks, _looks(summary)
     step = 0.8 / max(1, len(methods))
-    figure = _figure(0.9 + len(tasks) * max(0.36, 0.13 * len(methods) + 0.06))
+    figure = Figure(figsize=(WIDTH, 0.9 + len(tasks) * max(0.36, 0.13 * len(methods) + 0.06)))
     axes = figure.subplots()
     for row, task in enumerate(tasks):
         for place, method in enumerate(methods):
@@ -188,10 +187,6 @@ def _heat(axes: Axes, values: Float[np.ndarray, "n_layers columns"], layers: Seq
     axes.set_yticks(ticks, [str(layers[tick]) for tick in ticks])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     return image
-
-
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def _svg(figure: Figure) -> str:

@@ -19,7 +19,6 @@ from icrouting.records import Record
 
 Z95 = 1.959963984540054
 SIGNIFICANCE = 0.05
-ITEM = ["task", "index"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,11 @@ NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
-    """Returns a line a record: its fields, whether it is `right` (1.0 or 0.0) and its `n_options`."""
+    """Returns a line a record: its fields, whether it is `right` (1.0 or 0.0), `n_options`, its `item` and `pair`."""
     lines = pd.DataFrame([vars(record) for record in records], columns=[field.name for field in fields(Record)])
-    return lines.assign(right=(lines.label == lines.prediction) * 1.0, n_options=lines.option_logits.map(len))
+    lines = lines.assign(right=(lines.label == lines.prediction) * 1.0, n_options=lines.option_logits.map(len))
+    item = list(zip(lines.task, lines["index"], strict=True))
+    return lines.assign(item=item, pair=list(zip(item, lines.seed, strict=True)))
 
 
 def accuracy(records: pd.DataFrame) -> Estimate:
@@ -99,9 +100,9 @@ def _mean_f1(counts: Float[np.ndarray, "draws 2 n_options"]) -> Float[np.ndarray
 
 
 def paired(records: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """Returns the pairs on the same task, seed and index; `change` is 1 where won, -1 where lost, else 0."""
-    pairs = records.merge(baseline, on=["task", "seed", "index"], suffixes=("", "_before"))
-    return pairs.assign(change=pairs.right - pairs.right_before)
+    """Returns the item of each pair on the same task, seed and index, and its `change`: 1 won, -1 lost, else 0."""
+    before = records.pair.map(dict(zip(baseline.pair, baseline.right, strict=True)))
+    return pd.DataFrame({"item": records["item"], "change": records.right - before}).dropna()
 
 
 def difference(records: pd.DataFrame, baseline: pd.DataFrame) -> Estimate:
@@ -129,7 +130,7 @@ def mcnemar(records: pd.DataFrame, baseline: pd.DataFrame) -> float:
     Each item votes once: won or lost over all its seeds together. With one seed this is McNemar's test,
     with several it stays exact, because under no effect every item's sign is a fair coin.
     """
-    votes = paired(records, baseline).groupby(ITEM).change.sum()
+    votes = paired(records, baseline).groupby("item", sort=False).change.sum()
     n_won, n_lost = int((votes > 0).sum()), int((votes < 0).sum())
     return float(binomtest(n_won, n_won + n_lost).pvalue) if n_won + n_lost else 1.0
 
@@ -170,7 +171,7 @@ def chance(records: pd.DataFrame) -> float:
 
 def majority(records: pd.DataFrame) -> float:
     """Returns the accuracy of always giving the most frequent label of the tested items."""
-    return float(records.drop_duplicates(ITEM).label.value_counts(normalize=True).max())
+    return float(records.drop_duplicates("item").label.value_counts(normalize=True).max())
 
 
 def is_above_chance(records: pd.DataFrame) -> bool:
@@ -196,4 +197,4 @@ def _items(records: pd.DataFrame) -> Int[np.ndarray, "n"]:
     """The number of each record's item, counted from 0 as they come."""
     if records.empty:
         raise ValueError("no records to measure")
-    return records.groupby(ITEM, sort=False).ngroup().to_numpy()
+    return pd.factorize(records["item"])[0]

@@ -106,11 +106,10 @@ def _rows(groups: Mapping[str, tuple[str, ...]], sections: Mapping[str, str], by
         scored = [levels[task] for task in tasks if task in levels]
         if scored and tasks not in seen:
             members = [row for row in scored if row.section == group]
-            chance, majority = (
-                float(np.mean([getattr(row, level) for row in scored])) for level in ("chance", "majority")
-            )
-            n_items, section = sum(row.n_items for row in scored), group if members else ""
-            rows += [*members, Row("mean", group, section, len(tasks), n_items, chance, majority)]
+            section, n_items = group if members else "", sum(row.n_items for row in scored)
+            levels_of = zip(*((row.chance, row.majority) for row in scored), strict=True)
+            means = [float(np.mean(level)) for level in levels_of]
+            rows += [*members, Row("mean", group, section, len(tasks), n_items, *means)]
         seen.add(tasks)
     return rows
 
