@@ -57,10 +57,8 @@ def _group_clause(summary: Summary, method: str, group: str) -> str:
 def _collapse_sentence(summary: Summary, method: str) -> list[str]:
     cells = summary.cells(method).dropna(subset="gain")
     lost = cells[cells.gain < 0]
-    if cells.empty:
-        return []
     if lost.empty:
-        return [f"It is below {BASELINE} on none of {_tasks(len(cells))}."]
+        return [f"It is below {BASELINE} on none of {_tasks(len(cells))}."] if len(cells) else []
     surely = ", ".join(lost.index[lost.direction < 0])
     ending = f"significantly on {surely} (Holm-corrected)" if surely else "on none of them significantly"
     return [f"It is below {BASELINE} on {len(lost)} of {_tasks(len(cells))} ({', '.join(lost.index)}), {ending}."]

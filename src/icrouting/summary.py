@@ -65,7 +65,7 @@ class Summary:
     rows: Sequence[Row]
     lines: pd.DataFrame
     rivals: Mapping[str, Estimate]
-    unfinished: tuple[str, ...]
+    unfinished: Sequence[str]
     notes: tuple[str, ...]
     origin: str
 

@@ -12,7 +12,7 @@ from icrouting.records import Record
 from icrouting.summary import BASELINE, Method, Row, Summary
 
 HEADLINE = "icr"
-SECTIONS = ("source", "in-domain, unseen", "near", "far")
+SECTIONS = {"source": "source", "in-domain": "in-domain, unseen", "near": "near", "far": "far"}
 
 Cells = Mapping[tuple[str, str], pd.DataFrame]
 
@@ -22,7 +22,8 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     if not records:
         raise ValueError("no records to summarise: the run has not scored an example yet")
     by_cell: dict[Any, pd.DataFrame] = dict(iter(metrics.frame(records).groupby(["method", "task"], sort=False)))
-    sections = {task["name"]: _section(task) for task in config["tasks"]}
+    kinds = {task["name"]: "source" if task["role"] == "source" else task["group"] for task in config["tasks"]}
+    sections = {task: SECTIONS.get(kind, kind) for task, kind in kinds.items()}
     if unknown := sorted({task for _, task in by_cell} - set(sections)):
         raise ValueError(f"config.json does not describe the tasks {unknown}, which have records")
     groups = _groups(sections)
@@ -47,15 +48,9 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     )
 
 
-def _section(task: Mapping[str, Any]) -> str:
-    if task["role"] == "source":
-        return "source"
-    return "in-domain, unseen" if task["group"] == "in-domain" else task["group"]
-
-
 def _groups(sections: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Task names by section, and those of the unseen and of all tasks."""
-    ranked = sorted(dict.fromkeys(sections.values()), key=lambda section: (*SECTIONS, section).index(section))
+    ranked = sorted(dict.fromkeys(sections.values()), key=lambda section: (*SECTIONS.values(), section).index(section))
     groups = {section: tuple(name for name in sections if sections[name] == section) for section in ranked}
     unseen = tuple(name for section in ranked if section != "source" for name in groups[section])
     everything = (*groups.get("source", ()), *unseen)
@@ -131,9 +126,7 @@ def _rivals(headline: str | None, by_cell: Cells) -> dict[str, metrics.Estimate]
     return {str(method): metrics.mean(found, "lead") for method, found in compared.groupby("method", sort=False)}
 
 
-def _unfinished(
-    methods: Sequence[str], tasks: Sequence[str], by_cell: Cells, refused: set[tuple[str, str]]
-) -> tuple[str, ...]:
+def _unfinished(methods: Sequence[str], tasks: Sequence[str], by_cell: Cells, refused: set[Any]) -> list[str]:
     """What is missing against the configuration, and against the method with the most records on a task."""
     sizes = {cell: len(records) for cell, records in by_cell.items()}
     most = {task: max(n for (_, name), n in sizes.items() if name == task) for _, task in sizes}
@@ -143,7 +136,7 @@ def _unfinished(
         lines += [f"{method}: no records on {', '.join(missing)}"] if missing else []
         found = {task: sizes[method, task] for task in tasks if (method, task) in sizes}
         lines += [f"{method} on {task}: {n} of {most[task]} predictions" for task, n in found.items() if n < most[task]]
-    return tuple(lines)
+    return lines
 
 
 def _origin(config: Mapping[str, Any]) -> str:
