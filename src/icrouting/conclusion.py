@@ -48,10 +48,9 @@ def _group_clause(summary: Summary, method: str, group: str) -> str:
         return ""
     done, of = mean.accuracy_n, len(summary.groups[group])
     which = f"the {done} {group} task{'s' if done > 1 else ''}" if done == of else f"{done} of the {of} {group} tasks"
-    average = "on average over" if done > 1 else "on"
     gain = Estimate(mean.gain, mean.gain_low, mean.gain_high, int(mean.gain_n))
     against = f", {verdict(gain)}" if gain.n else f" (no {BASELINE} records to compare with)"
-    return f"{points(mean.accuracy)} {average} {which}{against}"
+    return f"{points(mean.accuracy)} {'on average over' if done > 1 else 'on'} {which}{against}"
 
 
 def _collapse_sentence(summary: Summary, method: str) -> list[str]:

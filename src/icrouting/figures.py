@@ -163,11 +163,9 @@ def _per_task(summary: Summary, methods: Sequence[str], name: str) -> tuple[Figu
 
 def _looks(summary: Summary) -> dict[str, dict[str, Any]]:
     """Colour and shape of each method's dots, the same in every picture."""
-    looks = {}
-    for i, method in enumerate(summary.methods):
-        colour, shape = COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]
-        looks[method.name] = {"color": colour, "marker": shape, "linestyle": "none"}
-    return looks
+    shapes = [SHAPES[(i + i // len(COLOURS)) % len(SHAPES)] for i in range(len(summary.methods))]
+    dots = zip(summary.methods, itertools.cycle(COLOURS), shapes, strict=False)
+    return {method.name: {"color": colour, "marker": shape, "linestyle": "none"} for method, colour, shape in dots}
 
 
 def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:

@@ -149,8 +149,7 @@ def mean(estimates: pd.DataFrame, name: str) -> Estimate:
     are taken as given: the interval says nothing about tasks that were not run.
     """
     values, lows, highs = (estimates[column].dropna() for column in (name, f"{name}_low", f"{name}_high"))
-    n = len(values)
-    if not n:
+    if not (n := len(values)):
         return NOTHING
     value = sum(values) / n
     return Estimate(value, value - math.hypot(*(values - lows)) / n, value + math.hypot(*(highs - values)) / n, n)

@@ -96,9 +96,8 @@ def _objects(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _confusions(summary: Summary) -> dict[str, str]:
     """Confusion matrices by method: the method in question, the baseline, the others."""
-    first = (summary.headline, BASELINE)
-    names = sorted((method.name for method in summary.methods), key=lambda name: (*first, name).index(name))
-    return {name: _data_uri(figures.confusions(summary, name)) for name in names}
+    ordered = sorted(summary.methods, key=lambda method: (method.name != summary.headline, method.name != BASELINE))
+    return {method.name: _data_uri(figures.confusions(summary, method.name)) for method in ordered}
 
 
 def _pictures(summary: Summary, extras: Extras) -> dict[str, str]:

@@ -34,15 +34,14 @@ def collapse(method: Method) -> str:
 
 def grid(summary: Summary) -> list[list[str]]:
     """Returns the table as text: a heading, a line a task and mean, then collapse and cost."""
-    methods = summary.methods
-    lines = [["task", *(label(method.name) for method in methods), "chance", "majority"]]
+    lines = [["task", *(label(method.name) for method in summary.methods), "chance", "majority"]]
     for row in summary.rows:
-        texts = [_text(row, summary.line(row.kind, row.name, method.name)) for method in methods]
+        texts = [_text(row, summary.line(row.kind, row.name, method.name)) for method in summary.methods]
         lines.append([row.title, *texts, points(row.chance), points(row.majority)])
     costs = {
-        f"below {BASELINE}": [collapse(method) for method in methods],
-        "ms per example": [f"{1000 * method.seconds:.1f}" for method in methods],
-        "tokens per example": [f"{method.n_tokens:.0f}" for method in methods],
+        f"below {BASELINE}": [collapse(method) for method in summary.methods],
+        "ms per example": [f"{1000 * method.seconds:.1f}" for method in summary.methods],
+        "tokens per example": [f"{method.n_tokens:.0f}" for method in summary.methods],
     }
     return [*lines, *([title, *texts, "", ""] for title, texts in costs.items())]
 

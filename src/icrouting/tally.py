@@ -1,6 +1,5 @@
 """Tally: the records and the configuration of a run, counted into a summary."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from icrouting.records import Record
 from icrouting.summary import BASELINE, Method, Row, Summary
 
 HEADLINE = "icr"
+ORIGIN = "Model {model}, {n_test} test items a task at most, seeds {seeds}, {created}, commit {commit}: {command}"
 SECTIONS = {"source": "source", "in-domain": "in-domain, unseen", "near": "near", "far": "far"}
 
 Cells = Mapping[tuple[str, str], pd.DataFrame]
@@ -44,7 +44,7 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
         rivals=_rivals(headline, by_cell),
         unfinished=_unfinished(methods, list(sections), by_cell, {(m, task) for m, task, _ in refused}),
         notes=(*config.get("notes", ()), *(f"{m} does not fit {task}: {said}" for m, task, said in refused)),
-        origin=_origin(config),
+        origin=ORIGIN.format_map({**config, "seeds": ", ".join(map(str, config["seeds"]))}),
     )
 
 
@@ -66,7 +66,7 @@ def _cell(method: str, task: str, by_cell: Cells) -> dict[str, Any]:
         **{"kind": "task", "name": task, "method": method},
         **metrics.accuracy(records).columns("accuracy"),
         **gain.columns("gain"),
-        "p_value": metrics.mcnemar(records, baseline) if gain.n else math.nan,
+        "p_value": metrics.mcnemar(records, baseline) if gain.n else np.nan,
         # a fixed generator per cell: a report remade from the same records says the same
         **metrics.macro_f1(records, np.random.default_rng(0)).columns("macro_f1"),
         "is_above_chance": metrics.is_above_chance(records),
@@ -102,9 +102,9 @@ def _rows(groups: Mapping[str, tuple[str, ...]], sections: Mapping[str, str], by
         if scored and tasks not in seen:
             members = [row for row in scored if row.section == group]
             section, n_items = group if members else "", sum(row.n_items for row in scored)
-            levels_of = zip(*((row.chance, row.majority) for row in scored), strict=True)
-            means = [float(np.mean(level)) for level in levels_of]
-            rows += [*members, Row("mean", group, section, len(tasks), n_items, *means)]
+            chance = float(np.mean([row.chance for row in scored]))
+            majority = float(np.mean([row.majority for row in scored]))
+            rows += [*members, Row("mean", group, section, len(tasks), n_items, chance, majority)]
         seen.add(tasks)
     return rows
 
@@ -112,8 +112,7 @@ def _rows(groups: Mapping[str, tuple[str, ...]], sections: Mapping[str, str], by
 def _level(task: str, section: str, by_cell: Cells) -> Row:
     """A task's row; its levels come from the method with the most records."""
     records = max((found for (_, name), found in by_cell.items() if name == task), key=len)
-    n_items = len(set(records["index"]))
-    return Row("task", task, section, 1, n_items, metrics.chance(records), metrics.majority(records))
+    return Row("task", task, section, 1, len(set(records["index"])), metrics.chance(records), metrics.majority(records))
 
 
 def _rivals(headline: str | None, by_cell: Cells) -> dict[str, metrics.Estimate]:
@@ -134,14 +133,6 @@ def _unfinished(methods: Sequence[str], tasks: Sequence[str], by_cell: Cells, re
     for method in methods:
         missing = [task for task in tasks if (method, task) not in sizes and (method, task) not in refused]
         lines += [f"{method}: no records on {', '.join(missing)}"] if missing else []
-        found = {task: sizes[method, task] for task in tasks if (method, task) in sizes}
-        lines += [f"{method} on {task}: {n} of {most[task]} predictions" for task, n in found.items() if n < most[task]]
+        partial = [task for task in tasks if 0 < sizes.get((method, task), 0) < most[task]]
+        lines += [f"{method} on {task}: {sizes[method, task]} of {most[task]} predictions" for task in partial]
     return lines
-
-
-def _origin(config: Mapping[str, Any]) -> str:
-    seeds = ", ".join(str(seed) for seed in config["seeds"])
-    return (
-        f"Model {config['model']}, {config['n_test']} test items a task at most, seeds {seeds}, "
-        f"{config['created']}, commit {config['commit']}: {config['command']}"
-    )
