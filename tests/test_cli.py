@@ -85,7 +85,7 @@ def test_a_report_goes_to_the_card_of_the_router_that_was_measured_and_no_other(
     before = (tmp_path / "other" / "README.md").read_text()
     assert "nothing is recorded" in failure(capsys, "report", run, "--card", str(tmp_path / "other"))
     assert (tmp_path / "other" / "README.md").read_text() == before
-    assert "config.json: keys" in failure(capsys, "report", run, "--card", run)
+    assert "does not describe an icrouting artifact" in failure(capsys, "report", run, "--card", run)
 
 
 def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(world, tmp_path, capsys):

@@ -145,7 +145,10 @@ def load(folder: Path) -> tuple[Description, PIDs, Router]:
         ValueError: a file is missing or damaged, the format is newer, or shapes do not match.
     """
     config = _read_config(folder / "config.json")
-    description = _description(config, folder / "config.json")
+    try:
+        description = _description(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ValueError(f"{folder} is no router: model.safetensors is missing")
@@ -169,17 +172,14 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _description(config: dict[str, Any], file: Path) -> Description:
+def _description(config: dict[str, Any]) -> Description:
     content = {name: value for name, value in config.items() if name not in ("checksum", "weights_sha256")}
     if {name: content.pop(name, None) for name in _MEANING} != _MEANING:
-        raise ValueError(f"{file}: it says otherwise what the weights are than {_MEANING}: another version wrote it")
-    try:
-        fit, description = read(FitConfig, content.get("fit")), read(Description, content)
-        check_layers(description.layers, description.n_layers)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"expected its weights to mean {_MEANING}: another version wrote it")
+    fit, description = read(FitConfig, content.get("fit")), read(Description, content)
+    check_layers(description.layers, description.n_layers)
     if fit.layers not in (None, description.layers):
-        raise ValueError(f"{file}: its layers {description.layers} are not those of the fit, {fit.layers}")
+        raise ValueError(f"its layers {description.layers} are not those of the fit, {fit.layers}")
     return description
 
 

@@ -5,9 +5,6 @@ from dataclasses import asdict
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from icrouting.config import HIDDEN
 
 if TYPE_CHECKING:
@@ -22,17 +19,10 @@ def model_card(description: "Description", digest: str) -> str:
     values |= {"layers": ", ".join(map(str, description.layers))}
     values["tasks"] = ", ".join(f"{name} ({n_rows:,})" for name, n_rows in description.tasks.items())
     values["versions"] = ", ".join(f"{name} {number}" for name, number in description.versions.items())
-    values["front_matter"] = _front_matter(description.base_model)
+    # The hub refuses a card whose front matter names anything but one of its ids.
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", description.base_model)
+    values["front_matter"] = f"base_model: {description.base_model}\n" if is_hub_id else ""
     return resources.files("icrouting").joinpath("card.md").read_text(encoding="utf-8").format(**values)
-
-
-def _front_matter(base_model: str) -> str:
-    """The line that names the base model, where it is a hub id: the hub refuses a card that names anything else."""
-    try:
-        validate_repo_id(base_model)
-    except HFValidationError:
-        return ""
-    return f"base_model: {base_model}\n" if "/" in base_model else ""
 
 
 def with_results(card: str, results: str) -> str:

@@ -1,6 +1,6 @@
 """Model families: where each one's queries and keys can be read before rotary embedding.
 
-One row a family and nothing family-specific elsewhere. The rows were checked against transformers 5.23.
+One row a family and nothing family-specific elsewhere. The rows were checked against transformers 5.5 to 5.24.
 Queries and keys are taken after a family's own query/key norm, since the normed ones enter the attention
 logits (paper silent), and before rotary embedding, as in the paper's algorithm 2.
 """

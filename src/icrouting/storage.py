@@ -24,8 +24,7 @@ def save_json(file: Path, content: object) -> None:
 def load_json(file: Path) -> dict[str, Any]:
     """Returns a JSON object; ValueError names the file if it is none."""
     try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: it is not JSON ({error})") from error
     if not isinstance(content, dict):
@@ -38,10 +37,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         raise ValueError("a key stands twice")
     return content
-
-
-def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
