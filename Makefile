@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo quick test lint format clean
+.PHONY: demo quick test oldest lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/icr demo
@@ -13,6 +13,10 @@ quick: $(VENV)/ready
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+# The tests that use transformers, with the oldest release of it that pyproject.toml claims.
+oldest:
+	PYTHON=$(PYTHON) .ci/oldest
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check src tests benchmarks docs
@@ -29,4 +33,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build runs
