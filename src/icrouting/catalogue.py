@@ -3,7 +3,7 @@
 import tomllib
 from importlib import resources
 
-from icrouting.tasks import TaskSpec, near_matches
+from icrouting.tasks import TaskSpec, known
 
 _ENTRIES = tomllib.loads(resources.files("icrouting").joinpath("catalogue.toml").read_text(encoding="utf-8"))
 
@@ -18,6 +18,4 @@ HUB = {name: entry["hub"] for name, entry in _ENTRIES.items() if "hub" in entry}
 
 def find(name: str) -> TaskSpec:
     """Returns the spec of a catalogue task; ValueError with near matches if there is none."""
-    if name not in SPECS:
-        raise ValueError(f"unknown task {name!r}: {near_matches(name, list(SPECS))}")
-    return SPECS[name]
+    return known("task", name, SPECS)

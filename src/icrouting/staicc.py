@@ -88,15 +88,14 @@ def _unpickle(path: Path) -> list[tuple[str, int]]:
         with path.open("rb") as file:
             rows = _DataUnpickler(file).load()
         pairs = [(text, label) for (text,), label in rows]
+        if not all(type(text) is str and type(label) is int for text, label in pairs):
+            raise ValueError("other types in its rows")
     except Exception as error:  # a damaged pickle raises whatever its opcodes stumble upon
-        raise ValueError(f"{_expected(path)}: {error}") from error
-    if not all(type(text) is str and type(label) is int for text, label in pairs):
-        raise ValueError(f"{_expected(path)}: other types in its rows")
+        raise ValueError(
+            f"expected pickled rows of ([text], label); delete {path.parent} to fetch them anew; "
+            f"got {path.name}: {error}"
+        ) from error
     return pairs
-
-
-def _expected(path: Path) -> str:
-    return f"expected pickled rows of ([text], label); delete {path.parent} to fetch them anew; got {path.name}"
 
 
 def _deal_reviews(rows: Sequence[Example], rng: np.random.Generator) -> tuple[list[Example], list[Example]]:

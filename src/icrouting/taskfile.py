@@ -38,10 +38,9 @@ def read_task_file(path: Path) -> Task:
 
 def _spec(path: Path, text: str, values: dict[str, Any]) -> TaskSpec:
     def refuse(key: str, said: str) -> NoReturn:
-        lines = [
-            number for number, line in enumerate(text.split("\n"), 1) if re.match(rf"\s*\[?{re.escape(key)}\b", line)
-        ]
-        raise ValueError(f"{path}:{lines[0] if lines else 1}: key {key!r} {said}")
+        is_there = re.compile(rf"\s*\[?{re.escape(key)}\b").match
+        number = next((number for number, line in enumerate(text.split("\n"), 1) if is_there(line)), 1)
+        raise ValueError(f"{path}:{number}: key {key!r} {said}")
 
     for key, value in values.items():
         if key not in _KINDS:

@@ -6,6 +6,9 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,13 @@ def rows_digest(tasks: Sequence[Task]) -> str:
     return digest.hexdigest()[:16]
 
 
-def near_matches(name: str, known: list[str]) -> str:
-    """Returns the end of an error on an unknown name: near matches, or all that is known."""
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+def known(kind: str, name: str, among: Mapping[str, T]) -> T:
+    """Returns what a name stands for; ValueError with near matches, or all that is known, if it stands for nothing."""
+    if name in among:
+        return among[name]
+    near = difflib.get_close_matches(name, among, n=3)
+    said = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(among))}"
+    raise ValueError(f"unknown {kind} {name!r}: {said}")
 
 
 def load_task(name: str | TaskSpec, data: str | Path) -> Task:

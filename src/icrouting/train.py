@@ -39,30 +39,28 @@ def alpha_scale(step: int, n_steps: int, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / max(1, n_steps)))
 
 
+@dataclass(eq=False)
 class Trainer:
     """One router in training; its state can be saved after any step and taken up again.
 
     The router is trained in place; checkpoints and `training.jsonl` go to `folder`, if there is one.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        pids: PIDs,
-        router: Router,
-        queries: Sequence[Query],
-        config: FitConfig,
-        pad_id: int,
-        folder: Path | None = None,
-    ):
-        self.model, self.pids, self.router = model, pids, router
-        self.queries, self.config, self.pad_id, self.folder = queries, config, pad_id, folder
-        self.optimizer = torch.optim.AdamW(router.parameters(), lr=config.lr)
+    model: PreTrainedModel
+    pids: PIDs
+    router: Router
+    queries: Sequence[Query]
+    config: FitConfig
+    pad_id: int
+    folder: Path | None = None
+
+    def __post_init__(self):
+        self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=self.config.lr)
         self.step = 0
         self.log: list[dict[str, float]] = []
-        self.n_steps = config.epochs * math.ceil(len(queries) / config.batch_size)
-        if folder is not None and (folder / "training.safetensors").exists():
-            self._restore(folder)
+        self.n_steps = self.config.epochs * math.ceil(len(self.queries) / self.config.batch_size)
+        if self.folder is not None and (self.folder / "training.safetensors").exists():
+            self._restore(self.folder)
 
     def run(self) -> None:
         """Trains to the end, from where the last checkpoint stands."""

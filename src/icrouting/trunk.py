@@ -71,11 +71,8 @@ def _entering(model: PreTrainedModel, first: int, *, stop: bool) -> Iterator[lis
         if stop:
             raise _Reached
 
-    handle = layers_of(model)[first].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with layers_of(model)[first].register_forward_pre_hook(keep, with_kwargs=True):
         yield entering
-    finally:
-        handle.remove()
 
 
 def entering_of(args: tuple, kwargs: dict) -> Float[Tensor, "batch q_len hidden_size"]:

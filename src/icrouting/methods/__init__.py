@@ -3,14 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from icrouting.config import Settings
-from icrouting.methods.base import Method
+from icrouting.methods.base import Method, in_domain, once
 from icrouting.methods.calibration import Calibration
 from icrouting.methods.i2cl import I2CL
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
-from icrouting.methods.regimes import in_domain, once
 from icrouting.methods.routing import Icr
 from icrouting.methods.task_vectors import TaskVectors
-from icrouting.tasks import near_matches
+from icrouting.tasks import known
 
 METHODS: dict[str, Callable[[Settings], Method]] = {
     "zero-shot": ZeroShot,
@@ -27,10 +26,8 @@ METHODS: dict[str, Callable[[Settings], Method]] = {
 
 def make(names: Sequence[str], settings: Settings) -> list[Method]:
     """Returns methods by name; ValueError with near matches on an unknown one."""
-    for name in names:
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}: {near_matches(name, list(METHODS))}")
-    return [METHODS[name](settings) for name in dict.fromkeys(names)]
+    kinds = [known("method", name, METHODS) for name in dict.fromkeys(names)]
+    return [kind(settings) for kind in kinds]
 
 
 __all__ = ["METHODS", "Method", "Settings", "make"]

@@ -1,6 +1,7 @@
-"""What a method is: a few verbs with plain defaults, and no privilege for any."""
+"""What a method is: a few verbs with plain defaults, and no privilege for any; the two regimes of one that learns."""
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -98,3 +99,37 @@ class Method:
     def edits_model(self) -> bool:
         """Whether the model computes anything else under this method; if not, equal prompts are run once."""
         return type(self).applied is not Method.applied
+
+
+class InDomain(Method):
+    """A method fitted on the training and validation rows of the very task, when it first meets it.
+
+    Differs: the paper reuses what was learned in-domain on unseen tasks, whose labels this one sees: a harder rival.
+    The draw of a task does not depend on the tasks met before, so a resumed run finds the same.
+    """
+
+    def __init__(self, settings: Settings, kind: type[Method]):
+        super().__init__(settings)
+        self.name, self.draws, self._kind = kind.name, kind.draws, kind
+        self._fitted: dict[tuple[int, str], Method] = {}
+
+    def on(self, task: Task) -> Method:
+        """Returns the task's own method."""
+        key = self.entropy, task.name
+        if key not in self._fitted:
+            method = self._kind(self.settings)
+            rng = np.random.default_rng([self.entropy, zlib.crc32(task.name.encode())])
+            file = self.file.with_stem(f"{self.file.stem}-{task.name}") if self.file else None
+            method.fit(self.model, self.tokenizer, [task], rng, file)
+            self._fitted[key] = method
+        return self._fitted[key]
+
+
+def once(kind: type[Method]) -> type[Method]:
+    """Returns the kind of a method that is fitted on the pooled source tasks and used unchanged on any task."""
+    return type(f"{kind.__name__}Once", (kind,), {"name": f"{kind.name}-once"})
+
+
+def in_domain(kind: type[Method]) -> Callable[[Settings], Method]:
+    """Returns the maker of a method that is fitted on every task that it is tested on, unseen ones too."""
+    return lambda settings: InDomain(settings, kind)
