@@ -15,7 +15,7 @@ from icrouting.methods.i2cl import I2CL
 from icrouting.methods.task_vectors import TaskVectors, sweep
 from icrouting.prompts import Prompt
 from icrouting.scoring import next_token_logits, option_ids, score_options
-from icrouting.tasks import Task, TaskSpec
+from icrouting.tasks import Example, Task, TaskSpec
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
@@ -93,6 +93,20 @@ def test_the_cached_sweep_equals_the_naive_one(family, tokenizer):
             scores = scores_under(method, model, tokenizer, [task.prompt(example)])
             naive[layer] += int(scores[0].argmax()) == example.label
     assert torch.equal(sweep(model, tokenizer, items, method.vectors), naive / len(items))
+
+
+def test_the_cached_sweep_takes_a_prompt_of_one_token(tokenizer):
+    model, n_layers = tiny.model("llama"), 5
+    spec = TaskSpec("one", "far", "{text}", TASK.spec.options)
+    task, example = Task(spec, TASK.train, TASK.test), Example({"text": ":"}, (), 0)
+    assert len(tokenizer(task.prompt(example)).input_ids) == 1
+    vectors = torch.randn(n_layers, model.config.hidden_size, generator=torch.Generator().manual_seed(5))
+    method, naive = TaskVectors(Settings()), []
+    method.vectors = vectors
+    for layer in range(n_layers):
+        method.accuracies = torch.eye(n_layers)[layer]
+        naive.append(int(scores_under(method, model, tokenizer, [":"], task)[0].argmax()) == 0)
+    assert sweep(model, tokenizer, [(task, example)], vectors).tolist() == naive
 
 
 def test_the_layer_is_the_best_on_validation_and_the_earliest_of_equals():

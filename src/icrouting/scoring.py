@@ -122,7 +122,7 @@ def score_options(
         for group in by_length(tails, token_budget):
             batch = pad([tails[i] for i in group], pad_id_of(tokenizer), [rows[i] for i in group])
             batch = batch.to(device_of(model))
-            logits = _after_prefix(model, before.cache, batch) if before else next_token_logits(model, batch)
+            logits = after_prefix(model, before.cache, batch) if before else next_token_logits(model, batch)
             for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
                 scores[row, : len(ids[row])] = row_logits[ids[row]]
     return scores
@@ -148,7 +148,7 @@ def _context_of(
     if found and all(t[: len(found.tokens)] == found.tokens and len(t) > len(found.tokens) for t in token_lists):
         return found
     if prefix := token_lists[0][: _shared_prefix(token_lists)]:
-        found = KeptContext(prefix, _run_prefix(model, prefix))
+        found = KeptContext(prefix, run_prefix(model, prefix))
         if kept is not None:
             kept[context] = found
         return found
@@ -165,14 +165,14 @@ def _shared_prefix(token_lists: list[list[int]]) -> int:
     return shortest
 
 
-def _run_prefix(model: PreTrainedModel, prefix: list[int]) -> Cache:
+def run_prefix(model: PreTrainedModel, prefix: list[int]) -> Cache:
     """Returns the key-value cache of a prefix, batch of one."""
     input_ids = torch.tensor([prefix], device=device_of(model))
     with last_position_only(model, torch.ones_like(input_ids, dtype=torch.bool)):
         return model(input_ids=input_ids, use_cache=True)[CACHE]
 
 
-def _after_prefix(model: PreTrainedModel, prefix_cache: Cache, batch: Batch) -> Float[Tensor, "batch vocab"]:
+def after_prefix(model: PreTrainedModel, prefix_cache: Cache, batch: Batch) -> Float[Tensor, "batch vocab"]:
     """Returns the logits after each row, where all rows go on from one prefix."""
     n_rows, n_new = batch.input_ids.shape
     n_seen, device = prefix_cache.get_seq_length(), batch.input_ids.device

@@ -9,16 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.batches import context_length, pad, pad_id_of, tokenize
 from icrouting.edits import edited, last_of, last_tokens, recorded
-from icrouting.families import CACHE, device_of, layers_of
+from icrouting.families import device_of, layers_of
 from icrouting.methods.base import Method
 from icrouting.prompts import balanced_demos, few_shot
-from icrouting.scoring import last_position_only, next_token_logits, option_ids
+from icrouting.scoring import after_prefix, next_token_logits, option_ids, run_prefix
 from icrouting.tasks import Example, Task
 
 N_DUMMIES = 2
-TOKEN_BUDGET = 4096
 
 
 class TaskVectors(Method):
@@ -91,48 +90,23 @@ def sweep(
 ) -> Float[Tensor, "n_layers"]:
     """Returns the accuracy on labelled items with each layer's vector in its place.
 
-    Exact at the price of one prefill: all tokens but the last do not depend on the vector, so they are kept in
-    a cache and only the last one runs once per layer.
+    Exact at the price of one pass per item: the tokens before the last do not depend on the vector, so they are
+    kept in a cache, and the last one runs once, in a batch with a row for each layer.
     """
-    prompts = [task.prompt(example) for task, example in items]
-    ids = [option_ids(tokenizer, prompt, task.options(x)) for prompt, (task, x) in zip(prompts, items, strict=True)]
-    token_lists, hits = tokenize(tokenizer, prompts, context_length(model)), torch.zeros(len(vectors))
-    for group in by_length(token_lists, TOKEN_BUDGET):
-        step = _kept_prefill(model, [token_lists[i] for i in group], pad_id_of(tokenizer))
-        for layer, vector in enumerate(vectors):
-            with edited(
-                [layers_of(model)[layer]], lambda _, hidden, vector=vector: vector.to(hidden).expand_as(hidden)
-            ):
-                logits = step()
-            guesses = [int(row[ids[i]].argmax()) for row, i in zip(logits, group, strict=True)]
-            hits[layer] += sum(guess == items[i][1].label for guess, i in zip(guesses, group, strict=True))
+    hits = torch.zeros(len(vectors))
+
+    def replace(layer: int, hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        hidden[layer] = vectors[layer].to(hidden)
+        return hidden
+
+    for task, example in items:
+        prompt = task.prompt(example)
+        ids = option_ids(tokenizer, prompt, task.options(example))
+        ((*prefix, last),) = tokenize(tokenizer, [prompt], context_length(model))
+        cache = run_prefix(model, prefix) if prefix else DynamicCache()
+        batch = pad([[last]] * len(vectors), last).to(device_of(model))
+        with edited(list(layers_of(model)), replace):
+            logits = after_prefix(model, cache, batch)
+        hits += (logits[:, ids].argmax(1) == example.label).cpu()
     return hits / max(1, len(items))
-
-
-def _kept_prefill(model: PreTrainedModel, token_lists: Sequence[list[int]], pad_id: int):
-    """Returns a function that runs the last token of every row anew and gives its logits, [batch, vocab]."""
-    # Turned round before and after, it is padded on the left.
-    batch = pad([tokens[::-1] for tokens in token_lists], pad_id).to(device_of(model))
-    ids, mask = batch.input_ids.flip(1), batch.attention_mask.flip(1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache()
-
-    def run(columns: slice) -> Float[Tensor, "batch vocab"]:
-        with last_position_only(model, mask[:, columns]):
-            output = model(
-                input_ids=ids[:, columns],
-                attention_mask=mask[:, : columns.stop].long(),
-                position_ids=positions[:, columns],
-                use_cache=True,
-                **{CACHE: cache},
-            )
-        return output.logits.float().cpu()
-
-    def step() -> Float[Tensor, "batch vocab"]:
-        logits = run(slice(-1, None))
-        cache.crop(-1)
-        return logits
-
-    if ids.shape[1] > 1:
-        run(slice(-1))
-    return step
