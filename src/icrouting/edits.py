@@ -7,9 +7,13 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.families import decoder_of
+from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.families import decoder_of, device_of
+from icrouting.scoring import next_token_logits
 
+TOKEN_BUDGET = 4096
 Edit = Callable[[int, Tensor], Tensor]
 
 
@@ -63,3 +67,17 @@ def last_of(hidden: Tensor, positions: Int[Tensor, "batch"]) -> Float[Tensor, "b
     """Returns each row's hidden state at its position; some families' branches give all rows in one line."""
     rows = hidden.reshape(len(positions), -1, hidden.shape[-1])
     return rows[torch.arange(len(rows), device=hidden.device), positions.to(hidden.device)]
+
+
+@torch.no_grad()
+def mean_last_outputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, modules: Sequence[nn.Module], texts: Sequence[str]
+) -> Float[Tensor, "n_modules hidden_size"]:
+    """Returns what each module gives at a text's last token, the mean over texts, in float32."""
+    token_lists, total = tokenize(tokenizer, texts, context_length(model)), torch.zeros(1)
+    with recorded(modules) as outputs:
+        for group in by_length(token_lists, TOKEN_BUDGET):
+            batch = pad([token_lists[i] for i in group], pad_id_of(tokenizer)).to(device_of(model))
+            next_token_logits(model, batch)
+            total = total + torch.stack([last_of(output, batch.last).float().sum(0).cpu() for output in outputs])
+    return total / len(texts)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.edits import edited, last_of, recorded
+from icrouting.batches import context_length, pad, pad_id_of, tokenize
+from icrouting.edits import edited, mean_last_outputs
 from icrouting.families import branches_of, device_of, layers_of
 from icrouting.methods.base import Context, Method
 from icrouting.models import frozen
@@ -18,7 +18,6 @@ from icrouting.prompts import balanced_demos, demonstration
 from icrouting.scoring import next_token_logits, option_ids
 from icrouting.tasks import Example, Task
 
-TOKEN_BUDGET = 4096
 LR, WEIGHT_DECAY, WARM_UP, BATCH_SIZE, NOISE = 1e-2, 1e-3, 0.05, 2, 1e-3
 FIRST_LAMBDA, FIRST_BETA = 0.1, 1.0
 
@@ -40,7 +39,8 @@ class I2CL(Method):
         demos = [(task, demo) for task in self.sources for demo in balanced_demos(task, per_class, rng)]
         if not demos:
             raise ValueError("I2CL learns from demonstrations: give at least one source task")
-        self.vectors = _context_vectors(self.model, self.tokenizer, demos)
+        shown = [demonstration(*demo) for demo in demos]  # each ends with a newline, where the output is taken
+        self.vectors = mean_last_outputs(self.model, self.tokenizer, _branches(self.model), shown)
         self.scalars = torch.tensor([FIRST_LAMBDA, FIRST_BETA]).repeat(len(self.vectors), 1)
         self.losses = self._calibrate(demos, rng)
 
@@ -94,18 +94,3 @@ class I2CL(Method):
 def _branches(model: PreTrainedModel) -> list[nn.Module]:
     """Attention and MLP branch of every layer, in turn."""
     return [branch for layer in range(len(layers_of(model))) for branch in branches_of(model, layer)]
-
-
-@torch.no_grad()
-def _context_vectors(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demos: Sequence[tuple[Task, Example]]
-) -> Float[Tensor, "n_branches hidden_size"]:
-    """Returns the branches' mean output at the newline that ends a demonstration."""
-    token_lists = tokenize(tokenizer, [demonstration(*demo) for demo in demos], context_length(model))
-    total = torch.zeros(1)
-    with recorded(_branches(model)) as outputs:
-        for group in by_length(token_lists, TOKEN_BUDGET):
-            batch = pad([token_lists[i] for i in group], pad_id_of(tokenizer)).to(device_of(model))
-            next_token_logits(model, batch)
-            total = total + torch.stack([last_of(output, batch.last).float().sum(0).cpu() for output in outputs])
-    return total / len(demos)

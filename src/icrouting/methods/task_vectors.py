@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, pad, pad_id_of, tokenize
-from icrouting.edits import edited, last_of, last_tokens, recorded
+from icrouting.batches import context_length, pad, tokenize
+from icrouting.edits import edited, last_tokens, mean_last_outputs
 from icrouting.families import device_of, layers_of
 from icrouting.methods.base import Method
 from icrouting.prompts import balanced_demos, few_shot
-from icrouting.scoring import after_prefix, next_token_logits, option_ids, run_prefix
+from icrouting.scoring import after_prefix, option_ids, run_prefix
 from icrouting.tasks import Example, Task
 
 N_DUMMIES = 2
@@ -35,8 +35,9 @@ class TaskVectors(Method):
         validation = [(task, example) for task in self.sources for example in task.validation]
         if not validation:
             raise ValueError("task vectors choose their layer on validation rows: give 5 training rows or more")
-        per_class = self.settings.demos_per_class
-        states = [_states(self.model, self.tokenizer, task, per_class, rng) for task in self.sources]
+        texts = [_few_shot_texts(task, self.settings.demos_per_class, rng) for task in self.sources]
+        blocks = list(layers_of(self.model))
+        states = [mean_last_outputs(self.model, self.tokenizer, blocks, shown) for shown in texts]
         self.vectors = torch.stack(states).mean(0)
         self.accuracies = sweep(self.model, self.tokenizer, validation, self.vectors)
 
@@ -64,21 +65,12 @@ class TaskVectors(Method):
                 yield
 
 
-@torch.no_grad()
-def _states(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, per_class: int, rng: np.random.Generator
-) -> Float[Tensor, "n_layers hidden_size"]:
-    """Returns every block's output at the last token of a few-shot prompt, mean over dummy queries."""
+def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> list[str]:
+    """Returns the dummy queries behind demonstrations, none of which they are."""
     demos = [(task, demo) for demo in balanced_demos(task, per_class, rng)]
     used = {id(demo) for _, demo in demos}
     spare = [example for example in task.train if id(example) not in used] or list(task.train)
-    dummies = [spare[i] for i in rng.permutation(len(spare))[:N_DUMMIES]]
-    texts = [few_shot(task, dummy, demos).text for dummy in dummies]
-    token_lists = tokenize(tokenizer, texts, context_length(model))
-    batch = pad(token_lists, pad_id_of(tokenizer)).to(device_of(model))
-    with recorded(list(layers_of(model))) as outputs:
-        next_token_logits(model, batch)
-        return torch.stack([last_of(output, batch.last).float().mean(0).cpu() for output in outputs])
+    return [few_shot(task, spare[i], demos).text for i in rng.permutation(len(spare))[:N_DUMMIES]]
 
 
 @torch.no_grad()
