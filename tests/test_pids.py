@@ -65,6 +65,8 @@ def test_moments_survive_saving():
     again = QKMoments.from_tensors(moments.tensors())
     again.merge(moments)
     assert again.count == 2 * moments.count
+    with pytest.raises(ValueError, match=r"delete moments\.safetensors, and they are made anew"):
+        QKMoments.from_tensors({"count": torch.tensor(3), "query_mean": torch.zeros(2)})
 
 
 def test_pids_span_the_top_right_singular_vectors_of_the_centred_data():

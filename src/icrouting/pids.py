@@ -65,6 +65,8 @@ class QKMoments:
     def from_tensors(cls, state: dict[str, Tensor]) -> "QKMoments":
         """The accumulator that `tensors` came from."""
         moments = cls(0, 0, 0)
+        if odd := sorted(state.keys() ^ moments._state.keys()):
+            raise ValueError(f"moments of another version ({odd}): delete moments.safetensors, and they are made anew")
         moments._state = dict(state)
         return moments
 
