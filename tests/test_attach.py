@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 import tiny
 from icrouting.attach import attach
-from icrouting.families import attention_of
+from icrouting.families import CACHE, attention_of
 from icrouting.router import Routing
 from reference import reference_routed
 
@@ -103,7 +103,7 @@ def test_prefill_and_decoding_equal_one_pass(family, kernel, cache_kind):
                 "position_ids": inputs["position_ids"][:, start:stop],
                 "attention_mask": inputs["attention_mask"][:, :stop],
             }
-            pieces.append(model(**step, past_key_values=cache, use_cache=True).logits)
+            pieces.append(model(**step, use_cache=True, **{CACHE: cache}).logits)
     assert (torch.cat(pieces, 1) - expected)[real].abs().max() <= CLOSE
 
 

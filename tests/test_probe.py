@@ -39,7 +39,7 @@ def decoder(config_class, **settings):
 def test_every_family_passes_and_is_left_as_it_was(family, dtype):
     model = tiny.model(family, "eager").to(dtype)
     model.train()
-    model.lm_head.eval()
+    model.get_output_embeddings().eval()
     before, modes, seed = state_of(model), [m.training for m in model.modules()], torch.get_rng_state()
     assert family_of(model) == FAMILIES[tiny.ALL_CONFIGS[family].model_type]
     assert (state_of(model), [m.training for m in model.modules()]) == (before, modes)
