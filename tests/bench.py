@@ -8,7 +8,7 @@ from transformers import DynamicCache
 import tiny
 from icrouting import artifact
 from icrouting.config import FitConfig
-from icrouting.families import base_of
+from icrouting.families import CACHE, base_of
 from icrouting.features import features_of
 from icrouting.icr import InContextRouter
 from icrouting.router import Router, Routing
@@ -118,15 +118,15 @@ class Bench:
         with self.attached():
             if through_generate:
                 inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-                seen = torch.cat([prompt, self.tokens(model, inputs, past_key_values=cache)], 1)
+                seen = torch.cat([prompt, self.tokens(model, inputs, **{CACHE: cache})], 1)
                 if cropped:
                     cache.crop(-cropped)
                 seen = torch.cat([seen[:, : seen.shape[1] - cropped], more], 1)
                 inputs = {"input_ids": seen, "attention_mask": torch.ones_like(seen)}
-                got = self.tokens(model, inputs, past_key_values=cache)
+                got = self.tokens(model, inputs, **{CACHE: cache})
             else:
-                model(input_ids=prompt, past_key_values=cache)
-                pieces = [model(input_ids=token, past_key_values=cache).logits for token in more.split(1, 1)]
+                model(input_ids=prompt, **{CACHE: cache})
+                pieces = [model(input_ids=token, **{CACHE: cache}).logits for token in more.split(1, 1)]
         if through_generate:
             assert torch.equal(got, self.slow_tokens(0, input_ids=seen))
             assert not torch.equal(got, self.tokens(model, inputs)), "the routing must matter"
@@ -137,5 +137,5 @@ class Bench:
     def foreign_cache(self):
         """A cache that a prompt filled outside `attached`."""
         cache = DynamicCache(config=self.model.config)
-        self.model(**self.inputs(0), past_key_values=cache)
+        self.model(**self.inputs(0), **{CACHE: cache})
         return cache

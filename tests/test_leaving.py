@@ -12,7 +12,7 @@ import tiny
 from icrouting import artifact
 from icrouting.attach import attach
 from icrouting.config import FitConfig
-from icrouting.encoder import load_encoder
+from icrouting.features import features_of
 from icrouting.icr import InContextRouter
 from icrouting.router import Router
 from test_attach import logits_of
@@ -26,7 +26,9 @@ FEW_OBJECTS, FEW_BYTES = 40, 6 * 2**20
 def router_for(model, encoder_folder):
     """A random router of a model, far from neutral."""
     fit = FitConfig(layers=LAYERS, rank=3, hidden_width=5, encoder=str(encoder_folder))
-    description = artifact.describe(model, [tiny.task()], fit, LAYERS, load_encoder(fit.encoder, "cpu"))
+    description = artifact.describe(
+        model, [tiny.task()], fit, LAYERS, features_of(fit.encoder, model, tiny.tokenizer(), "cpu")
+    )
     generator = torch.Generator().manual_seed(0)
     router = Router(12, 2, description.n_heads, 3, 5, generator)
     torch.nn.init.normal_(router.alpha[-1].weight, generator=generator)

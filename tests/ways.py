@@ -15,6 +15,7 @@ import tiny
 from bench import CLOSE, MATTERS, Bench, rows_of
 from icrouting.attach import attach
 from icrouting.config import FitConfig
+from icrouting.families import CACHE
 from icrouting.icr import InContextRouter
 from icrouting.models import fingerprint
 from icrouting.router import Router
@@ -154,8 +155,8 @@ def quantizes(bench):
     prompt = bench.inputs(0)["input_ids"]
     cache = QuantizedCache("fp8", config=bench.model.config)
     with bench.attached():
-        bench.model(input_ids=prompt[:, :-4], past_key_values=cache)
-        pieces = [bench.model(input_ids=ids, past_key_values=cache).logits for ids in prompt[:, -4:].split(1, 1)]
+        bench.model(input_ids=prompt[:, :-4], **{CACHE: cache})
+        pieces = [bench.model(input_ids=ids, **{CACHE: cache}).logits for ids in prompt[:, -4:].split(1, 1)]
     # The routing is that of the first piece, so the slow run gets it too.
     text = bench.tokenizer.decode(prompt[0, :-4])
     with bench.attached() as routed:
@@ -170,15 +171,15 @@ def quantizes(bench):
 def allocates_ahead(bench):
     cache = static(bench.model.config)
     cache.early_initialization(batch_size=1, num_heads=3, head_dim=10, dtype=torch.float32, device="cpu")
-    bench.check_tokens(0, fast={"past_key_values": cache})
+    bench.check_tokens(0, fast={CACHE: cache})
 
 
 def starts_a_reset_cache_anew(bench):
     cache = static(bench.model.config)
     with bench.attached():
-        bench.tokens(bench.model, bench.inputs(1), past_key_values=cache)
+        bench.tokens(bench.model, bench.inputs(1), **{CACHE: cache})
         cache.reset()
-        got = bench.tokens(bench.model, bench.inputs(0), past_key_values=cache)
+        got = bench.tokens(bench.model, bench.inputs(0), **{CACHE: cache})
     assert torch.equal(got, bench.slow_tokens(0))
 
 
@@ -186,10 +187,10 @@ def interleaves_two_caches(bench):
     steps = [torch.tensor([[token]]) for token in (9, 17, 5)]
     prompts = [bench.inputs(row)["input_ids"] for row in (0, 1)]
     with bench.attached():
-        caches = [bench.model(input_ids=prompt, use_cache=True).past_key_values for prompt in prompts]
+        caches = [bench.model(input_ids=prompt, use_cache=True)[CACHE] for prompt in prompts]
         for number, step in enumerate(steps, 1):
             for row, cache in enumerate(caches):
-                got = bench.model(input_ids=step, past_key_values=cache).logits
+                got = bench.model(input_ids=step, **{CACHE: cache}).logits
                 expected = bench.slow_logits(row, input_ids=torch.cat([prompts[row], *steps[:number]], 1))
                 assert (got[0, 0] - expected[0, -1]).abs().max() <= CLOSE
 
@@ -198,20 +199,20 @@ def continues_a_foreign_cache(bench, through_generate=False):
     cache, more = bench.foreign_cache(), torch.cat([bench.inputs(0)["input_ids"], torch.tensor([[9]])], 1)
     with bench.attached():
         if through_generate:
-            bench.model.generate(input_ids=more, past_key_values=cache, max_new_tokens=2)
-        bench.model(input_ids=more[:, -1:], past_key_values=cache)
+            bench.model.generate(input_ids=more, max_new_tokens=2, **{CACHE: cache})
+        bench.model(input_ids=more[:, -1:], **{CACHE: cache})
 
 
 def continues_a_copied_cache(bench):
     with bench.attached():
-        cache = bench.model(**bench.inputs(0), use_cache=True).past_key_values
-        bench.model(input_ids=torch.tensor([[9]]), past_key_values=copy.deepcopy(cache))
+        cache = bench.model(**bench.inputs(0), use_cache=True)[CACHE]
+        bench.model(input_ids=torch.tensor([[9]]), **{CACHE: copy.deepcopy(cache)})
 
 
 def in_pieces_outside_generate(bench):
     prompt, cache = bench.inputs(0)["input_ids"], dynamic(bench.model.config)
     with bench.attached() as routed:
-        pieces = [bench.model(input_ids=piece, past_key_values=cache).logits for piece in prompt.split(7, 1)]
+        pieces = [bench.model(input_ids=piece, **{CACHE: cache}).logits for piece in prompt.split(7, 1)]
         decided = routed.routing([bench.tokenizer.decode(prompt[0, :7])])
     with attach(bench.model, bench.icr.pids) as attachment:
         attachment.routing = decided
@@ -454,7 +455,7 @@ WAYS = (
         note="inside `attached` everything runs uncompiled: a compiled graph does not notice hooks",
     ),
     Way("Caches", "none", generates(*ALL, fast={"use_cache": False})),
-    Way("Caches", "dynamic", generates(*ALL, fast=lambda bench: {"past_key_values": dynamic(bench.model.config)})),
+    Way("Caches", "dynamic", generates(*ALL, fast=lambda bench: {CACHE: dynamic(bench.model.config)})),
     Way("Caches", "static", generates(*ALL, fast={"cache_implementation": "static"})),
     Way("Caches", "static, with beams", generates(*ALL, num_beams=3, fast={"cache_implementation": "static"})),
     Way("Caches", "static, allocated ahead", allocates_ahead),

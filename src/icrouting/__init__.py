@@ -13,17 +13,8 @@ if TYPE_CHECKING:
     from icrouting.scoring import score_options
     from icrouting.tasks import Example, Task, TaskSpec, load_task
 
-_HOMES = {
-    "PAPER": "config",
-    "FitConfig": "config",
-    "InContextRouter": "icr",
-    "load_model": "models",
-    "score_options": "scoring",
-    "Example": "tasks",
-    "Task": "tasks",
-    "TaskSpec": "tasks",
-    "load_task": "tasks",
-}
+# The lightest first.
+_HOMES = ("tasks", "config", "models", "scoring", "icr")
 
 __all__ = [
     "PAPER",
@@ -39,6 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'icrouting' has no attribute {name!r}")
-    return getattr(import_module(f"icrouting.{_HOMES[name]}"), name)
+    rooms = (import_module(f"icrouting.{home}") for home in _HOMES)
+    return next(getattr(room, name) for room in rooms if name in vars(room))
