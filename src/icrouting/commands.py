@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -179,7 +179,11 @@ def generate(prompt: str, router: str, model: str, strength: float, max_new_toke
 
     plain = go_on("zero-shot")
     with icr.attached(base, tokenizer, strength=strength) as routed:
-        console.print(Columns([plain, go_on(f"routed, strength {strength:g}")], equal=True, expand=True))
+        beside = Table.grid(expand=True)
+        for _ in range(2):
+            beside.add_column(ratio=1)
+        beside.add_row(plain, go_on(f"routed, strength {strength:g}"))
+        console.print(beside)
         console.print(routed.effect([prompt]), markup=False, highlight=False)
 
 
