@@ -1,6 +1,7 @@
 # Two commands on a fresh clone with Python 3.11, pip and make: `make demo` and `make test`.
 PYTHON ?= python3.11
 VENV ?= .venv
+EXTRAS ?= dev
 BIN = $(VENV)/bin
 
 .PHONY: demo quick test oldest lint format clean
@@ -29,7 +30,7 @@ format: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
 clean:
