@@ -30,7 +30,7 @@ class Batch:
 
 def pad(token_lists: Sequence[Sequence[int]], pad_id: int, rows: list[int] | None = None) -> Batch:
     """Returns token lists as one batch, padded on the right."""
-    input_ids = pad_sequence(list(map(torch.tensor, token_lists)), batch_first=True, padding_value=pad_id)
+    input_ids = pad_sequence([torch.tensor(tokens, dtype=torch.long) for tokens in token_lists], True, pad_id)
     lengths = torch.tensor(list(map(len, token_lists)))
     attention_mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
     return Batch(rows if rows is not None else list(range(len(token_lists))), input_ids, attention_mask)
