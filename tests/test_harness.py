@@ -11,12 +11,14 @@ import torch
 import tiny
 from icrouting import assets
 from icrouting.attach import attach
-from icrouting.config import FitConfig
-from icrouting.encoder import query_texts
+from icrouting.config import HIDDEN, FitConfig
+from icrouting.families import dims_of
+from icrouting.features import Reader, features_of
 from icrouting.icr import InContextRouter
 from icrouting.models import load_model
 from icrouting.routed import rerouted
-from icrouting.router import Routing
+from icrouting.router import Router
+from icrouting.trunk import entering_states
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it")
 
@@ -203,21 +205,23 @@ def test_every_family_goes_on_from_its_padded_context(family, tokenizer):
     directions, generator = tiny.pids(model), torch.Generator().manual_seed(3)
     contexts = [torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist() for n in (13, 4)]
     options = [torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist() for n in (1, 5)]
-    by_text = {text: tiny.routing(model, 1, seed=len(text)) for text in query_texts(tokenizer, contexts)}
-
-    def route(texts):
-        chosen = [by_text[text] for text in texts]
-        return Routing(*(torch.cat([getattr(r, n) for r in chosen]) for n in ("routing_vector", "head_gates")))
+    features = features_of(HIDDEN, model, tokenizer, "cpu")
+    router = Router(features.n_features, 2, dims_of(model).n_heads, 3, 13, generator).requires_grad_(False)
+    router.alpha[-1].weight.normal_(generator=generator)
+    vectors = features.read(contexts, entering_states(model, contexts, 3, 1))
+    router.absorb(vectors.mean(0), vectors.std(0))  # so that the two contexts are told apart
+    reader = Reader(model, tokenizer, features, router, 3, 1.0)
+    routings = [reader.of_tokens([context]) for context in contexts]
+    assert (routings[0].routing_vector - routings[1].routing_vector).abs().max() > 0.1
 
     lm = SimpleNamespace(
         model=model, device=model.device, max_length=512, softmax_dtype=None, cache_hook=CacheHook(None)
     )
     groups = [[(None, context, option) for option in options] for context in contexts]
-    with torch.no_grad(), rerouted(model, tokenizer, directions, route):
+    with torch.no_grad(), rerouted(reader, directions):
         found = [loglikelihood for loglikelihood, _ in harness.RoutedLM._answers(lm, groups)]
     with attach(model, directions) as attachment:
-        for context, text in zip(contexts, by_text, strict=True):
-            attachment.routing = by_text[text]
+        for context, attachment.routing in zip(contexts, routings, strict=True):
             for option in options:
                 logprobs = model(torch.tensor([context + option])).logits[0, len(context) - 1 : -1].log_softmax(-1)
                 whole = logprobs.gather(1, torch.tensor(option)[:, None]).sum()
