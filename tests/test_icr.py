@@ -15,7 +15,7 @@ from icrouting.prompts import Prompt
 from icrouting.router import Router, Routing
 from icrouting.scoring import score_options
 from icrouting.train import Query, Trainer, alpha_scale
-from icrouting.trunk import late_entry, run_trunk
+from icrouting.trunk import entering_states, late_entry, run_trunk
 
 LAYERS = (3, 4)
 
@@ -283,6 +283,52 @@ def test_attached_leaves_the_model_as_found_after_an_exception(fitted, model, to
     assert torch.equal(score_options(model, tokenizer, texts(), OPTIONS), plain)
     assert model.config._attn_implementation == kernel
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(strength, fitted, model, tokenizer):
+    with pytest.raises(ValueError, match="finite"), fitted.attached(model, tokenizer, strength=strength):
+        pass
+
+
+def test_a_channel_that_says_nothing_is_left_out_and_does_not_blow_up(model, tokenizer):
+    features, generator = features_of(HIDDEN, model, tokenizer, "cpu"), torch.Generator().manual_seed(0)
+    vectors = torch.randn(20, 42, generator=generator)
+    vectors[:, 7] = 300 + 0.5 * vectors[:, 7]  # rounding, in bfloat16
+    vectors[:, 9] = 0
+    router, other = Router(42, 2, 6, 3, 5, generator), vectors.clone()
+    router.absorb(*features.scale(vectors))
+    assert router.alpha[0].weight.abs().max() < 10
+    other[:, [7, 9]] = 1e4
+    assert torch.allclose(router(vectors).head_gates, router(other).head_gates)
+
+
+def test_hidden_states_that_have_read_nothing_are_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="layer 0"):
+        InContextRouter.fit(model, tokenizer, [tiny.task()], FitConfig(layers=(0, 4), encoder=HIDDEN))
+
+
+def test_rows_of_equal_tokens_are_read_where_they_stand(fitted, model, tokenizer):
+    inputs = tokenizer(texts()[:1] * 2, return_tensors="pt")
+    n_tokens = inputs["input_ids"].shape[1]
+    inputs["position_ids"] = torch.stack([torch.arange(n_tokens), 3 * torch.arange(n_tokens)])
+    with fitted.attached(model, tokenizer):
+        together = model(**inputs).logits
+        for row in range(2):
+            alone = model(**{name: tensor[row : row + 1] for name, tensor in inputs.items()}).logits[0]
+            assert (together[row] - alone).abs().max() < 1e-4
+
+
+def test_autocast_leaves_the_router_in_float32(fitted, model, tokenizer):
+    with fitted.attached(model, tokenizer) as routed:
+        rows = tokenizer(texts()).input_ids
+        states = entering_states(model, rows, LAYERS[0], 1)
+        expected = routed.reader.of_states(rows, states)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = routed.reader.of_states(rows, states)
+    if fitted.description.encoder == HIDDEN:  # a sentence encoder itself heeds autocast
+        assert torch.equal(got.head_gates, expected.head_gates)
+    assert got.head_gates.dtype == torch.float32
 
 
 def test_no_tasks_are_refused(config, model, tokenizer):

@@ -79,6 +79,17 @@ def seen_by_four_dimensional_mask(bench):
         assert (logits[row][real[row]] - bench.slow_logits(row)[0]).abs().max() <= CLOSE
 
 
+def masked_as_long_as_its_cache(bench):
+    inputs = bench.inputs(0, 1, 2, side="right", positions=True)
+    real, spare = inputs["attention_mask"].bool(), torch.zeros(3, 5, dtype=torch.long)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], spare], 1)
+    cache = StaticCache(config=bench.model.config, max_cache_len=inputs["attention_mask"].shape[1])
+    with bench.attached():
+        logits = bench.model(**inputs, **{CACHE: cache}).logits
+    for row in range(3):
+        assert (logits[row][real[row]] - bench.slow_logits(row)[0]).abs().max() <= CLOSE
+
+
 def in_inference_mode(bench):
     with torch.inference_mode():
         bench.check_logits(0, 1, 2)
@@ -498,6 +509,13 @@ WAYS = (
         UNKNOWN,
     ),
     Way("Caches", "a copied cache", continues_a_copied_cache, UNKNOWN),
+    Way("Caches", "a mask as long as the static cache", masked_as_long_as_its_cache),
+    Way(
+        "Caches",
+        "rows of a kept cache reordered or selected by hand",
+        note="not followed, and not noticed: a row keeps the routing of its old place",
+    ),
+    Way("Routers", "several threads in one `attached`", note="not safe: calls take turns in one state, use a lock"),
     Way("Routers", "another routing for every row of a batch", lambda bench: bench.check_logits(2, 0, 1)),
     Way("Routers", "two routed models at once", routes_two_models_at_once),
     Way("Routers", "two routers on one model, in turn", routes_one_model_twice_in_turn),

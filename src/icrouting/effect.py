@@ -48,7 +48,7 @@ class Passes:
     def kl(self) -> float:
         """KL(plain || routed) of the next-token distributions, in nats."""
         plain, routed = self.logits.double().log_softmax(-1)
-        return max(0.0, float((plain.exp() * (plain - routed)).sum()))
+        return float((plain.exp() * (plain - routed)).sum().clamp_min(0))
 
     @property
     def is_nothing(self) -> bool:

@@ -46,8 +46,9 @@ class Features:
         """
         if not self.reads_hidden:
             return torch.zeros(self.n_features), torch.ones(self.n_features)
-        std = features.std(0, correction=0)
-        return features.mean(0), std.clamp_min(torch.finfo(std.dtype).eps)
+        mean, std = features.mean(0), features.std(0, correction=0)
+        # A channel that only rounding moves says nothing; divided by infinity it is left out.
+        return mean, std.masked_fill(std <= torch.finfo(torch.bfloat16).eps * mean.abs(), torch.inf)
 
 
 def features_of(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str) -> Features:
@@ -87,12 +88,15 @@ class Reader:
     @torch.no_grad()
     def of_states(self, token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Routing:
         """Returns the routing of prompts, given the states that enter the first routed layer."""
-        # Beams and samples repeat their query; each is read once.
+        # Beams and samples repeat their query; a text is read once. Hidden states depend on more than the tokens.
         first: dict[tuple[int, ...], int] = {}
-        rows = [first.setdefault(tuple(tokens), row) for row, tokens in enumerate(token_lists)]
+        keys = [(row,) if self.features.reads_hidden else tuple(tokens) for row, tokens in enumerate(token_lists)]
+        rows = [first.setdefault(key, row) for row, key in enumerate(keys)]
         chosen = list(first.values())
         features = self.features.read([token_lists[row] for row in chosen], [hidden[row] for row in chosen if hidden])
-        routing = self.router(features.to(device_of(self.router))).scaled(self.scale)
+        device = device_of(self.router)
+        with torch.autocast(device.type, enabled=False):
+            routing = self.router(features.to(device)).scaled(self.scale)
         places = torch.tensor([chosen.index(row) for row in rows], device=routing.head_gates.device)
         return Routing(routing.routing_vector[places], routing.head_gates[places])
 

@@ -1,5 +1,6 @@
 """InContextRouter: fit once on a few tasks, attach to the same model on any task."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from icrouting import artifact, fitting
 from icrouting.artifact import Description
 from icrouting.batches import pad_id_of
 from icrouting.card import model_card
-from icrouting.config import FitConfig
+from icrouting.config import HIDDEN, FitConfig
 from icrouting.families import base_of, check_layers, device_of, dims_of, family_of, late_third
 from icrouting.features import Features, Reader, features_of
 from icrouting.models import fingerprint, frozen
@@ -78,6 +79,10 @@ class InContextRouter(ModelHubMixin):
         dims, digest = dims_of(model), fingerprint(model)
         layers = config.layers or late_third(dims.n_layers)
         check_layers(layers, dims.n_layers)
+        if config.encoder == HIDDEN and layers[0] == 0:
+            raise ValueError(
+                "hidden states that enter layer 0 are the last token alone: route from layer 1 up, or later"
+            )
         where = Path(folder) if folder is not None else None
         if where is not None:
             fitting.claim_folder(where, config, tasks, digest)
@@ -120,6 +125,8 @@ class InContextRouter(ModelHubMixin):
         Raises:
             ValueError: another base model, or one that is attached already.
         """
+        if not math.isfinite(strength):
+            raise ValueError(f"strength must be a finite number, got {strength}")
         model = base_of(model)
         found, expected = fingerprint(model), self.description.fingerprint
         if found != expected:

@@ -187,7 +187,7 @@ def _attended(input_ids: Int[Tensor, "batch q_len"], mask: Any) -> Bool[Tensor, 
     if mask.ndim == 4:  # [batch, 1, q_len, kv_len]: a token is real if any token sees it
         seen = mask if mask.dtype == torch.bool else mask == 0
         mask = seen[:, 0, :, : input_ids.shape[1]].any(1)
-    mask = mask[:, -input_ids.shape[1] :].bool().expand(len(input_ids), -1)
+    mask = mask[:, : input_ids.shape[1]].bool().expand(len(input_ids), -1)
     return mask | ~mask.any(1, keepdim=True)  # a row without any real token is read as it stands
 
 

@@ -97,7 +97,7 @@ def score_options(
     Prompts that share a non-empty `Prompt.context` have it computed once; the scores are the same.
 
     Args:
-        model: the decoder, routed or not.
+        model: the decoder; routed only where no context is shared, since a routed cache cannot be copied.
         tokenizer: its tokenizer.
         prompts: texts, or `Prompt`s, each ending right before the space and the answer.
         options: the answers to choose from, for all prompts or one list per prompt.
