@@ -303,6 +303,19 @@ def test_a_channel_that_says_nothing_is_left_out_and_does_not_blow_up(model, tok
     assert torch.allclose(router(vectors).head_gates, router(other).head_gates)
 
 
+def test_an_absorbed_scale_decides_as_training_did():
+    generator = torch.Generator().manual_seed(0)
+    router, vectors = Router(42, 2, 6, 3, 5, generator), 3 * torch.randn(20, 42, generator=generator) + 7
+    torch.nn.init.normal_(router.alpha[-1].weight, generator=generator)
+    mean, std = vectors.mean(0), vectors.std(0)
+    trained = router((vectors - mean) / std)
+    router.absorb(mean, std)
+    decided = router(vectors)
+    assert torch.allclose(decided.routing_vector, trained.routing_vector, atol=1e-4)
+    assert torch.allclose(decided.head_gates, trained.head_gates, atol=1e-4)
+    assert trained.routing_vector.std(0).min() > 0.05
+
+
 def test_hidden_states_that_have_read_nothing_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="layer 0"):
         InContextRouter.fit(model, tokenizer, [tiny.task()], FitConfig(layers=(0, 4), encoder=HIDDEN))

@@ -20,13 +20,10 @@ def check(values: object) -> None:
 def read(kind: type[T], values: object) -> T:
     """Returns a dataclass from a JSON object; ValueError unless each of its fields is there and fits, and no other."""
     names = get_type_hints(kind).keys()
-    if not isinstance(values, dict) or (odd := sorted(values.keys() ^ names)):
-        said = (
-            f"keys {odd} are unknown or missing"
-            if isinstance(values, dict)
-            else f"expected an object, got {values!r:.60}"
-        )
-        raise ValueError(f"{said}: another version wrote it")
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, got {values!r:.60}: another version wrote it")
+    if odd := sorted(values.keys() ^ names):
+        raise ValueError(f"keys {odd} are unknown or missing: another version wrote it")
     try:
         model = _model_of(kind).model_validate_json(json.dumps(values))
     except ValidationError as error:

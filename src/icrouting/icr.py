@@ -81,7 +81,7 @@ class InContextRouter(ModelHubMixin):
         check_layers(layers, dims.n_layers)
         if config.encoder == HIDDEN and layers[0] == 0:
             raise ValueError(
-                "hidden states that enter layer 0 are the last token alone: route from layer 1 up, or later"
+                "what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up"
             )
         where = Path(folder) if folder is not None else None
         if where is not None:

@@ -65,13 +65,10 @@ class Routed:
         token_lists = [list(tokens) for tokens in dict.fromkeys(map(tuple, found))]  # beams repeat their prompt
         if not token_lists:
             raise ValueError("nothing has been routed yet: give `effect` prompts, or call the model first")
-        passes, routing = (
-            [run_both(model, tokens, self.layers) for tokens in token_lists],
-            reader.of_tokens(token_lists),
-        )
+        passes = [run_both(model, tokens, self.layers) for tokens in token_lists]
         self.last[:] = token_lists
         warn_if_nothing(passes)
-        return describe(passes, routing)
+        return describe(passes, reader.of_tokens(token_lists))
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ class _Rerouter:
 
     def at_first_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         prompt = self._pending
-        if prompt is not None and not self._is_reading:
+        if prompt is not None:
             hidden = entering_of(args, kwargs)[:, : prompt.is_real.shape[1]]
             states = [row[keep] for row, keep in zip(hidden, prompt.is_real.to(hidden.device), strict=True)]
             self.last[:] = prompt.token_lists()

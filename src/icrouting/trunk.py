@@ -41,18 +41,13 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def entering_states(
-    model: PreTrainedModel,
-    token_lists: Sequence[Sequence[int]],
-    first: int,
-    pad_id: int,
-    *,
-    token_budget: int = TOKEN_BUDGET,
+    model: PreTrainedModel, token_lists: Sequence[Sequence[int]], first: int, pad_id: int
 ) -> list[Float[Tensor, "q_len hidden_size"]]:
     """Returns what enters layer `first` for every prompt; the layers from there on do not run."""
     entered: list[Tensor] = [torch.empty(0)] * len(token_lists)
     decoder = decoder_of(model)
     with _entering(model, first, stop=True) as entering:
-        for group in by_length(token_lists, token_budget):
+        for group in by_length(token_lists, TOKEN_BUDGET):
             batch = pad([token_lists[i] for i in group], pad_id).to(device_of(model))
             with suppress(_Reached):
                 decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
