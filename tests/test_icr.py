@@ -303,6 +303,24 @@ def test_a_channel_that_says_nothing_is_left_out_and_does_not_blow_up(model, tok
     assert torch.allclose(router(vectors).head_gates, router(other).head_gates)
 
 
+def test_in_use_a_router_decides_as_at_the_end_of_training(config, model, tokenizer, monkeypatch):
+    run, ends = Trainer.run, []
+
+    def keep_end(self):
+        run(self)
+        with torch.no_grad():
+            ends.append((self.queries, self.router(torch.stack([query.features for query in self.queries]))))
+
+    monkeypatch.setattr(Trainer, "run", keep_end)
+    fitted = InContextRouter.fit(model, tokenizer, [tiny.task()], config)
+    ((queries, end),) = ends
+    with fitted.attached(model, tokenizer) as routed:
+        decided = routed.reader.of_tokens([query.state.tokens for query in queries])
+    assert torch.allclose(decided.head_gates, end.head_gates, atol=1e-4)
+    assert torch.allclose(decided.routing_vector, 0.8 * end.routing_vector, atol=1e-4)
+    assert end.head_gates.std(0).max() > 1e-3
+
+
 def test_an_absorbed_scale_decides_as_training_did():
     generator = torch.Generator().manual_seed(0)
     router, vectors = Router(42, 2, 6, 3, 5, generator), 3 * torch.randn(20, 42, generator=generator) + 7
