@@ -5,8 +5,11 @@ import hashlib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -74,6 +77,11 @@ class Task:
     def name(self) -> str:
         """The spec's name."""
         return self.spec.name
+
+    @cached_property
+    def train_labels(self) -> np.ndarray:
+        """The labels of the training rows."""
+        return np.array([example.label for example in self.train])
 
     def options(self, example: Example) -> tuple[str, ...]:
         """The answers an example chooses from, in label order."""
