@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from icrouting import assets
 from icrouting.families import base_of
+from icrouting.processes import here
 from icrouting.progress import spinner
 
 PINNED = ("smollm2-135m",)
@@ -55,7 +56,8 @@ def load_model(
     tokenizer.padding_side = "left"  # `generate` goes on from the last column
     model.config.name_or_path = str(name)
     model.requires_grad_(False)
-    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # pyright: ignore[reportArgumentType]
+    own = f"cuda:{here().local_process_index}" if torch.cuda.is_available() else "cpu"
+    model.to(torch.device(device or own))  # pyright: ignore[reportArgumentType]
     return model.eval(), tokenizer
 
 
