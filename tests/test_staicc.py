@@ -23,7 +23,7 @@ class Evil:
 
 
 def dump(folder: Path, name: str, rows: object) -> None:
-    (folder / f"{staicc._FILES[name]}.dataset").write_bytes(pickle.dumps(rows))
+    (folder / f"{catalogue.STAICC[name]}.dataset").write_bytes(pickle.dumps(rows))
 
 
 def numbered_rows(n_rows: int, n_labels: int) -> list[tuple[list[str], int]]:
@@ -78,7 +78,7 @@ def pinned_folder() -> Path:
 
 @pytest.fixture(scope="module")
 def pinned_tasks(pinned_folder: Path) -> dict[str, Task]:
-    return {name: staicc.read_task(catalogue.find(name)) for name in staicc._FILES}
+    return {name: staicc.read_task(catalogue.find(name)) for name in catalogue.STAICC}
 
 
 def test_pickle_with_code_is_refused_without_running_it(folder):

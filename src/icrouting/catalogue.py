@@ -12,8 +12,11 @@ SPECS = {
     for name, entry in _ENTRIES.items()
 }
 PAPER_TASKS = tuple(SPECS)[:12]
-# Where the hub has a task's rows, see catalogue.toml.
+# Where the hub and the pinned wheel have a task's rows, see catalogue.toml, and how many of them are taken at most.
 HUB = {name: entry["hub"] for name, entry in _ENTRIES.items() if "hub" in entry}
+STAICC = {name: entry["staicc"] for name, entry in _ENTRIES.items() if "staicc" in entry}
+MAX_TRAIN = {name: entry.get("max_train", 6000) for name, entry in _ENTRIES.items()}
+MAX_TEST = 2000
 
 
 def find(name: str) -> TaskSpec:
