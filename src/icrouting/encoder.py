@@ -53,10 +53,8 @@ class SentenceEncoder:
         return vectors * self.n_features**0.5
 
 
-@cache
-def load_encoder(name: str, device: str) -> SentenceEncoder:
-    """Returns a sentence encoder, the same one for the same name."""
-    return SentenceEncoder(name, device)
+# The same encoder for the same name and device.
+load_encoder = cache(SentenceEncoder)
 
 
 def query_texts(tokenizer: PreTrainedTokenizerBase, token_lists: Sequence[Sequence[int]]) -> list[str]:
