@@ -93,10 +93,8 @@ class Task:
 
 def rows_digest(tasks: Sequence[Task]) -> str:
     """Returns 16 hex digits that identify the rows and templates of tasks."""
-    digest = hashlib.sha256()
-    for task in tasks:
-        digest.update(repr((task.spec, task.train, task.validation, task.test)).encode())
-    return digest.hexdigest()[:16]
+    rows = "".join(repr((task.spec, task.train, task.validation, task.test)) for task in tasks)
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
 def known(kind: str, name: str, among: Mapping[str, T]) -> T:
