@@ -14,7 +14,7 @@ import pandas as pd
 from icrouting import conclusion, figures, records, table
 from icrouting.storage import load_json, save_text
 from icrouting.summary import BASELINE, Summary, summarise
-from icrouting.table import csv, markdown, terminal_table
+from icrouting.table import csv, terminal_table
 
 __all__ = ["csv", "html", "markdown", "summarise", "terminal_table", "write"]
 
@@ -56,8 +56,13 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
     )
 
 
+def markdown(summary: Summary) -> str:
+    """Returns the conclusion, the table, its legend, what was cut short and where the figures come from."""
+    return render("report.md.j2", summary=summary, conclusion=conclusion.conclusion(summary), table=table)
+
+
 def render(template: str, **values: object) -> str:
-    """Returns a page: one of our templates filled with values, which are escaped."""
+    """Returns a page: one of our templates filled with values, which are escaped where it is HTML."""
     loader, strict = jinja2.PackageLoader("icrouting", ""), jinja2.StrictUndefined
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
