@@ -3,7 +3,7 @@
 import tomllib
 from importlib import resources
 
-from icrouting.tasks import TaskSpec, known
+from icrouting.tasks import TaskSpec
 
 _ENTRIES = tomllib.loads(resources.files("icrouting").joinpath("catalogue.toml").read_text(encoding="utf-8"))
 
@@ -17,8 +17,3 @@ HUB = {name: entry["hub"] for name, entry in _ENTRIES.items() if "hub" in entry}
 STAICC = {name: entry["staicc"] for name, entry in _ENTRIES.items() if "staicc" in entry}
 MAX_TRAIN = {name: entry.get("max_train", 6000) for name, entry in _ENTRIES.items()}
 MAX_TEST = 2000
-
-
-def find(name: str) -> TaskSpec:
-    """Returns the spec of a catalogue task; ValueError with near matches if there is none."""
-    return known("task", name, SPECS)

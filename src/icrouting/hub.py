@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from icrouting.catalogue import HUB, MAX_TEST, MAX_TRAIN, find
+from icrouting.catalogue import HUB, MAX_TEST, MAX_TRAIN, SPECS
 from icrouting.rows import parse_row
 from icrouting.splits import apart, make_task
 from icrouting.tasks import Example, Task, TaskSpec
@@ -34,7 +34,7 @@ def read_task(spec: TaskSpec, mirror: Path | None = None) -> Task:
     train = _sample(_read(spec, "train", mirror), MAX_TRAIN[spec.name], rng)
     test = _sample(_read(spec, "test", mirror), MAX_TEST, rng)
     for other in source.get("apart_from", ()):
-        train = apart(train, _read(find(other), "test", mirror))
+        train = apart(train, _read(SPECS[other], "test", mirror))
     return make_task(spec, train, test)
 
 

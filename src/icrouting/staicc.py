@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from icrouting import assets
-from icrouting.catalogue import MAX_TEST, MAX_TRAIN, STAICC, find
+from icrouting.catalogue import MAX_TEST, MAX_TRAIN, SPECS, STAICC
 from icrouting.rows import parse_row
 from icrouting.splits import apart, inside, is_long, make_task, text_key
 from icrouting.tasks import Example, Task, TaskSpec
@@ -53,7 +53,7 @@ def read_task(spec: TaskSpec) -> Task:
     if spec.name == "sst2":
         return make_task(spec, *_deal_reviews(rows, rng))
     if spec.name in ("mr", "sst5"):
-        dealt = _deal_reviews(_read_rows(folder, find("sst2")), np.random.default_rng(_SEED))
+        dealt = _deal_reviews(_read_rows(folder, SPECS["sst2"]), np.random.default_rng(_SEED))
         rows = apart(rows, [*dealt[0], *dealt[1]])
     n_test = min(MAX_TEST, len(rows) // 5)
     shuffled = [rows[i] for i in rng.permutation(len(rows))]

@@ -122,7 +122,7 @@ def load_task(name: str | TaskSpec, data: str | Path) -> Task:
 
     if str(name).endswith(".toml"):
         return taskfile.read_task_file(Path(str(name)))
-    spec = name if isinstance(name, TaskSpec) else catalogue.find(name)
+    spec = name if isinstance(name, TaskSpec) else known("task", name, catalogue.SPECS)
     kind, _, place = str(data).partition(":")
     if str(data) == "pinned:staicc":
         return staicc.read_task(spec)
