@@ -59,7 +59,5 @@ load_encoder = cache(SentenceEncoder)
 
 def query_texts(tokenizer: PreTrainedTokenizerBase, token_lists: Sequence[Sequence[int]]) -> list[str]:
     """Returns the texts that token lists stand for, as the encoder reads them in fitting and in use."""
-    return [
-        str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for tokens in token_lists
-    ]
+    lists = [list(tokens) for tokens in token_lists]
+    return tokenizer.batch_decode(lists, skip_special_tokens=True, clean_up_tokenization_spaces=False)
