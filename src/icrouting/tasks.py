@@ -101,10 +101,8 @@ class Task:
 
 def rows_digest(tasks: Sequence[Task]) -> str:
     """Returns 16 hex digits that identify the rows and templates of tasks."""
-    digest = hashlib.sha256()
-    for task in tasks:
-        digest.update(repr((task.spec, task.train, task.validation, task.test)).encode())
-    return digest.hexdigest()[:16]
+    rows = "".join(repr((task.spec, task.train, task.validation, task.test)) for task in tasks)
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
 def known(kind: str, name: str, among: Mapping[str, T]) -> T:
@@ -132,7 +130,7 @@ def load_task(name: str | TaskSpec, data: str | Path) -> Task:
 
     if str(name).endswith(".toml"):
         return taskfile.read_task_file(Path(str(name)))
-    spec = name if isinstance(name, TaskSpec) else catalogue.find(name)
+    spec = name if isinstance(name, TaskSpec) else known("task", name, catalogue.SPECS)
     kind, _, place = str(data).partition(":")
     if str(data) == "pinned:staicc":
         return staicc.read_task(spec)
