@@ -176,7 +176,7 @@ def test_a_recipe_runs_dry_with_the_published_number_of_parameters(recipe, five_
     cli.main(arguments[2:])
     shown = " ".join(capsys.readouterr().out.split())
     n_parameters = int(shown.partition("base model ")[2].partition(" router")[0].strip(",").replace(",", ""))
-    assert n_parameters / 1e9 == pytest.approx(PUBLISHED[recipe], rel=1e-3)
+    assert float(f"{n_parameters / 1e9:.3g}") == PUBLISHED[recipe]
     for said in ("no tokenizer", "moments", "trunk", "training", "at 100 TFLOP/s"):
         assert said in shown
     assert not (tmp_path / "router").exists()

@@ -85,10 +85,7 @@ def size(n_bytes: int) -> str:
 
 
 def room_of(out: Path) -> tuple[int, int, int | None]:
-    """Returns the free bytes of memory, of the disk under `out` and of the accelerator that takes the weights, if any.
-
-    What a fit begun in `out` has written counts as free, since it need not be written again.
-    """
+    """Returns the free bytes of memory, disk (with what a fit begun in `out` has written) and accelerator, if any."""
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     kept = sum(file.stat().st_size for file in (out / "fit").glob("*"))
     device = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
@@ -107,11 +104,12 @@ def plan_fit(
 
     Of every task `sample` prompts and queries are read, and their mean length stands for all of them.
     """
-    dims, hidden_size, itemsize = dims_of(model), int(decoder_of(model).config.hidden_size), dtype.itemsize
+    dims, decoder, itemsize = dims_of(model), decoder_of(model).config, dtype.itemsize
+    hidden_size, head = int(decoder.hidden_size), 2 * int(decoder.vocab_size * decoder.hidden_size)
     layers = config.layers or late_third(dims.n_layers)
     check_layers(layers, dims.n_layers)
     prompts, queries = _texts(model, tokenizer, tasks, config, sample)
-    n_routed, n_late = len(layers), dims.n_layers - layers[0]
+    n_routed, n_late, longest = len(layers), dims.n_layers - layers[0], max(of.longest for of in queries.values())
     widths = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
     n_features = hidden_size if config.encoder == HIDDEN else MINILM_WIDTH
     n_out = n_routed * (config.rank + dims.n_heads)
@@ -119,7 +117,6 @@ def plan_fit(
     moments = 8 * n_routed * sum(width**2 + width for width in widths)
     # A layer's matrices have about so many outputs a token; backward keeps them and as many made of them.
     n_outputs = _n_matrix(model) // dims.n_layers // hidden_size
-    longest = max(texts.longest for texts in queries.values())
     n_parameters = sum(weight.numel() for weight in model.parameters())
     memory = {
         "weights": n_parameters * itemsize,
@@ -130,7 +127,7 @@ def plan_fit(
     }
     n_tokens, n_pids = sum(texts.tokens for texts in queries.values()), n_routed * config.rank * (sum(widths) + 4)
     disk = {"trunk": n_tokens * hidden_size * itemsize, "moments": moments, "router": 4 * (n_router + n_pids)}
-    head = 2 * _head(model).weight.numel() * sum(texts.count for texts in queries.values())
+    head *= sum(texts.count for texts in queries.values())
     flops = {
         "extraction": pass_flops(model, prompts.values(), dims.n_layers),
         "trunk": pass_flops(model, queries.values(), dims.n_layers) + head,
@@ -170,15 +167,9 @@ def _texts(
     return prompts, queries
 
 
-def _head(model: PreTrainedModel) -> nn.Linear:
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear), "AutoModelForCausalLM gives every decoder a vocabulary head"
-    return head
-
-
 def _n_matrix(model: PreTrainedModel) -> int:
     looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    return sum(weight.numel() for weight in {*model.parameters()} - looked_up - {_head(model).weight})
+    return sum(weight.numel() for weight in {*decoder_of(model).parameters()} - looked_up)
 
 
 def pass_flops(model: PreTrainedModel, prompts: Iterable[Texts], n_layers: int) -> float:
