@@ -21,6 +21,8 @@ def fit(
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
     data: str = "hub",
     tasks: Names = HUB_TASKS[:5],
+    dry_run: bool = False,
+    tflops: float = 100.0,
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = DEFAULTS,
 ) -> None:
     """Fit a router on a frozen model, from few-shot prompts of a few tasks.
@@ -36,10 +38,15 @@ def fit(
         model: Hub id, local folder, .gguf file, or "pinned:smollm2-135m".
         data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
         tasks: Source tasks: names, or task files of your own (my-task.toml).
+        dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and end. Nothing is run,
+            no weights are read: of the model, a folder with its config.json is enough.
+        tflops: The model's speed that a dry run reckons times with, in TFLOP/s; a real fit measures it.
         config: The settings below.
     """
     from icrouting import commands
 
+    if dry_run:
+        return commands.show_plan(model, data, tasks, config, tflops)
     commands.fit(out, model, data, tasks, config)
 
 

@@ -2,8 +2,10 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,7 +15,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from icrouting import inspection, records, report, runs
+from icrouting import inspection, plan, records, report, runs
 from icrouting import methods as registry
 from icrouting.batches import context_length, tokenize
 from icrouting.card import with_results
@@ -21,7 +23,7 @@ from icrouting.conclusion import conclusion
 from icrouting.config import FitConfig, Settings
 from icrouting.evaluate import Evaluation
 from icrouting.icr import InContextRouter
-from icrouting.models import fingerprint, load_model
+from icrouting.models import default_dtype, fingerprint, load_model, load_skeleton
 from icrouting.processes import agree, first_one_first, is_first, wait
 from icrouting.progress import spinner
 from icrouting.storage import load_json, save_json, save_text
@@ -53,8 +55,16 @@ def fit(out: Path, model: str, data: str, tasks: Sequence[str], config: FitConfi
     """Fits a router, saves it to `out` and returns it; or the one that was finished there already."""
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
-        sources = load_tasks(tasks, data)
+        sources, planned = load_tasks(tasks, data), None
+        if not (out / "config.json").exists():
+            planned = plan.plan_fit(*load_skeleton(model), sources, config, default_dtype())
+            planned.check(*plan.room_of(out))  # before the weights are loaded
         base, tokenizer = load(model)
+    if planned is not None:
+        seconds = planned.seconds(plan.speed_of(base))
+        console.print(
+            f"expected from the start: {_time(sum(seconds.values()))} ({_listed(seconds, _time)})", markup=False
+        )
     if (out / "config.json").exists():
         icr = InContextRouter.from_pretrained(out)
         wanted = (config, fingerprint(base), rows_digest(sources))
@@ -68,6 +78,35 @@ def fit(out: Path, model: str, data: str, tasks: Sequence[str], config: FitConfi
     wait()
     console.print(f"router saved to {out}", markup=False)
     return icr
+
+
+def show_plan(model: str, data: str, tasks: Sequence[str], config: FitConfig, tflops: float) -> None:
+    """Prints what a fit would take; no weights are read."""
+    sources, (skeleton, tokenizer) = load_tasks(tasks, data), load_skeleton(model)
+    planned = plan.plan_fit(skeleton, tokenizer, sources, config, torch.bfloat16)
+    by_task = Table("task", "prompts", "their tokens", "queries", "their tokens", title=f"fit on {model}")
+    for task, texts in planned.prompts.items():
+        counts = (texts.count, texts.tokens, planned.queries[task].count, planned.queries[task].tokens)
+        by_task.add_row(task, *(f"{count:,}" for count in counts))
+    console.print(by_task)
+    seconds = planned.seconds(tflops * 1e12)
+    lines = {
+        "tokens": "by the model's tokenizer" if tokenizer else f"no tokenizer: {plan.CHARS_PER_TOKEN} characters each",
+        "parameters": f"base model {planned.n_parameters:,}, router {planned.n_router:,}",
+        "routed layers": f"{len(planned.layers)} from layer {planned.layers[0]} on, rank {config.rank}",
+        "memory, in bfloat16 as on accelerators": _listed(planned.memory, plan.size),
+        "disk": _listed(planned.disk, plan.size),
+        f"time at {tflops:g} TFLOP/s": f"{_time(sum(seconds.values()))}: {_listed(seconds, _time)}",
+    }
+    console.print("\n".join(f"{name}: {said}" for name, said in lines.items()), markup=False, highlight=False)
+
+
+def _listed(amounts: dict[str, Any], said: Callable[[Any], str]) -> str:
+    return ", ".join(f"{name} {said(amount)}" for name, amount in amounts.items())
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def evaluate(

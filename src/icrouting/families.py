@@ -109,7 +109,9 @@ def branches_of(model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
 def dims_of(model: nn.Module) -> Dims:
     """The sizes of a decoder, from its config."""
     config = decoder_of(model).config
-    n_heads = config.num_attention_heads
+    n_heads = getattr(config, "num_attention_heads", None)
+    if n_heads is None:
+        raise ValueError(f"{config.model_type!r} models cannot be routed: their config names no attention heads")
     return Dims(
         n_layers=config.num_hidden_layers,
         n_heads=n_heads,

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting import assets
 from icrouting.families import base_of
@@ -46,11 +46,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or default_dtype())
     except (OSError, ValueError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"cannot load model {str(name)!r}: expected a hub id, a folder with config.json, a .gguf file or "
-            f"'pinned:{PINNED[0]}'; {first_line}"
-        ) from error
+        raise _unloadable(name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # `generate` goes on from the last column
@@ -59,6 +55,30 @@ def load_model(
     own = f"cuda:{here().local_process_index}" if torch.cuda.is_available() else "cpu"
     model.to(torch.device(device or own))  # pyright: ignore[reportArgumentType]
     return model.eval(), tokenizer
+
+
+def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Returns a model on the meta device, which needs its config.json alone, and its tokenizer if there is one."""
+    folder = folder_of(str(name))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError):  # the folder holds none
+        return model, None
+    # Without files some families' are made up, and know no letter.
+    return model, tokenizer if set(tokenizer("a").input_ids) - set(tokenizer.all_special_ids) else None
+
+
+def _unloadable(name: str | Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"cannot load model {str(name)!r}: expected a hub id, a folder with config.json, a .gguf file or "
+        f"'pinned:{PINNED[0]}'; {str(error).strip().splitlines()[0]}"
+    )
 
 
 def folder_of(name: str) -> str:

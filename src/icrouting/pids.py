@@ -43,7 +43,7 @@ class QKMoments:
         self._state["count"] += query.shape[1]
         for side, vectors in (("query", query.double()), ("key", key.double())):
             self._state[f"{side}_sum"] += vectors.sum(1)
-            self._state[f"{side}_outer"] += vectors.mT @ vectors
+            self._state[f"{side}_outer"].baddbmm_(vectors.mT, vectors)  # in place: a product apart takes as much again
 
     def merge(self, other: "QKMoments") -> None:
         """Adds what another accumulator has seen."""
@@ -54,6 +54,12 @@ class QKMoments:
         total = self._state[f"{side}_sum"]
         scatter = self._state[f"{side}_outer"] - total[:, :, None] * total[:, None, :] / self.count
         return scatter / (self.count - 1)
+
+    def of_layer(self, place: int) -> "QKMoments":
+        """The moments of one layer, which is alone; not a copy."""
+        return self.from_tensors(
+            {name: value[place : place + 1] if value.ndim else value for name, value in self._state.items()}
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by name, to be saved."""
@@ -118,19 +124,32 @@ def fit_pids(moments: QKMoments, layers: tuple[int, ...], rank: int, basis: Basi
         raise ValueError(f"rank must lie in 1..{widest} (the width of the keys), got {rank}")
     if moments.count <= rank:
         raise ValueError(f"{rank} directions need more than {rank} prompts, got {moments.count}: add prompts or tasks")
-    query_pids, query_std, query_explained = _directions(moments.covariance("query"), rank, basis, generator)
-    key_pids, key_std, key_explained = _directions(moments.covariance("key"), rank, basis, generator)
+    query_pids, query_std, query_explained = _directions(moments, "query", rank, basis, generator)
+    key_pids, key_std, key_explained = _directions(moments, "key", rank, basis, generator)
     return PIDs(layers, query_pids, key_pids, query_std, key_std, query_explained, key_explained, basis)
 
 
 def _directions(
-    covariance: Float[Tensor, "n_layers width width"], rank: int, basis: Basis, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+    moments: QKMoments, side: Literal["query", "key"], rank: int, basis: Basis, generator: torch.Generator
+) -> list[Tensor]:
+    n_layers, width = moments.tensors()[f"{side}_sum"].shape
+    gaussian = None
     if basis == "random":
-        gaussian = torch.randn(*covariance.shape[:2], rank, dtype=torch.float64, generator=generator)
-        columns = torch.linalg.qr(gaussian).Q
-    else:
-        columns = torch.linalg.eigh(covariance).eigenvectors.flip(-1)[..., :rank]
+        gaussian = torch.randn(n_layers, width, rank, dtype=torch.float64, generator=generator)
+    # Layer by layer, since decomposing takes several times a covariance's memory.
+    layers = []
+    for place in range(n_layers):
+        covariance = moments.of_layer(place).covariance(side)
+        if gaussian is None:
+            columns = torch.linalg.eigh(covariance).eigenvectors.flip(-1)[..., :rank]
+        else:
+            columns = torch.linalg.qr(gaussian[place : place + 1]).Q
+        layers.append(_described(columns, covariance))
+    return [torch.cat(tensors) for tensors in zip(*layers, strict=True)]
+
+
+def _described(columns: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns with their signs fixed, the standard deviation along each and its share of the variance."""
     # The largest entry of every column is positive, so that equal subspaces give equal files.
     largest = columns.abs().argmax(1, keepdim=True)
     columns = columns * columns.gather(1, largest).sign()

@@ -1,0 +1,192 @@
+"""What a fit will take, reckoned before it starts: parameters, tokens, memory, disk and time.
+
+    moments   8 * n_routed * (query_width^2 + query_width + key_width^2 + key_width)       bytes, for any n_prompts
+    trunk     query tokens * hidden_size * itemsize                                        bytes, on disk
+    pass      2 * n_matrix * tokens + 4 * n_layers * query_width * sum of squared lengths  FLOP
+    training  2 * epochs * the routed layers' pass                FLOP; backward goes to activations alone
+
+n_matrix counts the weights without embeddings and vocabulary head. docs/scaling.md holds this against measurements.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icrouting.batches import context_length, tokenize
+from icrouting.capture import TOKEN_BUDGET
+from icrouting.config import HIDDEN, FitConfig
+from icrouting.families import check_layers, decoder_of, device_of, dims_of, late_third
+from icrouting.prompts import extraction_prompts
+from icrouting.tasks import Task
+
+# Without a tokenizer; with SmolLM2's it is 3.0 (csqa) to 4.2 (sst2).
+CHARS_PER_TOKEN = 3.8
+# One core's: to add a batch to a byte of moments, and to decompose a covariance, per width^3.
+SECONDS_PER_BYTE, SECONDS_PER_CUBE = 0.35e-9, 1.2e-9
+MINILM_WIDTH = 384
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One task's prompts in one stage: how many, the sums of their lengths in tokens and of those squared."""
+
+    count: int
+    tokens: int
+    squares: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A fit, reckoned: bytes by part, FLOP by stage, seconds of one core for moments and PCA; batches are rough."""
+
+    n_parameters: int
+    n_router: int
+    layers: tuple[int, ...]
+    prompts: dict[str, Texts]
+    queries: dict[str, Texts]
+    memory: dict[str, int]
+    disk: dict[str, int]
+    flops: dict[str, float]
+    processor: float
+
+    def seconds(self, speed: float) -> dict[str, float]:
+        """Returns the time of every stage where the model runs at `speed`, in FLOP/s."""
+        return {stage: flops / speed for stage, flops in self.flops.items()} | {
+            "moments and PCA on one core": self.processor
+        }
+
+    def check(self, memory: int, disk: int, device: int | None) -> None:
+        """Raises ValueError if what is needed for certain, so without batches, exceeds the bytes that are free."""
+        weights, moments = self.memory["weights"], self.memory["moments"]
+        fewer = f"route fewer than {len(self.layers)} layers (--layers) or take a smaller model"
+        for what, needed, free, advice in (
+            ("memory", moments + (weights if device is None else 0), memory, fewer),
+            ("disk space", sum(self.disk.values()), disk, "lower --n-queries or set --out to another disk"),
+            ("accelerator memory", weights, device, "spread the model over more devices or take a smaller one"),
+        ):
+            if free is not None and needed > free:
+                raise ValueError(f"this fit needs {size(needed)} of {what}, {size(free)} are free: {advice}")
+
+
+def size(n_bytes: int) -> str:
+    """Returns a number of bytes as people read it."""
+    power = min(4, int(math.log(max(1, n_bytes), 1000)))
+    return f"{n_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def room_of(out: Path) -> tuple[int, int, int | None]:
+    """Returns the free bytes of memory, disk (with what a fit begun in `out` has written) and accelerator, if any."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    kept = sum(file.stat().st_size for file in (out / "fit").glob("*"))
+    device = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    return psutil.virtual_memory().available, shutil.disk_usage(there).free + kept, device
+
+
+def plan_fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tasks: Sequence[Task],
+    config: FitConfig,
+    dtype: torch.dtype,
+    sample: int = 50,
+) -> Plan:
+    """Returns the plan of a fit whose weights will be loaded in `dtype`; a model on the meta device will do.
+
+    Of every task `sample` prompts and queries are read, and their mean length stands for all of them.
+    """
+    dims, decoder, itemsize = dims_of(model), decoder_of(model).config, dtype.itemsize
+    hidden_size, head = int(decoder.hidden_size), 2 * int(decoder.vocab_size * decoder.hidden_size)
+    layers = config.layers or late_third(dims.n_layers)
+    check_layers(layers, dims.n_layers)
+    prompts, queries = _texts(model, tokenizer, tasks, config, sample)
+    n_routed, n_late, longest = len(layers), dims.n_layers - layers[0], max(of.longest for of in queries.values())
+    widths = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
+    n_features = hidden_size if config.encoder == HIDDEN else MINILM_WIDTH
+    n_out = n_routed * (config.rank + dims.n_heads)
+    n_router = config.hidden_width * (2 * n_features + 2 + n_out) + n_out
+    moments = 8 * n_routed * sum(width**2 + width for width in widths)
+    # A layer's matrices have about so many outputs a token; backward keeps them and as many made of them.
+    n_outputs = _n_matrix(model) // dims.n_layers // hidden_size
+    n_parameters = sum(weight.numel() for weight in model.parameters())
+    memory = {
+        "weights": n_parameters * itemsize,
+        "moments": moments,
+        "extraction batch": TOKEN_BUDGET * (n_outputs + n_routed * sum(widths)) * itemsize,
+        "PCA of one layer": 4 * 8 * widths[0] ** 2,
+        "training batch": 2 * config.batch_size * longest * n_late * n_outputs * itemsize,
+    }
+    n_tokens, n_pids = sum(texts.tokens for texts in queries.values()), n_routed * config.rank * (sum(widths) + 4)
+    disk = {"trunk": n_tokens * hidden_size * itemsize, "moments": moments, "router": 4 * (n_router + n_pids)}
+    head *= sum(texts.count for texts in queries.values())
+    flops = {
+        "extraction": pass_flops(model, prompts.values(), dims.n_layers),
+        "trunk": pass_flops(model, queries.values(), dims.n_layers) + head,
+        "training": 2 * config.epochs * (pass_flops(model, queries.values(), n_late) + head),
+    }
+    updated = moments * sum(texts.tokens for texts in prompts.values()) / TOKEN_BUDGET
+    processor = updated * SECONDS_PER_BYTE + n_routed * sum(width**3 for width in widths) * SECONDS_PER_CUBE
+    return Plan(n_parameters, n_router, layers, prompts, queries, memory, disk, flops, processor)
+
+
+def _texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tasks: Sequence[Task],
+    config: FitConfig,
+    sample: int,
+) -> tuple[dict[str, Texts], dict[str, Texts]]:
+    """Every task's prompts and queries, drawn as the fit draws them: up to the sample they are the same ones."""
+
+    def measured(texts: list[str], count: int, limit: float) -> Texts:
+        if tokenizer is None:
+            lengths = [len(text) / CHARS_PER_TOKEN for text in texts]
+        else:
+            lengths = [len(tokens) for tokens in tokenize(tokenizer, texts)]
+        lengths, scale = [min(length, limit) for length in lengths], count / len(texts)
+        squares = sum(length**2 for length in lengths)
+        return Texts(count, round(sum(lengths) * scale), round(squares * scale), math.ceil(max(lengths)))
+
+    prompts, queries, limit = {}, {}, float(min(config.max_tokens, context_length(model) or config.max_tokens))
+    draws = np.random.default_rng(config.seed), np.random.default_rng(config.seed + 1)
+    for task in tasks:
+        n_prompts, n_queries = (min(n, len(task.train)) for n in (config.n_prompts, config.n_queries))
+        shape = min(n_prompts, sample), config.demos_per_class
+        shown = extraction_prompts(task, *shape, draws[0], config.queries_per_context)
+        prompts[task.name] = measured([prompt.text for prompt in shown], n_prompts, math.inf)
+        rows = draws[1].permutation(len(task.train))[: min(n_queries, sample)]
+        queries[task.name] = measured([task.prompt(task.train[row]) for row in rows], n_queries, limit)
+    return prompts, queries
+
+
+def _n_matrix(model: PreTrainedModel) -> int:
+    looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(weight.numel() for weight in {*decoder_of(model).parameters()} - looked_up)
+
+
+def pass_flops(model: PreTrainedModel, prompts: Iterable[Texts], n_layers: int) -> float:
+    """Returns the FLOP of prompts' pass through `n_layers` layers, without the vocabulary head."""
+    dims, prompts = dims_of(model), list(prompts)
+    matrices = 2.0 * _n_matrix(model) / dims.n_layers * sum(texts.tokens for texts in prompts)
+    return n_layers * (matrices + 4.0 * dims.n_heads * dims.head_dim * sum(texts.squares for texts in prompts))
+
+
+@torch.no_grad()
+def speed_of(model: PreTrainedModel) -> float:
+    """Returns the FLOP/s of a short pass of a loaded model, the second of two."""
+    length, seconds = min(256, context_length(model) or 256), 0.0
+    input_ids = torch.ones(4, length, dtype=torch.long, device=device_of(model))
+    for _ in range(2):
+        started = time.monotonic()
+        decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1].cpu()  # waits for the device
+        seconds = time.monotonic() - started
+    return pass_flops(model, [Texts(4, 4 * length, 4 * length**2, length)], dims_of(model).n_layers) / seconds
