@@ -57,8 +57,7 @@ def capture_last_tokens(
         for group in track(groups, "extraction", [len(group) for group in groups], "prompts", n_done):
             batch = pad([token_lists[i] for i in group], pad_id_of(tokenizer)).to(device)
             decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
-            rows = torch.arange(len(group), device=device)
+            rows, last = torch.arange(len(group)), batch.last.cpu()  # layers may lie on several devices
             yield tuple(  # pyright: ignore[reportReturnType]
-                torch.stack([store[name][rows, batch.last].float().cpu() for store in stores])
-                for name in ("query", "key")
+                torch.stack([store[name][rows, last].float().cpu() for store in stores]) for name in ("query", "key")
             )
