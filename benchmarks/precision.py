@@ -12,6 +12,7 @@ computed in float32 and rounded once, which is what hardware with such products 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
@@ -117,8 +118,8 @@ def products_in_float32():
     linear = torch.nn.functional.linear
 
     def product(states, weight, bias=None):
-        wide = (None if tensor is None else tensor.float() for tensor in (states, weight, bias))
-        return linear(*wide).to(states.dtype)
+        wide = linear(states.float(), weight.float(), None if bias is None else bias.float())
+        return wide.to(states.dtype)
 
     with mock.patch.object(torch.nn.functional, "linear", product):
         yield
@@ -127,7 +128,7 @@ def products_in_float32():
 def ways_of(dtype):
     """Every run of one dtype: its name, and how columns are held; None is unrouted."""
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
-    runs = {f"{name}, unrouted": None}
+    runs: dict[str, Callable | None] = {f"{name}, unrouted": None}
     if dtype == torch.float32:
         runs["float32, routed"] = exact
     more = "float32, columns alone: " if dtype == torch.float32 else "bfloat16, routed: "
@@ -210,7 +211,7 @@ def tabulate(out: Path) -> None:
     resampled = rng.integers(len(unrouted), size=(2000, len(unrouted)))
     rows = {}
     for name, found in by_run.items():
-        reference = by_run["float32, unrouted" if "unrouted" in name else "float32, routed"]
+        reference = by_run["float32, unrouted" if "unrouted" in str(name) else "float32, routed"]
         off = errors(found, reference)
         ratios = np.sqrt((off**2)[resampled].mean(1) / (unrouted**2)[resampled].mean(1))
         rows[name] = {
