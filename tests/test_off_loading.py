@@ -69,6 +69,15 @@ def test_a_fit_equals_that_in_memory_and_leaves_the_model_as_it_was(pair, featur
         assert name.endswith("2.bias") or weight.any()
 
 
+def test_activation_checkpointing_brings_off_loaded_layers_in_again(pair):
+    whole, spread, tokenizer = pair
+    expected = fitted(whole, tokenizer, HIDDEN).router.state_dict()
+    spread.activation_checkpointing_enable()
+    got = fitted(spread, tokenizer, HIDDEN).router.state_dict()
+    spread.activation_checkpointing_disable()
+    assert max((got[name] - weight).abs().max() for name, weight in expected.items()) <= CLOSE
+
+
 @pytest.fixture(scope="module")
 def icr(pair, encoder_folder):
     whole, _, tokenizer = pair
