@@ -6,7 +6,8 @@ import sys
 import pytest
 
 import tiny
-from icrouting import cli
+from icrouting import cli, commands
+from icrouting.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,17 @@ def test_generate_shows_both_continuations(world, capsys):
     shown = capsys.readouterr().out
     assert "zero-shot" in shown
     assert "routed, strength 1" in shown
+
+
+def test_a_model_may_be_spread_by_a_map(world, encoder_folder, capsys, monkeypatch):
+    fit(world, encoder_folder, world / "router", "--device-map", "auto")
+    assert "holds this router already" in capsys.readouterr().out
+    where = ["--model", str(world / "model"), "--router", str(world / "router"), "--prompt", "Review: joy"]
+    assert "device_map that fits it, not 'foo'" in failure(capsys, "generate", *where, "--device-map", "foo")
+    # Where memory is too small, "auto" comes to this.
+    monkeypatch.setattr(commands, "load_model", lambda name, device_map: load_model(name, device_map={"": "disk"}))
+    cli.main(["generate", *where, "--max-new-tokens", "5"])
+    assert "routed, strength 1" in capsys.readouterr().out
 
 
 def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys):

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -38,3 +40,46 @@ def test_the_fingerprint_survives_a_change_of_dtype_and_no_change_of_weights():
 def test_what_cannot_be_loaded_is_said(name, said):
     with pytest.raises(ValueError, match=said):
         load_model(name)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a model of experts, whose weights transformers joins, and so has to write anew for the disk."""
+    tiny.model("mixtral").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_weights_on_disk_lie_in_the_cache_folder_as_long_as_their_model_lives(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("ICROUTING_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = load_model(saved, dtype=torch.float32, device_map={"": "disk"})
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
+    assert all(weight.is_meta and not weight.requires_grad for weight in model.parameters())
+    whole, inputs = load_model(saved, dtype=torch.float32)[0], tokenizer(["a dull film"], return_tensors="pt")
+    assert torch.equal(model(input_ids=inputs.input_ids).logits, whole(input_ids=inputs.input_ids).logits)
+    del model
+    gc.collect()
+    assert not list((tmp_path / "cache" / "off-loaded").iterdir())
+
+
+def test_a_map_that_puts_all_in_one_place_loads_an_ordinary_model(saved):
+    model, _ = load_model(saved, dtype=torch.float32, device_map="auto")
+    assert fingerprint(model) == fingerprint(tiny.model("mixtral"))
+    assert not any(weight.is_meta for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ({"device_map": "foo"}, r"device_map that fits it, not 'foo'; .*'auto', 'balanced'"),
+        ({"device_map": {"lm_head": "disk"}}, r"not \{'lm_head': 'disk'\}; .* does not give any device"),
+        ({"device_map": {"": "gpu"}}, r"not \{'': 'gpu'\}; Expected one of cpu, cuda"),
+        ({"device_map": "auto", "device": "cpu"}, "got both"),
+    ],
+)
+def test_a_place_that_is_none_is_said_in_one_line_and_leaves_nothing(places, said, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("ICROUTING_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=said) as error:
+        load_model(saved, **places)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -63,7 +63,7 @@ def capture_last_tokens(
                 else:  # the vocabulary head need not run
                     mask = batch.attention_mask.long()
                     decoder_of(model)(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
-                places = torch.arange(len(group), device=device), batch.last
+                places = torch.arange(len(group)), batch.last.cpu()  # layers may lie on several devices
                 query, key = (
                     torch.stack([store[name][places].float().cpu() for store in stores]) for name in ("query", "key")
                 )

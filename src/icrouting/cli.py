@@ -8,17 +8,18 @@ from typing import Annotated
 import tyro
 
 from icrouting.catalogue import PAPER_TASKS
-from icrouting.config import FitConfig, Settings
+from icrouting.config import Backbone, FitConfig, Settings
 
-DEFAULTS, SETTINGS = FitConfig(), Settings()
+BACKBONE, DEFAULTS, SETTINGS = Backbone(), FitConfig(), Settings()
 # The paper's tasks that the hub holds: the five in-domain ones first.
 HUB_TASKS = tuple(name for name in PAPER_TASKS if name != "ai2scie")
+Base = Annotated[Backbone, tyro.conf.arg(name="")]
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
 
 
 def fit(
     out: Path,
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    model: Base = BACKBONE,
     data: str = "hub",
     tasks: Names = HUB_TASKS[:5],
     dry_run: bool = False,
@@ -35,7 +36,7 @@ def fit(
 
     Args:
         out: Folder for the router; the stages' results are kept in its subfolder "fit".
-        model: Hub id, local folder, .gguf file, or "pinned:smollm2-135m".
+        model: The model below.
         data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
         tasks: Source tasks: names, or task files of your own (my-task.toml).
         dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and end. Nothing is run,
@@ -52,7 +53,7 @@ def fit(
 
 def evaluate(
     out: Path,
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    model: Base = BACKBONE,
     data: str = "hub",
     tasks: Names = HUB_TASKS,
     sources: Names = HUB_TASKS[:5],
@@ -73,7 +74,7 @@ def evaluate(
 
     Args:
         out: The run's folder.
-        model: Hub id, local folder, .gguf file, or "pinned:smollm2-135m".
+        model: The model below.
         data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
         tasks: Tasks to test on: names, or task files of your own (my-task.toml).
         sources: The tasks that the router was fitted on; the others count as unseen.
@@ -104,7 +105,7 @@ def report(run: Annotated[Path, tyro.conf.Positional], card: Path | None = None)
 def generate(
     prompt: str,
     router: str,
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    model: Base = BACKBONE,
     strength: float = 1.0,
     max_new_tokens: int = 64,
 ) -> None:
@@ -127,7 +128,7 @@ def generate(
 def inspect(
     prompt: str,
     router: str,
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    model: Base = BACKBONE,
     options: Names = (),
     strength: float = 1.0,
     out: Path = Path("inspect.html"),
@@ -163,7 +164,7 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     from icrouting import commands
 
     n_prompts, n_queries, n_test = (6, 60, 24) if quick else (40, 400, 120)
-    model, data, sources = "pinned:smollm2-135m", "pinned:staicc", ("agnews", "sst2", "trec")
+    model, data, sources = Backbone("pinned:smollm2-135m"), "pinned:staicc", ("agnews", "sst2", "trec")
     tasks = (*sources, "sst5", "mr", "subj", "emotion")
     commands.console.print(
         f"In-Context Routing on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks"

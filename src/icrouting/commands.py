@@ -20,8 +20,9 @@ from icrouting import methods as registry
 from icrouting.batches import context_length, tokenize
 from icrouting.card import with_results
 from icrouting.conclusion import conclusion
-from icrouting.config import FitConfig, Settings
+from icrouting.config import Backbone, FitConfig, Settings
 from icrouting.evaluate import Evaluation
+from icrouting.families import device_of
 from icrouting.icr import InContextRouter
 from icrouting.models import default_dtype, fingerprint, load_model, load_skeleton
 from icrouting.processes import agree, first_one_first, is_first, wait
@@ -33,10 +34,10 @@ from icrouting.tasks import Task, load_task, rows_digest
 console = Console()
 
 
-def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(model: Backbone) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a model and its tokenizer, without the loaders' bars."""
     disable_progress_bar()
-    return load_model(name)
+    return load_model(model.model, device_map=model.device_map)
 
 
 def load_tasks(names: Sequence[str], data: str) -> list[Task]:
@@ -51,7 +52,7 @@ def load_tasks(names: Sequence[str], data: str) -> list[Task]:
     return tasks
 
 
-def fit(out: Path, model: str, data: str, tasks: Sequence[str], config: FitConfig) -> InContextRouter:
+def fit(out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig) -> InContextRouter:
     """Fits a router, saves it to `out` and returns it; or the one that was finished there already."""
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
@@ -111,7 +112,7 @@ def _time(seconds: float) -> str:
 
 def evaluate(
     out: Path,
-    model: str,
+    model: Backbone,
     data: str,
     task_names: Sequence[str],
     source_names: Sequence[str],
@@ -130,7 +131,7 @@ def evaluate(
     tasks, sources = ([every[name] for name in dict.fromkeys(chosen)] for chosen in (task_names, source_names))
     icr = InContextRouter.from_pretrained(settings.router) if settings.router else None
     config = runs.RunConfig(
-        model=model,
+        model=str(model),
         fingerprint=fingerprint(base),
         data=data,
         rows=rows_digest(list(every.values())),
@@ -216,12 +217,12 @@ def show(run: Path, card: Path | None = None) -> None:
     console.print(f"report: {run / 'report.html'}", soft_wrap=True, markup=False)
 
 
-def generate(prompt: str, router: str, model: str, strength: float, max_new_tokens: int) -> None:
+def generate(prompt: str, router: str, model: Backbone, strength: float, max_new_tokens: int) -> None:
     """Prints a prompt's continuation with and without routing."""
     icr = InContextRouter.from_pretrained(router)
     base, tokenizer = load(model)
     (tokens,) = tokenize(tokenizer, [prompt], context_length(base))
-    inputs = {"input_ids": torch.tensor([tokens], device=base.device)}
+    inputs = {"input_ids": torch.tensor([tokens], device=device_of(base))}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
     def go_on(title: str) -> Panel:
@@ -242,7 +243,9 @@ def generate(prompt: str, router: str, model: str, strength: float, max_new_toke
         console.print(routed.effect([prompt]), markup=False, highlight=False)
 
 
-def inspect(prompt: str, router: str, model: str, options: Sequence[str] | None, strength: float, out: Path) -> None:
+def inspect(
+    prompt: str, router: str, model: Backbone, options: Sequence[str] | None, strength: float, out: Path
+) -> None:
     """Prints what a router does to one prompt and writes it as a page."""
     icr = InContextRouter.from_pretrained(router)
     seen = inspection.inspect_prompt(icr, *load(model), prompt, options, strength)

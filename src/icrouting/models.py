@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
+import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +32,11 @@ def default_dtype() -> torch.dtype:
 
 
 def load_model(
-    name: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, str | int | torch.device] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a frozen decoder in evaluation mode, and its tokenizer.
 
@@ -37,23 +44,34 @@ def load_model(
         name: a hub id, a local folder, a `.gguf` file, or "pinned:smollm2-135m".
         dtype: dtype of the weights; None asks the hardware.
         device: where to put the model; None is the accelerator where there is one.
+        device_map: where to put its parts, for accelerate: "auto", "balanced" or the like, or modules' devices by
+            name, "cpu" and "disk" among them. Weights on disk are read where they lie; those that have another
+            form there are kept in the cache folder as long as the model lives.
 
     Raises:
-        ValueError: nothing of that name can be loaded.
+        ValueError: nothing of that name can be loaded, or not to there.
     """
-    folder = folder_of(str(name))
+    if device is not None and device_map is not None:
+        raise ValueError(f"expected a device or a device_map, got both ({device!r}, {device_map!r}): leave one out")
+    folder, off_loaded = folder_of(str(name)), assets.cache_folder() / "off-loaded" / uuid.uuid4().hex
+    spread = {"device_map": device_map, "offload_folder": off_loaded} if device_map is not None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or default_dtype())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unloadable(name, error) from error
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or default_dtype(), **spread)
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # torch asserts it has CUDA
+        shutil.rmtree(off_loaded, ignore_errors=True)
+        wanted = f", and a device_map that fits it, not {device_map!r}" if spread else ""
+        raise _unloadable(name, error, wanted) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # `generate` goes on from the last column
     model.config.name_or_path = str(name)
     model.requires_grad_(False)
-    own = f"cuda:{here().local_process_index}" if torch.cuda.is_available() else "cpu"
-    model.to(torch.device(device or own))  # pyright: ignore[reportArgumentType]
+    if spread:  # its parts are in their places, and must not be moved
+        weakref.finalize(model, shutil.rmtree, off_loaded, ignore_errors=True)
+    else:
+        own = f"cuda:{here().local_process_index}" if torch.cuda.is_available() else "cpu"
+        model.to(torch.device(device or own))  # pyright: ignore[reportArgumentType]
     return model.eval(), tokenizer
 
 
@@ -74,10 +92,10 @@ def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model, tokenizer if set(tokenizer("a").input_ids) - set(tokenizer.all_special_ids) else None
 
 
-def _unloadable(name: str | Path, error: Exception) -> ValueError:
+def _unloadable(name: str | Path, error: Exception, wanted: str = "") -> ValueError:
     return ValueError(
         f"cannot load model {str(name)!r}: expected a hub id, a folder with config.json, a .gguf file or "
-        f"'pinned:{PINNED[0]}'; {str(error).strip().splitlines()[0]}"
+        f"'pinned:{PINNED[0]}'{wanted}; {str(error).strip().splitlines()[0]}"
     )
 
 

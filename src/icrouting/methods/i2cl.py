@@ -56,7 +56,8 @@ class I2CL(Method):
         vectors = self.vectors.to(scalars.device)
 
         def edit(place: int, output: Tensor) -> Tensor:
-            changed = scalars[place, 1] * output.float() + scalars[place, 0] * vectors[place]
+            injected, own = scalars[place].to(output.device)
+            changed = own * output.float() + injected * vectors[place].to(output.device)
             if noise is not None:
                 size = changed.detach().norm(dim=-1, keepdim=True) * NOISE
                 draw = torch.randn(changed.shape, generator=noise)

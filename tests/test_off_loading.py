@@ -1,0 +1,120 @@
+"""A model whose layers lie in memory and on disk does all that the same model in memory does."""
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from icrouting.config import HIDDEN, FitConfig, Settings
+from icrouting.evaluate import Evaluation
+from icrouting.icr import InContextRouter
+from icrouting.methods import make
+from icrouting.models import fingerprint, load_model
+from icrouting.records import read
+
+# fp32 round-off; the same kernels run on the same numbers
+CLOSE = 1e-6
+OPTIONS = ["negative", "positive"]
+
+
+METHODS = ("zero-shot", "few-shot", "calibration", "task-vectors", "i2cl", "icr")
+# A trunk layer and a routed one on disk, then everything.
+LAYERS = {f"model.layers.{layer}": "disk" if layer in (1, 4) else "cpu" for layer in range(5)}
+REST = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+MAPS = {"layers on disk": LAYERS | REST, "all on disk": {"": "disk"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=MAPS)
+def pair(request, folder):
+    """The model in memory and off-loaded, and their tokenizer."""
+    whole, tokenizer = load_model(folder, dtype=torch.float32)
+    spread, _ = load_model(folder, dtype=torch.float32, device_map=MAPS[request.param])
+    assert any(weight.is_meta for weight in spread.parameters())
+    return whole, spread, tokenizer
+
+
+def state_of(model):
+    """All that attaching, fitting and scoring touch, accelerate's hooks, and where every weight lies."""
+    hooks = [(*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks) for m in model.modules()]
+    own = [(id(vars(m).get("_hf_hook")), id(vars(m).get("forward")), m.training) for m in model.modules()]
+    weights = [(name, weight.is_meta, weight.requires_grad) for name, weight in model.named_parameters()]
+    return hooks, own, weights, model.config._attn_implementation, sorted(vars(model))
+
+
+def fitted(model, tokenizer, encoder, folder=None):
+    config = FitConfig(n_prompts=9, demos_per_class=1, n_queries=9, rank=2, epochs=1, hidden_width=5, encoder=encoder)
+    return InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=folder)
+
+
+@pytest.mark.parametrize("features", ["encoder", HIDDEN])
+def test_a_fit_equals_that_in_memory_and_leaves_the_model_as_it_was(pair, features, encoder_folder, tmp_path):
+    whole, spread, tokenizer = pair
+    encoder, before = str(encoder_folder) if features == "encoder" else features, state_of(spread)
+    expected, got = fitted(whole, tokenizer, encoder), fitted(spread, tokenizer, encoder, tmp_path)
+    assert state_of(spread) == before
+    assert fingerprint(spread) == fingerprint(whole)
+    assert (got.pids.query_pids - expected.pids.query_pids).abs().max() <= CLOSE
+    assert (got.pids.key_pids - expected.pids.key_pids).abs().max() <= CLOSE
+    trained = got.router.state_dict()
+    for name, weight in expected.router.state_dict().items():
+        assert (trained[name] - weight).abs().max() <= CLOSE
+        assert name.endswith("2.bias") or weight.any()
+
+
+def test_activation_checkpointing_brings_off_loaded_layers_in_again(pair):
+    whole, spread, tokenizer = pair
+    expected = fitted(whole, tokenizer, HIDDEN).router.state_dict()
+    spread.activation_checkpointing_enable()
+    got = fitted(spread, tokenizer, HIDDEN).router.state_dict()
+    spread.activation_checkpointing_disable()
+    assert max((got[name] - weight).abs().max() for name, weight in expected.items()) <= CLOSE
+
+
+@pytest.fixture(scope="module")
+def icr(pair, encoder_folder):
+    whole, _, tokenizer = pair
+    icr = fitted(whole, tokenizer, str(encoder_folder))
+    icr.router.alpha[-1].weight.normal_(generator=torch.Generator().manual_seed(0))  # so that it matters
+    return icr
+
+
+def test_scores_and_generation_equal_those_in_memory(pair, icr):
+    whole, spread, tokenizer = pair
+    texts, before = [tiny.task().prompt(example) for example in tiny.task().test[:3]], state_of(spread)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    found = []
+    for model in (whole, spread):
+        with icr.attached(model, tokenizer) as routed:
+            tokens = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+            found.append((routed.score(texts, OPTIONS), tokens, routed.effect(texts)))
+    assert (found[0][0] - found[1][0]).abs().max() <= CLOSE
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][2] == found[1][2]
+    assert state_of(spread) == before
+    with icr.attached(whole, tokenizer, strength=0.0) as routed:
+        assert (routed.score(texts, OPTIONS) - found[0][0]).abs().max() > 100 * CLOSE, "the routing must matter"
+
+
+def test_an_evaluation_equals_that_in_memory(pair, icr, tmp_path):
+    whole, spread, tokenizer = pair
+    icr.save_pretrained(tmp_path / "router")
+    settings = Settings(router=str(tmp_path / "router"), demos_per_class=1, i2cl_epochs=1)
+    task, before, found = tiny.task(), state_of(spread), []
+    for name, model in (("whole", whole), ("spread", spread)):
+        evaluation = Evaluation(model, tokenizer, make(METHODS, settings), [task], tmp_path / f"{name}.jsonl")
+        evaluation.run([task], [0], 7)
+        found.append({record.key: record.option_logits for record in read(tmp_path / f"{name}.jsonl")})
+    assert len(found[0]) == 7 * len(METHODS)
+    assert found[0].keys() == found[1].keys()
+    for key, expected in found[0].items():
+        assert np.allclose(found[1][key], expected, rtol=0, atol=CLOSE), key
+    assert state_of(spread) == before
