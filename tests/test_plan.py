@@ -109,7 +109,6 @@ def test_the_work_of_a_pass_is_what_torch_counts(family):
 def test_a_third_of_the_layers_is_a_third_of_the_work():
     model, texts = tiny.model("llama"), [plan.Texts(2, 20, 200, 10)]
     assert 5 * plan.pass_flops(model, texts, 2) == pytest.approx(2 * plan.pass_flops(model, texts, 5))
-    assert plan.speed_of(model) > 0
     slow, fast = planned(model).seconds(1e9), planned(model).seconds(1e10)
     assert slow["training"] == pytest.approx(10 * fast["training"])
 

@@ -41,7 +41,7 @@ def fit(
         tasks: Source tasks: names, or task files of your own (my-task.toml).
         dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and end. Nothing is run,
             no weights are read: of the model, a folder with its config.json is enough.
-        tflops: The model's speed that a dry run reckons times with, in TFLOP/s; a real fit measures it.
+        tflops: The model's speed that a dry run reckons times with, in TFLOP/s.
         config: The settings below.
     """
     from icrouting import commands

@@ -56,16 +56,11 @@ def fit(out: Path, model: Backbone, data: str, tasks: Sequence[str], config: Fit
     """Fits a router, saves it to `out` and returns it; or the one that was finished there already."""
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
-        sources, planned = load_tasks(tasks, data), None
-        if not (out / "config.json").exists():
-            planned = plan.plan_fit(*load_skeleton(model), sources, config, default_dtype())
-            planned.check(*plan.room_of(out))  # before the weights are loaded
+        sources = load_tasks(tasks, data)
+        if not (out / "config.json").exists():  # reckoned before the weights are loaded
+            planned = plan.plan_fit(*load_skeleton(model.model), sources, config, default_dtype())
+            planned.check(*plan.room_of(out), is_spread=model.device_map is not None)
         base, tokenizer = load(model)
-    if planned is not None:
-        seconds = planned.seconds(plan.speed_of(base))
-        console.print(
-            f"expected from the start: {_time(sum(seconds.values()))} ({_listed(seconds, _time)})", markup=False
-        )
     if (out / "config.json").exists():
         icr = InContextRouter.from_pretrained(out)
         wanted = (config, fingerprint(base), rows_digest(sources))
@@ -81,9 +76,9 @@ def fit(out: Path, model: Backbone, data: str, tasks: Sequence[str], config: Fit
     return icr
 
 
-def show_plan(model: str, data: str, tasks: Sequence[str], config: FitConfig, tflops: float) -> None:
+def show_plan(model: Backbone, data: str, tasks: Sequence[str], config: FitConfig, tflops: float) -> None:
     """Prints what a fit would take; no weights are read."""
-    sources, (skeleton, tokenizer) = load_tasks(tasks, data), load_skeleton(model)
+    sources, (skeleton, tokenizer) = load_tasks(tasks, data), load_skeleton(model.model)
     planned = plan.plan_fit(skeleton, tokenizer, sources, config, torch.bfloat16)
     by_task = Table("task", "prompts", "their tokens", "queries", "their tokens", title=f"fit on {model}")
     for task, texts in planned.prompts.items():

@@ -29,6 +29,7 @@ from icrouting.trunk import run_trunk
 SAVE_EVERY_SECONDS = 20.0
 READ_AT_ONCE = 64
 BLOCK = 32  # prompts; what a process takes at a time, and batches by length
+HELD = 64  # batches; the moments of a wide model are gigabytes, and slower to add to than a batch is to run
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
@@ -72,16 +73,18 @@ def extract(
         tensors, metadata = load_tensors(kept)
         n_done = int(metadata["n_done"])
         moments = QKMoments.from_tensors(tensors) if place.is_main_process else moments
-    saved, blocks = time.monotonic(), list(range(n_done, n_prompts, BLOCK))
+    saved, blocks, held = time.monotonic(), list(range(n_done, n_prompts, BLOCK)), []
     sizes = [min(BLOCK, n_prompts - start) for start in blocks]
     deque(islice(prompts, n_done), maxlen=0)
     for number, start in enumerate(track(blocks, "extraction", sizes, "prompts", n_done)):
         block, turn = list(islice(prompts, BLOCK)), number % place.num_processes
         if turn == place.process_index:
-            for query, key in capture_last_tokens(model, tokenizer, block, layers, skip_nan=config.skip_nan):
-                moments.update(query, key)
+            held += capture_last_tokens(model, tokenizer, block, layers, skip_nan=config.skip_nan)
         is_last = start == blocks[-1]
         is_due = turn == place.num_processes - 1 and decided(time.monotonic() - saved > SAVE_EVERY_SECONDS)
+        if held and (is_due or is_last or len(held) >= HELD):
+            moments.update(*(torch.cat(side, dim=1) for side in zip(*held, strict=True)))
+            held.clear()
         if kept is not None and (is_due or is_last):
             whole = {name: total(value) for name, value in moments.tensors().items()}
             if place.is_main_process:

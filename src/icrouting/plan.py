@@ -10,7 +10,6 @@ n_matrix counts the weights without embeddings and vocabulary head. docs/scaling
 
 import math
 import shutil
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting.batches import context_length, tokenize
 from icrouting.capture import TOKEN_BUDGET
 from icrouting.config import HIDDEN, FitConfig
-from icrouting.families import check_layers, decoder_of, device_of, dims_of, late_third
+from icrouting.families import check_layers, decoder_of, dims_of, late_third
 from icrouting.prompts import extraction_prompts
 from icrouting.tasks import Task
 
@@ -65,9 +64,12 @@ class Plan:
             "moments and PCA on one core": self.processor
         }
 
-    def check(self, memory: int, disk: int, device: int | None) -> None:
-        """Raises ValueError if what is needed for certain, so without batches, exceeds the bytes that are free."""
-        weights, moments = self.memory["weights"], self.memory["moments"]
+    def check(self, memory: int, disk: int, device: int | None, *, is_spread: bool = False) -> None:
+        """Raises ValueError if what is needed for certain, so without batches, exceeds the bytes that are free.
+
+        Where the weights of a model that `is_spread` go is accelerate's to see.
+        """
+        weights, moments = 0 if is_spread else self.memory["weights"], self.memory["moments"]
         fewer = f"route fewer than {len(self.layers)} layers (--layers) or take a smaller model"
         for what, needed, free, advice in (
             ("memory", moments + (weights if device is None else 0), memory, fewer),
@@ -178,15 +180,3 @@ def pass_flops(model: PreTrainedModel, prompts: Iterable[Texts], n_layers: int) 
     dims, prompts = dims_of(model), list(prompts)
     matrices = 2.0 * _n_matrix(model) / dims.n_layers * sum(texts.tokens for texts in prompts)
     return n_layers * (matrices + 4.0 * dims.n_heads * dims.head_dim * sum(texts.squares for texts in prompts))
-
-
-@torch.no_grad()
-def speed_of(model: PreTrainedModel) -> float:
-    """Returns the FLOP/s of a short pass of a loaded model, the second of two."""
-    length, seconds = min(256, context_length(model) or 256), 0.0
-    input_ids = torch.ones(4, length, dtype=torch.long, device=device_of(model))
-    for _ in range(2):
-        started = time.monotonic()
-        decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1].cpu()  # waits for the device
-        seconds = time.monotonic() - started
-    return pass_flops(model, [Texts(4, 4 * length, 4 * length**2, length)], dims_of(model).n_layers) / seconds
