@@ -104,7 +104,8 @@ def plan_fit(
 ) -> Plan:
     """Returns the plan of a fit whose weights will be loaded in `dtype`; a model on the meta device will do.
 
-    Of every task `sample` prompts and queries are read, and their mean length stands for all of them.
+    Of every task `sample` prompts and queries are read, and their mean length stands for all. Of the outputs of a
+    layer's matrices, `n_outputs` a token, a pass makes about three times as many, and backward keeps twice as many.
     """
     dims, decoder, itemsize = dims_of(model), decoder_of(model).config, dtype.itemsize
     hidden_size, head = int(decoder.hidden_size), 2 * int(decoder.vocab_size * decoder.hidden_size)
@@ -113,31 +114,40 @@ def plan_fit(
     prompts, queries = _texts(model, tokenizer, tasks, config, sample)
     n_routed, n_late, longest = len(layers), dims.n_layers - layers[0], max(of.longest for of in queries.values())
     widths = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
-    n_features = hidden_size if config.encoder == HIDDEN else MINILM_WIDTH
-    n_out = n_routed * (config.rank + dims.n_heads)
-    n_router = config.hidden_width * (2 * n_features + 2 + n_out) + n_out
+    n_router = _n_router(config, hidden_size, n_routed * (config.rank + dims.n_heads))
     moments = 8 * n_routed * sum(width**2 + width for width in widths)
-    # A layer's matrices have about so many outputs a token; backward keeps them and as many made of them.
     n_outputs = _n_matrix(model) // dims.n_layers // hidden_size
+    n_prompt_tokens, batch = sum(of.tokens for of in prompts.values()), _largest_batch(prompts)
     n_parameters = sum(weight.numel() for weight in model.parameters())
     memory = {
         "weights": n_parameters * itemsize,
         "moments": moments,
-        "extraction batch": TOKEN_BUDGET * (n_outputs + n_routed * sum(widths)) * itemsize,
+        "extraction batch": batch * (3 * n_outputs + n_routed * sum(widths)) * itemsize,
         "PCA of one layer": 4 * 8 * widths[0] ** 2,
         "training batch": 2 * config.batch_size * longest * n_late * n_outputs * itemsize,
     }
-    n_tokens, n_pids = sum(texts.tokens for texts in queries.values()), n_routed * config.rank * (sum(widths) + 4)
-    disk = {"trunk": n_tokens * hidden_size * itemsize, "moments": moments, "router": 4 * (n_router + n_pids)}
-    head *= sum(texts.count for texts in queries.values())
+    n_artifact = n_router + n_routed * config.rank * (sum(widths) + 4)
+    n_trunk = hidden_size * sum(of.tokens for of in queries.values())
+    disk = {"trunk": n_trunk * itemsize, "moments": moments, "router": 4 * n_artifact}
+    head *= sum(of.count for of in queries.values())
     flops = {
         "extraction": pass_flops(model, prompts.values(), dims.n_layers),
         "trunk": pass_flops(model, queries.values(), dims.n_layers) + head,
         "training": 2 * config.epochs * (pass_flops(model, queries.values(), n_late) + head),
     }
-    updated = moments * sum(texts.tokens for texts in prompts.values()) / TOKEN_BUDGET
-    processor = updated * SECONDS_PER_BYTE + n_routed * sum(width**3 for width in widths) * SECONDS_PER_CUBE
+    updates = moments * n_prompt_tokens / TOKEN_BUDGET
+    processor = updates * SECONDS_PER_BYTE + n_routed * sum(width**3 for width in widths) * SECONDS_PER_CUBE
     return Plan(n_parameters, n_router, layers, prompts, queries, memory, disk, flops, processor)
+
+
+def _largest_batch(prompts: dict[str, Texts]) -> int:
+    whole = max(max(1, TOKEN_BUDGET // texts.longest) * texts.longest for texts in prompts.values())
+    return min(whole, sum(texts.tokens for texts in prompts.values()))
+
+
+def _n_router(config: FitConfig, hidden_size: int, n_out: int) -> int:
+    n_features = hidden_size if config.encoder == HIDDEN else MINILM_WIDTH
+    return config.hidden_width * (2 * n_features + 2 + n_out) + n_out
 
 
 def _texts(
