@@ -61,8 +61,9 @@ def moments_per_task(model, tokenizer, tasks, layers):
     dims, found = dims_of(model), {}
     for task in tasks:
         found[task.name] = QKMoments(len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
-        texts = extraction_prompts(task, BASE.n_prompts, BASE.demos_per_class, np.random.default_rng(SEED))
-        for query, key in capture_last_tokens(model, tokenizer, texts, layers):
+        rng = np.random.default_rng(SEED)
+        prompts = list(extraction_prompts(task, BASE.n_prompts, BASE.demos_per_class, rng))
+        for query, key in capture_last_tokens(model, tokenizer, prompts, layers):
             found[task.name].update(query, key)
     return found
 

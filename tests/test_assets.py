@@ -43,11 +43,12 @@ def pin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
                 info.external_attr = ((stat.S_IFLNK if name in links else stat.S_IFREG) | 0o644) << 16
                 archive.writestr(info, text)
         sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-        monkeypatch.setitem(assets.WHEELS, "box", assets.Wheel("box==1.0", sha256, member, "MIT"))
+        entry = {"requirement": "box==1.0", "sha256": sha256, "member": member, "licence": "MIT"}
+        monkeypatch.setitem(assets.WHEELS, "box", entry)
         downloads = []
 
-        def download(wheel: assets.Wheel, folder: Path) -> Path:
-            downloads.append(wheel.requirement)
+        def download(requirement: str, sha256: str, folder: Path) -> Path:
+            downloads.append(requirement)
             return Path(shutil.copy(source, folder))
 
         monkeypatch.setattr(assets, "_download", download)
@@ -107,7 +108,7 @@ def test_unknown_name_is_answered_with_near_matches(cache):
 
 
 @pytest.fixture
-def served(pin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> assets.Wheel:
+def served(pin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The wheel "box", which pip itself finds in a folder, so that nothing but the index is a stand-in."""
     download = assets._download
     pin()
@@ -122,9 +123,11 @@ def test_wheel_with_the_pinned_digest_is_taken_from_pip(cache, served):
 
 
 def test_wheel_with_another_digest_is_refused_unopened_and_not_kept(cache, served, monkeypatch):
-    monkeypatch.setitem(assets.WHEELS, "box", assets.Wheel(served.requirement, "0" * 64, served.member, "MIT"))
+    monkeypatch.setitem(assets.WHEELS, "box", {**served, "sha256": "0" * 64})
     monkeypatch.setattr(assets.zipfile, "ZipFile", None)
-    with pytest.raises(ValueError, match=f"Expected sha256 {'0' * 64}, Got {served.sha256}.*nothing was kept") as error:
+    with pytest.raises(
+        ValueError, match=f"Expected sha256 {'0' * 64}, Got {served['sha256']}.*nothing was kept"
+    ) as error:
         assets.fetch("box")
     assert "\n" not in str(error.value)
     assert not os.listdir(cache)
@@ -134,7 +137,7 @@ def test_wheel_with_another_digest_is_refused_unopened_and_not_kept(cache, serve
 def test_download_that_dies_half_way_leaves_nothing(cache, pin, monkeypatch, interruption):
     pin()
 
-    def die(wheel: assets.Wheel, folder: Path) -> Path:
+    def die(requirement: str, sha256: str, folder: Path) -> Path:
         (folder / "half.whl").write_bytes(b"PK")
         raise interruption
 
@@ -212,7 +215,7 @@ def test_pip_takes_wheels_only_and_no_dependencies(cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         assets.fetch("staicc")
     assert {"--no-deps", "--only-binary=:all:", "--require-hashes"} <= set(commands[0])
-    assert pinned == [f"StaICC==0.1.1 --hash=sha256:{assets.WHEELS['staicc'].sha256}\n"]
+    assert pinned == [f"StaICC==0.1.1 --hash=sha256:{assets.WHEELS['staicc']['sha256']}\n"]
 
 
 @pytest.mark.parametrize("name", ["box/data/../../../evil.txt", "box/data/..\\evil.txt", "box/data/C:evil.txt"])
@@ -240,10 +243,10 @@ def test_fetch_overtaken_by_another_process_returns_the_same_asset(cache, pin, m
     pin()
     download = assets._download
 
-    def be_overtaken(wheel: assets.Wheel, folder: Path) -> Path:
+    def be_overtaken(requirement: str, sha256: str, folder: Path) -> Path:
         monkeypatch.setattr(assets, "_download", download)
         assert assets.fetch("box").is_dir()
-        return download(wheel, folder)
+        return download(requirement, sha256, folder)
 
     monkeypatch.setattr(assets, "_download", be_overtaken)
     folder = assets.fetch("box")

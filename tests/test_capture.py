@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTJConfig
@@ -5,6 +6,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig
 import tiny
 from icrouting.capture import capture_last_tokens, captured
 from icrouting.families import attention_of, dims_of, late_third
+from icrouting.prompts import Prompt, extraction_prompts
 
 LAYERS = (2, 4)
 
@@ -17,7 +19,8 @@ def keep(entering, layer):
 def test_captured_states_are_the_projections_of_the_last_token(family, tokenizer):
     model, task = tiny.model(family), tiny.task()
     texts = [task.prompt(example) for example in task.test] + ["joy", "a longer text of the film and its plot :"]
-    pieces = list(capture_last_tokens(model, tokenizer, texts, LAYERS, token_budget=70))
+    prompts = [Prompt("", text) for text in texts]
+    pieces = list(capture_last_tokens(model, tokenizer, prompts, LAYERS, token_budget=70))
     assert len(pieces) > 2, "several batches"
     query, key = (torch.cat(side, dim=1) for side in zip(*pieces, strict=True))
     slow = []
@@ -44,13 +47,35 @@ def test_captured_states_are_the_projections_of_the_last_token(family, tokenizer
     assert torch.cdist(torch.stack(slow), query[1]).min(1).values.max() < 1e-4
 
 
-def test_prompts_done_before_are_left_out(tokenizer):
-    model, texts = tiny.model("llama"), [tiny.task().prompt(example) for example in tiny.task().test]
-    pieces = list(capture_last_tokens(model, tokenizer, texts, LAYERS, token_budget=70))
-    n_first = pieces[0][0].shape[1]
-    rest = list(capture_last_tokens(model, tokenizer, texts, LAYERS, n_done=n_first, token_budget=70))
-    assert len(rest) == len(pieces) - 1
-    assert torch.equal(rest[0][1], pieces[1][1])
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_a_shared_context_computed_once_gives_the_same_states(family, tokenizer):
+    model, task = tiny.model(family), tiny.task()
+    prompts = list(extraction_prompts(task, 9, 1, np.random.default_rng(0), per_context=4))
+    ran = []
+    with model.register_forward_pre_hook(lambda m, args, kw: ran.append(kw["input_ids"].numel()), with_kwargs=True):
+        shared = list(capture_last_tokens(model, tokenizer, prompts, LAYERS, token_budget=70))
+    alone = [p for q in prompts for p in capture_last_tokens(model, tokenizer, [q], LAYERS)]
+    for side in (0, 1):
+        got, expected = (torch.cat([piece[side][1] for piece in pieces]) for pieces in (shared, alone))
+        assert torch.cdist(got, expected).min(1).values.max() < 1e-3
+        assert torch.cdist(expected, got).min(1).values.max() < 1e-3
+    assert 0 < sum(ran) < sum(len(tokens) for tokens in tokenizer([p.text for p in prompts[:8]]).input_ids)
+
+
+def test_a_prompt_that_is_not_finite_is_named_and_left_out_only_if_asked(tokenizer, caplog):
+    model, task = tiny.model("llama"), tiny.task()
+    prompts = [Prompt("", task.prompt(example)) for example in task.test]
+    with torch.no_grad():
+        token = tokenizer(prompts[2].text).input_ids[4]
+        model.get_input_embeddings().weight[token] = torch.nan
+    odd = [prompt for prompt in prompts if token in tokenizer(prompt.text).input_ids]
+    assert 0 < len(odd) < len(prompts)
+    with pytest.raises(ValueError, match=r"NaN or infinity in the queries or keys of .* leave such prompts out"):
+        list(capture_last_tokens(model, tokenizer, prompts, LAYERS))
+    pieces = list(capture_last_tokens(model, tokenizer, prompts, LAYERS, skip_nan=True))
+    assert sum(query.shape[1] for query, _ in pieces) == len(prompts) - len(odd)
+    assert all(query.isfinite().all() for query, _ in pieces)
+    assert any(repr(prompt.query[-60:]) in caplog.text for prompt in odd)
 
 
 def test_leaving_removes_the_hooks_after_an_exception_too():
@@ -63,7 +88,7 @@ def test_leaving_removes_the_hooks_after_an_exception_too():
 def test_a_family_that_cannot_be_routed_is_refused_by_name(tokenizer):
     config = GPTJConfig(vocab_size=31, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, bos_token_id=0, eos_token_id=0)
     with pytest.raises(ValueError, match="'gptj' models cannot be routed: looked for queries and keys"):
-        list(capture_last_tokens(AutoModelForCausalLM.from_config(config), tokenizer, ["a"], (0,)))
+        list(capture_last_tokens(AutoModelForCausalLM.from_config(config), tokenizer, [Prompt("", "a")], (0,)))
 
 
 def test_the_last_third_is_that_of_the_paper():

@@ -4,7 +4,7 @@ import pytest
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records
 from icrouting.conclusion import conclusion, points
-from icrouting.tally import summarise
+from icrouting.summary import summarise
 
 
 def test_the_conclusion_names_gains_losses_and_rivals():

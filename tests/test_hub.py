@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from icrouting import hub
-from icrouting.catalogue import HUB, PAPER_TASKS, find
+from icrouting.catalogue import HUB, PAPER_TASKS, SPECS
 from icrouting.tasks import load_task
 
 
@@ -89,7 +89,7 @@ def test_all_tasks_of_the_paper_but_one_have_a_set():
 
 
 def test_phrases_of_mr_and_sst5_tests_are_left_out_of_sst2(mirror, monkeypatch):
-    taken, whole = hub._read(find("mr"), "test", mirror)[3], hub._read
+    taken, whole = hub._read(SPECS["mr"], "test", mirror)[3], hub._read
 
     def read(spec, split, place):
         found = whole(spec, split, place)

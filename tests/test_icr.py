@@ -128,14 +128,15 @@ def test_a_fit_stopped_in_extraction_keeps_the_prompts_it_ran(fitted, config, mo
     from icrouting import fitting
 
     monkeypatch.setattr(fitting, "SAVE_EVERY_SECONDS", -1.0)
-    monkeypatch.setattr("icrouting.capture.TOKEN_BUDGET", 150)
+    monkeypatch.setattr(fitting, "BLOCK", 4)
     capture, ran = fitting.capture_last_tokens, []
 
     def interrupted(*args, **kwargs):
-        for number, piece in enumerate(capture(*args, **kwargs, token_budget=150)):
-            if number == 2 and len(ran) < 3:
-                raise KeyboardInterrupt
-            ran.append(piece[0].shape[1])
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(0)
+        for piece in capture(*args, **kwargs):
+            ran[-1] += piece[0].shape[1]
             yield piece
 
     monkeypatch.setattr(fitting, "capture_last_tokens", interrupted)

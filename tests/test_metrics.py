@@ -145,12 +145,6 @@ def test_mean_of_equal_estimates_narrows_with_the_root_of_their_number():
     assert metrics.mean(pd.DataFrame([metrics.NOTHING.columns("x")]), "x") is metrics.NOTHING
 
 
-def test_collapse_counts_losses_and_the_significant_among_them():
-    gains = pd.Series([-0.2, -0.01, 0.0, 0.3])
-    assert metrics.collapse(gains, pd.Series([0.01, 0.9, 1.0, 0.001])) == (2, 1)
-    assert metrics.collapse(gains[:0], gains[:0]) == (0, 0)
-
-
 def test_chance_and_majority_levels():
     three = answers([1, 1, 1], option_logits=(0.0, 0.0, 0.0))
     assert metrics.chance(three) == pytest.approx(1 / 3)

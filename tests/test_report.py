@@ -2,6 +2,7 @@ import csv
 import html as markup
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records
 from icrouting import records, report
 from icrouting.conclusion import conclusion, points
 from icrouting.figures import confusions
-from icrouting.report import Extras, summarise
+from icrouting.report import summarise
 from icrouting.table import marks
 
 ROUTING = {
@@ -27,7 +28,7 @@ TRAINING = [
     {"step": step, "loss": 2 / step, "ce": 1.9 / step, "conf": 0.1, "spar": 0.2, "gate": 0.5, "lr": 1e-4}
     for step in range(1, 31)
 ]
-EMPTY = Extras(None, {}, ())
+NO_FOLDER = Path("holds neither routing nor training")
 
 
 def write_run(folder, some=ICR_LOSES_ON_MR, config=None, is_full=False):
@@ -142,7 +143,7 @@ def test_a_lone_baseline_renders_without_gains():
     some = fake_records({("zero-shot", "mr"): 0.5})
     config = fake_config(methods=("zero-shot",), tasks=[TASKS[1]])
     summary = summarise(some, config)
-    page = report.html(summary, config, EMPTY)
+    page = report.html(summary, config, NO_FOLDER)
     assert "There is no gain to report: only zero-shot has been run." in text_of(page)
     assert summary.methods[0].n_compared == 0
 
@@ -152,12 +153,12 @@ def test_methods_without_a_baseline_render():
     config = fake_config(methods=("icr",), tasks=[TASKS[1]])
     summary = summarise(some, config)
     assert "no zero-shot records to compare with" in conclusion(summary)
-    assert "ICR" in text_of(report.html(summary, config, EMPTY))
+    assert "ICR" in text_of(report.html(summary, config, NO_FOLDER))
 
 
 def test_what_comes_from_the_run_is_escaped():
     config = fake_config(notes=["<img src=x>"], model="<b>&", command="a 'b' \"c\" <d>")
-    page = report.html(summarise(ICR_LOSES_ON_MR, config), config, EMPTY)
+    page = report.html(summarise(ICR_LOSES_ON_MR, config), config, NO_FOLDER)
     assert "<img src=x>" not in page
     assert "&lt;b&gt;&amp;" in page
 

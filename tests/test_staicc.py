@@ -23,7 +23,7 @@ class Evil:
 
 
 def dump(folder: Path, name: str, rows: object) -> None:
-    (folder / f"{staicc._FILES[name]}.dataset").write_bytes(pickle.dumps(rows))
+    (folder / f"{catalogue.STAICC[name]}.dataset").write_bytes(pickle.dumps(rows))
 
 
 def numbered_rows(n_rows: int, n_labels: int) -> list[tuple[list[str], int]]:
@@ -78,13 +78,13 @@ def pinned_folder() -> Path:
 
 @pytest.fixture(scope="module")
 def pinned_tasks(pinned_folder: Path) -> dict[str, Task]:
-    return {name: staicc.read_task(catalogue.find(name)) for name in staicc._FILES}
+    return {name: staicc.read_task(catalogue.SPECS[name]) for name in catalogue.STAICC}
 
 
 def test_pickle_with_code_is_refused_without_running_it(folder):
     dump(folder, "trec", [(["What is it ?"], Evil(folder / "made"))])
     with pytest.raises(ValueError, match=r"it asks for the code \w+\.mkdir"):
-        staicc.read_task(catalogue.find("trec"))
+        staicc.read_task(catalogue.SPECS["trec"])
     assert not (folder / "made").exists()
 
 
@@ -104,13 +104,13 @@ def test_pickle_with_code_is_refused_without_running_it(folder):
 def test_damaged_file_is_named_in_a_one_line_error(folder, content):
     (folder / "trec.dataset").write_bytes(content)
     with pytest.raises(ValueError, match=r"delete .* to fetch them anew; got trec\.dataset") as error:
-        staicc.read_task(catalogue.find("trec"))
+        staicc.read_task(catalogue.SPECS["trec"])
     assert "\n" not in str(error.value)
 
 
 def test_task_that_the_wheel_lacks_is_answered_with_those_it_holds():
     with pytest.raises(ValueError, match=r"holds agnews, .*emotion, got task 'csqa'.*csqa/train\.jsonl"):
-        staicc.read_task(catalogue.find("csqa"))
+        staicc.read_task(catalogue.SPECS["csqa"])
 
 
 def test_spec_with_another_field_is_refused(folder):
@@ -121,7 +121,7 @@ def test_spec_with_another_field_is_refused(folder):
 
 def test_fifth_of_the_rows_is_for_testing_and_texts_are_stripped(folder):
     dump(folder, "trec", numbered_rows(35, 6))
-    task = staicc.read_task(catalogue.find("trec"))
+    task = staicc.read_task(catalogue.SPECS["trec"])
     assert (len(task.train), len(task.validation), len(task.test)) == (23, 5, 7)
     texts = {example.fields["text"] for example in task.train + task.validation + task.test}
     assert texts == {f"Item number {i} ." for i in range(35)}
@@ -130,7 +130,7 @@ def test_fifth_of_the_rows_is_for_testing_and_texts_are_stripped(folder):
 def test_splits_are_capped_for_agnews_higher(folder):
     dump(folder, "agnews", numbered_rows(14500, 4))
     dump(folder, "subj", numbered_rows(14500, 2))
-    agnews, subj = (staicc.read_task(catalogue.find(name)) for name in ("agnews", "subj"))
+    agnews, subj = (staicc.read_task(catalogue.SPECS[name]) for name in ("agnews", "subj"))
     assert (len(agnews.train), len(agnews.validation), len(agnews.test)) == (11900, 100, 2000)
     assert (len(subj.train), len(subj.validation), len(subj.test)) == (5900, 100, 2000)
 
@@ -145,7 +145,7 @@ def test_repeated_texts_are_kept_once_and_not_at_all_where_labels_differ(folder)
         ([""], 0),
     ]
     dump(folder, "subj", [*repeated, *numbered_rows(9, 2)])
-    task = staicc.read_task(catalogue.find("subj"))
+    task = staicc.read_task(catalogue.SPECS["subj"])
     texts = {example.fields["text"] for example in task.train + task.validation + task.test}
     assert {text for text in texts if "number" not in text} == {"One, two"}
 
@@ -171,7 +171,7 @@ def test_nothing_lies_inside_when_there_is_nothing_to_look_for():
 
 
 def test_sentences_of_sst2_are_tested_whole_and_trained_on_with_their_phrases(reviews):
-    task = staicc.read_task(catalogue.find("sst2"))
+    task = staicc.read_task(catalogue.SPECS["sst2"])
     assert {len(example.fields["text"].split()) for example in task.test} == {13}
     assert task.n_dropped > 0, "phrases of the sentences that validation took"
     lengths = Counter(len(example.fields["text"].split()) for example in task.train + task.validation)
@@ -181,7 +181,7 @@ def test_sentences_of_sst2_are_tested_whole_and_trained_on_with_their_phrases(re
 
 
 def test_review_sets_share_no_long_text_with_sst2(reviews):
-    tasks = {name: staicc.read_task(catalogue.find(name)) for name in ("sst2", "mr", "sst5")}
+    tasks = {name: staicc.read_task(catalogue.SPECS[name]) for name in ("sst2", "mr", "sst5")}
     assert all(_n_rows(tasks[name]) == 25 for name in ("mr", "sst5"))
     sst2 = long_keys_of(tasks["sst2"])
     for name in ("mr", "sst5"):
@@ -197,9 +197,9 @@ def _n_rows(task):
 
 
 def test_row_inside_a_row_of_sst2_is_dropped_only_if_long(reviews):
-    dealt = staicc.read_task(catalogue.find("sst2")).test[0].fields["text"].split()
+    dealt = staicc.read_task(catalogue.SPECS["sst2"]).test[0].fields["text"].split()
     dump(reviews, "mr", [([" ".join(dealt[3:9])], 0), ([" ".join(dealt[3:6])], 1), *numbered_rows(9, 2)])
-    task = staicc.read_task(catalogue.find("mr"))
+    task = staicc.read_task(catalogue.SPECS["mr"])
     texts = {example.fields["text"] for example in task.train + task.validation + task.test}
     assert {text for text in texts if "number" not in text} == {" ".join(dealt[3:6])}
 
@@ -236,7 +236,7 @@ def test_no_row_of_pinned_sst2_lies_inside_a_row_of_its_other_split(pinned_tasks
 @pytest.mark.pinned
 @pytest.mark.parametrize("name", ["sst2", "trec"])
 def test_pinned_sets_read_the_same_twice(pinned_tasks, name):
-    assert staicc.read_task(catalogue.find(name)) == pinned_tasks[name]
+    assert staicc.read_task(catalogue.SPECS[name]) == pinned_tasks[name]
 
 
 @pytest.mark.pinned
@@ -251,8 +251,8 @@ def test_pinned_sets_read_the_same_twice(pinned_tasks, name):
     ],
 )
 def test_labels_of_the_pinned_sets_are_in_the_order_of_the_catalogue(pinned_folder, name, start, label):
-    labels = [row.label for row in _starting(start, staicc._read_rows(pinned_folder, catalogue.find(name)))]
-    assert [catalogue.find(name).options[i] for i in labels] == [label]
+    labels = [row.label for row in _starting(start, staicc._read_rows(pinned_folder, catalogue.SPECS[name]))]
+    assert [catalogue.SPECS[name].options[i] for i in labels] == [label]
 
 
 def _starting(start, rows):

@@ -1,8 +1,8 @@
 from rich.console import Console
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config
+from icrouting.summary import summarise
 from icrouting.table import NONE, collapse, marks, terminal_table
-from icrouting.tally import summarise
 
 
 def test_the_terminal_table_holds_brackets_of_notes_as_they_are():

@@ -101,10 +101,10 @@ def test_every_task_of_the_paper_reads_and_its_options_are_distinct(name):
 
 def test_demonstrations_are_balanced_seeded_and_never_the_query():
     task = tiny.task()
-    draw = [balanced_demos(task, 5, np.random.default_rng(seed), exclude=7) for seed in (1, 1, 2)]
+    draw = [balanced_demos(task, 5, np.random.default_rng(seed), exclude=(7,)) for seed in (1, 1, 2)]
     assert Counter(demo.label for demo in draw[0]) == {0: 5, 1: 5}
     assert draw[0] == draw[1] != draw[2]
-    every = balanced_demos(task, 1000, np.random.default_rng(0), exclude=7)
+    every = balanced_demos(task, 1000, np.random.default_rng(0), exclude=(7,))
     assert len(every) == len(task.train) - 1
     assert task.train[7] not in every
 
@@ -120,16 +120,26 @@ def test_few_shot_prompts_end_with_the_zero_shot_prompt():
 
 def test_extraction_prompts_are_seeded_and_as_many_as_asked():
     task = tiny.task()
-    texts = [extraction_prompts(task, 9, 2, np.random.default_rng(seed)) for seed in (0, 0)]
-    assert texts[0] == texts[1]
-    assert len(set(texts[0])) == 9
+    first, again = (list(extraction_prompts(task, 9, 2, np.random.default_rng(seed))) for seed in (0, 0))
+    assert first == again
+    assert len(set(first)) == len({prompt.context for prompt in first}) == 9
+
+
+def test_extraction_prompts_may_share_demonstrations_that_none_of_them_is():
+    task = tiny.task()
+    prompts = list(extraction_prompts(task, 9, 2, np.random.default_rng(0), per_context=4))
+    contexts = [prompt.context for prompt in prompts]
+    assert [contexts.count(context) for context in dict.fromkeys(contexts)] == [4, 4, 1]
+    assert len({prompt.query for prompt in prompts}) == 9
+    for prompt in prompts:
+        assert not any(other.query in prompt.context for other in prompts if other.context == prompt.context)
 
 
 def test_extraction_prompts_hold_training_rows_alone_balanced_before_an_open_query():
     task = tiny.task()
     answered = {f"{task.prompt(example)} {task.answer(example)}\n" for example in task.train}
     queries = {task.prompt(example) for example in task.train}
-    for text in extraction_prompts(task, 9, 2, np.random.default_rng(0)):
+    for text in (prompt.text for prompt in extraction_prompts(task, 9, 2, np.random.default_rng(0))):
         query = next(query for query in queries if text.endswith(query))
         demos = re.findall(r"Review: .*\nSentiment: .*\n", text.removesuffix(query))
         assert "".join(demos) + query == text

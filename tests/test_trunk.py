@@ -1,7 +1,11 @@
+import resource
+import shutil
+
 import pytest
 import torch
 
 import tiny
+from icrouting import trunk
 from icrouting.attach import attach
 from icrouting.losses import entropy
 from icrouting.scoring import next_token_logits
@@ -55,3 +59,55 @@ def test_leaving_puts_the_layers_back_after_an_exception_too():
     with pytest.raises(RuntimeError), late_entry(model, FIRST):
         raise RuntimeError
     assert list(model.model.layers) == before
+
+
+def test_a_finished_file_is_taken_up_and_another_models_is_not(tmp_path):
+    model = tiny.model("llama")
+    first = run_trunk(model, token_lists(), FIRST, 1, tmp_path)
+    ran = []
+    with model.register_forward_pre_hook(lambda *_: ran.append(1)):
+        again = run_trunk(model, token_lists(), FIRST, 1, tmp_path)
+        assert not ran
+        run_trunk(model, token_lists(), FIRST - 1, 1, tmp_path)
+        assert ran
+    for a, b in zip(first, again, strict=True):
+        assert (a.tokens, a.entropy) == (b.tokens, b.entropy)
+        assert torch.equal(a.hidden, b.hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_file_holds_the_very_states(dtype, tmp_path):
+    model = tiny.model("llama").to(dtype)
+    seen = {}
+    with model.model.layers[FIRST].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(hidden=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    ):
+        for tokens in token_lists():
+            (state,) = run_trunk(model, [tokens], FIRST, 1)
+            assert torch.equal(state.hidden, seen["hidden"][0])
+            assert state.hidden.dtype == dtype
+
+
+def test_a_disk_without_room_is_named_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(OSError, match=r"has room for 0\.0 GB: choose a folder on another disk"):
+        run_trunk(tiny.model("llama"), token_lists(), FIRST, 1, tmp_path)
+
+
+def test_a_disk_that_fills_while_states_are_written_leaves_a_fit_that_can_go_on(tmp_path, monkeypatch):
+    limits, model = resource.getrlimit(resource.RLIMIT_FSIZE), tiny.model("llama")
+    allocate = trunk._allocate
+
+    def shrink(file, n_bytes):
+        allocate(file, n_bytes)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes // 2, limits[1]))
+
+    monkeypatch.setattr(trunk, "_allocate", shrink)
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*trunk.bin .*File too large.*make room"):
+            run_trunk(model, token_lists(), FIRST, 1, tmp_path, token_budget=20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    assert not (tmp_path / "trunk.safetensors").exists()
+    assert len(run_trunk(model, token_lists(), FIRST, 1, tmp_path)) == len(token_lists())

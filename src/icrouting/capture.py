@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.batches import by_length, context_length, finite_rows, pad, pad_id_of, tokenize
 from icrouting.families import attention_of, decoder_of, device_of, dims_of, family_of
-from icrouting.progress import track
+from icrouting.prompts import Prompt
+from icrouting.scoring import after_prefix, by_context
 from icrouting.sites import hook_site
 
 TOKEN_BUDGET = 4096
@@ -37,27 +38,35 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[dic
 def capture_last_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    prompts: Sequence[Prompt],
     layers: Sequence[int],
     *,
-    n_done: int = 0,
+    skip_nan: bool = False,
     token_budget: int = TOKEN_BUDGET,
 ) -> Iterator[tuple[Float[Tensor, "n_layers batch query_width"], Float[Tensor, "n_layers batch key_width"]]]:
     """Yields the last token's queries and keys of a batch of prompts at a time, in float32.
 
-    The vocabulary head does not run. Prompts are batched by length, so the order is not that of `texts`; whole
-    batches of the `n_done` prompts that an earlier run went through are left out.
+    Prompts are batched by length, so the order is not theirs. A context that several share is computed once.
+
+    Raises:
+        ValueError: a prompt's queries or keys are not finite, and `skip_nan` does not say to leave it out.
     """
-    token_lists = tokenize(tokenizer, texts, context_length(model))
-    decoder, device = decoder_of(model), device_of(model)
-    groups, n_skipped = list(by_length(token_lists, token_budget)), 0
-    while n_skipped < n_done:
-        n_skipped += len(groups.pop(0))
+    token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], context_length(model))
+    pad_id, device = pad_id_of(tokenizer), device_of(model)
     with captured(model, layers) as stores:
-        for group in track(groups, "extraction", [len(group) for group in groups], "prompts", n_done):
-            batch = pad([token_lists[i] for i in group], pad_id_of(tokenizer)).to(device)
-            decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
-            rows, last = torch.arange(len(group)), batch.last.cpu()  # layers may lie on several devices
-            yield tuple(  # pyright: ignore[reportReturnType]
-                torch.stack([store[name][rows, last].float().cpu() for store in stores]) for name in ("query", "key")
-            )
+        for before, rows in by_context(model, prompts, token_lists):
+            tails = [token_lists[row][len(before.tokens) if before else 0 :] for row in rows]
+            for group in by_length(tails, token_budget):
+                batch = pad([tails[i] for i in group], pad_id, [rows[i] for i in group]).to(device)
+                if before:
+                    after_prefix(model, before.cache, batch)
+                else:  # the vocabulary head need not run
+                    mask = batch.attention_mask.long()
+                    decoder_of(model)(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
+                places = torch.arange(len(group)), batch.last.cpu()  # layers may lie on several devices
+                query, key = (
+                    torch.stack([store[name][places].float().cpu() for store in stores]) for name in ("query", "key")
+                )
+                finite = (query.isfinite().all(-1) & key.isfinite().all(-1)).all(0)
+                rows_kept = finite_rows(finite, [prompts[row].query for row in batch.rows], "queries or keys", skip_nan)
+                yield query[:, rows_kept], key[:, rows_kept]

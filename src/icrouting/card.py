@@ -1,9 +1,10 @@
 """The model card that goes with every saved router."""
 
 import re
-from dataclasses import asdict
 from importlib import resources
 from typing import TYPE_CHECKING
+
+import jinja2
 
 from icrouting.config import HIDDEN
 
@@ -13,16 +14,11 @@ if TYPE_CHECKING:
 
 def model_card(description: "Description", digest: str) -> str:
     """Returns the text of a router's README.md; `digest` identifies its weights."""
-    values = {**asdict(description.fit), **asdict(description), "digest": digest}
-    name = description.fit.encoder
-    values["features"] = "the base model's own hidden state" if name == HIDDEN else f"sentence encoder `{name}`"
-    values |= {"layers": ", ".join(map(str, description.layers))}
-    values["tasks"] = ", ".join(f"{name} ({n_rows:,})" for name, n_rows in description.tasks.items())
-    values["versions"] = ", ".join(f"{name} {number}" for name, number in description.versions.items())
     # The hub refuses a card whose front matter names anything but one of its ids.
     is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", description.base_model)
-    values["front_matter"] = f"base_model: {description.base_model}\n" if is_hub_id else ""
-    return resources.files("icrouting").joinpath("card.md").read_text(encoding="utf-8").format(**values)
+    template = resources.files("icrouting").joinpath("card.md.j2").read_text(encoding="utf-8")
+    page = jinja2.Template(template, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return page.render(vars(description), digest=digest, is_hub_id=is_hub_id, hidden=HIDDEN)
 
 
 def with_results(card: str, results: str) -> str:

@@ -3,7 +3,7 @@
 import tomllib
 from importlib import resources
 
-from icrouting.tasks import TaskSpec, known
+from icrouting.tasks import TaskSpec
 
 _ENTRIES = tomllib.loads(resources.files("icrouting").joinpath("catalogue.toml").read_text(encoding="utf-8"))
 
@@ -12,10 +12,8 @@ SPECS = {
     for name, entry in _ENTRIES.items()
 }
 PAPER_TASKS = tuple(SPECS)[:12]
-# Where the hub has a task's rows, see catalogue.toml.
+# Where the hub and the pinned wheel have a task's rows, see catalogue.toml, and how many of them are taken at most.
 HUB = {name: entry["hub"] for name, entry in _ENTRIES.items() if "hub" in entry}
-
-
-def find(name: str) -> TaskSpec:
-    """Returns the spec of a catalogue task; ValueError with near matches if there is none."""
-    return known("task", name, SPECS)
+STAICC = {name: entry["staicc"] for name, entry in _ENTRIES.items() if "staicc" in entry}
+MAX_TRAIN = {name: entry.get("max_train", 6000) for name, entry in _ENTRIES.items()}
+MAX_TEST = 2000

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from icrouting import inspection, report, runs
+from icrouting import inspection, records, report, runs
 from icrouting import methods as registry
 from icrouting.batches import context_length, tokenize
 from icrouting.card import with_results
@@ -23,6 +23,7 @@ from icrouting.evaluate import Evaluation
 from icrouting.families import device_of
 from icrouting.icr import InContextRouter
 from icrouting.models import fingerprint, load_model
+from icrouting.processes import agree, first_one_first, is_first, wait
 from icrouting.progress import spinner
 from icrouting.storage import load_json, save_json, save_text
 from icrouting.summary import BASELINE
@@ -51,8 +52,10 @@ def load_tasks(names: Sequence[str], data: str) -> list[Task]:
 
 def fit(out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig) -> InContextRouter:
     """Fits a router, saves it to `out` and returns it; or the one that was finished there already."""
-    sources = load_tasks(tasks, data)
-    base, tokenizer = load(model)
+    console.quiet = not is_first()
+    with first_one_first():  # which may have to download
+        sources = load_tasks(tasks, data)
+        base, tokenizer = load(model)
     if (out / "config.json").exists():
         icr = InContextRouter.from_pretrained(out)
         wanted = (config, fingerprint(base), rows_digest(sources))
@@ -61,7 +64,9 @@ def fit(out: Path, model: Backbone, data: str, tasks: Sequence[str], config: Fit
             return icr
         raise ValueError(f"{out} holds a router of other settings, model or data: choose another folder with --out")
     icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit")
-    icr.save_pretrained(out)
+    if is_first():
+        icr.save_pretrained(out)
+    wait()
     console.print(f"router saved to {out}", markup=False)
     return icr
 
@@ -78,11 +83,13 @@ def evaluate(
     settings: Settings,
 ) -> None:
     """Evaluates methods into a run folder and prints the table."""
+    console.quiet = not is_first()
     methods = registry.make(method_names, settings)
     names = list(dict.fromkeys([*task_names, *source_names]))
-    every = dict(zip(names, load_tasks(names, data), strict=True))
+    with first_one_first():  # which may have to download
+        every = dict(zip(names, load_tasks(names, data), strict=True))
+        base, tokenizer = load(model)
     tasks, sources = ([every[name] for name in dict.fromkeys(chosen)] for chosen in (task_names, source_names))
-    base, tokenizer = load(model)
     icr = InContextRouter.from_pretrained(settings.router) if settings.router else None
     config = runs.RunConfig(
         model=str(model),
@@ -98,9 +105,18 @@ def evaluate(
         settings=settings,
         notes=_router_cuts(icr),
     )
-    runs.claim(out, config)
-    evaluation = Evaluation(base, tokenizer, methods, sources, out / "records.jsonl", out / "fits")
+    agree(**config.flat())
+    file = out / "records.jsonl"
+    if is_first():
+        runs.claim(out, config)
+        records.gather(file)
+    wait()
+    evaluation = Evaluation(base, tokenizer, methods, sources, file, out / "fits")
     evaluation.run(tasks, seeds, n_test)
+    wait()
+    if not is_first():
+        return
+    records.gather(file)
     finish(out, evaluation, tasks, seeds[-1], icr, Path(settings.router) / "fit" if settings.router else None)
     show(out)
 

@@ -41,6 +41,7 @@ class FitConfig:
         basis: "pca" (paper), "whitened" or "random".
         n_prompts: few-shot extraction prompts per source task.
         demos_per_class: demonstrations per class in them.
+        queries_per_context: prompts that share their demonstrations, which are then computed once.
         encoder: what the router reads of a prompt: a sentence encoder (hub id, folder or "pinned:minilm"), or
             "hidden", the backbone's own hidden state entering the first routed layer, which needs no second model.
         hidden_width: width of the router's hidden layers.
@@ -56,6 +57,7 @@ class FitConfig:
         batch_size: queries per step.
         epochs: passes over the queries.
         grad_clip: largest norm of the gradient.
+        skip_nan: leave prompts out whose queries, keys or logits are not finite, instead of stopping at the first.
         seed: seeds every draw.
     """
 
@@ -64,6 +66,7 @@ class FitConfig:
     basis: Basis = "pca"
     n_prompts: PositiveInt = 100
     demos_per_class: PositiveInt = 5
+    queries_per_context: PositiveInt = 1
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
     hidden_width: PositiveInt = 256
     n_queries: PositiveInt = 1000
@@ -78,6 +81,7 @@ class FitConfig:
     batch_size: PositiveInt = 8
     epochs: PositiveInt = 2
     grad_clip: PositiveFloat = 1.0
+    skip_nan: bool = False
     seed: int = 42
 
     def __post_init__(self):

@@ -29,7 +29,6 @@ class Passes:
     """A prompt without and with routing, in float32; in pairs the plain one comes first.
 
     Attributes:
-        tokens: the prompt's.
         layers: the routed ones.
         logits: after the last token, [2, vocab].
         attn_weights: the last token's, [2, n_layers, n_heads, kv_len].
@@ -37,7 +36,6 @@ class Passes:
         rounding: what the logits may move by rounding alone, in the model's dtype and at their size.
     """
 
-    tokens: list[int]
     layers: tuple[int, ...]
     logits: Float[Tensor, "2 vocab"]
     attn_weights: Float[Tensor, "2 n_layers n_heads kv_len"]
@@ -75,7 +73,7 @@ def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...])
     attn_weights = torch.stack(kept).float().unflatten(0, (2, len(layers)))
     mass_moved = attn_weights.diff(dim=0)[0].abs().sum(-1) / 2
     rounding = ROUNDING_IN_ULP * torch.finfo(base.dtype).eps * float(logits.abs().max())
-    return Passes(tokens, layers, logits, attn_weights[..., -1, :].clone(), mass_moved, rounding)
+    return Passes(layers, logits, attn_weights[..., -1, :].clone(), mass_moved, rounding)
 
 
 def describe(passes: Sequence[Passes], routing: Routing) -> str:

@@ -53,15 +53,11 @@ class SentenceEncoder:
         return vectors * self.n_features**0.5
 
 
-@cache
-def load_encoder(name: str, device: str) -> SentenceEncoder:
-    """Returns a sentence encoder, the same one for the same name."""
-    return SentenceEncoder(name, device)
+# The same encoder for the same name and device.
+load_encoder = cache(SentenceEncoder)
 
 
 def query_texts(tokenizer: PreTrainedTokenizerBase, token_lists: Sequence[Sequence[int]]) -> list[str]:
     """Returns the texts that token lists stand for, as the encoder reads them in fitting and in use."""
-    return [
-        str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for tokens in token_lists
-    ]
+    lists = [list(tokens) for tokens in token_lists]
+    return tokenizer.batch_decode(lists, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -5,6 +5,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting import records
 from icrouting.batches import tokenize
 from icrouting.methods import Method
+from icrouting.processes import first_one_first, here, joined, mine, wait
 from icrouting.progress import track
 from icrouting.prompts import Prompt
 from icrouting.records import Record
@@ -37,7 +39,8 @@ def draw_items(task: Task, n_test: int) -> list[int]:
 class Evaluation:
     """One run: methods on a model, and the records that they leave in `file`; what it holds is not computed again.
 
-    `fits` is a folder that keeps what methods learn, for a resumed run; None keeps nothing.
+    `fits` is a folder that keeps what methods learn, for a resumed run and for other processes; None keeps nothing.
+    Several processes share tasks to learn and items to answer, and each appends to a file of its own.
     """
 
     def __init__(
@@ -49,12 +52,13 @@ class Evaluation:
         file: Path,
         fits: Path | None = None,
     ):
-        self.model, self.tokenizer, self.file, self.fits = model, tokenizer, file, fits
+        self.model, self.tokenizer, self.fits = model, tokenizer, fits
         self.methods, self.sources = list(methods), list(sources)
         self.refused: dict[tuple[str, str], str] = {}
         self._done: set[tuple[str, str, int, int]] = set()
         self._answers: defaultdict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
         self._note(records.read(file))
+        self.file = records.part(file, here().process_index)
         self._kept: defaultdict[str, dict[str, KeptContext]] = defaultdict(dict)
         self._plain: tuple[object, Tensor, float] | None = None
 
@@ -71,13 +75,26 @@ class Evaluation:
                 for items in [draw_items(task, n_test)]
                 for start in range(0, len(items), CHUNK)
             ]
-            missing = [job for job in jobs if any(self._missing(method, *job, seed) for method in self.methods)]
-            if missing:
-                self.fit(seed)
-            sizes = [sum(len(self._missing(method, *job, seed)) for method in self.methods) for job in missing]
-            for task, items in track(missing, f"evaluation, seed {seed}", sizes, "predictions"):
+            missing = [any(self._missing(method, *job, seed) for method in self.methods) for job in jobs]
+            if any(joined(missing)):
+                self._fit_together(seed, tasks)
+            mine_missing = [job for job, is_missing in zip(mine(jobs), mine(missing), strict=True) if is_missing]
+            sizes = [sum(len(self._missing(method, *job, seed)) for method in self.methods) for job in mine_missing]
+            for task, items in track(mine_missing, f"evaluation, seed {seed}", sizes, "predictions"):
                 for method in self.methods:
                     self._answer(method, task, self._missing(method, task, items, seed), seed)
+        self.refused = dict(joined(list(self.refused.items())))
+
+    def _fit_together(self, seed: int, tasks: Sequence[Task]) -> None:
+        """Fits once for all processes: the first one learns, the others take that up and share tasks to learn."""
+        with first_one_first():
+            self.fit(seed)
+        if here().num_processes > 1:
+            for task in mine(tasks):
+                for method in self.methods:
+                    with suppress(ValueError):  # it is refused, with its reason, where it is asked for an answer
+                        method.on(task)
+            wait()
 
     def fit(self, seed: int) -> None:
         """Lets every method learn what it learns, each with a draw of its own that no other method moves."""

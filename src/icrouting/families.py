@@ -21,21 +21,13 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 _confirmed: weakref.WeakKeyDictionary[nn.Module, Family] = weakref.WeakKeyDictionary()
 
-_PLAIN = Family()
 _POST_NORMED = Family(attention_branch="post_attention_layernorm", mlp_branch="post_feedforward_layernorm")
-_HEAD_NORMED = Family(Site("q_norm", token_major), Site("k_norm", token_major))
 
 FAMILIES: dict[str, Family] = {
-    "llama": _PLAIN,
-    "mistral": _PLAIN,
-    "mixtral": _PLAIN,
-    "qwen2": _PLAIN,
-    "granite": _PLAIN,
-    "phi": _PLAIN,
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "granite", "phi"), Family()),
     "gemma2": _POST_NORMED,
     "opt": Family(mlp_branch="fc2"),
-    "qwen3": _HEAD_NORMED,
-    "qwen3_moe": _HEAD_NORMED,
+    **dict.fromkeys(("qwen3", "qwen3_moe"), Family(Site("q_norm", token_major), Site("k_norm", token_major))),
     "gemma3_text": replace(_POST_NORMED, query=Site("q_norm", head_major), key=Site("k_norm", head_major)),
     "olmo2": replace(_POST_NORMED, query=Site("q_norm"), key=Site("k_norm")),
     "phi3": Family(Site("qkv_proj", fused_query), Site("qkv_proj", fused_key)),

@@ -87,11 +87,10 @@ def routing(layers: Sequence[int], tasks: Mapping[str, Mapping[str, Any]]) -> st
     figure = Figure(figsize=(WIDTH, 0.5 + len(maps) * (1.1 + 0.06 * len(layers))))
     rows = figure.subplots(len(maps), 2, squeeze=False, sharex="col", sharey=True)
     for (gate_axes, weight_axes), (name, (gates, weights)) in zip(rows, maps.items(), strict=True):
-        images = _heat(gate_axes, gates, layers, 1.0), _heat(weight_axes, weights, layers, top)
+        _heat(gate_axes, gates, layers, 1.0)
+        _heat(weight_axes, weights, layers, top)
         gate_axes.set(title=f"{name}: head gates", ylabel="layer")
         weight_axes.set(title="|routing vector|")
-        for axes, image in zip((gate_axes, weight_axes), images, strict=True):
-            figure.colorbar(image, ax=axes, aspect=12, pad=0.02)
     rows[-1][0].set_xlabel("head")
     rows[-1][1].set_xlabel("direction")
     return _svg(figure)
@@ -177,14 +176,14 @@ def _percent(line: Any, name: str) -> tuple[float, float, float]:
     return 100 * line[f"{name}_low"], 100 * line[name], 100 * line[f"{name}_high"]
 
 
-def _heat(axes: Axes, values: Float[np.ndarray, "n_layers columns"], layers: Sequence[int], top: float) -> Any:
-    """Draws one heat map, the deepest layer on top."""
+def _heat(axes: Axes, values: Float[np.ndarray, "n_layers columns"], layers: Sequence[int], top: float) -> None:
+    """Draws one heat map with its scale, the deepest layer on top."""
     edges = (-0.5, values.shape[1] - 0.5, -0.5, len(layers) - 0.5)
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto", origin="lower", extent=edges)
     ticks = range(0, len(layers), max(1, len(layers) // 4))
     axes.set_yticks(ticks, [str(layers[tick]) for tick in ticks])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    return image
+    axes.figure.colorbar(image, ax=axes, aspect=12, pad=0.02)
 
 
 def _svg(figure: Figure) -> str:

@@ -1,10 +1,11 @@
 """The stages of a fit, each of which can be taken up again from what an earlier run kept in its folder."""
 
-import dataclasses
-import json
 import time
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,27 +17,26 @@ from icrouting.config import FitConfig
 from icrouting.families import dims_of
 from icrouting.features import Features, Scale
 from icrouting.pids import PIDs, QKMoments, fit_pids
+from icrouting.processes import decided, here, mine, total
 from icrouting.progress import track
 from icrouting.prompts import extraction_prompts
 from icrouting.scoring import option_ids
 from icrouting.storage import load_json, load_tensors, save_json, save_tensors
-from icrouting.tasks import Task, rows_digest
+from icrouting.tasks import Task
 from icrouting.train import Query
 from icrouting.trunk import run_trunk
 
 SAVE_EVERY_SECONDS = 20.0
 READ_AT_ONCE = 64
+BLOCK = 32  # prompts; what a process takes at a time, and batches by length
 
 
-def claim_folder(folder: Path, config: FitConfig, tasks: Sequence[Task], fingerprint: str) -> None:
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Makes a fit's folder, or checks that the fit begun in it is this very one.
 
     Raises:
         ValueError: the folder holds another fit; the differences are named.
     """
-    settings = {**dataclasses.asdict(config), "tasks": [task.name for task in tasks]}
-    settings |= {"model": fingerprint, "rows": rows_digest(tasks)}
-    settings = json.loads(json.dumps(settings))
     file = folder / "fit.json"
     if file.exists():
         found = load_json(file)
@@ -57,23 +57,38 @@ def extract(
     config: FitConfig,
     folder: Path | None,
 ) -> PIDs:
-    """Returns the PIDs of few-shot prompts of all source tasks, pooled (stages 1 and 2)."""
-    rng = np.random.default_rng(config.seed)
-    texts = [text for task in tasks for text in extraction_prompts(task, config.n_prompts, config.demos_per_class, rng)]
-    dims = dims_of(model)
+    """Returns the PIDs of few-shot prompts of all source tasks, pooled (stages 1 and 2).
+
+    Processes take blocks of prompts in turn. What all of them saw is kept at the end of a round, so that any number
+    of processes can go on from there; the memory taken does not depend on the number of prompts.
+    """
+    rng, shape = np.random.default_rng(config.seed), (config.n_prompts, config.demos_per_class)
+    prompts = (p for task in tasks for p in extraction_prompts(task, *shape, rng, config.queries_per_context))
+    n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
+    dims, place, n_done = dims_of(model), here(), 0
     moments = QKMoments(len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
     kept = folder / "moments.safetensors" if folder else None
     if kept is not None and kept.exists():
-        moments = QKMoments.from_tensors(load_tensors(kept)[0])
-    saved = time.monotonic()
-    for query, key in capture_last_tokens(model, tokenizer, texts, layers, n_done=moments.count):
-        moments.update(query, key)
-        is_last = moments.count == len(texts)
-        if kept is not None and (is_last or time.monotonic() - saved > SAVE_EVERY_SECONDS):
-            save_tensors(kept, moments.tensors())
+        tensors, metadata = load_tensors(kept)
+        n_done = int(metadata["n_done"])
+        moments = QKMoments.from_tensors(tensors) if place.is_main_process else moments
+    saved, blocks = time.monotonic(), list(range(n_done, n_prompts, BLOCK))
+    sizes = [min(BLOCK, n_prompts - start) for start in blocks]
+    deque(islice(prompts, n_done), maxlen=0)
+    for number, start in enumerate(track(blocks, "extraction", sizes, "prompts", n_done)):
+        block, turn = list(islice(prompts, BLOCK)), number % place.num_processes
+        if turn == place.process_index:
+            for query, key in capture_last_tokens(model, tokenizer, block, layers, skip_nan=config.skip_nan):
+                moments.update(query, key)
+        is_last = start == blocks[-1]
+        is_due = turn == place.num_processes - 1 and decided(time.monotonic() - saved > SAVE_EVERY_SECONDS)
+        if kept is not None and (is_due or is_last):
+            whole = {name: total(value) for name, value in moments.tensors().items()}
+            if place.is_main_process:
+                save_tensors(kept, whole, {"n_done": str(start + len(block))})
             saved = time.monotonic()
-    generator = torch.Generator().manual_seed(config.seed)
-    return fit_pids(moments, layers, config.rank, config.basis, generator)
+    moments = QKMoments.from_tensors({name: total(value) for name, value in moments.tensors().items()})
+    return fit_pids(moments, layers, config.rank, config.basis, torch.Generator().manual_seed(config.seed))
 
 
 def training_queries(
@@ -83,8 +98,12 @@ def training_queries(
     features: Features,
     first_layer: int,
     config: FitConfig,
+    folder: Path | None = None,
 ) -> tuple[list[Query], Scale]:
-    """Returns the training queries of all source tasks, trunk run and features computed, and those's scale."""
+    """Returns the training queries of all source tasks, trunk run and features computed, and those's scale.
+
+    The trunk's states are kept in `folder`, mapped into memory; with None in a file without a name.
+    """
     rng = np.random.default_rng(config.seed + 1)
     chosen = [
         (task, task.train[index]) for task in tasks for index in rng.permutation(len(task.train))[: config.n_queries]
@@ -95,18 +114,20 @@ def training_queries(
     ]
     limit = min(config.max_tokens, context_length(model) or config.max_tokens)
     token_lists = [_tail(tokens, limit, tokenizer.bos_token_id) for tokens in tokenize(tokenizer, texts)]
-    states = run_trunk(model, token_lists, first_layer, pad_id_of(tokenizer))
-    chunks = [states[start : start + READ_AT_ONCE] for start in range(0, len(states), READ_AT_ONCE)]
-    vectors = torch.cat(
-        [
-            features.read([state.tokens for state in chunk], [state.hidden for state in chunk]).cpu()
-            for chunk in track(chunks, "features", [len(chunk) for chunk in chunks], "queries")
-        ]
-    )
+    states = run_trunk(model, token_lists, first_layer, pad_id_of(tokenizer), folder)
+    chunks = mine(range(0, len(states), READ_AT_ONCE))
+    vectors = torch.zeros(len(states), features.n_features)
+    for start in track(chunks, "features", [READ_AT_ONCE] * len(chunks), "queries"):
+        chunk = slice(start, start + READ_AT_ONCE)
+        read = [state.tokens for state in states[chunk]], [state.hidden for state in states[chunk]]
+        vectors[chunk] = features.read(*read).cpu()
+    vectors = total(vectors)
     mean, std = features.scale(vectors)
     queries = [
-        Query(state, vector, option_list, example.label)
-        for state, vector, option_list, (_, example) in zip(states, (vectors - mean) / std, ids, chosen, strict=True)
+        Query(state, vector, option_list, example.label, text)
+        for state, vector, option_list, (_, example), text in zip(
+            states, (vectors - mean) / std, ids, chosen, texts, strict=True
+        )
     ]
     return queries, (mean, std)
 

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from icrouting.catalogue import HUB, find
+from icrouting.catalogue import HUB, MAX_TEST, MAX_TRAIN, SPECS
 from icrouting.rows import parse_row
 from icrouting.splits import apart, make_task
 from icrouting.tasks import Example, Task, TaskSpec
 
 _PARQUET = "refs/convert/parquet"
 _SEED = 0
-_MAX_TEST = 2000
-_MAX_TRAIN = 6000
 
 
 def read_task(spec: TaskSpec, mirror: Path | None = None) -> Task:
@@ -33,10 +31,10 @@ def read_task(spec: TaskSpec, mirror: Path | None = None) -> Task:
             f"{spec.name}/train.jsonl and {spec.name}/test.jsonl"
         )
     source, rng = HUB[spec.name], np.random.default_rng(_SEED)
-    train = _sample(_read(spec, "train", mirror), source.get("max_train", _MAX_TRAIN), rng)
-    test = _sample(_read(spec, "test", mirror), _MAX_TEST, rng)
+    train = _sample(_read(spec, "train", mirror), MAX_TRAIN[spec.name], rng)
+    test = _sample(_read(spec, "test", mirror), MAX_TEST, rng)
     for other in source.get("apart_from", ()):
-        train = apart(train, _read(find(other), "test", mirror))
+        train = apart(train, _read(SPECS[other], "test", mirror))
     return make_task(spec, train, test)
 
 
@@ -53,7 +51,7 @@ def _read(spec: TaskSpec, split: str, mirror: Path | None) -> list[Example]:
     place = mirror / repo / files if mirror else f"hf://datasets/{repo}@{revision}/{files}"
     kind = files.rsplit(".", 1)[1]  # "parquet" or "json", as the loader is called
     try:
-        found = datasets.load_dataset(kind, data_files=str(place), split="train")
+        found = datasets.load_dataset(kind, data_files=str(place), split="train").flatten()
     except Exception as error:  # the hub's errors have no common type
         raise ValueError(f"task {spec.name!r}: cannot read {files} of the dataset {repo!r}: {error}") from error
     try:
@@ -64,16 +62,9 @@ def _read(spec: TaskSpec, split: str, mirror: Path | None) -> list[Example]:
 
 def _mapped(row: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a row under our names (catalogue.toml says how)."""
-
-    def at(column: str | list[str]) -> Any:
-        if isinstance(column, list):
-            return [at(name) for name in column]
-        value: Any = row
-        for name in column.split("."):
-            value = value[name]
-        return value
-
-    mapped = {**row, **{name: at(column) for name, column in source.get("columns", {}).items()}}
+    mapped = dict(row)
+    for name, column in source.get("columns", {}).items():
+        mapped[name] = [row[part] for part in column] if isinstance(column, list) else row[column]
     if names := source.get("label_names"):
-        mapped["label"] = list(at(names) if isinstance(names, str) else names).index(mapped["label"])
+        mapped["label"] = (row[names] if isinstance(names, str) else names).index(mapped["label"])
     return mapped

@@ -82,7 +82,7 @@ def inspect_prompt(
         passes, routing = run_both(model, token_ids, icr.pids.layers), routed.routing([prompt])
     probabilities = passes.logits.softmax(-1)
     top = probabilities.amax(0).topk(min(N_TOP, probabilities.shape[-1])).indices.tolist()
-    tokens, top_texts = ([str(tokenizer.decode([token])) for token in ids] for ids in (passes.tokens, top))
+    tokens, top_texts = ([str(tokenizer.decode([token])) for token in ids] for ids in (token_ids, top))
     among = passes.logits[:, chosen].softmax(-1)
     listed = _candidates(options or [], passes.logits[:, chosen], among)
     return Inspection(

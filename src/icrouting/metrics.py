@@ -155,14 +155,6 @@ def mean(estimates: pd.DataFrame, name: str) -> Estimate:
     return Estimate(value, value - math.hypot(*(values - lows)) / n, value + math.hypot(*(highs - values)) / n, n)
 
 
-def collapse(gains: pd.Series, p_values: pd.Series) -> tuple[int, int]:
-    """Returns on how many tasks a method is below the baseline, and on how many significantly.
-
-    As the paper counts it (section 7): a gain below 0; the p-values are the corrected ones.
-    """
-    return int((gains < 0).sum()), int(((gains < 0) & (p_values < SIGNIFICANCE)).sum())
-
-
 def chance(records: pd.DataFrame) -> float:
     """Returns the expected accuracy of guessing: 1 / number of options, averaged over records."""
     return float((1 / records.n_options).mean())

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from icrouting import assets
 from icrouting.families import base_of
+from icrouting.processes import here
 from icrouting.progress import spinner
 
 PINNED = ("smollm2-135m",)
@@ -72,7 +73,8 @@ def load_model(
     if spread:  # its parts are in their places, and must not be moved
         weakref.finalize(model, shutil.rmtree, off_loaded, ignore_errors=True)
     else:
-        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # pyright: ignore[reportArgumentType]
+        own = f"cuda:{here().local_process_index}" if torch.cuda.is_available() else "cpu"
+        model.to(torch.device(device or own))  # pyright: ignore[reportArgumentType]
     return model.eval(), tokenizer
 
 

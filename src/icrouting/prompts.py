@@ -1,6 +1,6 @@
 """Prompts: a query with or without demonstrations, and the seeded, balanced choice of those."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ def demonstration(task: Task, example: Example) -> str:
     return f"{task.prompt(example)} {task.answer(example)}\n"
 
 
-def balanced_demos(task: Task, per_class: int, rng: np.random.Generator, exclude: int | None = None) -> list[Example]:
+def balanced_demos(task: Task, per_class: int, rng: np.random.Generator, exclude: Sequence[int] = ()) -> list[Example]:
     """Returns `per_class` training examples of every class, shuffled (paper, section 2).
 
     A class with fewer examples gives all it has; multiple-choice tasks are balanced over the letters.
@@ -42,19 +42,15 @@ def balanced_demos(task: Task, per_class: int, rng: np.random.Generator, exclude
         task: the task to draw from.
         per_class: demonstrations per class.
         rng: source of the draw.
-        exclude: index of a training example that must not be drawn (the query itself).
+        exclude: indices of training examples that must not be drawn (the queries themselves).
     """
     order = rng.permutation(len(task.train))
-    taken: dict[int, list[Example]] = {}
-    for index in order:
-        example = task.train[index]
-        chosen = taken.setdefault(example.label, [])
-        if index != exclude and len(chosen) < per_class:
-            chosen.append(example)
-    demos = [example for chosen in taken.values() for example in chosen]
-    if not demos:
+    labels, allowed = task.train_labels[order], ~np.isin(order, exclude)
+    classes = labels[np.sort(np.unique(labels, return_index=True)[1])]
+    chosen = np.concatenate([order[:0], *(order[(labels == label) & allowed][:per_class] for label in classes)])
+    if not len(chosen):
         raise ValueError(f"task {task.name!r} has no training example left for {per_class} demonstrations a class")
-    return [demos[i] for i in rng.permutation(len(demos))]
+    return [task.train[i] for i in rng.permutation(chosen)]
 
 
 def few_shot(task: Task, example: Example, demos: Sequence[tuple[Task, Example]]) -> Prompt:
@@ -62,11 +58,15 @@ def few_shot(task: Task, example: Example, demos: Sequence[tuple[Task, Example]]
     return Prompt("".join(demonstration(of, demo) for of, demo in demos), task.prompt(example))
 
 
-def extraction_prompts(task: Task, n_prompts: int, per_class: int, rng: np.random.Generator) -> list[str]:
-    """Returns few-shot prompts of training queries, each with its own balanced demonstrations (section 2)."""
-    n_prompts = min(n_prompts, len(task.train))
-    texts = []
-    for index in rng.permutation(len(task.train))[:n_prompts]:
-        demos = balanced_demos(task, per_class, rng, exclude=int(index))
-        texts.append(few_shot(task, task.train[index], [(task, demo) for demo in demos]).text)
-    return texts
+def extraction_prompts(
+    task: Task, n_prompts: int, per_class: int, rng: np.random.Generator, per_context: int = 1
+) -> Iterator[Prompt]:
+    """Yields few-shot prompts of training queries behind balanced demonstrations (section 2).
+
+    Every query has demonstrations of its own; Differs: with `per_context` above 1, that many share theirs.
+    """
+    queries = rng.permutation(len(task.train))[:n_prompts].tolist()
+    for start in range(0, len(queries), per_context):
+        group = queries[start : start + per_context]
+        demos = [(task, demo) for demo in balanced_demos(task, per_class, rng, exclude=group)]
+        yield from (few_shot(task, task.train[index], demos) for index in group)

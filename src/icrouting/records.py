@@ -73,12 +73,27 @@ def append(path: Path, records: Iterable[Record]) -> None:
         os.fsync(file.fileno())
 
 
+def part(path: Path, process: int) -> Path:
+    """Returns the file that one of several processes appends to, beside the first one's."""
+    return path.with_suffix(f".{process}{path.suffix}") if process else path
+
+
+def gather(path: Path) -> None:
+    """Moves what other processes left in files of their own into the first one's."""
+    parts = sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))
+    done = {record.key for record in read_lines(path, Record)}
+    for file in parts:  # a kill between the two steps leaves repeats, which are left out
+        append(path, [record for record in read_lines(file, Record) if record.key not in done])
+        file.unlink()
+
+
 def read(path: Path) -> list[Record]:
-    """Returns the records of a file, in its order; none where there is no file yet.
+    """Returns the records of a file and of its parts, in their order; none where there is no file yet.
 
     A last line that a kill cut short is dropped. Of several records with one key the first counts.
     """
-    records, unique = read_lines(path, Record), {}
+    files = [path, *sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))]
+    records, unique = [record for file in files for record in read_lines(file, Record)], {}
     for record in records:
         unique.setdefault(record.key, record)
     if n_repeated := len(records) - len(unique):

@@ -113,11 +113,7 @@ def score_options(
     token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], limit)
     ids = [option_ids(tokenizer, p.query, chosen) for p, chosen in zip(prompts, per_prompt, strict=True)]
     scores = torch.full((len(prompts), max(map(len, ids), default=0)), -torch.inf)
-    contexts: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        contexts.setdefault(prompt.context, []).append(row)
-    for context, rows in contexts.items():
-        before = _context_of(model, context, [token_lists[row] for row in rows], kept)
+    for before, rows in by_context(model, prompts, token_lists, kept):
         tails = [token_lists[row][len(before.tokens) if before else 0 :] for row in rows]
         for group in by_length(tails, token_budget):
             batch = pad([tails[i] for i in group], pad_id_of(tokenizer), [rows[i] for i in group])
@@ -138,12 +134,29 @@ def _options_per_prompt(options: Sequence[str] | Sequence[Sequence[str]], n: int
     return per_prompt
 
 
+def by_context(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    token_lists: list[list[int]],
+    kept: dict[str, KeptContext] | None = None,
+) -> Iterator[tuple[KeptContext | None, list[int]]]:
+    """Yields prompts' rows by the context that they share: the kept one, or one computed now.
+
+    Prompts that share none come first, as one group with None; so does a context of which nothing is shared in tokens.
+    """
+    contexts: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        contexts.setdefault(prompt.context, []).append(row)
+    shared = {context: rows for context, rows in contexts.items() if context and (kept is not None or len(rows) > 1)}
+    if alone := [row for context, rows in contexts.items() if context not in shared for row in rows]:
+        yield None, alone
+    for context, rows in shared.items():
+        yield _context_of(model, context, [token_lists[row] for row in rows], kept), rows
+
+
 def _context_of(
     model: PreTrainedModel, context: str, token_lists: list[list[int]], kept: dict[str, KeptContext] | None
 ) -> KeptContext | None:
-    """Returns the context that prompts share: the kept one, or one computed now; None where it does not pay."""
-    if not context or (kept is None and len(token_lists) == 1):
-        return None
     found = kept.get(context) if kept is not None else None
     if found and all(t[: len(found.tokens)] == found.tokens and len(t) > len(found.tokens) for t in token_lists):
         return found

@@ -54,12 +54,9 @@ def apart(rows: Sequence[Example], held: Sequence[Example]) -> list[Example]:
     long_held = [_row_key(row) for row in held if is_long(_row_text(row))]
     holds = inside(long_held, keys)
     long = [place for place, row in enumerate(rows) if is_long(_row_text(row))]
-    lies_inside = {long[i] for found in inside([keys[place] for place in long], long_held) for i in found}
-    return [
-        row
-        for place, row in enumerate(rows)
-        if keys[place] not in exact and not holds[place] and place not in lies_inside
-    ]
+    out = {place for place, key in enumerate(keys) if key in exact or holds[place]}
+    out |= {long[i] for found in inside([keys[place] for place in long], long_held) for i in found}
+    return [row for place, row in enumerate(rows) if place not in out]
 
 
 def _row_text(example: Example) -> str:

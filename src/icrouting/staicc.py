@@ -15,24 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from icrouting import assets, catalogue
+from icrouting import assets
+from icrouting.catalogue import MAX_TEST, MAX_TRAIN, SPECS, STAICC
 from icrouting.rows import parse_row
 from icrouting.splits import apart, inside, is_long, make_task, text_key
 from icrouting.tasks import Example, Task, TaskSpec
 
-_FILES = {
-    "agnews": "agnews",
-    "sst2": "sst2",
-    "trec": "trec",
-    "sst5": "sst5",
-    "mr": "rotten_tomatoes",
-    "subj": "subjective",
-    "emotion": "tweet_eval_emotion",
-}
 _SEED = 0
-_MAX_TEST = 2000
-_MAX_TRAIN = 6000
-_MAX_TRAIN_AGNEWS = 12000
 # Sentences dealt to SST-2: as many for testing as in its official test split, about, and enough for
 # training to fill the cap with their phrases. More would only take rows from MR and SST-5.
 _N_TEST_SENTENCES = 1000
@@ -53,9 +42,9 @@ def read_task(spec: TaskSpec) -> Task:
     Differs: the paper uses the official splits, which the wheel does not tell apart. SST-2 is tested on
     whole sentences, like the official test split, and trained on phrases of five words or more.
     """
-    if spec.name not in _FILES:
+    if spec.name not in STAICC:
         raise ValueError(
-            f"the pinned data 'pinned:staicc' holds {', '.join(_FILES)}, got task {spec.name!r}: give "
+            f"the pinned data 'pinned:staicc' holds {', '.join(STAICC)}, got task {spec.name!r}: give "
             f'data="folder", a folder with {spec.name}/train.jsonl and {spec.name}/test.jsonl'
         )
     folder = assets.fetch("staicc")
@@ -64,18 +53,18 @@ def read_task(spec: TaskSpec) -> Task:
     if spec.name == "sst2":
         return make_task(spec, *_deal_reviews(rows, rng))
     if spec.name in ("mr", "sst5"):
-        dealt = _deal_reviews(_read_rows(folder, catalogue.find("sst2")), np.random.default_rng(_SEED))
+        dealt = _deal_reviews(_read_rows(folder, SPECS["sst2"]), np.random.default_rng(_SEED))
         rows = apart(rows, [*dealt[0], *dealt[1]])
-    n_test, n_train = min(_MAX_TEST, len(rows) // 5), _MAX_TRAIN_AGNEWS if spec.name == "agnews" else _MAX_TRAIN
+    n_test = min(MAX_TEST, len(rows) // 5)
     shuffled = [rows[i] for i in rng.permutation(len(rows))]
-    return make_task(spec, shuffled[n_test : n_test + n_train], shuffled[:n_test])
+    return make_task(spec, shuffled[n_test : n_test + MAX_TRAIN[spec.name]], shuffled[:n_test])
 
 
 def _read_rows(folder: Path, spec: TaskSpec) -> list[Example]:
     """Returns the rows of one set that are not empty, one per key, unless the labels of a key differ."""
     rows: dict[str, Example] = {}
     conflicting = set()
-    for text, label in _unpickle(folder / f"{_FILES[spec.name]}.dataset"):
+    for text, label in _unpickle(folder / f"{STAICC[spec.name]}.dataset"):
         key = text_key(text)
         if key and rows.setdefault(key, parse_row({"text": text.strip(), "label": label}, spec)).label != label:
             conflicting.add(key)
@@ -113,4 +102,4 @@ def _deal_reviews(rows: Sequence[Example], rng: np.random.Generator) -> tuple[li
     dealt = sentences[_N_TEST_SENTENCES : _N_TEST_SENTENCES + _N_TRAIN_SENTENCES]
     tested = {i for sentence in test for i in found[sentence]}
     train = rng.permutation(sorted({i for sentence in dealt for i in found[sentence]} - tested))
-    return [rows[i] for i in train[:_MAX_TRAIN]], [rows[i] for i in test]
+    return [rows[i] for i in train[: MAX_TRAIN["sst2"]]], [rows[i] for i in test]

@@ -1,14 +1,21 @@
-"""Summary: everything a report says, as frames of figures."""
+"""Summary: everything a report says, as frames of figures, counted from the records and configuration of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
-from icrouting.metrics import Estimate
+from icrouting import metrics
+from icrouting.records import Record
 
 BASELINE = "zero-shot"
+HEADLINE = "icr"
+ORIGIN = "Model {model}, {n_test} test items a task at most, seeds {seeds}, {created}, commit {commit}: {command}"
+SECTIONS = {"source": "source", "in-domain": "in-domain, unseen", "near": "near", "far": "far"}
+
+Cells = Mapping[tuple[str, str], pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Method:
-    """A method's cost per example and its collapse count, over the tasks compared with the baseline."""
+    """A method's cost per example, and its collapse count: tasks with a gain below 0 (paper, section 7)."""
 
     name: str
     seconds: float
@@ -64,7 +71,7 @@ class Summary:
     methods: Sequence[Method]
     rows: Sequence[Row]
     lines: pd.DataFrame
-    rivals: Mapping[str, Estimate]
+    rivals: Mapping[str, metrics.Estimate]
     unfinished: Sequence[str]
     notes: tuple[str, ...]
     origin: str
@@ -82,3 +89,129 @@ class Summary:
     def cells(self, method: str) -> Any:
         """A method's lines on tasks, by name."""
         return self.lines.xs(("task", method), level=("kind", "method"))
+
+
+def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
+    """Returns the figures of a run, finished or in progress."""
+    if not records:
+        raise ValueError("no records to summarise: the run has not scored an example yet")
+    by_cell: dict[Any, pd.DataFrame] = dict(iter(metrics.frame(records).groupby(["method", "task"], sort=False)))
+    kinds = {task["name"]: "source" if task["role"] == "source" else task["group"] for task in config["tasks"]}
+    sections = {task: SECTIONS.get(kind, kind) for task, kind in kinds.items()}
+    if unknown := sorted({task for _, task in by_cell} - set(sections)):
+        raise ValueError(f"config.json does not describe the tasks {unknown}, which have records")
+    groups = _groups(sections)
+    # the levels and the full size of a task are those of the method with the most records
+    fullest = {task: max((found for (_, of), found in by_cell.items() if of == task), key=len) for _, task in by_cell}
+    methods = list(dict.fromkeys([*config["methods"], *(method for method, _ in by_cell)]))
+    keys = [(method, task) for method in methods for task in groups["all"] if (method, task) in by_cell]
+    cells = pd.DataFrame([_cell(*key, by_cell) for key in keys])
+    cells["p_holm"] = cells.groupby("method").p_value.transform(metrics.holm)
+    cells["direction"] = np.where(cells.p_holm < metrics.SIGNIFICANCE, np.sign(cells.gain), 0)
+    others = [method for method in cells.method if method != BASELINE]
+    headline = HEADLINE if HEADLINE in others else others[-1] if others else None
+    refused = config.get("refused", ())
+    return Summary(
+        headline=headline,
+        groups=groups,
+        methods=[_method(str(name), found) for name, found in cells.groupby("method", sort=False)],
+        rows=_rows(groups, sections, fullest),
+        lines=pd.concat([cells, _means(cells, groups)]).set_index(["kind", "name", "method"]),
+        rivals=_rivals(headline, by_cell),
+        unfinished=_unfinished(methods, list(sections), by_cell, fullest, {(m, task) for m, task, _ in refused}),
+        notes=(*config.get("notes", ()), *(f"{m} does not fit {task}: {said}" for m, task, said in refused)),
+        origin=ORIGIN.format_map({**config, "seeds": ", ".join(map(str, config["seeds"]))}),
+    )
+
+
+def _groups(sections: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Task names by section, and those of the unseen and of all tasks."""
+    ranked = sorted(dict.fromkeys(sections.values()), key=lambda section: (*SECTIONS.values(), section).index(section))
+    groups = {section: tuple(name for name in sections if sections[name] == section) for section in ranked}
+    unseen = tuple(name for section in ranked if section != "source" for name in groups[section])
+    everything = (*groups.get("source", ()), *unseen)
+    return {**groups, **({"unseen": unseen} if unseen else {}), "all": everything}
+
+
+def _cell(method: str, task: str, by_cell: Cells) -> dict[str, Any]:
+    """A method's figures on a task, before any correction."""
+    records = by_cell[method, task]
+    baseline = records.head(0) if method == BASELINE else by_cell.get((BASELINE, task), records.head(0))
+    gain = metrics.difference(records, baseline)
+    return {
+        **{"kind": "task", "name": task, "method": method},
+        **metrics.accuracy(records).columns("accuracy"),
+        **gain.columns("gain"),
+        "p_value": metrics.mcnemar(records, baseline) if gain.n else np.nan,
+        # a fixed generator per cell: a report remade from the same records says the same
+        **metrics.macro_f1(records, np.random.default_rng(0)).columns("macro_f1"),
+        "is_above_chance": metrics.is_above_chance(records),
+        "seconds": records.seconds.median(),
+        "n_tokens": records.n_tokens.mean(),
+        "by_seed": records.groupby("seed").right.mean().tolist(),
+        "confusion": metrics.confusion(records).tolist(),
+    }
+
+
+def _means(cells: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Each method's means over the groups of which it has tasks; the gain's over those shared with the baseline."""
+    means = []
+    for method, found in cells.groupby("method", sort=False):
+        for group, tasks in groups.items():
+            members = found.set_index("name").reindex(tasks)
+            accuracy, gain = (metrics.mean(members, name).columns(name) for name in ("accuracy", "gain"))
+            means.append({"kind": "mean", "name": group, "method": method, **accuracy, **gain})
+    return pd.DataFrame(means).query("accuracy_n > 0")
+
+
+def _method(name: str, cells: pd.DataFrame) -> Method:
+    seconds, n_tokens = float(cells.seconds.mean()), float(cells.n_tokens.mean())
+    n_collapsed, surely = int((cells.gain < 0).sum()), int((cells.direction < 0).sum())
+    return Method(name, seconds, n_tokens, int(cells.gain.count()), n_collapsed, surely)
+
+
+def _rows(
+    groups: Mapping[str, tuple[str, ...]], sections: Mapping[str, str], fullest: Mapping[str, pd.DataFrame]
+) -> list[Row]:
+    """The table's lines, without the means of groups that repeat the tasks of an earlier one."""
+    levels = {
+        task: Row(
+            "task", task, sections[task], 1, len(set(most["index"])), metrics.chance(most), metrics.majority(most)
+        )
+        for task, most in fullest.items()
+    }
+    rows, seen = [], set()
+    for group, tasks in groups.items():
+        scored = [levels[task] for task in tasks if task in levels]
+        if scored and tasks not in seen:
+            members = [row for row in scored if row.section == group]
+            section, n_items = group if members else "", sum(row.n_items for row in scored)
+            chance = float(np.mean([row.chance for row in scored]))
+            majority = float(np.mean([row.majority for row in scored]))
+            rows += [*members, Row("mean", group, section, len(tasks), n_items, chance, majority)]
+        seen.add(tasks)
+    return rows
+
+
+def _rivals(headline: str | None, by_cell: Cells) -> dict[str, metrics.Estimate]:
+    leads = [
+        {"method": method, **metrics.difference(found, by_cell[headline, task]).columns("lead")}
+        for (method, task), found in by_cell.items()
+        if headline and method not in (headline, BASELINE) and (headline, task) in by_cell
+    ]
+    compared = pd.DataFrame(leads, columns=["method", "lead", "lead_low", "lead_high"]).dropna()
+    return {str(method): metrics.mean(found, "lead") for method, found in compared.groupby("method", sort=False)}
+
+
+def _unfinished(
+    methods: Sequence[str], tasks: Sequence[str], by_cell: Cells, fullest: Mapping[str, pd.DataFrame], refused: set[Any]
+) -> list[str]:
+    """What is missing against the configuration, and against the method with the most records on a task."""
+    lines = []
+    for method in methods:
+        missing = [task for task in tasks if (method, task) not in by_cell and (method, task) not in refused]
+        lines += [f"{method}: no records on {', '.join(missing)}"] if missing else []
+        for task in tasks:
+            n, most = len(by_cell.get((method, task), ())), len(fullest.get(task, ()))
+            lines += [f"{method} on {task}: {n} of {most} predictions"] if 0 < n < most else []
+    return lines

@@ -1,4 +1,4 @@
-"""Table: a summary's figures by task and method, for the terminal, as Markdown and as CSV."""
+"""Table: a summary's figures by task and method, as text, for the terminal and as CSV."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from icrouting.conclusion import conclusion, label, points
+from icrouting.conclusion import label, points
 from icrouting.summary import BASELINE, Method, Row, Summary
 
 ABOVE, BELOW, AT_CHANCE, NONE = "▲", "▼", "≈", "\N{EN DASH}"
@@ -58,16 +58,6 @@ def terminal_table(summary: Summary) -> Table:
         is_mean = row is not None and row.kind == "mean"
         table.add_row(*line, style="bold" if is_mean else None, end_section=is_mean)
     return table
-
-
-def markdown(summary: Summary) -> str:
-    """Returns the conclusion, the table, its legend, what was cut short and where the figures come from."""
-    heading, *lines = ([cell.replace("|", "\\|") for cell in line] for line in grid(summary))
-    rule = ["---", *["---:"] * (len(heading) - 1)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [heading, rule, *lines])
-    listed = "\n".join(f"- {note}" for note in [LEGEND, *footnotes(summary), summary.origin])
-    title = "Accuracy in %, ± half of the 95 % interval; means: the paired gain in brackets."
-    return f"{conclusion(summary)}\n\n{title}\n\n{table}\n\n{listed}\n"
 
 
 def csv(summary: Summary) -> str:

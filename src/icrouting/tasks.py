@@ -5,8 +5,11 @@ import hashlib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -75,6 +78,11 @@ class Task:
         """The spec's name."""
         return self.spec.name
 
+    @cached_property
+    def train_labels(self) -> np.ndarray:
+        """The labels of the training rows."""
+        return np.array([example.label for example in self.train])
+
     def options(self, example: Example) -> tuple[str, ...]:
         """The answers an example chooses from, in label order."""
         return self.spec.options or tuple(string.ascii_uppercase[: len(example.choices)])
@@ -93,10 +101,8 @@ class Task:
 
 def rows_digest(tasks: Sequence[Task]) -> str:
     """Returns 16 hex digits that identify the rows and templates of tasks."""
-    digest = hashlib.sha256()
-    for task in tasks:
-        digest.update(repr((task.spec, task.train, task.validation, task.test)).encode())
-    return digest.hexdigest()[:16]
+    rows = "".join(repr((task.spec, task.train, task.validation, task.test)) for task in tasks)
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
 def known(kind: str, name: str, among: Mapping[str, T]) -> T:
@@ -124,7 +130,7 @@ def load_task(name: str | TaskSpec, data: str | Path) -> Task:
 
     if str(name).endswith(".toml"):
         return taskfile.read_task_file(Path(str(name)))
-    spec = name if isinstance(name, TaskSpec) else catalogue.find(name)
+    spec = name if isinstance(name, TaskSpec) else known("task", name, catalogue.SPECS)
     kind, _, place = str(data).partition(":")
     if str(data) == "pinned:staicc":
         return staicc.read_task(spec)

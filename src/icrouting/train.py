@@ -13,25 +13,29 @@ from transformers import PreTrainedModel
 
 from icrouting import losses
 from icrouting.attach import Attachment, attach
+from icrouting.batches import finite_rows
 from icrouting.config import FitConfig
 from icrouting.families import device_of
 from icrouting.pids import PIDs
+from icrouting.processes import is_first, mine, total
 from icrouting.progress import track
 from icrouting.router import Router
 from icrouting.storage import load_tensors, save_tensors
 from icrouting.trunk import LateEntry, TrunkState, late_entry, pad_states
 
 CHECKPOINT_EVERY = 25
+_TERMS = ("ce", "conf", "spar", "gate")
 
 
 @dataclass(frozen=True)
 class Query:
-    """One training query: what the trunk left of its zero-shot prompt, E(x), and its options' tokens."""
+    """One training query: what the trunk left of its zero-shot prompt, E(x), its options' tokens, and its text."""
 
     state: TrunkState
     features: Tensor
     option_ids: list[int]
     label: int
+    text: str = ""
 
 
 def alpha_scale(step: int, n_steps: int, final: float) -> float:
@@ -43,7 +47,8 @@ def alpha_scale(step: int, n_steps: int, final: float) -> float:
 class Trainer:
     """One router in training; its state can be saved after any step and taken up again.
 
-    The router is trained in place; checkpoints and `training.jsonl` go to `folder`, if there is one.
+    The router is trained in place; checkpoints and `training.jsonl` go to `folder`, if there is one. Several
+    processes share the queries of each step and add up their gradients, so that all have the same router.
     """
 
     model: PreTrainedModel
@@ -69,9 +74,7 @@ class Trainer:
         with attach(self.model, self.pids) as attachment, late_entry(self.model, first) as entry:
             try:
                 for _ in track(steps, "training", [1] * len(steps), "steps", done=self.step):
-                    rows = self._rows()
-                    terms = self._terms(entry, attachment, [self.queries[row] for row in rows])
-                    self._update(terms)
+                    self._update(self._terms(entry, attachment, [self.queries[row] for row in mine(self._rows())]))
                     if self.step % CHECKPOINT_EVERY == 0:
                         self._save()
             finally:  # ctrl-C loses no step
@@ -86,13 +89,19 @@ class Trainer:
         size = self.config.batch_size
         return order[position * size : (position + 1) * size].tolist()
 
-    def _terms(self, entry: LateEntry, attachment: Attachment, queries: list[Query]) -> dict[str, Tensor]:
+    def _terms(self, entry: LateEntry, attachment: Attachment, queries: Sequence[Query]) -> dict[str, Tensor]:
+        """Returns the means of the objective's terms over queries, and the number of "queries" behind them."""
         config, device = self.config, device_of(self.model)
+        if not queries:  # more processes than queries in this step
+            return {name: torch.zeros((), device=device) for name in (*_TERMS, "queries")}
         batch, hidden = pad_states([query.state for query in queries], self.pad_id)
         routing = self.router(torch.stack([query.features for query in queries]).to(device))
         attachment.routing = routing.scaled(alpha_scale(self.step, self.n_steps, config.final_alpha_scale))
         logits = entry.next_token_logits(batch.to(device), hidden)
-        labels = torch.tensor([query.label for query in queries], device=device)
+        texts = [query.text for query in queries]
+        kept = finite_rows(logits.isfinite().all(-1), texts, "logits", config.skip_nan)
+        queries, logits = [queries[row] for row in kept], logits[kept]
+        labels = torch.tensor([query.label for query in queries], dtype=torch.long, device=device)
         id_lists = [torch.tensor(query.option_ids, device=device) for query in queries]
         option_ids = pad_sequence(id_lists, batch_first=True, padding_value=-1)
         if config.ce_scope == "options":
@@ -103,30 +112,41 @@ class Trainer:
         return {
             "ce": ce,
             "conf": losses.confidence_loss(logits, plain_entropy),
-            "spar": losses.sparsity_loss(routing.routing_vector, config.deepest_weight),
-            "gate": losses.gate_loss(routing.head_gates),
+            "spar": losses.sparsity_loss(routing.routing_vector[kept], config.deepest_weight),
+            "gate": losses.gate_loss(routing.head_gates[kept]),
+            "queries": torch.tensor(float(len(kept)), device=device),
         }
 
     def _update(self, terms: dict[str, Tensor]) -> None:
-        config = self.config
-        loss = (
-            terms["ce"] + config.w_conf * terms["conf"] + config.w_spar * terms["spar"] + config.w_gate * terms["gate"]
-        )
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the training loss is {loss.item()} at step {self.step}: lower `lr` ({config.lr}) or load the "
-                "model in float32"
-            )
+        """Takes one step on the mean over the queries of all processes."""
+        config, parameters = self.config, list(self.router.parameters())
+        n_queries, means = terms["queries"], torch.stack([terms[name] for name in _TERMS])
+        weights = means.new_tensor([1.0, config.w_conf, config.w_spar, config.w_gate])
         self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.router.parameters(), config.grad_clip)
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        if n_queries:
+            gradients = list(torch.autograd.grad((means @ weights) * n_queries, parameters))
+        flat = total(torch.cat([part.detach().flatten() for part in (*gradients, means * n_queries, n_queries)]))
+        flat /= flat[-1].clone()
+        values = flat[-1 - len(_TERMS) : -1]
+        loss = (values @ weights).item()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the training loss is {loss} at step {self.step}: lower `lr` ({config.lr}) or load the model in "
+                "float32"
+            )
+        for parameter, part in zip(
+            parameters, flat.split([*(p.numel() for p in parameters), len(_TERMS) + 1]), strict=False
+        ):
+            parameter.grad = part.view_as(parameter)
+        torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         self.optimizer.step()
         self.step += 1
-        values = {name: term.item() for name, term in terms.items()}
-        self.log.append({"step": self.step, "loss": loss.item(), **values, "lr": config.lr})
+        logged = dict(zip(_TERMS, values.tolist(), strict=True))
+        self.log.append({"step": self.step, "loss": loss, **logged, "lr": config.lr})
 
     def _save(self) -> None:
-        if self.folder is None:
+        if self.folder is None or not is_first():
             return
         tensors = {f"router.{name}": value for name, value in self.router.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():

@@ -4,9 +4,13 @@ Routing starts at layer `first`. What enters it is the same for the plain and fo
 every epoch, so it is kept, and training runs the layers from `first` on.
 """
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -16,10 +20,13 @@ from transformers import PreTrainedModel
 from icrouting.batches import Batch, by_length, pad
 from icrouting.families import decoder_of, device_of, layers_of
 from icrouting.losses import entropy
+from icrouting.processes import decided, is_first, mine, total, wait
 from icrouting.progress import track
 from icrouting.scoring import next_token_logits
+from icrouting.storage import load_tensors, save_tensors
 
 TOKEN_BUDGET = 4096
+TRUNK_FILE = "trunk.bin"
 
 
 @dataclass(frozen=True)
@@ -81,21 +88,72 @@ def run_trunk(
     token_lists: Sequence[list[int]],
     first: int,
     pad_id: int,
+    folder: Path | None = None,
     *,
     token_budget: int = TOKEN_BUDGET,
 ) -> list[TrunkState]:
-    """Returns the trunk state of every prompt, from one plain pass each; `first` is the first routed layer."""
-    states: list[TrunkState | None] = [None] * len(token_lists)
-    groups = list(by_length(token_lists, token_budget))
-    with _entering(model, first, stop=False) as entering:
+    """Returns the trunk state of every prompt, from one plain pass each; `first` is the first routed layer.
+
+    The hidden states, tokens * hidden_size numbers of the model's dtype, go to a file that is mapped into memory, so
+    they may be larger than it. A finished file in `folder` is taken up again; several processes share the work, and
+    need a folder that all of them see.
+
+    Raises:
+        OSError: the disk does not hold the states.
+    """
+    with ExitStack() as stack:
+        if folder is None:  # the file stays readable while it is mapped
+            folder = Path(decided(stack.enter_context(tempfile.TemporaryDirectory())))
+        file, finished = folder / TRUNK_FILE, folder / "trunk.safetensors"
+        lengths, width = [len(tokens) for tokens in token_lists], decoder_of(model).config.hidden_size
+        about = {"first": str(first), "shape": str([sum(lengths), width]), "dtype": str(model.dtype)}
+        if not (finished.exists() and file.exists() and load_tensors(finished)[1] == about):
+            if is_first():
+                _allocate(file, sum(lengths) * width * model.dtype.itemsize)
+            wait()
+            try:
+                entropies = _fill(file, model, token_lists, first, pad_id, token_budget)
+            except OSError as error:
+                raise OSError(f"cannot write {file} ({error}): make room or choose another folder") from error
+            entropies = total(entropies)
+            if is_first():
+                save_tensors(finished, {"entropies": entropies}, about)
+            wait()
+        entropies = load_tensors(finished)[0]["entropies"].tolist()
+        flat = torch.from_file(str(file), shared=False, size=sum(lengths) * width, dtype=model.dtype)
+        wait()
+    states = flat.view(-1, width).split(lengths)
+    return [TrunkState(*parts) for parts in zip(token_lists, states, entropies, strict=True)]
+
+
+def _fill(
+    file: Path, model: PreTrainedModel, token_lists: Sequence[list[int]], first: int, pad_id: int, token_budget: int
+) -> Float[Tensor, "n_prompts"]:
+    """Writes the states of this process's share of prompts, and returns their entropies; 0 for the others."""
+    ends, entropies = list(accumulate(map(len, token_lists))), torch.zeros(len(token_lists))
+    groups = mine(list(by_length(token_lists, token_budget)))
+    with _entering(model, first, stop=False) as entering, file.open("r+b") as stream:
         for group in track(groups, "trunk", [len(group) for group in groups], "queries"):
             batch = pad([token_lists[i] for i in group], pad_id).to(device_of(model))
-            entropies = entropy(next_token_logits(model, batch)).tolist()
-            hidden = entering.pop().cpu()
-            for row, index in enumerate(group):
-                tokens = token_lists[index]
-                states[index] = TrunkState(tokens, hidden[row, : len(tokens)].clone(), entropies[row])
-    return [state for state in states if state is not None]
+            entropies[group] = entropy(next_token_logits(model, batch)).cpu()
+            for row, padded in zip(group, entering.pop().to("cpu", model.dtype), strict=True):
+                hidden = padded[: len(token_lists[row])].contiguous().view(torch.uint8).numpy()
+                stream.seek((ends[row] - len(token_lists[row])) * hidden.shape[1])
+                stream.write(hidden.tobytes())
+    return entropies
+
+
+def _allocate(file: Path, n_bytes: int) -> None:
+    """Makes a file that takes `n_bytes`; OSError if the disk has no room for them."""
+    file.unlink(missing_ok=True)
+    free = shutil.disk_usage(file.parent).free
+    if n_bytes > free:
+        raise OSError(
+            f"the states entering the first routed layer take {n_bytes / 1e9:.1f} GB, {file.parent} has room for "
+            f"{free / 1e9:.1f} GB: choose a folder on another disk (--out), or lower n_queries or max_tokens"
+        )
+    with file.open("wb") as stream:
+        stream.truncate(n_bytes)
 
 
 class _PassThrough(nn.Module):

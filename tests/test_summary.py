@@ -1,10 +1,11 @@
 import math
 
+import pandas as pd
 import pytest
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config
-from icrouting import metrics
-from icrouting.tally import summarise
+from icrouting import metrics, summary
+from icrouting.summary import summarise
 
 
 def test_means_and_gains_follow_from_the_cells():
@@ -51,3 +52,11 @@ def test_a_rivals_lead_is_its_accuracy_less_the_headlines():
     ((rival, lead),) = summary.rivals.items()
     ours, theirs = (summary.line("mean", "all", method).accuracy for method in (summary.headline, rival))
     assert lead.value == pytest.approx(theirs - ours)
+
+
+def test_collapse_counts_losses_and_the_significant_among_them():
+    cells = pd.DataFrame({"gain": [-0.2, -0.01, 0.0, 0.3, math.nan], "direction": [-1, 0, 0, 1, 0]})
+    method = summary._method("icr", cells.assign(seconds=1.0, n_tokens=2.0))
+    assert (method.n_collapsed, method.n_collapsed_significantly, method.n_compared) == (2, 1, 4)
+    method = summary._method("icr", cells[:0].assign(seconds=1.0, n_tokens=2.0))
+    assert (method.n_collapsed, method.n_collapsed_significantly, method.n_compared) == (0, 0, 0)
