@@ -16,7 +16,7 @@ from icrouting.runs import commit
 from icrouting.storage import load_json, save_json
 
 Calls = dict[str, Callable[[], object]]
-SHORTEST = 0.2  # seconds; shorter calls are repeated within a turn
+SHORTEST, LONG = 0.2, 2.0  # seconds; shorter calls than the one are repeated within a turn
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,15 @@ class Stopwatch:
         return (self.now() - started) / n_calls
 
     def in_turns(self, calls: Calls) -> dict[str, list[float]]:
-        """Seconds of each call in each turn; every other turn goes backwards. The first, not kept, warms up."""
+        """Seconds of each call in each turn; every other turn goes backwards.
+
+        The first round warms up and is not kept, unless calls are so long that warmth does not matter.
+        """
         first = {name: self.timed(call, 1) for name, call in calls.items()}
         n_calls = {name: max(1, math.ceil(SHORTEST / max(seconds, 1e-6))) for name, seconds in first.items()}
         n_turns = int(self.seconds / sum(max(seconds, SHORTEST) for seconds in first.values()))
-        found: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(min(self.turns, max(3, n_turns))):
+        found = {name: [seconds] if min(first.values()) > LONG else [] for name, seconds in first.items()}
+        for turn in range(len(found[next(iter(calls))]), min(self.turns, max(3, n_turns))):
             for name in list(calls)[:: -1 if turn % 2 else 1]:
                 found[name].append(self.timed(calls[name], n_calls[name]))
         return found
