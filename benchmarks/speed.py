@@ -51,7 +51,8 @@ def random_pids(model, layers: tuple[int, ...]) -> PIDs:
         torch.linalg.qr(torch.randn(len(layers), width, RANK, generator=generator)).Q
         for width in (dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
     )
-    return PIDs(layers, query, key, *(torch.full((len(layers), RANK), 5.0) for _ in range(4)), "whitened")
+    ones = torch.ones(len(layers), RANK)
+    return PIDs(layers, query, key, 5 * ones, 5 * ones, 1 * ones, 1 * ones, "whitened")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

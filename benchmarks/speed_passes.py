@@ -71,7 +71,8 @@ class World:
         device, first = str(device_of(model)), self.pids.layers[0]
         features, generator = features_of(encoder, model, self.tokenizer, device), torch.Generator().manual_seed(0)
         router = Router(features.n_features, len(self.pids.layers), dims_of(model).n_heads, RANK, 256, generator)
-        torch.nn.init.normal_(router.alpha[-1].weight, std=0.01, generator=generator)  # untrained, it adds nothing
+        for weight in router.alpha.parameters():  # untrained, it would add nothing
+            weight.data.add_(0.01 * torch.randn(weight.shape, generator=generator))
         return Reader(model, self.tokenizer, features, router.requires_grad_(False).to(device), first, 1.0)
 
 
@@ -201,15 +202,17 @@ def demonstrations(world: World) -> None:
             options = [task.options(example) for example in examples]
             context = tokenize(tokenizer, [prompts[0].context])[0]
             kept: dict[str, KeptContext] = {}
-            score_options(model, tokenizer, prompts, options, kept=kept)  # keeps the context
+            others = [few_shot(task, example, demos) for example in task.validation[:2]]
+            other_options = [task.options(example) for example in task.validation[:2]]
+            score_options(model, tokenizer, others, other_options, kept=kept)  # keeps the context
             (cache,) = (found.n_numbers for found in kept.values())
             weights = [*reader.router.parameters(), world.pids.query_pids, world.pids.key_pids]
 
             def call(model, prompts, kept=None, options=options):
                 return lambda: score_options(model, tokenizer, prompts, options, kept=kept)
 
-            calls = {
-                "routed": call(routed, [prompt.query for prompt in prompts]),
+            base = {"routed": call(routed, [prompt.query for prompt in prompts])}
+            rivals = {
                 "few-shot": call(model, [prompt.text for prompt in prompts]),
                 "few-shot behind a kept context": call(model, prompts, kept),
             }
@@ -220,5 +223,7 @@ def demonstrations(world: World) -> None:
                 "context_cache_bytes": cache * model.dtype.itemsize,
                 "pids_and_router_bytes": sum(weight.numel() * weight.element_size() for weight in weights),
             }
-            where = f"{task.name}, {len(examples)} items"
-            world.rows.measure("few-shot", where, calls, lambda bytes_of=bytes_of: bytes_of)
+            for name, rival in rivals.items():
+                calls = base | {name: rival}
+                where = f"{task.name}, {len(examples)} item(s)"
+                world.rows.measure("few-shot", where, calls, lambda bytes_of=bytes_of: bytes_of)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from icrouting.runs import commit
 from icrouting.storage import load_json, save_json
 
-Calls = dict[str, Callable[[], object]]
+Calls = Mapping[str, Callable[[], object]]
 SHORTEST, LONG = 0.2, 2.0  # seconds; shorter calls than the one are repeated within a turn
 
 
@@ -103,9 +103,11 @@ def peak_bytes(call: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
+    results = profiler.profiler and profiler.profiler.kineto_results
+    assert results is not None, "the profiler has run"
+    for event in results.events():
         if event.name() == "[memory]":
-            now += event.nbytes()
+            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
             peak = max(peak, now)
     return peak
 
