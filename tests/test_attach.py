@@ -228,3 +228,17 @@ def test_a_batch_that_is_no_multiple_of_the_queries_is_refused():
         attachment.routing = tiny.routing(model, 2)
         with pytest.raises(ValueError, match=r"3 rows .* 2 queries"):
             model(**tiny.prompts())
+
+
+def test_a_routing_used_without_gradients_still_takes_them_later():
+    model, inputs = tiny.model("llama"), tiny.prompts()
+    routing = tiny.routing(model, 3)
+    for tensor in (routing.routing_vector, routing.head_gates):
+        tensor.requires_grad_()
+    with attach(model, tiny.pids(model)) as attachment:
+        attachment.routing = routing
+        with torch.no_grad():
+            logits_of(model, inputs)
+        logits_of(model, inputs).square().mean().backward()
+    assert routing.routing_vector.grad.abs().amax() > 0
+    assert routing.head_gates.grad.abs().amax() > 0

@@ -9,6 +9,9 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import choose_defaults
 import leave_one_out
+import speed
+
+import tiny
 
 CANDIDATES = {
     (module.__name__, name): config
@@ -43,3 +46,27 @@ def test_a_published_router_loads_is_small_and_is_the_one_of_its_table(folder):
 def test_published_figures_name_no_place_of_the_machine_that_made_them():
     for file in (ROUTERS.parent / "benchmarks" / "results").glob("*/*.*"):
         assert not re.search(r"(?<![\w.])/(work|home|root|tmp)/", file.read_text()), file
+
+
+def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder_folder):
+    model = tiny.model("llama")
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    for split, rows in (("train", tiny.task().train), ("test", tiny.task().test)):
+        lines = (json.dumps({"text": row.fields["text"], "label": row.label}) for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    splits = 'train = "train.jsonl"\ntest = "test.jsonl"'
+    spec = f'template = "Review: {{text}}\\nSentiment:"\noptions = ["negative", "positive"]\n[splits]\n{splits}'
+    (tmp_path / "toy.toml").write_text(spec)
+    out = tmp_path / "results" / "tiny.json"
+    arguments = ["--model", str(tmp_path / "tiny"), "--out", str(out), "--tasks", str(tmp_path / "toy.toml")]
+    arguments += ["--encoder", str(encoder_folder), "--lengths", "8", "13", "--batches", "1", "3", "--threads", "1"]
+    arguments += ["--max-tokens", "26", "--items", "2", "--turns", "2", "--seconds", "0"]
+    speed.main(arguments)
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["part"] for row in rows.values()} == set(speed.PARTS)
+    assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in rows.values())
+    assert "scoring: routed by the hidden state / zero-shot, 2 x 13 (cut from 3 rows)" in rows
+    assert out.with_suffix(".svg").read_text().count("<svg") == 1
+    speed.main(arguments)
+    assert json.loads(out.read_text())["rows"] == rows

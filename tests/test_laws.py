@@ -109,7 +109,8 @@ def tensors(draw):
 @given(tensors())
 def test_the_widened_product_is_the_dense_bias_and_widened_values_add_nothing(drawn):
     query, key, value, z_query, z_key, routing, layer, scaling = drawn
-    wide_query, wide_key = widen_query(query, z_query, routing, layer, scaling), widen_key(key, z_key)
+    gates, alpha = routing.head_gates[:, layer, :, None, None], routing.routing_vector[:, layer, None, None]
+    wide_query, wide_key = widen_query(query, z_query, gates * alpha / scaling), widen_key(key, z_key)
     rank, times = z_query.shape[-1], query.shape[1] // key.shape[1]
     wide_value = widen_value(value, rank)
     got = scaling * wide_query @ wide_key.repeat_interleave(times, 1).mT

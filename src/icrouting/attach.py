@@ -53,12 +53,12 @@ class RoutedLayer:
         z_key = project(states, self.key_directions)
         return widen_key(key, z_key), widen_value(value, self.key_directions.shape[-1])
 
-    def widen_queries(self, query: Tensor, routing: Routing, scaling: float) -> Tensor:
-        """Queries of the current tokens, widened by a routing with a row for each of theirs."""
+    def widen_queries(self, query: Tensor, weights: Tensor) -> Tensor:
+        """Queries of the current tokens, widened by weights with a row for each of theirs."""
         states = self.store["query"]
         self.query_directions = self.query_directions.to(states.device)
         z_query = project(states, self.query_directions)
-        return widen_query(query, z_query, routing, self.position, scaling)
+        return widen_query(query, z_query, weights)
 
 
 class _WideningCache:
@@ -90,18 +90,26 @@ class Attachment:
     def __init__(self, layers: tuple[int, ...]):
         self.layers = layers
         self.routing: Routing | None = None
-        self._placed: tuple[Routing, int, Routing | None] | None = None
+        self._placed: tuple[Routing, int, Routing | None, dict[int, Tensor]] | None = None
 
-    def routing_for(self, n_rows: int, device: torch.device) -> Routing | None:
-        """The routing in force, with one row per batch row; None where it adds nothing and is not being trained."""
+    def weights_for(self, position: int, n_rows: int, scaling: float, device: torch.device) -> Tensor | None:
+        """One layer's weights, one row per batch row; None where they add nothing and are not being trained."""
         if self.routing is None:
             raise ValueError("the model is attached but has no routing: call it with `input_ids`")
         if self._placed is None or self._placed[0] is not self.routing or self._placed[1] != n_rows:
             alpha, gates = self.routing.routing_vector, self.routing.head_gates
             adds = alpha.requires_grad or bool((alpha.any((1, 2)) & gates.any((1, 2))).any())
-            self._placed = self.routing, n_rows, self.routing.repeated(n_rows) if adds else None
-        routing = self._placed[2]
-        return routing and Routing(routing.routing_vector.to(device), routing.head_gates.to(device))
+            self._placed = self.routing, n_rows, self.routing.repeated(n_rows) if adds else None, {}
+        routing, kept = self._placed[2:]
+        if routing is None or position in kept:
+            return kept.get(position)
+        alpha, gates = routing.routing_vector[:, position, None, None], routing.head_gates[:, position, :, None, None]
+        weights = (gates * alpha / scaling).to(device)
+        if not (
+            routing.routing_vector.requires_grad or routing.head_gates.requires_grad
+        ):  # checkpointing counts what each layer computes
+            kept[position] = weights
+        return weights
 
 
 def _attention_function(original: str) -> Callable:
@@ -120,16 +128,16 @@ def _attention_function(original: str) -> Callable:
         kernel = eager if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
         assert kernel is not None, f"{type(module).__name__} has no eager attention function"
         layer = _routed.get(module)
-        routing = layer.attachment.routing_for(query.shape[0], query.device) if layer else None
-        if layer is None or routing is None:
+        weights = layer and layer.attachment.weights_for(layer.position, query.shape[0], scaling, query.device)
+        if layer is None or weights is None:
             if key.shape[-1] != query.shape[-1]:  # wider heads may round differently, so what adds nothing is left out
                 key, value = (states[..., : query.shape[-1]].contiguous() for states in (key, value))
             return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         if key.shape[-1] == query.shape[-1]:  # no cache has widened them
             key, value = layer.widen_cached(key, value)
-        query = layer.widen_queries(query, routing, scaling)
-        output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return output[..., : -layer.rank].contiguous(), weights
+        query = layer.widen_queries(query, weights)
+        output, attn_weights = kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return output[..., : -layer.rank].contiguous(), attn_weights
 
     return routed_attention
 

@@ -14,8 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icrouting.router import Routing
-
 
 def project(
     states: Float[Tensor, "batch q_len width"], directions: Float[Tensor, "width rank"]
@@ -27,22 +25,16 @@ def project(
 def widen_query(
     query: Float[Tensor, "batch n_heads q_len head_dim"],
     z_query: Float[Tensor, "batch q_len rank"],
-    routing: Routing,
-    layer: int,
-    scaling: float,
+    weights: Float[Tensor, "batch n_heads 1 rank"],
 ) -> Float[Tensor, "batch n_heads q_len wide"]:
     """Returns [Q_h, gamma_h * alpha * z_q / scaling].
 
     Args:
         query: what the attention function received, after rotary embedding.
         z_query: projected queries.
-        routing: one row per batch row.
-        layer: position among the routed layers.
-        scaling: the factor the kernel multiplies its logits with.
+        weights: gamma_h * alpha / scaling, one row per batch row.
     """
-    weighted = z_query * (routing.routing_vector[:, layer, None, :] / scaling)
-    columns = routing.head_gates[:, layer, :, None, None] * weighted[:, None]
-    return torch.cat([query, columns.to(query.dtype)], dim=-1)
+    return torch.cat([query, (z_query[:, None] * weights).to(query.dtype)], dim=-1)
 
 
 def widen_key(
