@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import context_length, pad_id_of, tokenize
@@ -86,12 +87,18 @@ def extract(
             moments.update(*(torch.cat(side, dim=1) for side in zip(*held, strict=True)))
             held.clear()
         if kept is not None and (is_due or is_last):
-            whole = {name: total(value) for name, value in moments.tensors().items()}
+            whole = _summed(moments)
             if place.is_main_process:
                 save_tensors(kept, whole, {"n_done": str(start + len(block))})
             saved = time.monotonic()
-    moments = QKMoments.from_tensors({name: total(value) for name, value in moments.tensors().items()})
+    moments = QKMoments.from_tensors(_summed(moments))
     return fit_pids(moments, layers, config.rank, config.basis, torch.Generator().manual_seed(config.seed))
+
+
+def _summed(moments: QKMoments) -> dict[str, Tensor]:
+    """What all processes saw; by name, since one that was read from a file has its tensors in another order."""
+    tensors = moments.tensors()
+    return {name: total(tensors[name]) for name in sorted(tensors)}
 
 
 def training_queries(
