@@ -34,6 +34,7 @@ EXTRACTIONS = (
     ("csqa", ("csqa",), 9),
     ("trec, agnews", ("trec", "agnews"), 5),
     ("sst2, ten times as many", ("sst2",), 120),
+    ("piqa", ("piqa",), 9),
 )
 RESULT = Path(__file__).parent / "results" / "scaling.json"
 
