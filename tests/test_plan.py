@@ -16,6 +16,7 @@ from icrouting.pids import QKMoments
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "recipes"
 # In billions, as their makers publish them.
 PUBLISHED = {"llama-2-7b": 6.74, "llama-3.1-8b": 8.03, "qwen2.5-7b": 7.62, "qwen3-32b": 32.8, "llama-3.1-70b": 70.6}
+SPREAD = ("qwen3-32b", "llama-3.1-70b")  # larger than one device
 HUB = {
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
@@ -152,14 +153,12 @@ def arguments_of(recipe, tmp_path, **environment):
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipe_is_the_papers_fit_of_its_model(recipe, tmp_path, monkeypatch):
     program, arguments = arguments_of(recipe, tmp_path)
-    if "--device-map" in arguments:  # where the weights lie is no setting of the fit
-        place = arguments.index("--device-map")
-        del arguments[place : place + 2]
     started = []
     monkeypatch.setattr(commands, "fit", lambda *given: started.append(given))
     cli.main(arguments)
     assert program == "icr"
-    assert started == [(tmp_path / "router", HUB[recipe], "hub", cli.HUB_TASKS[:5], PAPER)]
+    model = Backbone(HUB[recipe], "auto" if recipe in SPREAD else None)
+    assert started == [(tmp_path / "router", model, "hub", cli.HUB_TASKS[:5], PAPER)]
 
 
 def test_several_processes_get_the_same_arguments(tmp_path):

@@ -2,10 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -90,19 +88,11 @@ def show_plan(model: Backbone, data: str, tasks: Sequence[str], config: FitConfi
         "tokens": "by the model's tokenizer" if tokenizer else f"no tokenizer: {plan.CHARS_PER_TOKEN} characters each",
         "parameters": f"base model {planned.n_parameters:,}, router {planned.n_router:,}",
         "routed layers": f"{len(planned.layers)} from layer {planned.layers[0]} on, rank {config.rank}",
-        "memory, in bfloat16 as on accelerators": _listed(planned.memory, plan.size),
-        "disk": _listed(planned.disk, plan.size),
-        f"time at {tflops:g} TFLOP/s": f"{_time(sum(seconds.values()))}: {_listed(seconds, _time)}",
+        "memory, in bfloat16 as on accelerators": plan.listed(planned.memory, plan.size),
+        "disk": plan.listed(planned.disk, plan.size),
+        f"time at {tflops:g} TFLOP/s": f"{plan.hours(sum(seconds.values()))}: {plan.listed(seconds, plan.hours)}",
     }
     console.print("\n".join(f"{name}: {said}" for name, said in lines.items()), markup=False, highlight=False)
-
-
-def _listed(amounts: dict[str, Any], said: Callable[[Any], str]) -> str:
-    return ", ".join(f"{name} {said(amount)}" for name, amount in amounts.items())
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def evaluate(
@@ -139,20 +129,22 @@ def evaluate(
         settings=settings,
         notes=_router_cuts(icr),
     )
-    agree(**config.flat())
-    file = out / "records.jsonl"
-    if is_first():
-        runs.claim(out, config)
-        records.gather(file)
-    wait()
-    evaluation = Evaluation(base, tokenizer, methods, sources, file, out / "fits")
+    _claim(out, config)
+    evaluation = Evaluation(base, tokenizer, methods, sources, out / "records.jsonl", out / "fits")
     evaluation.run(tasks, seeds, n_test)
     wait()
-    if not is_first():
-        return
-    records.gather(file)
-    finish(out, evaluation, tasks, seeds[-1], icr, Path(settings.router) / "fit" if settings.router else None)
-    show(out)
+    if is_first():
+        finish(out, evaluation, tasks, seeds[-1], icr, Path(settings.router) / "fit" if settings.router else None)
+        show(out)
+
+
+def _claim(out: Path, config: runs.RunConfig) -> None:
+    """Makes a run's folder, or takes it up where all processes, however many, left it."""
+    agree(**config.flat())
+    if is_first():
+        runs.claim(out, config)
+        records.gather(out / "records.jsonl")
+    wait()
 
 
 def _router_cuts(icr: InContextRouter | None) -> list[str]:
@@ -172,6 +164,7 @@ def finish(
     fit_folder: Path | None,
 ) -> None:
     """Adds to a run what its report shows beside the records: times, routing, the training curve."""
+    records.gather(out / "records.jsonl")
     methods, config = evaluation.methods, load_json(out / "config.json")
     refused = [[*cell, said] for cell, said in evaluation.refused.items()]
     for method, task, said in refused:

@@ -1,5 +1,7 @@
 """The stages of a fit, each of which can be taken up again from what an earlier run kept in its folder."""
 
+import dataclasses
+import json
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,12 +20,12 @@ from icrouting.config import FitConfig
 from icrouting.families import dims_of
 from icrouting.features import Features, Scale
 from icrouting.pids import PIDs, QKMoments, fit_pids
-from icrouting.processes import decided, here, mine, total
+from icrouting.processes import agree, decided, first_one_first, here, mine, total
 from icrouting.progress import track
 from icrouting.prompts import extraction_prompts
 from icrouting.scoring import option_ids
 from icrouting.storage import load_json, load_tensors, save_json, save_tensors
-from icrouting.tasks import Task
+from icrouting.tasks import Task, rows_digest
 from icrouting.train import Query
 from icrouting.trunk import run_trunk
 
@@ -33,12 +35,21 @@ BLOCK = 32  # prompts; what a process takes at a time, and batches by length
 HELD = 64  # batches; the moments of a wide model are gigabytes, and slower to add to than a batch is to run
 
 
-def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes a fit's folder, or checks that the fit begun in it is this very one.
+def claim_folder(folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str) -> None:
+    """Makes a fit's folder, or checks that the fit begun in it is this very one, and the same for all processes.
 
     Raises:
-        ValueError: the folder holds another fit; the differences are named.
+        ValueError: the folder holds another fit, or the processes were given different ones; what differs is named.
     """
+    settings = {**dataclasses.asdict(config), "tasks": [task.name for task in tasks]}
+    settings = json.loads(json.dumps({**settings, "model": fingerprint, "rows": rows_digest(tasks)}))
+    agree(**settings)
+    if folder is not None:
+        with first_one_first():
+            _claim(folder, settings)
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
     file = folder / "fit.json"
     if file.exists():
         found = load_json(file)
@@ -74,7 +85,7 @@ def extract(
         tensors, metadata = load_tensors(kept)
         n_done = int(metadata["n_done"])
         moments = QKMoments.from_tensors(tensors) if place.is_main_process else moments
-    saved, blocks, held = time.monotonic(), list(range(n_done, n_prompts, BLOCK)), []
+    due, blocks, held = time.monotonic() + SAVE_EVERY_SECONDS, list(range(n_done, n_prompts, BLOCK)), []
     sizes = [min(BLOCK, n_prompts - start) for start in blocks]
     deque(islice(prompts, n_done), maxlen=0)
     for number, start in enumerate(track(blocks, "extraction", sizes, "prompts", n_done)):
@@ -82,15 +93,16 @@ def extract(
         if turn == place.process_index:
             held += capture_last_tokens(model, tokenizer, block, layers, skip_nan=config.skip_nan)
         is_last = start == blocks[-1]
-        is_due = turn == place.num_processes - 1 and decided(time.monotonic() - saved > SAVE_EVERY_SECONDS)
+        is_due = turn == place.num_processes - 1 and decided(time.monotonic() > due)
         if held and (is_due or is_last or len(held) >= HELD):
             moments.update(*(torch.cat(side, dim=1) for side in zip(*held, strict=True)))
             held.clear()
         if kept is not None and (is_due or is_last):
-            whole = _summed(moments)
+            begun, whole = time.monotonic(), _summed(moments)
             if place.is_main_process:
                 save_tensors(kept, whole, {"n_done": str(start + len(block))})
-            saved = time.monotonic()
+            # Moments of a wide model are gigabytes: writing them takes a twentieth of the time at most.
+            due = time.monotonic() + max(SAVE_EVERY_SECONDS, 20 * (time.monotonic() - begun))
     moments = QKMoments.from_tensors(_summed(moments))
     return fit_pids(moments, layers, config.rank, config.basis, torch.Generator().manual_seed(config.seed))
 

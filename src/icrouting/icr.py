@@ -1,7 +1,5 @@
 """InContextRouter: fit once on a few tasks, attach to the same model on any task."""
 
-import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,10 +21,10 @@ from icrouting.families import base_of, check_layers, device_of, dims_of, family
 from icrouting.features import Features, Reader, features_of
 from icrouting.models import fingerprint, frozen
 from icrouting.pids import PIDs
-from icrouting.processes import agree, first_one_first, is_first
+from icrouting.processes import is_first
 from icrouting.routed import Routed, rerouted
 from icrouting.router import Router
-from icrouting.tasks import Task, rows_digest
+from icrouting.tasks import Task
 from icrouting.train import Trainer
 from icrouting.trunk import TRUNK_FILE
 
@@ -88,12 +86,7 @@ class InContextRouter(ModelHubMixin):
                 "what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up"
             )
         where = Path(folder) if folder is not None else None
-        settings = {**dataclasses.asdict(config), "tasks": [task.name for task in tasks], "layers": layers}
-        settings = json.loads(json.dumps({**settings, "model": digest, "rows": rows_digest(tasks)}))
-        agree(**settings)
-        if where is not None:
-            with first_one_first():
-                fitting.claim_folder(where, settings)
+        fitting.claim_folder(where, config, tasks, digest)
         features = features_of(config.encoder, model, tokenizer, str(device_of(model)))
         generator = torch.Generator().manual_seed(config.seed)
         router = Router(features.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)

@@ -10,9 +10,11 @@ n_matrix counts the weights without embeddings and vocabulary head. docs/scaling
 
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -29,8 +31,8 @@ from icrouting.tasks import Task
 
 # Without a tokenizer; with SmolLM2's it is 3.0 (csqa) to 4.2 (sst2).
 CHARS_PER_TOKEN = 3.8
-# One core's: to add a batch to a byte of moments, and to decompose a covariance, per width^3.
-SECONDS_PER_BYTE, SECONDS_PER_CUBE = 0.35e-9, 1.2e-9
+# One core's: to add a prompt to a number of the moments, and to decompose a covariance, per width^3.
+SECONDS_PER_PRODUCT, SECONDS_PER_CUBE = 0.065e-9, 1.2e-9
 MINILM_WIDTH = 384
 
 
@@ -86,6 +88,16 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
+def hours(seconds: float) -> str:
+    """Returns a time as people read it."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def listed(amounts: dict[str, Any], said: Callable[[Any], str]) -> str:
+    """Returns amounts by name in one line."""
+    return ", ".join(f"{name} {said(amount)}" for name, amount in amounts.items())
+
+
 def room_of(out: Path) -> tuple[int, int, int | None]:
     """Returns the free bytes of memory, disk (with what a fit begun in `out` has written) and accelerator, if any."""
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
@@ -117,7 +129,7 @@ def plan_fit(
     n_router = _n_router(config, hidden_size, n_routed * (config.rank + dims.n_heads))
     moments = 8 * n_routed * sum(width**2 + width for width in widths)
     n_outputs = _n_matrix(model) // dims.n_layers // hidden_size
-    n_prompt_tokens, batch = sum(of.tokens for of in prompts.values()), _largest_batch(prompts)
+    batch = _largest_batch(prompts)
     n_parameters = sum(weight.numel() for weight in model.parameters())
     memory = {
         "weights": n_parameters * itemsize,
@@ -135,8 +147,8 @@ def plan_fit(
         "trunk": pass_flops(model, queries.values(), dims.n_layers) + head,
         "training": 2 * config.epochs * (pass_flops(model, queries.values(), n_late) + head),
     }
-    updates = moments * n_prompt_tokens / TOKEN_BUDGET
-    processor = updates * SECONDS_PER_BYTE + n_routed * sum(width**3 for width in widths) * SECONDS_PER_CUBE
+    products = moments / 8 * sum(of.count for of in prompts.values())
+    processor = products * SECONDS_PER_PRODUCT + n_routed * sum(width**3 for width in widths) * SECONDS_PER_CUBE
     return Plan(n_parameters, n_router, layers, prompts, queries, memory, disk, flops, processor)
 
 
