@@ -48,12 +48,12 @@ class Peak:
 def world(n_rows):
     """A small random model, its tokenizer and a task of as many rows as asked, repeated from the demo's."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from icrouting.models import load_model
+    from icrouting.models import folder_of
     from icrouting.tasks import load_task
 
-    _, tokenizer = load_model("pinned:smollm2-135m")
+    tokenizer = AutoTokenizer.from_pretrained(folder_of("pinned:smollm2-135m"))
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, max_position_embeddings=4096)).eval()
