@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from matplotlib import style
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from icrouting.runs import commit
 from icrouting.storage import load_json, save_json
@@ -89,7 +90,7 @@ class Rows:
             row = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
             about = {"clock": self.stopwatch.clock, "device": device_name(), "commit": commit()}
             self.content["rows"][name] = {**row, **about, **added}
-            print(f"{name}  {row['ratio']:.3f}  ({low:.3f} to {high:.3f}, {row['turns']} turns)  {added}", flush=True)
+            print(f"{name}  {row['ratio']:.4g}  ({low:.4g} to {high:.4g}, {row['turns']} turns)  {added}", flush=True)
         save_json(self.file, self.content)
 
 
@@ -126,8 +127,13 @@ def draw(content: dict[str, Any], file: Path) -> None:
                 panel.plot(row["ratio"], place, "o", color="#0072B2", ms=4)
                 panel.annotate(f" {row['ratio']:.3g}", (row["high"], place), va="center", fontsize=7)
             panel.axvline(1, color="black", linewidth=0.8, zorder=0)
-            panel.set(title=f"{part}", xscale="log", ylim=(len(named) - 0.3, -0.7))
+            panel.set(title=part, xscale="log", ylim=(len(named) - 0.3, -0.7))
             panel.set_yticks(range(len(named)), [name.partition(": ")[2] for name, _ in named], fontsize=7)
+            figures = FuncFormatter(lambda ratio, _: f"{ratio:.3g}")
+            is_wide = max(row["high"] for _, row in named) > 10 * min(row["low"] for _, row in named)
+            panel.xaxis.set_major_formatter(figures)
+            panel.xaxis.set_minor_formatter(NullFormatter() if is_wide else figures)
+            panel.tick_params(axis="x", which="both", labelsize=7)
             panel.margins(x=0.12)
         figure.suptitle(f"{content['model']}, {content['dtype']}: ratios, median and middle half of the turns")
         figure.savefig(file, metadata={"Date": None})
