@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-STAGES = {"extraction": (100, 1000), "training": (2_500, 25_000)}
+STAGES = {"extraction": (40, 400), "training": (2_500, 25_000)}
 
 
 def anonymous_mb() -> float:
