@@ -41,6 +41,7 @@ def paper_terms(model, given, trainer, queries):
         "conf": losses.confidence_loss(logits, losses.entropy(plain)),
         "spar": losses.sparsity_loss(routing.routing_vector, trainer.config.deepest_weight),
         "gate": losses.gate_loss(routing.head_gates),
+        "queries": torch.tensor(float(len(queries)), device=logits.device),
     }
 
 
@@ -92,14 +93,14 @@ def training(world: World) -> None:
 def extraction(world: World) -> None:
     """Few-shot prompts through capture and moments; the bare forward runs the same batches, tokenized before."""
     model, dims, layers, rng = world.model, dims_of(world.model), world.pids.layers, np.random.default_rng(0)
-    texts = [text for task in world.tasks for text in extraction_prompts(task, world.n_items, 5, rng)]
-    lists = tokenize(world.tokenizer, texts, context_length(model))
+    prompts = [prompt for task in world.tasks for prompt in extraction_prompts(task, world.n_items, 5, rng)]
+    lists = tokenize(world.tokenizer, [prompt.text for prompt in prompts], context_length(model))
     groups = [[lists[row] for row in group] for group in by_length(lists, TOKEN_BUDGET)]
     batches = [pad(group, pad_id_of(world.tokenizer)).to(device_of(model)) for group in groups]
 
     def extract():
         moments = QKMoments(len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
-        for query, key in capture_last_tokens(model, world.tokenizer, texts, layers):
+        for query, key in capture_last_tokens(model, world.tokenizer, prompts, layers):
             moments.update(query, key)
 
     def bare():
@@ -108,7 +109,7 @@ def extraction(world: World) -> None:
 
     # Tokens a second are the inverse of seconds, so that extraction's rate over the bare one is bare over extraction.
     calls = {"seconds of extraction": extract, "seconds of the bare forward": bare}
-    world.rows.measure("extraction", f"{len(texts)} prompts, {sum(map(len, lists))} tokens", calls)
+    world.rows.measure("extraction", f"{len(prompts)} prompts, {sum(map(len, lists))} tokens", calls)
 
 
 def loading(world: World, name: str) -> None:
