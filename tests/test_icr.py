@@ -10,6 +10,7 @@ import tiny
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.encoder import load_encoder
 from icrouting.features import features_of
+from icrouting.fitting import training_queries
 from icrouting.icr import InContextRouter
 from icrouting.prompts import Prompt
 from icrouting.router import Router, Routing
@@ -178,8 +179,6 @@ def test_in_use_the_routing_vector_has_the_scale_where_training_ended(fitted, mo
 
 
 def test_queries_keep_their_own_features_and_the_end_of_a_long_prompt(config, model, tokenizer):
-    from icrouting.fitting import training_queries
-
     short, features = dataclasses.replace(config, max_tokens=9), features_of(config.encoder, model, tokenizer, "cpu")
     queries, (mean, std) = training_queries(model, tokenizer, [tiny.task()], features, 3, short)
     assert std.min() > 0
@@ -389,3 +388,38 @@ def test_the_routing_vector_fades_from_one_to_its_final_scale():
 
 def test_prompt_is_context_and_query():
     assert Prompt("a\n", "b").text == "a\nb"
+
+
+def test_a_query_that_is_not_finite_is_named_and_left_out_only_if_asked(config, tokenizer, caplog):
+    model, task = tiny.model("llama"), tiny.task()
+    token = tokenizer(task.prompt(task.train[0])).input_ids[4]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    odd = {task.prompt(e) for e in task.train if token in tokenizer(task.prompt(e)).input_ids}
+    clean = dataclasses.replace(task, train=tuple(e for e in task.train if task.prompt(e) not in odd))
+    assert 0 < len(odd) < len(task.train)
+    config = dataclasses.replace(config, n_queries=1000, epochs=1)
+    given = model, tokenizer, [task], features_of(config.encoder, model, tokenizer, "cpu"), 3
+    with pytest.raises(ValueError, match=r"NaN or infinity in the states of .* leave such prompts out"):
+        training_queries(*given, config)
+    queries, (mean, _) = training_queries(*given, dataclasses.replace(config, skip_nan=True))
+    assert len(queries) == len(clean.train)
+    assert mean.isfinite().all()
+    assert all(query.features.isfinite().all() for query in queries)
+    assert "left out" in caplog.text
+
+
+def test_a_step_without_a_finite_logit_is_left_out_only_if_asked(model, tokenizer):
+    states, generator = run_trunk(model, tokenizer(texts()[:4]).input_ids, 3, 1), torch.Generator().manual_seed(0)
+    states[2] = dataclasses.replace(states[2], hidden=torch.full_like(states[2].hidden, torch.nan))
+    queries = [Query(state, torch.randn(12, generator=generator), [5, 9], 1, "a text") for state in states]
+    for batch_size, n_steps in ((1, 3), (2, 2)):
+        settings = FitConfig((3, 4), 3, batch_size=batch_size, epochs=1)
+        trainer = Trainer(model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1)
+        with pytest.raises(ValueError, match="NaN or infinity in the logits"):
+            trainer.run()
+        settings = dataclasses.replace(settings, skip_nan=True)
+        trainer = Trainer(model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1)
+        trainer.run()
+        assert len(trainer.log) == n_steps
+        assert all(parameter.isfinite().all() for parameter in trainer.router.parameters())

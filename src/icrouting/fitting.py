@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, pad_id_of, tokenize
+from icrouting.batches import context_length, finite_rows, pad_id_of, tokenize
 from icrouting.capture import capture_last_tokens
 from icrouting.config import FitConfig
 from icrouting.families import dims_of
@@ -143,13 +143,11 @@ def training_queries(
         chunk = slice(start, start + READ_AT_ONCE)
         read = [state.tokens for state in states[chunk]], [state.hidden for state in states[chunk]]
         vectors[chunk] = features.read(*read).cpu()
-    vectors = total(vectors)
-    mean, std = features.scale(vectors)
+    vectors, entropies = total(vectors), torch.tensor([state.entropy for state in states])
+    kept = finite_rows(vectors.isfinite().all(1) & entropies.isfinite(), texts, "states", config.skip_nan)
+    mean, std = features.scale(vectors[kept])
     queries = [
-        Query(state, vector, option_list, example.label, text)
-        for state, vector, option_list, (_, example), text in zip(
-            states, (vectors - mean) / std, ids, chosen, texts, strict=True
-        )
+        Query(states[row], (vectors[row] - mean) / std, ids[row], chosen[row][1].label, texts[row]) for row in kept
     ]
     return queries, (mean, std)
 

@@ -92,7 +92,7 @@ class Trainer:
     def _terms(self, entry: LateEntry, attachment: Attachment, queries: Sequence[Query]) -> dict[str, Tensor]:
         """Returns the means of the objective's terms over queries, and the number of "queries" behind them."""
         config, device = self.config, device_of(self.model)
-        if not queries:  # more processes than queries in this step
+        if not queries:  # more processes than queries in this step, or none that is finite
             return {name: torch.zeros((), device=device) for name in (*_TERMS, "queries")}
         batch, hidden = pad_states([query.state for query in queries], self.pad_id)
         routing = self.router(torch.stack([query.features for query in queries]).to(device))
@@ -100,7 +100,8 @@ class Trainer:
         logits = entry.next_token_logits(batch.to(device), hidden)
         texts = [query.text for query in queries]
         kept = finite_rows(logits.isfinite().all(-1), texts, "logits", config.skip_nan)
-        queries, logits = [queries[row] for row in kept], logits[kept]
+        if len(kept) < len(queries):  # once more without them: backward, zero times NaN is NaN
+            return self._terms(entry, attachment, [queries[row] for row in kept])
         labels = torch.tensor([query.label for query in queries], dtype=torch.long, device=device)
         id_lists = [torch.tensor(query.option_ids, device=device) for query in queries]
         option_ids = pad_sequence(id_lists, batch_first=True, padding_value=-1)
@@ -112,9 +113,9 @@ class Trainer:
         return {
             "ce": ce,
             "conf": losses.confidence_loss(logits, plain_entropy),
-            "spar": losses.sparsity_loss(routing.routing_vector[kept], config.deepest_weight),
-            "gate": losses.gate_loss(routing.head_gates[kept]),
-            "queries": torch.tensor(float(len(kept)), device=device),
+            "spar": losses.sparsity_loss(routing.routing_vector, config.deepest_weight),
+            "gate": losses.gate_loss(routing.head_gates),
+            "queries": torch.tensor(float(len(queries)), device=device),
         }
 
     def _update(self, terms: dict[str, Tensor]) -> None:
@@ -127,6 +128,9 @@ class Trainer:
         if n_queries:
             gradients = list(torch.autograd.grad((means @ weights) * n_queries, parameters))
         flat = total(torch.cat([part.detach().flatten() for part in (*gradients, means * n_queries, n_queries)]))
+        if not flat[-1]:  # none was finite
+            self.step += 1
+            return
         flat /= flat[-1].clone()
         values = flat[-1 - len(_TERMS) : -1]
         loss = (values @ weights).item()
