@@ -52,7 +52,11 @@ def run(out: Path, data: str, n_prompts: int) -> None:
             angles = cosines(found[name][side], found.get("1 a context", found[name])[side])
             rows[name][f"{side}_cosine_mean"] = round(float(angles.mean()), 3)
             rows[name][f"{side}_cosine_smallest"] = round(float(angles[:, -1].mean()), 3)
-        about = {"command": "python benchmarks/extraction.py", "commit": commit(), "prompts_per_task": n_prompts}
+        about = {
+            "command": f"python benchmarks/extraction.py --prompts {n_prompts}",
+            "commit": commit(),
+            "prompts_per_task": n_prompts,
+        }
         save_json(out, {**about, "rows": rows})
     for side in ("query", "key"):  # measured first, compared last
         angles = cosines(found["another seed"][side], found["1 a context"][side])
