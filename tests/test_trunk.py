@@ -102,6 +102,8 @@ def test_a_disk_that_fills_while_states_are_written_leaves_a_fit_that_can_go_on(
         allocate(file, n_bytes)
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes // 2, limits[1]))
 
+    run_trunk(model, token_lists(), FIRST, 1, tmp_path)
+    (tmp_path / trunk.TRUNK_FILE).unlink()  # as a finished training leaves it
     monkeypatch.setattr(trunk, "_allocate", shrink)
     try:
         with pytest.raises(OSError, match=r"cannot write .*trunk.bin .*File too large.*make room"):

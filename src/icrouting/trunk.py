@@ -109,6 +109,7 @@ def run_trunk(
         about = {"first": str(first), "shape": str([sum(lengths), width]), "dtype": str(model.dtype)}
         if not (finished.exists() and file.exists() and load_tensors(finished)[1] == about):
             if is_first():
+                finished.unlink(missing_ok=True)  # it would vouch for a file that a kill leaves half filled
                 _allocate(file, sum(lengths) * width * model.dtype.itemsize)
             wait()
             try:
