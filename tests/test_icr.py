@@ -423,3 +423,22 @@ def test_a_step_without_a_finite_logit_is_left_out_only_if_asked(model, tokenize
         trainer.run()
         assert len(trainer.log) == n_steps
         assert all(parameter.isfinite().all() for parameter in trainer.router.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_training_before_the_router_is_touched(model, tokenizer, monkeypatch):
+    states, generator = run_trunk(model, tokenizer(texts()[:2]).input_ids, 3, 1), torch.Generator().manual_seed(0)
+    queries = [Query(state, torch.randn(12, generator=generator), [5, 9], 1) for state in states]
+    settings, plain = FitConfig((3, 4), 3, batch_size=2, epochs=1, skip_nan=True), torch.autograd.grad
+    trainer = Trainer(model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: [part * torch.nan for part in plain(*args)])
+    with pytest.raises(ValueError, match="its gradient is not finite"):
+        trainer.run()
+    assert all(parameter.isfinite().all() for parameter in trainer.router.parameters())
+
+
+def test_a_fit_without_one_finite_query_is_refused(config, tokenizer):
+    model = tiny.model("llama")
+    torch.nn.init.constant_(model.get_output_embeddings().weight, torch.nan)
+    features = features_of(config.encoder, model, tokenizer, "cpu")
+    with pytest.raises(ValueError, match="no training query has finite states"):
+        training_queries(model, tokenizer, [tiny.task()], features, 3, dataclasses.replace(config, skip_nan=True))

@@ -108,3 +108,15 @@ def test_whole_numbers_for_seconds_and_logits_are_read_as_floats(tmp_path):
     row = json.loads(path.read_text())
     path.write_text(json.dumps({**row, "seconds": 2, "option_logits": [1, 0]}) + "\n")
     assert records.read(path) == [record(0, seconds=2.0, option_logits=(1.0, 0.0))]
+
+
+def test_a_users_copy_beside_the_records_is_neither_read_nor_removed(tmp_path):
+    path, copy = tmp_path / "records.jsonl", tmp_path / "records.backup.jsonl"
+    records.append(path, [record(0)])
+    records.append(records.part(path, 2), [record(1)])
+    records.append(copy, [record(2)])
+    assert records.read(path) == [record(0), record(1)]
+    records.gather(path)
+    assert records.read(path) == [record(0), record(1)]
+    assert copy.exists()
+    assert not records.part(path, 2).exists()

@@ -145,6 +145,8 @@ def training_queries(
         vectors[chunk] = features.read(*read).cpu()
     vectors, entropies = total(vectors), torch.tensor([state.entropy for state in states])
     kept = finite_rows(vectors.isfinite().all(1) & entropies.isfinite(), texts, "states", config.skip_nan)
+    if not kept:
+        raise ValueError("no training query has finite states: load the model in float32 or bfloat16")
     mean, std = features.scale(vectors[kept])
     queries = [
         Query(states[row], (vectors[row] - mean) / std, ids[row], chosen[row][1].label, texts[row]) for row in kept

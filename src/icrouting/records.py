@@ -78,11 +78,16 @@ def part(path: Path, process: int) -> Path:
     return path.with_suffix(f".{process}{path.suffix}") if process else path
 
 
+def _parts(path: Path) -> list[Path]:
+    """The other processes' files; what else lies beside them, such as a user's copy, is left alone."""
+    found = path.parent.glob(f"{path.stem}.*{path.suffix}")
+    return sorted(file for file in found if file.stem.removeprefix(f"{path.stem}.").isdigit())
+
+
 def gather(path: Path) -> None:
     """Moves what other processes left in files of their own into the first one's."""
-    parts = sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))
     done = {record.key for record in read_lines(path, Record)}
-    for file in parts:  # a kill between the two steps leaves repeats, which are left out
+    for file in _parts(path):  # a kill between the two steps leaves repeats, which are left out
         append(path, [record for record in read_lines(file, Record) if record.key not in done])
         file.unlink()
 
@@ -92,7 +97,7 @@ def read(path: Path) -> list[Record]:
 
     A last line that a kill cut short is dropped. Of several records with one key the first counts.
     """
-    files = [path, *sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))]
+    files = [path, *_parts(path)]
     records, unique = [record for file in files for record in read_lines(file, Record)], {}
     for record in records:
         unique.setdefault(record.key, record)

@@ -134,10 +134,10 @@ class Trainer:
         flat /= flat[-1].clone()
         values = flat[-1 - len(_TERMS) : -1]
         loss = (values @ weights).item()
-        if not math.isfinite(loss):
+        if not flat.isfinite().all():
             raise ValueError(
-                f"the training loss is {loss} at step {self.step}: lower `lr` ({config.lr}) or load the model in "
-                "float32"
+                f"the training loss is {loss} at step {self.step}, or its gradient is not finite: lower `lr` "
+                f"({config.lr}) or load the model in float32"
             )
         for parameter, part in zip(
             parameters, flat.split([*(p.numel() for p in parameters), len(_TERMS) + 1]), strict=False

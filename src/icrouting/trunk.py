@@ -107,7 +107,8 @@ def run_trunk(
         file, finished = folder / TRUNK_FILE, folder / "trunk.safetensors"
         lengths, width = [len(tokens) for tokens in token_lists], decoder_of(model).config.hidden_size
         about = {"first": str(first), "shape": str([sum(lengths), width]), "dtype": str(model.dtype)}
-        if not (finished.exists() and file.exists() and load_tensors(finished)[1] == about):
+        # The first process alone looks: it may change both files before another one would.
+        if not decided(finished.exists() and file.exists() and load_tensors(finished)[1] == about):
             if is_first():
                 finished.unlink(missing_ok=True)  # it would vouch for a file that a kill leaves half filled
                 _allocate(file, sum(lengths) * width * model.dtype.itemsize)
