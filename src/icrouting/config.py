@@ -101,12 +101,20 @@ class Settings:
         demos_per_source: Demonstrations per source task of multi-task prompts.
         router: Folder or hub id of a fitted router, for the method "icr".
         i2cl_epochs: Epochs of I2CL's calibration; the published 100 take minutes per task on a CPU.
+        tries: Settings that every method may try on validation rows, in the order of its own grid.
+        train_rows: Training rows per task of methods that train on many (LIVE, M2IV, prefix and prompt tuning).
+        train_epochs: Epochs of those.
+        encoder: Sentence encoder of methods that read prompts by one: hub id, folder or "pinned:minilm".
     """
 
     demos_per_class: PositiveInt = 5
     demos_per_source: PositiveInt = 3
     router: str | None = None
     i2cl_epochs: PositiveInt = 100
+    tries: PositiveInt = 12
+    train_rows: PositiveInt = 1000
+    train_epochs: PositiveInt = 10
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
 
     def __post_init__(self):
         check(self)

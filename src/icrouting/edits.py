@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -44,6 +45,23 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
     with edited(modules, keep):
         yield outputs
+
+
+@contextmanager
+def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Inside, the yielded dict counts the rows that a model runs forwards, and those of them with a gradient.
+
+    A forward whose output has a gradient counts as one that is followed by a backward.
+    """
+    rows = {"forwards": 0, "backwards": 0}
+
+    def count(decoder: nn.Module, args: tuple, output: Any) -> None:
+        hidden = output[0]
+        rows["forwards"] += len(hidden)
+        rows["backwards"] += len(hidden) if hidden.requires_grad else 0
+
+    with decoder_of(model).register_forward_hook(count):
+        yield rows
 
 
 @contextmanager

@@ -3,24 +3,22 @@
 from collections.abc import Callable, Sequence
 
 from icrouting.config import Settings
-from icrouting.methods.base import Method, in_domain, once
+from icrouting.methods.base import Method
 from icrouting.methods.calibration import Calibration
 from icrouting.methods.i2cl import I2CL
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
+from icrouting.methods.regimes import regimes
 from icrouting.methods.routing import Icr
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.tasks import known
 
+LEARNING: tuple[type[Method], ...] = (
+    TaskVectors,
+    I2CL,
+)
 METHODS: dict[str, Callable[[Settings], Method]] = {
-    "zero-shot": ZeroShot,
-    "few-shot": FewShot,
-    "multi-task-few-shot": MultiTaskFewShot,
-    "calibration": Calibration,
-    "task-vectors": in_domain(TaskVectors),
-    "task-vectors-once": once(TaskVectors),
-    "i2cl": in_domain(I2CL),
-    "i2cl-once": once(I2CL),
-    "icr": Icr,
+    **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr)},
+    **{name: maker for kind in LEARNING for name, maker in regimes(kind).items()},
 }
 
 

@@ -1,9 +1,11 @@
-"""What a method is: a few verbs with plain defaults, and no privilege for any; the two regimes of one that learns."""
+"""What a method is: a few verbs with plain defaults, and no privilege for any."""
 
-import zlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -11,12 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import Settings
+from icrouting.edits import counted_rows
 from icrouting.prompts import Prompt
+from icrouting.scoring import score_options
 from icrouting.storage import load_tensors, save_tensors
 from icrouting.tasks import Example, Task
 
 Scores = Float[Tensor, "n_examples n_options"]
 Context = AbstractContextManager[object]
+_NOTES = {"tried": "[]", "cost": "{}"}
 
 
 class Method:
@@ -29,6 +34,11 @@ class Method:
         draws: whether its predictions depend on the seed. One that draws nothing answers every seed alike, and
             the evaluator copies the answers instead of computing them again.
         learned: names of the attributes, all tensors, in which `learn` leaves what it learned.
+        lacks: why it has no in-domain regime, under "", or no train-once regime, under "-once".
+        n_labelled: labelled rows that the fit in force looked at; `learn` says.
+        n_trained: parameters that it trained; `learn` says.
+        tried: the settings it tried, each with its accuracy on validation rows under "accuracy".
+        cost: what the fit took: "labelled", "trained", rows run "forwards" and "backwards", "seconds".
         seed: of the fit in force.
         model: the frozen decoder; like the four below, from `fit` on.
         tokenizer: its tokenizer.
@@ -40,6 +50,9 @@ class Method:
     name: str
     draws: bool = True
     learned: tuple[str, ...] = ()
+    lacks: Mapping[str, str] = {}
+    n_labelled: int = 0
+    n_trained: int = 0
     seed: int | None = None
 
     def __init__(self, settings: Settings):
@@ -56,13 +69,21 @@ class Method:
         """Learns, or takes up what an earlier run learned and kept in `file`."""
         self.model, self.tokenizer, self.sources, self.file = model, tokenizer, sources, file
         self.entropy = int(rng.integers(2**32))
+        self.tried: list[dict[str, Any]] = []
+        self.cost: dict[str, float] = {}
         if file is not None and file.exists():
-            self.restore(load_tensors(file)[0])
+            tensors, notes = load_tensors(file)
+            self.restore(tensors)
+            self.tried, self.cost = (json.loads(notes.get(name, empty)) for name, empty in _NOTES.items())
             return
-        self.learn(rng)
+        started = time.monotonic()
+        with counted_rows(model) as rows:
+            self.learn(rng)
+        self.cost = {"labelled": self.n_labelled, "trained": self.n_trained, **rows}
+        self.cost["seconds"] = time.monotonic() - started
         if file is not None and (learned := self.tensors()):
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(file, learned)
+            save_tensors(file, learned, {name: json.dumps(vars(self)[name]) for name in _NOTES})
 
     def learn(self, rng: np.random.Generator) -> None:
         """Learns from the training rows of `self.sources`, and chooses on their validation rows."""
@@ -95,41 +116,44 @@ class Method:
         """Takes up what `tensors` gave."""
         vars(self).update(tensors)
 
+    def choose(self, settings: Sequence[Mapping[str, Any]], build: Callable[..., dict[str, Tensor]]) -> None:
+        """Takes up what `build` makes of the setting that is right on most validation rows, the first of equals.
+
+        Every method has the same budget of settings: those beyond `Settings.tries` are not tried. Where there is
+        only one to try, nothing is scored.
+        """
+        best, kept, allowed = -1.0, {}, settings[: self.settings.tries]
+        for setting in allowed:
+            built = build(**setting)
+            self.restore(built)
+            accuracy = self.validated() if len(allowed) > 1 else 0.0
+            self.tried += [{**setting, "accuracy": accuracy}] if len(allowed) > 1 else []
+            if accuracy > best:
+                best, kept = accuracy, built
+        self.restore(kept)
+
+    def validated(self) -> float:
+        """Returns the accuracy of what is in force on the validation rows of the sources, pooled."""
+        hits = []
+        for task in self.sources:
+            rows = task.validation
+            options = [task.options(row) for row in rows]
+            with self.applied(task):
+                scores = score_options(self.model, self.tokenizer, [self.prompt(task, row) for row in rows], options)
+            predicted = self.adjusted(task, rows, scores).argmax(1).tolist()
+            hits += [guess == row.label for guess, row in zip(predicted, rows, strict=True)]
+        if not hits:
+            raise ValueError(f"{self.name} chooses on validation rows: give 5 training rows or more")
+        return float(np.mean(hits))
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> Iterator["Method"]:
+        """Inside, a model is under the influence of what was learned, for prompts of a task; then it is as before."""
+        self.model, self.tokenizer = model, tokenizer
+        with self.applied(task):
+            yield self
+
     @property
     def edits_model(self) -> bool:
         """Whether the model computes anything else under this method; if not, equal prompts are run once."""
         return type(self).applied is not Method.applied
-
-
-class InDomain(Method):
-    """A method fitted on the training and validation rows of the very task, when it first meets it.
-
-    Differs: the paper reuses what was learned in-domain on unseen tasks, whose labels this one sees: a harder rival.
-    The draw of a task does not depend on the tasks met before, so a resumed run finds the same.
-    """
-
-    def __init__(self, settings: Settings, kind: type[Method]):
-        super().__init__(settings)
-        self.name, self.draws, self._kind = kind.name, kind.draws, kind
-        self._fitted: dict[tuple[int, str], Method] = {}
-
-    def on(self, task: Task) -> Method:
-        """Returns the task's own method."""
-        key = self.entropy, task.name
-        if key not in self._fitted:
-            method = self._kind(self.settings)
-            rng = np.random.default_rng([self.entropy, zlib.crc32(task.name.encode())])
-            file = self.file.with_stem(f"{self.file.stem}-{task.name}") if self.file else None
-            method.fit(self.model, self.tokenizer, [task], rng, file)
-            self._fitted[key] = method
-        return self._fitted[key]
-
-
-def once(kind: type[Method]) -> type[Method]:
-    """Returns the kind of a method that is fitted on the pooled source tasks and used unchanged on any task."""
-    return type(f"{kind.__name__}Once", (kind,), {"name": f"{kind.name}-once"})
-
-
-def in_domain(kind: type[Method]) -> Callable[[Settings], Method]:
-    """Returns the maker of a method that is fitted on every task that it is tested on, unseen ones too."""
-    return lambda settings: InDomain(settings, kind)

@@ -42,6 +42,7 @@ class I2CL(Method):
         shown = [demonstration(*demo) for demo in demos]  # each ends with a newline, where the output is taken
         self.vectors = mean_last_outputs(self.model, self.tokenizer, _branches(self.model), shown)
         self.scalars = torch.tensor([FIRST_LAMBDA, FIRST_BETA]).repeat(len(self.vectors), 1)
+        self.n_labelled, self.n_trained = len(demos), self.scalars.numel()
         self.losses = self._calibrate(demos, rng)
 
     def applied(self, task: Task) -> Context:

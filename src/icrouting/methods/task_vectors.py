@@ -35,11 +35,14 @@ class TaskVectors(Method):
         validation = [(task, example) for task in self.sources for example in task.validation]
         if not validation:
             raise ValueError("task vectors choose their layer on validation rows: give 5 training rows or more")
-        texts = [_few_shot_texts(task, self.settings.demos_per_class, rng) for task in self.sources]
+        shown = [_few_shot_texts(task, self.settings.demos_per_class, rng) for task in self.sources]
+        texts, n_demos = [texts for texts, _ in shown], sum(n_demos for _, n_demos in shown)
         blocks = list(layers_of(self.model))
-        states = [mean_last_outputs(self.model, self.tokenizer, blocks, shown) for shown in texts]
+        states = [mean_last_outputs(self.model, self.tokenizer, blocks, prompts) for prompts in texts]
         self.vectors = torch.stack(states).mean(0)
         self.accuracies = sweep(self.model, self.tokenizer, validation, self.vectors)
+        self.tried = [{"layer": layer, "accuracy": found} for layer, found in enumerate(self.accuracies.tolist())]
+        self.n_labelled = len(validation) + n_demos
 
     @property
     def layer(self) -> int:
@@ -65,12 +68,12 @@ class TaskVectors(Method):
                 yield
 
 
-def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> list[str]:
-    """Returns the dummy queries behind demonstrations, none of which they are."""
+def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> tuple[list[str], int]:
+    """Returns the dummy queries behind demonstrations, none of which they are, and the number of those."""
     demos = [(task, demo) for demo in balanced_demos(task, per_class, rng)]
     used = {id(demo) for _, demo in demos}
     spare = [example for example in task.train if id(example) not in used] or list(task.train)
-    return [few_shot(task, spare[i], demos).text for i in rng.permutation(len(spare))[:N_DUMMIES]]
+    return [few_shot(task, spare[i], demos).text for i in rng.permutation(len(spare))[:N_DUMMIES]], len(demos)
 
 
 @torch.no_grad()

@@ -1,0 +1,96 @@
+"""The shared matrix: fit, apply, leave, save, load, same result, for every method that learns over the family table."""
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from icrouting.families import decoder_of
+from icrouting.methods import LEARNING, Settings, make
+from icrouting.methods.regimes import ONCE
+from icrouting.methods.saved import load_method, save_method
+from icrouting.prompts import Prompt
+from icrouting.scoring import score_options
+
+TASK = tiny.task("toy", n_test=30)
+FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
+SMALL = {"demos_per_class": 2, "i2cl_epochs": 1, "tries": 2, "train_rows": 8, "train_epochs": 1}
+EVERY = pytest.mark.parametrize("kind", LEARNING, ids=lambda kind: kind.name)
+
+
+@pytest.fixture(scope="module")
+def small(encoder_folder):
+    return Settings(**SMALL, encoder=str(encoder_folder))
+
+
+def fitted(kind, model, tokenizer, settings):
+    method = kind(settings)
+    method.fit(model, tokenizer, [TASK], np.random.default_rng(0))
+    return method
+
+
+def prompts():
+    # of mixed lengths
+    return [TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:7])]
+
+
+def scores(model, tokenizer, texts):
+    return score_options(model, tokenizer, [Prompt("", text) for text in texts], TASK.spec.options)
+
+
+@EVERY
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fit_apply_leave_save_load(kind, family, tokenizer, small, tmp_path):
+    model = tiny.model(family)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    plain = scores(model, tokenizer, prompts())
+    method = fitted(kind, model, tokenizer, small)
+    assert torch.equal(scores(model, tokenizer, prompts()), plain)
+    with method.attached(model, tokenizer, TASK):
+        changed = scores(model, tokenizer, prompts())
+        alone = torch.cat([scores(model, tokenizer, [prompt]) for prompt in prompts()])
+    assert torch.allclose(changed, alone, atol=1e-4)
+    save_method(method, tmp_path / "saved")
+    again = load_method(tmp_path / "saved", model, tokenizer)
+    with again.attached(model, tokenizer, TASK):
+        assert torch.equal(scores(model, tokenizer, prompts()), changed)
+    with pytest.raises(RuntimeError, match="thrown inside"), again.attached(model, tokenizer, TASK):
+        raise RuntimeError("thrown inside")
+    assert torch.equal(scores(model, tokenizer, prompts()), plain)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in after.items())
+    assert not any(weight.requires_grad or weight.grad is not None for weight in model.parameters())
+    assert not decoder_of(model)._forward_hooks
+    assert again.cost == method.cost
+
+
+@EVERY
+def test_what_was_learned_on_another_model_is_refused(kind, tokenizer, small, tmp_path):
+    save_method(fitted(kind, tiny.model("llama"), tokenizer, small), tmp_path)
+    with pytest.raises(ValueError, match="load that one"):
+        load_method(tmp_path, tiny.model("qwen3"), tokenizer)
+
+
+@EVERY
+def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small, tmp_path):
+    method = kind(small)
+    method.fit(tiny.model("llama"), tokenizer, [TASK], np.random.default_rng(0), tmp_path / "fit.safetensors")
+    assert method.cost["labelled"] > 0
+    assert method.cost["forwards"] > 0
+    assert method.cost["seconds"] > 0
+    assert (method.cost["backwards"] > 0) == (method.cost["trained"] > 0)
+    assert all(0 <= tried["accuracy"] <= 1 for tried in method.tried)
+    again = kind(small)
+    again.fit(tiny.model("llama"), tokenizer, [TASK], np.random.default_rng(0), tmp_path / "fit.safetensors")
+    assert (again.cost, again.tried) == (method.cost, method.tried)
+
+
+@EVERY
+def test_a_regime_that_a_method_lacks_is_refused_with_the_reason(kind):
+    for regime in ("", ONCE):
+        if regime in kind.lacks:
+            with pytest.raises(ValueError, match="there is no"):
+                make([kind.name + regime], Settings())
+        else:
+            assert make([kind.name + regime], Settings())[0].name == kind.name + regime
