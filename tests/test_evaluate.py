@@ -93,7 +93,9 @@ def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encod
     InContextRouter.fit(model, tokenizer, [task], config).save_pretrained(tmp_path)
     inputs = tokenizer([task.prompt(example) for example in task.test], return_tensors="pt", padding=True)
     plain = model(**inputs).logits
-    (method,) = make([name], Settings(demos_per_class=1, router=str(tmp_path), i2cl_epochs=2))
+    small = {"demos_per_class": 1, "i2cl_epochs": 2, "tries": 2, "train_rows": 8, "train_epochs": 1}
+    settings = Settings(**small, router=str(tmp_path), encoder=str(encoder_folder))
+    (method,) = make([name], settings)
     evaluation = Evaluation(model, tokenizer, [method], [task], tmp_path / "none")
     evaluation.fit(0)
     first = evaluation.predict(method, task, [0, 1, 2], 0)

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from icrouting import inspection, plan, records, report, runs
+from icrouting import fits, inspection, plan, records, report, runs
 from icrouting import methods as registry
 from icrouting.batches import context_length, tokenize
 from icrouting.card import with_results
@@ -180,6 +180,10 @@ def finish(
         shortest = min(unrefused, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20]))
         timed |= {row["method"]: row for row in evaluation.time_ratios(shortest)}
         runs.add_to_config(out, timing={"baseline": BASELINE, "ratios": list(timed.values())})
+    names = [method.name for method in methods]
+    learned = {row["method"]: row for row in [*config.get("fits", []), *fits.fit_costs(out / "fits", names)]}
+    runs.add_to_config(out, fits=list(learned.values()))
+    fits.write_tried(out / "fits", config["methods"], out / "tried.csv")
     if icr is not None:
         with icr.attached(evaluation.model, evaluation.tokenizer) as routed:
             save_json(out / "routing.json", runs.routing_summary(routed, icr.pids.layers, tasks))

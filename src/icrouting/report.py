@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def write(run_folder: Path) -> Summary:
     texts = {
         "summary.json": json.dumps(values, indent=1, ensure_ascii=False, default=_objects),
         "report.csv": csv(summary),
-        "report.md": markdown(summary),
+        "report.md": markdown(summary, config.get("fits", ())),
         "report.html": html(summary, config, run_folder),
     }
     for name, text in texts.items():
@@ -56,9 +56,9 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
     )
 
 
-def markdown(summary: Summary) -> str:
-    """Returns the conclusion, the table, its legend, what was cut short and where the figures come from."""
-    return render("report.md.j2", summary=summary, conclusion=conclusion.conclusion(summary), table=table)
+def markdown(summary: Summary, fits: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Returns the conclusion, the table, its legend, what was cut short, what fits cost, and the figures' origin."""
+    return render("report.md.j2", summary=summary, conclusion=conclusion.conclusion(summary), table=table, fits=fits)
 
 
 def render(template: str, **values: object) -> str:

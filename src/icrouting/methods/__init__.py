@@ -23,7 +23,10 @@ METHODS: dict[str, Callable[[Settings], Method]] = {
 
 
 def make(names: Sequence[str], settings: Settings) -> list[Method]:
-    """Returns methods by name; ValueError with near matches on an unknown one."""
+    """Returns methods by name; ValueError for a regime that a method lacks, or with near matches on an unknown one."""
+    lacking = {kind.name + regime: reason for kind in LEARNING for regime, reason in kind.lacks.items()}
+    if missing := [name for name in names if name in lacking]:
+        raise ValueError(f"there is no {missing[0]!r}: {lacking[missing[0]]}")
     kinds = [known("method", name, METHODS) for name in dict.fromkeys(names)]
     return [kind(settings) for kind in kinds]
 

@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
@@ -43,16 +42,6 @@ def once(kind: type[Method]) -> type[Method]:
 
 
 def regimes(kind: type[Method]) -> dict[str, Callable[[Settings], Method]]:
-    """Returns the makers of a learning method by name: as it is called, in-domain; with "-once", train-once.
-
-    The maker of a regime that a method lacks raises ValueError with the reason.
-    """
+    """Returns the makers of a learning method by name: as it is called, in-domain; with "-once", train-once."""
     makers = {"": lambda settings: InDomain(settings, kind), ONCE: once(kind)}
-    return {
-        kind.name + regime: partial(_refuse, kind.name + regime, kind.lacks[regime]) if regime in kind.lacks else maker
-        for regime, maker in makers.items()
-    }
-
-
-def _refuse(name: str, reason: str, settings: Settings) -> Method:
-    raise ValueError(f"there is no {name!r}: {reason}")
+    return {kind.name + regime: maker for regime, maker in makers.items() if regime not in kind.lacks}
