@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tiny
 from icrouting import records, runs
 from icrouting.evaluate import Evaluation, draw_items
 from icrouting.methods import METHODS, Settings, make
+from icrouting.methods.regimes import regimes
 
 TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
 
@@ -230,17 +233,21 @@ def test_a_run_knows_source_from_unseen_tasks():
     assert entries[0]["n_options"] == 2
 
 
-def test_the_documented_method_runs_as_written(tokenizer, tmp_path):
-    import re
-    from pathlib import Path
-
+def test_the_documented_methods_run_as_written(tokenizer, tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
     names: dict = {}
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), names)
-    methods = [*make(["zero-shot"], Settings()), names["Politely"](Settings())]
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    makers = [names["Politely"], *regimes(names["Nudge"]).values()]
+    methods = [*make(["zero-shot"], Settings()), *(maker(Settings(demos_per_class=1)) for maker in makers)]
     evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none")
     evaluation.fit(0)
-    plain, found = (evaluation.predict(method, TASKS[0], [0, 1], 0) for method in methods)
-    assert [record.method for record in found] == ["politely"] * 2
-    assert found[0].n_tokens > plain[0].n_tokens
-    assert found[0].option_logits != plain[0].option_logits
+    plain, *found = (evaluation.predict(method, TASKS[0], [0, 1], 0) for method in methods)
+    assert [[record.method for record in pair] for pair in found] == [
+        ["politely"] * 2,
+        ["nudge"] * 2,
+        ["nudge-once"] * 2,
+    ]
+    assert found[0][0].n_tokens > plain[0].n_tokens
+    assert all(pair[0].option_logits != plain[0].option_logits for pair in found)
+    assert len(methods[2].on(TASKS[0]).tried) == 3
