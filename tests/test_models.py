@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny
+from icrouting.encoder import SentenceEncoder
 from icrouting.models import fingerprint, load_model
 
 
@@ -40,6 +41,19 @@ def test_the_fingerprint_survives_a_change_of_dtype_and_no_change_of_weights():
 def test_what_cannot_be_loaded_is_said(name, said):
     with pytest.raises(ValueError, match=said):
         load_model(name)
+
+
+@pytest.mark.parametrize("said", ["", " \n"])
+def test_what_fails_without_a_word_is_said_by_its_name(said, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(said)
+
+    monkeypatch.setattr("icrouting.models.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(ValueError, match=r"cannot load model 'any'.*; OSError$"):
+        load_model("any")
+    monkeypatch.setattr("icrouting.encoder.SentenceTransformer", fail)
+    with pytest.raises(ValueError, match=r"cannot load the sentence encoder 'any'.*; OSError$"):
+        SentenceEncoder("any")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from icrouting.card import model_card
-from icrouting.checks import read
+from icrouting.checks import first_line, read
 from icrouting.config import FitConfig
 from icrouting.families import check_layers, decoder_of, dims_of
 from icrouting.features import Features
@@ -130,8 +130,7 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
     try:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"no router at {name!r}: expected a folder or a hub id; {reason}") from error
+        raise ValueError(f"no router at {name!r}: expected a folder or a hub id; {first_line(error)}") from error
 
 
 def load(folder: Path) -> tuple[Description, PIDs, Router]:

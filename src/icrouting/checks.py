@@ -40,6 +40,11 @@ def in_words(error: ValidationError) -> str:
     return ": ".join([*([".".join(map(str, first["loc"]))] if first["loc"] else []), said])
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of what an error says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @cache
 def _model_of(kind: type) -> type[BaseModel]:
     fields: dict[str, Any] = {name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()}

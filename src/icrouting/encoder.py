@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from icrouting import assets
+from icrouting.checks import first_line
 from icrouting.models import weights_digest
 
 MAX_TOKENS = 512
@@ -31,9 +32,9 @@ class SentenceEncoder:
         try:
             self._encoder = SentenceTransformer(str(assets.fetch(pinned)) if pinned else name, device=str(device))
         except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"cannot load the sentence encoder {name!r}: expected a hub id, a folder or 'pinned:minilm'; {reason}"
+                f"cannot load the sentence encoder {name!r}: expected a hub id, a folder or 'pinned:minilm'; "
+                f"{first_line(error)}"
             ) from error
         self._encoder.max_seq_length = min(MAX_TOKENS, self._encoder.tokenizer.model_max_length)
         width = self._encoder.get_embedding_dimension()

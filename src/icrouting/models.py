@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting import assets
+from icrouting.checks import first_line
 from icrouting.families import base_of
 from icrouting.processes import here
 from icrouting.progress import spinner
@@ -95,7 +96,7 @@ def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
 def _unloadable(name: str | Path, error: Exception, wanted: str = "") -> ValueError:
     return ValueError(
         f"cannot load model {str(name)!r}: expected a hub id, a folder with config.json, a .gguf file or "
-        f"'pinned:{PINNED[0]}'{wanted}; {str(error).strip().splitlines()[0]}"
+        f"'pinned:{PINNED[0]}'{wanted}; {first_line(error)}"
     )
 
 

@@ -14,6 +14,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
 
+from icrouting.checks import first_line
+
 T = TypeVar("T")
 
 # A process may have to wait for a whole stage of another.
@@ -93,5 +95,5 @@ def _others() -> Iterator[None]:
     except RuntimeError as error:  # what torch.distributed raises where a process has died
         raise ConnectionError(
             "another process has died or left: what was computed is kept, and the same command goes on from there "
-            f"with any number of processes ({str(error).splitlines()[0]})"
+            f"with any number of processes ({first_line(error)})"
         ) from error
