@@ -1,3 +1,4 @@
+import os
 import resource
 import shutil
 
@@ -73,6 +74,17 @@ def test_a_finished_file_is_taken_up_and_another_models_is_not(tmp_path):
     for a, b in zip(first, again, strict=True):
         assert (a.tokens, a.entropy) == (b.tokens, b.entropy)
         assert torch.equal(a.hidden, b.hidden)
+
+
+@pytest.mark.parametrize("n_more", [-4, 4])  # bytes
+def test_a_file_of_another_size_is_not_a_finished_one(n_more, tmp_path):
+    model = tiny.model("llama")
+    first = [state.hidden.clone() for state in run_trunk(model, token_lists(), FIRST, 1, tmp_path)]
+    n_bytes = (tmp_path / trunk.TRUNK_FILE).stat().st_size
+    os.truncate(tmp_path / trunk.TRUNK_FILE, n_bytes + n_more)
+    again = run_trunk(model, token_lists(), FIRST, 1, tmp_path)
+    assert (tmp_path / trunk.TRUNK_FILE).stat().st_size == n_bytes
+    assert all(torch.equal(state.hidden, hidden) for state, hidden in zip(again, first, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -106,12 +106,14 @@ def run_trunk(
             folder = Path(decided(stack.enter_context(tempfile.TemporaryDirectory())))
         file, finished = folder / TRUNK_FILE, folder / "trunk.safetensors"
         lengths, width = [len(tokens) for tokens in token_lists], decoder_of(model).config.hidden_size
+        n_bytes = sum(lengths) * width * model.dtype.itemsize
         about = {"first": str(first), "shape": str([sum(lengths), width]), "dtype": str(model.dtype)}
         # The first process alone looks: it may change both files before another one would.
-        if not decided(finished.exists() and file.exists() and load_tensors(finished)[1] == about):
+        is_whole = is_first() and file.exists() and file.stat().st_size == n_bytes
+        if not decided(is_whole and finished.exists() and load_tensors(finished)[1] == about):
             if is_first():
                 finished.unlink(missing_ok=True)  # it would vouch for a file that a kill leaves half filled
-                _allocate(file, sum(lengths) * width * model.dtype.itemsize)
+                _allocate(file, n_bytes)
             wait()
             try:
                 entropies = _fill(file, model, token_lists, first, pad_id, token_budget)
