@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from icrouting import cli, evaluate, fitting, records
+from icrouting import cli, evaluate, fitting, processes, records
 from icrouting.icr import InContextRouter
 from test_cli import world  # noqa: F401
 from test_kill import table
@@ -138,6 +139,28 @@ def test_processes_that_were_told_different_things_are_refused(option, world, en
     what = {"--seed": "seed", "--data": "rows"}[option]
     assert f"the processes were started with different {what}" in capfd.readouterr().err
     assert not (tmp_path / "router").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (RuntimeError("Connection closed by peer"), ConnectionError, r"has died .*\(Connection closed by peer\)"),
+        (RuntimeError(), ConnectionError, r"has died .*\(RuntimeError\)"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
+    ],
+)
+def test_only_what_may_mean_a_dead_process_is_called_one(error, kind, said, monkeypatch):
+    def fail(*args):
+        raise error
+
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    monkeypatch.setattr(processes, "here", lambda: two)
+    monkeypatch.setattr(processes, "reduce", fail)
+    with pytest.raises(kind, match=said):
+        processes.total(torch.ones(2))
+    two.device = "no such device"  # a tensor that cannot be moved says nothing of the others
+    with pytest.raises(RuntimeError, match="no such device"):
+        processes.total(torch.ones(2))
 
 
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])

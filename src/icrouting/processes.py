@@ -59,8 +59,10 @@ def total(tensor: Tensor) -> Tensor:
     """Returns a tensor's sum over the processes, on all of them."""
     if here().num_processes == 1:
         return tensor
+    moved = tensor.to(here().device)
     with _others():
-        return reduce(tensor.to(here().device), "sum").to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
+        summed = reduce(moved, "sum")
+    return summed.to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def decided(value: T) -> T:
@@ -92,6 +94,8 @@ def agree(**values: Any) -> None:
 def _others() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, and this process's own
+        raise
     except RuntimeError as error:  # what torch.distributed raises where a process has died
         raise ConnectionError(
             "another process has died or left: what was computed is kept, and the same command goes on from there "
