@@ -54,6 +54,8 @@ def test_a_shared_context_computed_once_gives_the_same_states(family, tokenizer)
     ran = []
     with model.register_forward_pre_hook(lambda m, args, kw: ran.append(kw["input_ids"].numel()), with_kwargs=True):
         shared = list(capture_last_tokens(model, tokenizer, prompts, LAYERS, token_budget=70))
+    cached = min(len(tokenizer(prompt.context).input_ids) for prompt in prompts)
+    assert all(query.shape[1] <= max(1, 70 // cached) for query, _ in shared), "what a row has cached counts too"
     alone = [p for q in prompts for p in capture_last_tokens(model, tokenizer, [q], LAYERS)]
     for side in (0, 1):
         got, expected = (torch.cat([piece[side][1] for piece in pieces]) for pieces in (shared, alone))

@@ -53,6 +53,23 @@ def test_a_shared_context_runs_once(tokenizer):
     assert sum(lengths) < plain / 2
 
 
+def test_the_rows_behind_a_shared_context_are_few_enough_for_its_cache(tokenizer):
+    model, task, shapes = tiny.model("llama"), tiny.task(), []
+    prompts = prompts_of(task, 1)
+    plain = score_options(model, tokenizer, [prompt.text for prompt in prompts], task.spec.options)
+    longest = max(len(tokenizer(prompt.text).input_ids) for prompt in prompts)
+    with model.register_forward_pre_hook(
+        lambda m, args, kw: shapes.append((*kw["input_ids"].shape, kw.get("attention_mask"))), with_kwargs=True
+    ):
+        for budget in (3 * longest, longest // 2):
+            shared = score_options(model, tokenizer, prompts, task.spec.options, token_budget=budget)
+            assert (shared - plain).abs().max() < CLOSE
+            cached = [(n_rows, mask.shape[1] - n_new) for n_rows, n_new, mask in shapes if mask is not None]
+            assert sum(n_rows for n_rows, _ in cached) == len(prompts)
+            assert all(n_rows == 1 or n_rows * n_seen <= budget for n_rows, n_seen in cached)
+            shapes.clear()
+
+
 def test_options_may_differ_by_prompt_and_missing_ones_lose(tokenizer):
     model = tiny.model("llama")
     scores = score_options(model, tokenizer, ["the plot:", "a film:"], [["good", "bad"], ["joy", "dull", "weak"]])

@@ -39,14 +39,14 @@ def pad(token_lists: Sequence[Sequence[int]], pad_id: int, rows: list[int] | Non
     return Batch(rows if rows is not None else list(range(len(token_lists))), input_ids, attention_mask)
 
 
-def by_length(token_lists: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
+def by_length(token_lists: Sequence[Sequence[int]], budget: int, n_cached: int = 0) -> Iterator[list[int]]:
     """Yields groups of row numbers of similar length, longest first, each at most `budget` tokens padded.
 
-    A row longer than the budget makes a group of its own.
+    So are the `n_cached` tokens that each row has before it. A row longer than the budget makes a group of its own.
     """
     order = sorted(range(len(token_lists)), key=lambda row: -len(token_lists[row]))
     while order:
-        size = max(1, budget // max(1, len(token_lists[order[0]])))
+        size = max(1, budget // max(1, n_cached, len(token_lists[order[0]])))
         yield order[:size]
         order = order[size:]
 

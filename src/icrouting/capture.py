@@ -55,8 +55,9 @@ def capture_last_tokens(
     pad_id, device = pad_id_of(tokenizer), device_of(model)
     with captured(model, layers) as stores:
         for before, rows in by_context(model, prompts, token_lists):
-            tails = [token_lists[row][len(before.tokens) if before else 0 :] for row in rows]
-            for group in by_length(tails, token_budget):
+            n_cached = len(before.tokens) if before else 0
+            tails = [token_lists[row][n_cached:] for row in rows]
+            for group in by_length(tails, token_budget, n_cached):
                 batch = pad([tails[i] for i in group], pad_id, [rows[i] for i in group]).to(device)
                 if before:
                     after_prefix(model, before.cache, batch)

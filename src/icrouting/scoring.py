@@ -101,7 +101,7 @@ def score_options(
         tokenizer: its tokenizer.
         prompts: texts, or `Prompt`s, each ending right before the space and the answer.
         options: the answers to choose from, for all prompts or one list per prompt.
-        token_budget: padded tokens per forward pass.
+        token_budget: padded tokens per forward pass, and as many cached ones.
         kept: contexts that earlier calls computed with this very model; those computed now join them.
 
     Returns:
@@ -114,8 +114,9 @@ def score_options(
     ids = [option_ids(tokenizer, p.query, chosen) for p, chosen in zip(prompts, per_prompt, strict=True)]
     scores = torch.full((len(prompts), max(map(len, ids), default=0)), -torch.inf)
     for before, rows in by_context(model, prompts, token_lists, kept):
-        tails = [token_lists[row][len(before.tokens) if before else 0 :] for row in rows]
-        for group in by_length(tails, token_budget):
+        n_cached = len(before.tokens) if before else 0
+        tails = [token_lists[row][n_cached:] for row in rows]
+        for group in by_length(tails, token_budget, n_cached):
             batch = pad([tails[i] for i in group], pad_id_of(tokenizer), [rows[i] for i in group])
             batch = batch.to(device_of(model))
             logits = after_prefix(model, before.cache, batch) if before else next_token_logits(model, batch)
