@@ -139,6 +139,14 @@ def test_free_room_is_that_of_the_nearest_folder_with_what_a_fit_has_written(tmp
     assert plan.room_of(tmp_path)[1] == pytest.approx(disk, abs=2**30)
 
 
+def test_holes_in_a_file_are_no_room_that_it_takes(tmp_path):
+    disk, file = plan.room_of(tmp_path)[1], tmp_path / "fit" / "trunk.bin"
+    file.parent.mkdir()
+    file.write_bytes(bytes(2**24))
+    os.truncate(file, 2**40)
+    assert plan.room_of(tmp_path)[1] == pytest.approx(disk, abs=2**30)
+
+
 def arguments_of(recipe, tmp_path, **environment):
     """What a recipe's run.sh starts, from programs of the same names that print their arguments."""
     for name in ("icr", "python", "accelerate"):

@@ -101,7 +101,7 @@ def listed(amounts: dict[str, Any], said: Callable[[Any], str]) -> str:
 def room_of(out: Path) -> tuple[int, int, int | None]:
     """Returns the free bytes of memory, disk (with what a fit begun in `out` has written) and accelerator, if any."""
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    kept = sum(file.stat().st_size for file in (out / "fit").glob("*"))
+    kept = sum(file.stat().st_blocks * 512 for file in (out / "fit").glob("*"))  # without holes
     device = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     return psutil.virtual_memory().available, shutil.disk_usage(there).free + kept, device
 
