@@ -131,6 +131,22 @@ def test_what_just_fits_is_let_through_and_a_byte_less_is_refused_with_advice():
         assert "\n" not in str(caught.value)
 
 
+def test_a_quantised_checkpoints_weights_are_left_out_and_that_is_said(five_tasks, tmp_path, capsys):
+    model = tiny.model("llama")
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    model.config.save_pretrained(tmp_path)
+    of, whole = planned(load_skeleton(tmp_path)[0]), planned(tiny.model("llama"))
+    assert of.n_parameters == whole.n_parameters
+    assert {**of.memory, "weights": whole.memory["weights"]} == whole.memory
+    of.check(of.memory["moments"], sum(of.disk.values()), 0)
+    for folder, said in (
+        (tmp_path, "weights not reckoned, being quantised"),
+        (RECIPES / "llama-2-7b", "weights 13.5 GB"),
+    ):
+        cli.main(["fit", "--dry-run", "--model", str(folder), "--data", str(five_tasks), "--out", str(tmp_path / "r")])
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_free_room_is_that_of_the_nearest_folder_with_what_a_fit_has_written(tmp_path):
     memory, disk, _ = plan.room_of(tmp_path / "a" / "b")
     assert memory > 0

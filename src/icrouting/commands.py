@@ -84,11 +84,12 @@ def show_plan(model: Backbone, data: str, tasks: Sequence[str], config: FitConfi
         by_task.add_row(task, *(f"{count:,}" for count in counts))
     console.print(by_task)
     seconds = planned.seconds(tflops * 1e12)
+    unknown = "" if "weights" in planned.memory else "; weights not reckoned, being quantised"
     lines = {
         "tokens": "by the model's tokenizer" if tokenizer else f"no tokenizer: {plan.CHARS_PER_TOKEN} characters each",
         "parameters": f"base model {planned.n_parameters:,}, router {planned.n_router:,}",
         "routed layers": f"{len(planned.layers)} from layer {planned.layers[0]} on, rank {config.rank}",
-        "memory, in bfloat16 as on accelerators": plan.listed(planned.memory, plan.size),
+        "memory, in bfloat16 as on accelerators": plan.listed(planned.memory, plan.size) + unknown,
         "disk": plan.listed(planned.disk, plan.size),
         f"time at {tflops:g} TFLOP/s": f"{plan.hours(sum(seconds.values()))}: {plan.listed(seconds, plan.hours)}",
     }

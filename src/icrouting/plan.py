@@ -69,9 +69,9 @@ class Plan:
     def check(self, memory: int, disk: int, device: int | None, *, is_spread: bool = False) -> None:
         """Raises ValueError if what is needed for certain, so without batches, exceeds the bytes that are free.
 
-        Where the weights of a model that `is_spread` go is accelerate's to see.
+        Where the weights of a model that `is_spread` go is accelerate's to see; those of a quantised one are not known.
         """
-        weights, moments = 0 if is_spread else self.memory["weights"], self.memory["moments"]
+        weights, moments = 0 if is_spread else self.memory.get("weights", 0), self.memory["moments"]
         fewer = f"route fewer than {len(self.layers)} layers (--layers) or take a smaller model"
         for what, needed, free, advice in (
             ("memory", moments + (weights if device is None else 0), memory, fewer),
@@ -132,7 +132,7 @@ def plan_fit(
     batch = _largest_batch(prompts)
     n_parameters = sum(weight.numel() for weight in model.parameters())
     memory = {
-        "weights": n_parameters * itemsize,
+        **_weights(model, n_parameters * itemsize),
         "moments": moments,
         "extraction batch": batch * (3 * n_outputs + n_routed * sum(widths)) * itemsize,
         "PCA of one layer": 4 * 8 * widths[0] ** 2,
@@ -150,6 +150,11 @@ def plan_fit(
     products = moments / 8 * sum(of.count for of in prompts.values())
     processor = products * SECONDS_PER_PRODUCT + n_routed * sum(width**3 for width in widths) * SECONDS_PER_CUBE
     return Plan(n_parameters, n_router, layers, prompts, queries, memory, disk, flops, processor)
+
+
+def _weights(model: PreTrainedModel, n_bytes: int) -> dict[str, int]:
+    """The weights' part of the memory; a quantised checkpoint's is what its method makes of them."""
+    return {} if getattr(model.config, "quantization_config", None) else {"weights": n_bytes}
 
 
 def _largest_batch(prompts: dict[str, Texts]) -> int:
