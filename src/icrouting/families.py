@@ -106,6 +106,11 @@ def branches_of(model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
     return getattr(block, family.attention_branch), getattr(block, family.mlp_branch)
 
 
+def all_branches_of(model: nn.Module) -> list[nn.Module]:
+    """The branches of every layer in order, each layer's attention before its MLP."""
+    return [branch for layer in range(len(layers_of(model))) for branch in branches_of(model, layer)]
+
+
 def dims_of(model: nn.Module) -> Dims:
     """The sizes of a decoder, from its config."""
     config = decoder_of(model).config

@@ -6,6 +6,8 @@ from icrouting.config import Settings
 from icrouting.methods.base import Method
 from icrouting.methods.calibration import Calibration
 from icrouting.methods.i2cl import I2CL
+from icrouting.methods.live import Live
+from icrouting.methods.m2iv import M2IV
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
 from icrouting.methods.regimes import regimes
 from icrouting.methods.routing import Icr
@@ -15,6 +17,8 @@ from icrouting.tasks import known
 LEARNING: tuple[type[Method], ...] = (
     TaskVectors,
     I2CL,
+    Live,
+    M2IV,
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
     **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr)},

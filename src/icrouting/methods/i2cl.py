@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from icrouting.batches import context_length, pad, pad_id_of, tokenize
 from icrouting.edits import edited, mean_last_outputs
-from icrouting.families import branches_of, device_of, layers_of
+from icrouting.families import all_branches_of, device_of
 from icrouting.methods.base import Context, Method
 from icrouting.models import frozen
 from icrouting.progress import track
@@ -40,7 +40,7 @@ class I2CL(Method):
         if not demos:
             raise ValueError("I2CL learns from demonstrations: give at least one source task")
         shown = [demonstration(*demo) for demo in demos]  # each ends with a newline, where the output is taken
-        self.vectors = mean_last_outputs(self.model, self.tokenizer, _branches(self.model), shown)
+        self.vectors = mean_last_outputs(self.model, self.tokenizer, all_branches_of(self.model), shown)
         self.scalars = torch.tensor([FIRST_LAMBDA, FIRST_BETA]).repeat(len(self.vectors), 1)
         self.n_labelled, self.n_trained = len(demos), self.scalars.numel()
         self.losses = self._calibrate(demos, rng)
@@ -65,7 +65,7 @@ class I2CL(Method):
                 changed = changed + draw.to(changed.device) * size
             return changed.to(output.dtype)
 
-        return edited(_branches(self.model), edit)
+        return edited(all_branches_of(self.model), edit)
 
     def _calibrate(self, demos: Sequence[tuple[Task, Example]], rng: np.random.Generator) -> Float[Tensor, "n_steps"]:
         """Trains the scalars in place; returns the losses."""
@@ -91,8 +91,3 @@ class I2CL(Method):
                 losses.append(loss.item())
         self.scalars = scalars.detach().cpu()
         return torch.tensor(losses)
-
-
-def _branches(model: PreTrainedModel) -> list[nn.Module]:
-    """Attention and MLP branch of every layer, in turn."""
-    return [branch for layer in range(len(layers_of(model))) for branch in branches_of(model, layer)]
