@@ -123,6 +123,8 @@ class Method:
         only one to try, nothing is scored.
         """
         best, kept, allowed = -1.0, {}, settings[: self.settings.tries]
+        if len(allowed) > 1 and not all(task.validation for task in self.sources):
+            raise ValueError(f"{self.name} chooses on validation rows: give 5 training rows or more")
         for setting in allowed:
             built = build(**setting)
             self.restore(built)
@@ -142,8 +144,6 @@ class Method:
                 scores = score_options(self.model, self.tokenizer, [self.prompt(task, row) for row in rows], options)
             predicted = self.adjusted(task, rows, scores).argmax(1).tolist()
             hits += [guess == row.label for guess, row in zip(predicted, rows, strict=True)]
-        if not hits:
-            raise ValueError(f"{self.name} chooses on validation rows: give 5 training rows or more")
         return float(np.mean(hits))
 
     @contextmanager
