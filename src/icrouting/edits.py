@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.families import decoder_of, device_of
+from icrouting.families import CACHE, decoder_of, device_of
 from icrouting.scoring import next_token_logits
 
 TOKEN_BUDGET = 4096
@@ -81,10 +81,35 @@ def last_tokens(model: nn.Module) -> Iterator[Callable[[Tensor], Int[Tensor, "ba
         yield positions
 
 
+def prompt_tokens(args: tuple, kwargs: dict[str, Any]) -> list[list[int]] | None:
+    """Returns each row's real tokens in a call of a decoder; None for one token behind a cache, which was generated."""
+    input_ids, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get(CACHE)
+    if input_ids is None:
+        raise ValueError("this method reads the prompt: give the model `input_ids`, not `inputs_embeds` alone")
+    if input_ids.shape[1] == 1 and cache is not None and int(cache.get_seq_length()) > 0:
+        return None
+    mask = kwargs.get("attention_mask")
+    mask = mask[:, -input_ids.shape[1] :].bool() if mask is not None else torch.ones_like(input_ids, dtype=torch.bool)
+    return [row[keep].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+
+
 def last_of(hidden: Tensor, positions: Int[Tensor, "batch"]) -> Float[Tensor, "batch hidden_size"]:
     """Returns each row's hidden state at its position; some families' branches give all rows in one line."""
     rows = hidden.reshape(len(positions), -1, hidden.shape[-1])
     return rows[torch.arange(len(rows), device=hidden.device), positions.to(hidden.device)]
+
+
+def added_at(
+    hidden: Float[Tensor, "batch q_len hidden_size"],
+    rows: Int[Tensor, "n_places"],
+    positions: Int[Tensor, "n_places"],
+    vectors: Float[Tensor, "*n_places hidden_size"],
+) -> Float[Tensor, "batch q_len hidden_size"]:
+    """Returns hidden states with vectors, one a place or one for all, added at places, in float32; no place twice."""
+    rows, positions = rows.to(hidden.device), positions.to(hidden.device)
+    changed = hidden.clone()
+    changed[rows, positions] = (hidden[rows, positions].float() + vectors.to(hidden.device)).to(hidden.dtype)
+    return changed
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import numpy as np
 
@@ -56,6 +57,15 @@ def balanced_demos(task: Task, per_class: int, rng: np.random.Generator, exclude
 def few_shot(task: Task, example: Example, demos: Sequence[tuple[Task, Example]]) -> Prompt:
     """Returns an example's prompt behind demonstrations, which may be of other tasks."""
     return Prompt("".join(demonstration(of, demo) for of, demo in demos), task.prompt(example))
+
+
+def episodes(
+    task: Task, n_episodes: int, per_class: int, rng: np.random.Generator
+) -> Iterator[tuple[list[Example], Example]]:
+    """Yields balanced demonstrations and a training query that is none of them; a query returns when all had a turn."""
+    order = rng.permutation(len(task.train)).tolist() or [0]  # without any, `balanced_demos` says so
+    for index in islice(cycle(order), n_episodes):
+        yield balanced_demos(task, per_class, rng, exclude=[index]), task.train[index]
 
 
 def extraction_prompts(

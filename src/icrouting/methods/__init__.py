@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from icrouting.config import Settings
 from icrouting.methods.base import Method
 from icrouting.methods.calibration import Calibration
+from icrouting.methods.elicit import Elicit
 from icrouting.methods.i2cl import I2CL
+from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.live import Live
 from icrouting.methods.m2iv import M2IV
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
@@ -19,6 +21,8 @@ LEARNING: tuple[type[Method], ...] = (
     I2CL,
     Live,
     M2IV,
+    Elicit,
+    IterativeVectors,
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
     **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr)},

@@ -82,8 +82,9 @@ def sweep(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[tuple[Task, Example]],
     vectors: Float[Tensor, "n_layers hidden_size"],
+    kept: float = 0.0,
 ) -> Float[Tensor, "n_layers"]:
-    """Returns the accuracy on labelled items with each layer's vector in its place.
+    """Returns the accuracy on labelled items with each layer's vector in its place, or added to `kept` of its state.
 
     Exact at the price of one pass per item: the tokens before the last do not depend on the vector, so they are
     kept in a cache, and the last one runs once, in a batch with a row for each layer.
@@ -92,7 +93,7 @@ def sweep(
 
     def replace(layer: int, hidden: Tensor) -> Tensor:
         hidden = hidden.clone()
-        hidden[layer] = vectors[layer].to(hidden)
+        hidden[layer] = (kept * hidden[layer].float() + vectors[layer].to(hidden.device)).to(hidden.dtype)
         return hidden
 
     for task, example in items:
