@@ -102,7 +102,7 @@ class Settings:
         router: Folder or hub id of a fitted router, for the method "icr".
         i2cl_epochs: Epochs of I2CL's calibration; the published 100 take minutes per task on a CPU.
         tries: Settings that every method may try on validation rows, in the order of its own grid.
-        train_rows: Training rows per task of methods that train on many (LIVE, M2IV, prefix and prompt tuning).
+        train_rows: Training rows per task of methods that train on many (LIVE, M2IV, soft prompts, LoRA with more).
         train_epochs: Epochs of those.
         encoder: Sentence encoder of methods that read prompts by one: hub id, folder or "pinned:minilm".
     """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.families import CACHE, decoder_of, device_of
+from icrouting.families import CACHE, base_of, decoder_of, device_of
 from icrouting.scoring import next_token_logits
 
 TOKEN_BUDGET = 4096
@@ -51,14 +51,18 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
     """Inside, the yielded dict counts the rows that a model runs forwards, and those of them with a gradient.
 
-    A forward whose output has a gradient counts as one that is followed by a backward.
+    A forward whose output has a gradient, or gets one at the vocabulary head, counts as one that is followed by a
+    backward.
     """
     rows = {"forwards": 0, "backwards": 0}
 
     def count(decoder: nn.Module, args: tuple, output: Any) -> None:
         hidden = output[0]
         rows["forwards"] += len(hidden)
-        rows["backwards"] += len(hidden) if hidden.requires_grad else 0
+        head = base_of(model).get_output_embeddings()  # asked for each time, since LoRA may stand in its place
+        weights = head.parameters() if head is not None and torch.is_grad_enabled() else ()
+        trains_head = any(weight.requires_grad for weight in weights)
+        rows["backwards"] += len(hidden) if hidden.requires_grad or trains_head else 0
 
     with decoder_of(model).register_forward_hook(count):
         yield rows

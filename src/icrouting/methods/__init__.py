@@ -9,10 +9,12 @@ from icrouting.methods.elicit import Elicit
 from icrouting.methods.i2cl import I2CL
 from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.live import Live
+from icrouting.methods.lora import LoraBlock, LoraBlockMore, LoraHead
 from icrouting.methods.m2iv import M2IV
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
 from icrouting.methods.regimes import regimes
 from icrouting.methods.routing import Icr
+from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.tasks import known
 
@@ -23,6 +25,11 @@ LEARNING: tuple[type[Method], ...] = (
     M2IV,
     Elicit,
     IterativeVectors,
+    LoraBlock,
+    LoraHead,
+    LoraBlockMore,
+    PrefixTuning,
+    PromptTuning,
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
     **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr)},

@@ -1,0 +1,151 @@
+"""Adapters: what peft puts into a frozen model or before its prompts, by contexts that leave no trace."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from icrouting.batches import context_length
+from icrouting.families import CACHE, decoder_of, device_of
+from icrouting.models import frozen
+
+RANK, DROPOUT = 32, 0.05
+
+
+def load_peft() -> Any:
+    """Returns the package peft; ValueError says how to install it."""
+    try:
+        return import_module("peft")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"LoRA and soft prompts come from peft ({error}): pip install 'icrouting[peft]'") from error
+
+
+@contextmanager
+def injected(
+    base: PreTrainedModel, targets: Sequence[str], alpha: int, adapter: Mapping[str, Tensor] | int
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, peft's LoRA stands around some modules; then these are back in their places.
+
+    Args:
+        base: the transformers model.
+        targets: full names of the modules.
+        alpha: alpha of Hu et al.; the update is alpha / 32 * B A.
+        adapter: A and B by name, which are put in; or a seed of a new A, to be trained with dropout.
+
+    Yields:
+        A and B of every module by peft's names, in float32.
+    """
+    peft, seed = load_peft(), adapter if isinstance(adapter, int) else None
+    originals = {name: base.get_submodule(name) for name in targets}
+    if any(".lora_" in name for name, _ in base.named_modules()):
+        raise ValueError("expected a model without LoRA, got one that has it: merge it first (merge_and_unload)")
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=alpha,
+        lora_dropout=DROPOUT if seed is not None else 0.0,
+        target_modules=list(targets),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in originals.values()),
+    )
+    with frozen(base):
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+            with warnings.catch_warnings():  # of tied heads, which merging alone would harm
+                warnings.simplefilter("ignore")
+                peft.LoraModel(base, config, "default", low_cpu_mem_usage=seed is None)
+            ours = {name: weight for name, weight in base.named_parameters() if ".lora_" in name}
+            for name, weight in ours.items():
+                device = device_of(originals[name.partition(".lora_")[0]])
+                kept = weight if isinstance(adapter, int) else adapter[name]
+                base.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(kept.detach().float().to(device))
+            yield {name: base.get_parameter(name) for name in ours}
+        finally:
+            for name, module in originals.items():
+                base.set_submodule(name, module)
+            vars(base).pop("peft_config", None)
+
+
+@contextmanager
+def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual width"]) -> Iterator[nn.Parameter]:
+    """Inside, a soft prompt stands before every prompt of a model, whose outputs are those of its own tokens.
+
+    peft makes the embeddings or the cache; its wrapper would answer for the virtual tokens too, and leave the
+    model that others hold without them.
+
+    Args:
+        base: the transformers model.
+        kind: peft's configuration of the soft prompt.
+        prompt: embeddings, or keys and values of all layers in peft's order.
+
+    Yields:
+        The soft prompt as a parameter, in float32.
+    """
+    peft, decoder, n_virtual = load_peft(), decoder_of(base), len(prompt)
+    n_cut = [0]
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
+        kwargs, n_cut[0] = _with_prompt(base, kwargs, n_virtual, wrapped.get_prompt)
+        return (), kwargs
+
+    def after(module: nn.Module, args: tuple, output: Any) -> Any:
+        own = output[0][:, n_cut[0] :]
+        if isinstance(output, tuple):
+            return (own, *output[1:])
+        return type(output)(**{**output, "last_hidden_state": own})
+
+    with frozen(base), torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what peft asks transformers by an old name
+        config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=n_virtual)
+        wrapped = peft.get_peft_model(base, config)
+    weight = wrapped.prompt_encoder["default"].embedding.weight
+    weight.data.copy_(prompt)
+    with (
+        frozen(base),
+        decoder.register_forward_pre_hook(before, with_kwargs=True),
+        decoder.register_forward_hook(after),
+    ):
+        yield weight
+
+
+def _with_prompt(
+    base: PreTrainedModel, kwargs: dict[str, Any], n_virtual: int, make: Callable[[int], Any]
+) -> tuple[dict[str, Any], int]:
+    """Returns a decoder's arguments with the soft prompt before them, and the number of tokens that this adds."""
+    ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", CACHE))
+    given = ids if embeds is None else embeds
+    assert given is not None, "a decoder is given tokens or embeddings"
+    n_rows, q_len = given.shape[:2]
+    n_seen = cache.get_seq_length() if cache is not None else 0
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if n_seen and (mask is None or mask.shape[1] == n_seen + q_len):
+        return kwargs, 0  # whoever filled the cache counts what is in it
+    if mask is not None:
+        kwargs["attention_mask"] = torch.cat([mask.new_ones(n_rows, n_virtual), mask], 1)
+    if positions is not None:
+        kwargs["position_ids"] = positions + n_virtual
+    if n_seen:
+        return kwargs, 0
+    limit = context_length(base)
+    if limit is not None and n_virtual + q_len > limit:
+        raise ValueError(
+            f"a prompt of {q_len} tokens behind {n_virtual} virtual ones is longer than the model's context of "
+            f"{limit}: shorten it"
+        )
+    prompt = make(n_rows)
+    if isinstance(prompt, Cache):
+        kwargs[CACHE] = prompt
+        return kwargs, 0
+    if positions is not None:
+        first = torch.arange(n_virtual, device=positions.device).expand(n_rows, -1)
+        kwargs["position_ids"] = torch.cat([first, kwargs["position_ids"].expand(n_rows, -1)], 1)
+    embeds = decoder_of(base).get_input_embeddings()(ids) if embeds is None else embeds
+    kwargs |= {"input_ids": None, "inputs_embeds": torch.cat([prompt.to(embeds), embeds], 1)}
+    return kwargs, n_virtual

@@ -1,0 +1,95 @@
+"""Soft prompts: trained embeddings (Lester et al. 2021) or keys and values (Li & Liang 2021) before every prompt."""
+
+import string
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+
+from icrouting.adapters import in_front, load_peft
+from icrouting.batches import pad, pad_id_of
+from icrouting.families import CACHE, base_of, decoder_of, device_of
+from icrouting.methods.base import Context, Method
+from icrouting.methods.tuning import answered, tune
+from icrouting.scoring import next_token_logits
+from icrouting.tasks import Task
+
+
+class PromptTuning(Method):
+    """Trained embeddings stand before every prompt, whose positions start behind them.
+
+    They start as the embeddings of the task's template. Differs: the rows and epochs of other trained methods
+    instead of demonstrations and 50 epochs; and the answer is read at the prompt's last token, where the
+    comparison of Li et al. 2024, whose one token and learning rate come first, reads one token before it.
+    """
+
+    name = "prompt-tuning"
+    learned = ("soft_prompt",)
+    grid = tuple({"n_virtual": n, "lr": lr} for n in (1, 8, 20) for lr in (0.1, 0.01, 0.3))
+    kind = "PromptTuningConfig"
+    soft_prompt: Float[Tensor, "n_virtual width"]
+
+    def learn(self, rng: np.random.Generator) -> None:
+        """Trains one soft prompt on the pooled rows of all sources."""
+        n = self.settings.train_rows
+        load_peft()
+        pairs = [(task, task.train[i]) for task in self.sources for i in rng.permutation(len(task.train))[:n]]
+        if not pairs:
+            raise ValueError(f"{self.name} learns from labelled rows: give at least one source task")
+        rows = answered(self.model, self.tokenizer, pairs)
+        self.choose(self.grid, partial(self._trained, rows, int(rng.integers(2**31))))
+        n_validation = sum(len(task.validation) for task in self.sources) if self.tried else 0
+        self.n_labelled, self.n_trained = len(pairs) + n_validation, self.soft_prompt.numel()
+
+    def applied(self, task: Task) -> Context:
+        """Puts the soft prompt before every prompt."""
+        return in_front(base_of(self.model), self.kind, self.soft_prompt)
+
+    def n_cached(self, task: Task) -> int:
+        """Returns the size of the soft prompt."""
+        return self.soft_prompt.numel()
+
+    def start(self, tokens: Sequence[int]) -> Float[Tensor, "n_virtual width"]:
+        """Returns the soft prompt that does what tokens in front of the prompt would do."""
+        embed = decoder_of(self.model).get_input_embeddings()
+        assert embed is not None, "a decoder embeds its tokens"
+        return embed(torch.tensor(tokens, device=device_of(self.model))).float()
+
+    def _trained(
+        self, rows: Sequence[tuple[list[int], int]], seed: int, n_virtual: int, lr: float
+    ) -> dict[str, Tensor]:
+        base, rng = base_of(self.model), np.random.default_rng(seed)
+        literals = [text for task in self.sources for text, *_ in string.Formatter().parse(task.spec.template)]
+        words = self.tokenizer("".join(literals), add_special_tokens=False).input_ids
+        with torch.no_grad():
+            start = self.start([words[i % len(words)] for i in range(n_virtual)])
+
+        def logits_of(token_lists: list[list[int]]) -> Tensor:
+            return next_token_logits(base, pad(token_lists, pad_id_of(self.tokenizer)).to(device_of(base)))
+
+        with in_front(base, self.kind, start) as prompt:
+            tune([prompt], rows, (), logits_of, lr=lr, n_epochs=self.settings.train_epochs, rng=rng)
+            return {"soft_prompt": prompt.detach().cpu().clone()}
+
+
+class PrefixTuning(PromptTuning):
+    """Trained keys and values stand before those of every prompt, in every layer; no token is read for them.
+
+    They are not rotated. Differs: without the published reparametrisation by an MLP; they start as the keys and
+    values of the task's template, as Li & Liang advise for few rows (section 7.4).
+    """
+
+    name = "prefix-tuning"
+    grid = tuple({"n_virtual": n, "lr": lr} for n in (8, 16, 1) for lr in (1e-2, 1e-3, 3e-2))
+    kind = "PrefixTuningConfig"
+
+    def start(self, tokens: Sequence[int]) -> Float[Tensor, "n_virtual width"]:
+        """Returns the prefix that does what tokens in front of the prompt would do."""
+        cache, input_ids = DynamicCache(), torch.tensor([tokens], device=device_of(self.model))
+        decoder_of(self.model)(input_ids=input_ids, use_cache=True, **{CACHE: cache})
+        held = [getattr(layer, name)[0].float().cpu() for layer in cache.layers for name in ("keys", "values")]
+        return torch.stack(held).permute(2, 0, 1, 3).flatten(1)
