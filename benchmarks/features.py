@@ -62,7 +62,7 @@ def kinds(model, tokenizer):
         "minilm and hidden, last": Features(minilm.n_features + hidden.n_features, "joined", True, joined),
         # "reads hidden" also says that they are standardised over the training queries
         "minilm, standardised": dataclasses.replace(minilm, reads_hidden=True),
-        "constant": dataclasses.replace(minilm, read=lambda tokens, _: torch.ones(len(tokens), minilm.n_features)),
+        "constant": features_of("constant:pinned:minilm", model, tokenizer, "cpu"),
     }
 
 

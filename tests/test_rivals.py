@@ -77,9 +77,10 @@ def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small, tmp_p
     method = kind(small)
     method.fit(tiny.model("llama"), tokenizer, [TASK], np.random.default_rng(0), tmp_path / "fit.safetensors")
     assert method.cost["labelled"] > 0
-    assert method.cost["forwards"] > 0
     assert method.cost["seconds"] > 0
-    assert (method.cost["backwards"] > 0) == (method.cost["trained"] > 0)
+    if method.edits_model:  # a probe trains beside it
+        assert method.cost["forwards"] > 0
+        assert (method.cost["backwards"] > 0) == (method.cost["trained"] > 0)
     assert all(0 <= tried["accuracy"] <= 1 for tried in method.tried)
     again = kind(small)
     again.fit(tiny.model("llama"), tokenizer, [TASK], np.random.default_rng(0), tmp_path / "fit.safetensors")

@@ -49,16 +49,21 @@ class RoutedLayer:
     def widen_cached(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the current tokens, widened."""
         states = self.store["key"]
-        self.key_directions = self.key_directions.to(states.device)
-        z_key = project(states, self.key_directions)
-        return widen_key(key, z_key), widen_value(value, self.key_directions.shape[-1])
+        self.key_directions = _moved(self.key_directions, states.device)
+        z_key = project(states, self.key_directions.to(states.device))
+        return widen_key(key, z_key), widen_value(value, self.rank)
 
     def widen_queries(self, query: Tensor, weights: Tensor) -> Tensor:
         """Queries of the current tokens, widened by weights with a row for each of theirs."""
         states = self.store["query"]
-        self.query_directions = self.query_directions.to(states.device)
-        z_query = project(states, self.query_directions)
+        self.query_directions = _moved(self.query_directions, states.device)
+        z_query = project(states, self.query_directions.to(states.device))
         return widen_query(query, z_query, weights)
+
+
+def _moved(directions: Tensor, device: torch.device) -> Tensor:
+    """Directions on a device for good; those in training stay, since a copy would not learn."""
+    return directions if directions.requires_grad else directions.to(device)
 
 
 class _WideningCache:

@@ -44,6 +44,7 @@ class FitConfig:
         queries_per_context: prompts that share their demonstrations, which are then computed once.
         encoder: what the router reads of a prompt: a sentence encoder (hub id, folder or "pinned:minilm"), or
             "hidden", the backbone's own hidden state entering the first routed layer, which needs no second model.
+            Behind "constant:" or "random:" it gives its width alone, to features that say nothing (controls).
         hidden_width: width of the router's hidden layers.
         n_queries: training queries per source task.
         max_tokens: longer zero-shot prompts lose their beginning [tokens].
@@ -99,7 +100,7 @@ class Settings:
     Attributes:
         demos_per_class: Demonstrations per class of few-shot prompts.
         demos_per_source: Demonstrations per source task of multi-task prompts.
-        router: Folder or hub id of a fitted router, for the method "icr".
+        router: Folder or hub id of a fitted router, for the method "icr"; its controls are fitted as it was.
         i2cl_epochs: Epochs of I2CL's calibration; the published 100 take minutes per task on a CPU.
         tries: Settings that every method may try on validation rows, in the order of its own grid.
         train_rows: Training rows per task of methods that train on many (LIVE, M2IV, soft prompts, LoRA with more).

@@ -102,7 +102,8 @@ class Evaluation:
             if method.seed == seed:
                 continue
             method.seed = seed
-            file = self.fits / f"{method.name}-seed{seed}.safetensors" if self.fits else None
+            drawn = f"-seed{seed}" if method.draws else ""
+            file = self.fits / f"{method.name}{drawn}.safetensors" if self.fits else None
             rng = np.random.default_rng([seed, zlib.crc32(method.name.encode())])
             method.fit(self.model, self.tokenizer, self.sources, rng, file)
             self._kept.pop(method.name, None)

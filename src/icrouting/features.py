@@ -4,6 +4,7 @@ The paper's features are a sentence encoder's. The backbone's own hidden state e
 needs no second model, no second tokenizer and no further pass: routing starts where it is read.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -51,11 +52,29 @@ class Features:
         return mean, std.masked_fill(std <= torch.finfo(torch.bfloat16).eps * mean.abs(), torch.inf)
 
 
+def _noise(tokens: Sequence[int], n_features: int) -> Float[Tensor, "n_features"]:
+    """The same normal draw for the same prompt."""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(list(tokens)).encode()))
+    return torch.randn(n_features, generator=generator)
+
+
+# Controls: features of the width of others that say nothing of the prompt, or only which one it is.
+_BLIND: dict[str, Callable[[Sequence[int], int], Tensor]] = {
+    "constant": lambda tokens, n_features: torch.ones(n_features),
+    "random": _noise,
+}
+
+
 def features_of(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str) -> Features:
     """Returns the features that `FitConfig.encoder` names; a sentence encoder runs on `device`.
 
-    Differs: "hidden", the state at the prompt's last token, is not in the paper.
+    Differs: "hidden", the state at the prompt's last token, is not in the paper. Nor are the controls: "constant:"
+    before a name stands for ones in its features' place, "random:" for a fixed normal draw per prompt.
     """
+    kind, _, masked = name.partition(":")
+    if kind in _BLIND:
+        width, blind = features_of(masked, model, tokenizer, device).n_features, _BLIND[kind]
+        return Features(width, name, False, lambda lists, _: torch.stack([blind(tokens, width) for tokens in lists]))
     if name == HIDDEN:
         width = int(decoder_of(model).config.hidden_size)
         return Features(width, HIDDEN, True, lambda _, hidden: torch.stack([row[-1].float() for row in hidden]))

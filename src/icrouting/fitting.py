@@ -16,23 +16,61 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import context_length, finite_rows, pad_id_of, tokenize
 from icrouting.capture import capture_last_tokens
-from icrouting.config import FitConfig
-from icrouting.families import dims_of
-from icrouting.features import Features, Scale
+from icrouting.config import HIDDEN, FitConfig
+from icrouting.families import check_layers, device_of, dims_of, family_of, late_third
+from icrouting.features import Features, Scale, features_of
+from icrouting.models import fingerprint, frozen
 from icrouting.pids import PIDs, QKMoments, fit_pids
-from icrouting.processes import agree, decided, first_one_first, here, mine, total
+from icrouting.processes import agree, decided, first_one_first, here, is_first, mine, total
 from icrouting.progress import track
 from icrouting.prompts import extraction_prompts
+from icrouting.router import Router
 from icrouting.scoring import option_ids
 from icrouting.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks import Task, rows_digest
-from icrouting.train import Query
-from icrouting.trunk import run_trunk
+from icrouting.train import Query, Trainer
+from icrouting.trunk import TRUNK_FILE, run_trunk
 
 SAVE_EVERY_SECONDS = 20.0
 READ_AT_ONCE = 64
 BLOCK = 32  # prompts; what a process takes at a time, and batches by length
 HELD = 64  # batches; the moments of a wide model are gigabytes, and slower to add to than a batch is to run
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    config: FitConfig,
+    folder: Path | None = None,
+    kind: type[Router] = Router,
+) -> tuple[PIDs, Router, Features]:
+    """Returns the PIDs, a router of a kind trained on them, and the features that it reads (stages 1 to 3).
+
+    Raises:
+        ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
+    """
+    if not tasks:
+        raise ValueError("a fit needs at least one source task, got none")
+    family_of(model)
+    dims, device = dims_of(model), device_of(model)
+    layers = config.layers or late_third(dims.n_layers)
+    check_layers(layers, dims.n_layers)
+    if config.encoder == HIDDEN and layers[0] == 0:
+        raise ValueError("what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up")
+    claim_folder(folder, config, tasks, fingerprint(model))
+    features = features_of(config.encoder, model, tokenizer, str(device))
+    generator = torch.Generator().manual_seed(config.seed)
+    router = kind(features.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
+    router.to(device)
+    with frozen(model):
+        pids = router.adopt(extract(model, tokenizer, tasks, layers, config, folder))
+        queries, scale = training_queries(model, tokenizer, tasks, features, layers[0], config, folder)
+        Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), folder).run()
+        if folder is not None and is_first():
+            (folder / TRUNK_FILE).unlink()  # as large as the tokens are many
+    router.absorb(*scale)
+    return pids, router.eval().requires_grad_(False), features
 
 
 def claim_folder(folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str) -> None:

@@ -7,26 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting import artifact, fitting
 from icrouting.artifact import Description
-from icrouting.batches import pad_id_of
 from icrouting.card import model_card
-from icrouting.config import HIDDEN, FitConfig
-from icrouting.families import base_of, check_layers, device_of, dims_of, family_of, late_third
+from icrouting.config import FitConfig
+from icrouting.families import base_of, device_of
 from icrouting.features import Features, Reader, features_of
-from icrouting.models import fingerprint, frozen
+from icrouting.models import fingerprint
 from icrouting.pids import PIDs
-from icrouting.processes import is_first
 from icrouting.routed import Routed, rerouted
 from icrouting.router import Router
 from icrouting.tasks import Task
-from icrouting.train import Trainer
-from icrouting.trunk import TRUNK_FILE
 
 
 @dataclass(frozen=True)
@@ -73,33 +68,10 @@ class InContextRouter(ModelHubMixin):
         Raises:
             ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
         """
-        config = config or FitConfig()
-        if not tasks:
-            raise ValueError("a fit needs at least one source task, got none")
-        model = base_of(model)
-        family_of(model)
-        dims, digest = dims_of(model), fingerprint(model)
-        layers = config.layers or late_third(dims.n_layers)
-        check_layers(layers, dims.n_layers)
-        if config.encoder == HIDDEN and layers[0] == 0:
-            raise ValueError(
-                "what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up"
-            )
+        config, model = config or FitConfig(), base_of(model)
         where = Path(folder) if folder is not None else None
-        fitting.claim_folder(where, config, tasks, digest)
-        features = features_of(config.encoder, model, tokenizer, str(device_of(model)))
-        generator = torch.Generator().manual_seed(config.seed)
-        router = Router(features.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
-        router.to(device_of(model))
-        with frozen(model):
-            pids = fitting.extract(model, tokenizer, tasks, layers, config, where)
-            queries, scale = fitting.training_queries(model, tokenizer, tasks, features, layers[0], config, where)
-            Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), where).run()
-            if where is not None and is_first():
-                (where / TRUNK_FILE).unlink()  # as large as the tokens are many
-        router.absorb(*scale)
-        description = artifact.describe(model, tasks, config, layers, features)
-        return cls(description, pids, router.eval().requires_grad_(False))
+        pids, router, features = fitting.fit(model, tokenizer, tasks, config, where)
+        return cls(artifact.describe(model, tasks, config, pids.layers, features), pids, router)
 
     def _features(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Features:
         """What the router reads; ValueError if it is not what the router was fitted with."""

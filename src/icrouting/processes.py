@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
 
@@ -27,6 +27,18 @@ def here() -> PartialState:
     if PartialState._shared_state:
         return PartialState()
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works for itself alone, whatever the others do meanwhile."""
+    state = vars(here())
+    kept = dict(state)
+    state.update(num_processes=1, process_index=0, distributed_type=DistributedType.NO)
+    try:
+        yield
+    finally:
+        state.update(kept)
 
 
 def is_first() -> bool:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from icrouting.pids import PIDs
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -86,9 +88,14 @@ class Router(nn.Module):
     def absorb(self, mean: Float[Tensor, "n_features"], std: Float[Tensor, "n_features"]) -> None:
         """Makes a router that was trained on (features - mean) / std read the features as they are."""
         for perceptron in (self.alpha, self.gamma):
-            first: nn.Linear = perceptron[0]  # pyright: ignore[reportAssignmentType]
-            first.weight.div_(std.to(first.weight))
-            first.bias.sub_(first.weight @ mean.to(first.weight))
+            first = perceptron[0]
+            if isinstance(first, nn.Linear):  # what stands in for a perceptron may read nothing
+                first.weight.div_(std.to(first.weight))
+                first.bias.sub_(first.weight @ mean.to(first.weight))
+
+    def adopt(self, pids: PIDs) -> PIDs:
+        """Returns the directions to route along: the PIDs, or those that a router trains along with itself."""
+        return pids
 
     def forward(self, features: Float[Tensor, "batch n_features"]) -> Routing:
         """Returns the routing of a batch of queries, in float32."""

@@ -5,12 +5,22 @@ from collections.abc import Callable, Sequence
 from icrouting.config import Settings
 from icrouting.methods.base import Method
 from icrouting.methods.calibration import Calibration
+from icrouting.methods.controls import (
+    ConstantFeatures,
+    LearnedDirections,
+    RandomBasis,
+    RandomFeatures,
+    Refit,
+    UniformAlpha,
+    UniformGates,
+)
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.i2cl import I2CL
 from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.live import Live
 from icrouting.methods.lora import LoraBlock, LoraBlockMore, LoraHead
 from icrouting.methods.m2iv import M2IV
+from icrouting.methods.probes import ProbeEncoder, ProbeHidden
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
 from icrouting.methods.regimes import regimes
 from icrouting.methods.routing import Icr
@@ -30,6 +40,15 @@ LEARNING: tuple[type[Method], ...] = (
     LoraBlockMore,
     PrefixTuning,
     PromptTuning,
+    Refit,
+    RandomBasis,
+    LearnedDirections,
+    ConstantFeatures,
+    RandomFeatures,
+    UniformAlpha,
+    UniformGates,
+    ProbeHidden,
+    ProbeEncoder,
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
     **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr)},

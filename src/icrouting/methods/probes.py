@@ -1,0 +1,137 @@
+"""Linear probes: what labelled prompts give without any routing, by logistic regression on a frozen representation."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.encoder import load_encoder, query_texts
+from icrouting.families import decoder_of, device_of
+from icrouting.methods.base import Method, Scores
+from icrouting.methods.regimes import ONCE
+from icrouting.tasks import Example, Task
+
+TOKEN_BUDGET = 4096
+STRENGTHS = (1.0, 0.1, 10.0, 0.01, 100.0, 1e-3, 1e-4)  # scikit-learn's default C first
+
+
+class Probe(Method):
+    """Multinomial logistic regression from features of the bare prompt to the label; the model's scores are dropped.
+
+    It is trained on up to `Settings.train_rows` rows, on standardised features, and its regularisation is chosen on
+    validation rows. Choices by letter are learned as letters.
+    """
+
+    learned = ("weight", "bias")
+    lacks: Mapping[str, str] = {
+        ONCE: "a probe answers with the labels that it was trained on, and a new task has others"
+    }
+    weight: Tensor
+    bias: Tensor
+
+    def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:
+        """Returns what is read of prompts, in float32."""
+        raise NotImplementedError
+
+    def learn(self, rng: np.random.Generator) -> None:
+        """Trains a probe for each strength of regularisation and keeps the best."""
+        if len(self.sources) != 1:
+            raise ValueError(f"a probe learns one task's labels, got {len(self.sources)} tasks: fit one for each")
+        (task,) = self.sources
+        rows = [task.train[i] for i in rng.permutation(len(task.train))[: self.settings.train_rows]]
+        held = list(task.validation)
+        features = self.features([task.prompt(row) for row in (*rows, *held)])
+        labels = torch.tensor([row.label for row in (*rows, *held)])
+        n_options = [len(task.options(row)) for row in (*rows, *held)]
+        n, n_classes = len(rows), max(n_options)
+        self._held = features[n:], n_options[n:], labels[n:]
+        mean, std = features[:n].double().mean(0), features[:n].double().std(0, correction=0)
+        std[std <= 1e-6 * mean.abs()] = torch.inf  # a channel that only rounding moves is left out
+
+        def build(C: float) -> dict[str, Tensor]:
+            weight, bias = logistic_regression((features[:n] - mean) / std, labels[:n], n_classes, C)
+            weight = weight / std
+            return {"weight": weight.float(), "bias": (bias - weight @ mean).float()}
+
+        self.choose([{"C": C} for C in STRENGTHS], build)
+        self.n_labelled, self.n_trained = len(features), self.weight.numel() + self.bias.numel()
+
+    def validated(self) -> float:
+        """Returns the accuracy on the validation rows; the model need not run for it."""
+        features, n_options, labels = self._held
+        if not n_options:
+            raise ValueError(f"{self.name} chooses on validation rows: give 5 training rows or more")
+        return float((self._scores(features, n_options).argmax(1) == labels).float().mean())
+
+    def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
+        """Returns the probe's scores instead of the model's."""
+        features = self.features([self.prompt(task, example).text for example in examples])
+        return self._scores(features, [len(task.options(example)) for example in examples])
+
+    def n_cached(self, task: Task) -> int:
+        """Returns the size of the probe."""
+        return self.weight.numel() + self.bias.numel()
+
+    def _scores(self, features: Tensor, n_options: Sequence[int]) -> Float[Tensor, "n_examples n_options"]:
+        found = features @ self.weight.mT + self.bias
+        scores = torch.full((len(features), max(n_options)), -torch.inf)
+        for row, n in enumerate(min(n, found.shape[1]) for n in n_options):  # a letter never seen is never answered
+            scores[row, :n] = found[row, :n]
+        return scores
+
+
+class ProbeHidden(Probe):
+    """A probe on the state that the vocabulary head reads at the prompt's last token."""
+
+    name = "probe-hidden"
+
+    @torch.no_grad()
+    def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:
+        """Returns the backbone's last hidden states."""
+        model, found = self.model, [torch.empty(0)] * len(texts)
+        token_lists = tokenize(self.tokenizer, texts, context_length(model))
+        for group in by_length(token_lists, TOKEN_BUDGET):
+            batch = pad([token_lists[i] for i in group], pad_id_of(self.tokenizer)).to(device_of(model))
+            mask = batch.attention_mask.long()
+            states = decoder_of(model)(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)[0]
+            for row, state in zip(group, states[torch.arange(len(group)), batch.last], strict=True):
+                found[row] = state.float().cpu()
+        return torch.stack(found)
+
+
+class ProbeEncoder(Probe):
+    """A probe on the embedding that a router reads: how much of routing's gain is the sentence encoder's."""
+
+    name = "probe-encoder"
+
+    def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:
+        """Returns the sentence encoder's vectors."""
+        encoder = load_encoder(self.settings.encoder, str(device_of(self.model)))
+        token_lists = tokenize(self.tokenizer, texts, context_length(self.model))
+        return encoder(query_texts(self.tokenizer, token_lists)).cpu()
+
+
+def logistic_regression(
+    features: Float[Tensor, "n n_features"], labels: Int[Tensor, "n"], n_classes: int, C: float
+) -> tuple[Float[Tensor, "n_classes n_features"], Float[Tensor, "n_classes"]]:
+    """Returns weight and bias that minimise C * (sum of cross-entropies) + |weight|^2 / 2, in float64."""
+    features, n = features.double(), len(labels)
+    weight, bias = features.new_zeros(n_classes, features.shape[1]), features.new_zeros(n_classes)
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = torch.nn.functional.cross_entropy(features @ weight.mT + bias, labels)
+        found = found + weight.square().sum() / (2 * C * n)
+        found.backward()
+        return found
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # pyright: ignore[reportArgumentType]
+    return weight.detach(), bias.detach()
