@@ -1,7 +1,7 @@
 """Edits: reading and changing what a decoder's blocks and branches give, by hooks that leave no trace."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from icrouting.scoring import next_token_logits
 
 TOKEN_BUDGET = 4096
 Edit = Callable[[int, Tensor], Tensor]
+Editor = Callable[[Sequence[nn.Module], Edit], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -35,15 +36,28 @@ def edited(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
 
 
 @contextmanager
-def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, the yielded list holds each module's output of the latest forward, in the order of `modules`."""
+def edited_inputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
+    """Inside, a module is given what `edit` makes of its place in `modules` and its first argument."""
+
+    def hook(place: int, module: nn.Module, args: tuple) -> tuple:
+        return (edit(place, args[0]), *args[1:])
+
+    with ExitStack() as stack:
+        for place, module in enumerate(modules):
+            stack.enter_context(module.register_forward_pre_hook(partial(hook, place)))
+        yield
+
+
+@contextmanager
+def recorded(modules: Sequence[nn.Module], by: Editor = edited) -> Iterator[list[Tensor]]:
+    """Inside, the yielded list holds what each module gave, or by `edited_inputs` was given, in the latest forward."""
     outputs: list[Tensor] = [torch.empty(0)] * len(modules)
 
     def keep(place: int, output: Tensor) -> Tensor:
         outputs[place] = output
         return output
 
-    with edited(modules, keep):
+    with by(modules, keep):
         yield outputs
 
 
@@ -116,15 +130,61 @@ def added_at(
     return changed
 
 
+@contextmanager
+def edited_last(model: nn.Module, module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, each row's state at its last token, of those that a module gives, is what `edit` makes of it.
+
+    Args:
+        model: the decoder.
+        module: one of its blocks or branches.
+        edit: of the states [batch, hidden_size].
+    """
+    with last_tokens(model) as positions:
+
+        def change(place: int, hidden: Tensor) -> Tensor:
+            at = torch.arange(len(hidden), device=hidden.device), positions(hidden).to(hidden.device)
+            hidden = hidden.clone()
+            hidden[at] = edit(hidden[at])
+            return hidden
+
+        with edited([module], change):
+            yield
+
+
 @torch.no_grad()
+def last_outputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[nn.Module],
+    texts: Sequence[str],
+    by: Editor = edited,
+) -> tuple[list[Float[Tensor, "n_texts width"]], Int[Tensor, "n_texts"]]:
+    """Returns what each module gives at the last token of every text, and the likeliest token after it.
+
+    Args:
+        model: the decoder.
+        tokenizer: its tokenizer.
+        modules: blocks, branches or projections; each may have a width of its own.
+        texts: what the model reads.
+        by: `edited_inputs` returns what the modules are given instead.
+
+    Returns:
+        States per module, in float32, and token ids, all on the CPU.
+    """
+    token_lists, likeliest = tokenize(tokenizer, texts, context_length(model)), torch.zeros(len(texts)).long()
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(texts) for _ in modules]
+    with recorded(modules, by) as outputs:
+        for group in by_length(token_lists, TOKEN_BUDGET):
+            batch = pad([token_lists[i] for i in group], pad_id_of(tokenizer), group).to(device_of(model))
+            likeliest[group] = next_token_logits(model, batch).argmax(-1).cpu()
+            for states, output in zip(found, outputs, strict=True):
+                for row, state in zip(group, last_of(output, batch.last).float().cpu(), strict=True):
+                    states[row] = state
+    return [torch.stack(states) for states in found], likeliest
+
+
 def mean_last_outputs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, modules: Sequence[nn.Module], texts: Sequence[str]
 ) -> Float[Tensor, "n_modules hidden_size"]:
     """Returns what each module gives at a text's last token, the mean over texts, in float32."""
-    token_lists, total = tokenize(tokenizer, texts, context_length(model)), torch.zeros(1)
-    with recorded(modules) as outputs:
-        for group in by_length(token_lists, TOKEN_BUDGET):
-            batch = pad([token_lists[i] for i in group], pad_id_of(tokenizer)).to(device_of(model))
-            next_token_logits(model, batch)
-            total = total + torch.stack([last_of(output, batch.last).float().sum(0).cpu() for output in outputs])
-    return total / len(texts)
+    return torch.stack([states.mean(0) for states in last_outputs(model, tokenizer, modules, texts)[0]])

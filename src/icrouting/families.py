@@ -24,9 +24,10 @@ _confirmed: weakref.WeakKeyDictionary[nn.Module, Family] = weakref.WeakKeyDictio
 _POST_NORMED = Family(attention_branch="post_attention_layernorm", mlp_branch="post_feedforward_layernorm")
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "granite", "phi"), Family()),
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "granite"), Family()),
+    "phi": Family(output="dense"),
     "gemma2": _POST_NORMED,
-    "opt": Family(mlp_branch="fc2"),
+    "opt": Family(mlp_branch="fc2", output="out_proj"),
     **dict.fromkeys(("qwen3", "qwen3_moe"), Family(Site("q_norm", token_major), Site("k_norm", token_major))),
     "gemma3_text": replace(_POST_NORMED, query=Site("q_norm", head_major), key=Site("k_norm", head_major)),
     "olmo2": replace(_POST_NORMED, query=Site("q_norm"), key=Site("k_norm")),
@@ -36,6 +37,7 @@ FAMILIES: dict[str, Family] = {
         Site("query_key_value", interleaved(1)),
         attention="attention",
         attention_branch="attention",
+        output="dense",
     ),
     "gpt2": Family(
         Site("c_attn", fused_query),
@@ -43,6 +45,7 @@ FAMILIES: dict[str, Family] = {
         layers="h",
         attention="attn",
         attention_branch="attn",
+        output="c_proj",
     ),
 }
 
@@ -81,7 +84,7 @@ def family_of(model: nn.Module) -> Family:
         if family is None:
             raise ValueError(
                 f"the attention of {model_type!r} models cannot be routed: looked for queries and keys that reach "
-                f"the attention function, up to rotary embedding, from {', or '.join(map(str, rows))} "
+                f"the attention function, up to rotary embedding, from {', or '.join(dict.fromkeys(map(str, rows)))} "
                 "(docs/families.md says how to add a family)"
             )
         _confirmed[decoder] = family
@@ -109,6 +112,18 @@ def branches_of(model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
 def all_branches_of(model: nn.Module) -> list[nn.Module]:
     """The branches of every layer in order, each layer's attention before its MLP."""
     return [branch for layer in range(len(layers_of(model))) for branch in branches_of(model, layer)]
+
+
+def output_of(model: nn.Module, layer: int) -> nn.Module:
+    """The projection of one layer's attention that mixes what its heads give, [batch, q_len, n_heads * head_dim]."""
+    name, attention = family_of(model).output, attention_of(model, layer)
+    model_type = decoder_of(model).config.model_type
+    if model_type not in FAMILIES or not hasattr(attention, name):
+        raise ValueError(
+            f"the output projection of {model_type!r} models is not known (looked for {name!r}): name it in a row of "
+            "families.FAMILIES"
+        )
+    return getattr(attention, name)
 
 
 def dims_of(model: nn.Module) -> Dims:

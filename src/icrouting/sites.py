@@ -69,7 +69,8 @@ class Family:
     """Where a family keeps its layers, its attention, its queries and its keys.
 
     `attention_branch` and `mlp_branch` are the submodules of a layer whose outputs are added to the residual
-    stream: the attention and the MLP, or the norms behind them.
+    stream: the attention and the MLP, or the norms behind them. `output` is the submodule of the attention that
+    mixes what its heads give, [batch, q_len, n_heads * head_dim], into one state.
     """
 
     query: Site = Site("q_proj")
@@ -78,6 +79,7 @@ class Family:
     attention: str = "self_attn"
     attention_branch: str = "self_attn"
     mlp_branch: str = "mlp"
+    output: str = "o_proj"
 
     def __str__(self) -> str:
         place = f"{self.layers}.*.{self.attention}"

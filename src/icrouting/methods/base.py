@@ -137,7 +137,7 @@ class Method:
     def validated(self) -> float:
         """Returns the accuracy of what is in force on the validation rows of the sources, pooled."""
         hits = []
-        for task in self.sources:
+        for task in (task for task in self.sources if task.validation):
             rows = task.validation
             options = [task.options(row) for row in rows]
             with self.applied(task):

@@ -1,7 +1,6 @@
 """Task Vectors (Hendel et al. 2023): the last token's state under demonstrations, put in its place without."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import context_length, pad, tokenize
-from icrouting.edits import edited, last_tokens, mean_last_outputs
+from icrouting.edits import edited, edited_last, mean_last_outputs
 from icrouting.families import device_of, layers_of
-from icrouting.methods.base import Method
+from icrouting.methods.base import Context, Method
 from icrouting.prompts import balanced_demos, few_shot
 from icrouting.scoring import after_prefix, option_ids, run_prefix
 from icrouting.tasks import Example, Task
@@ -53,19 +52,10 @@ class TaskVectors(Method):
         """Returns the size of one state."""
         return self.vectors.shape[-1]
 
-    @contextmanager
-    def applied(self, task: Task) -> Iterator[None]:
+    def applied(self, task: Task) -> Context:
         """Replaces the state at each row's last token."""
-        with last_tokens(self.model) as positions:
-
-            def replace(place: int, hidden: Tensor) -> Tensor:
-                hidden = hidden.clone()
-                rows = torch.arange(len(hidden), device=hidden.device)
-                hidden[rows, positions(hidden).to(hidden.device)] = self.vectors[self.layer].to(hidden)
-                return hidden
-
-            with edited([layers_of(self.model)[self.layer]], replace):
-                yield
+        vector = self.vectors[self.layer]
+        return edited_last(self.model, layers_of(self.model)[self.layer], lambda states: vector.to(states))
 
 
 def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> tuple[list[str], int]:
