@@ -16,6 +16,7 @@ from icrouting.methods.controls import (
 )
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.i2cl import I2CL
+from icrouting.methods.icv import ICV
 from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.live import Live
 from icrouting.methods.lora import LoraBlock, LoraBlockMore, LoraHead
@@ -49,6 +50,7 @@ LEARNING: tuple[type[Method], ...] = (
     UniformGates,
     ProbeHidden,
     ProbeEncoder,
+    ICV,
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
     **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr)},
