@@ -15,6 +15,7 @@ from icrouting.methods.controls import (
     UniformGates,
 )
 from icrouting.methods.elicit import Elicit
+from icrouting.methods.function_vectors import FunctionVectors
 from icrouting.methods.i2cl import I2CL
 from icrouting.methods.icv import ICV
 from icrouting.methods.iterative_vectors import IterativeVectors
@@ -50,6 +51,7 @@ LEARNING: tuple[type[Method], ...] = (
     UniformGates,
     ProbeHidden,
     ProbeEncoder,
+    FunctionVectors,
     ICV,
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
