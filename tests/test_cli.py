@@ -6,8 +6,9 @@ import sys
 import pytest
 
 import tiny
-from icrouting import cli, commands
+from icrouting import artifact, cli, commands
 from icrouting.models import load_model
+from icrouting.trunk import TRUNK_FILE
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,27 @@ def test_a_finished_fit_is_not_repeated_and_another_one_is_refused(world, encode
     with pytest.raises(SystemExit):
         fit(world, encoder_folder, world / "router", "--lr", "0.5")
     assert "router of other settings" in capsys.readouterr().err
+
+
+def test_the_trunk_is_kept_until_the_router_is_saved(world, encoder_folder, tmp_path, capsys, monkeypatch):
+    out, trunk, save, ran = tmp_path / "router", tmp_path / "router" / "fit" / TRUNK_FILE, artifact.save, []
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(artifact, "save", fail)
+    with pytest.raises(SystemExit):
+        fit(world, encoder_folder, out)
+    assert trunk.exists()
+    monkeypatch.setattr(artifact, "save", save)
+    monkeypatch.setattr("icrouting.trunk._fill", lambda *args: ran.append(1))
+    fit(world, encoder_folder, out)
+    assert not ran
+    assert not trunk.exists()
+    trunk.touch()  # as a kill right after the saving leaves it
+    fit(world, encoder_folder, out)
+    assert "already" in capsys.readouterr().out
+    assert not trunk.exists()
 
 
 def test_generate_shows_both_continuations(world, capsys):

@@ -28,6 +28,7 @@ from icrouting.progress import spinner
 from icrouting.storage import load_json, save_json, save_text
 from icrouting.summary import BASELINE
 from icrouting.tasks import Task, load_task, rows_digest
+from icrouting.trunk import TRUNK_FILE
 
 console = Console()
 
@@ -62,15 +63,17 @@ def fit(out: Path, model: Backbone, data: str, tasks: Sequence[str], config: Fit
     if (out / "config.json").exists():
         icr = InContextRouter.from_pretrained(out)
         wanted = (config, fingerprint(base), rows_digest(sources))
-        if (icr.description.fit, icr.description.fingerprint, icr.description.rows) == wanted:
-            console.print(f"{out} holds this router already", markup=False)
-            return icr
-        raise ValueError(f"{out} holds a router of other settings, model or data: choose another folder with --out")
-    icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit")
-    if is_first():
-        icr.save_pretrained(out)
-    wait()
-    console.print(f"router saved to {out}", markup=False)
+        if (icr.description.fit, icr.description.fingerprint, icr.description.rows) != wanted:
+            raise ValueError(f"{out} holds a router of other settings, model or data: choose another folder with --out")
+        said = f"{out} holds this router already"
+    else:
+        icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit")
+        if is_first():
+            icr.save_pretrained(out)
+        wait()
+        said = f"router saved to {out}"
+    (out / "fit" / TRUNK_FILE).unlink(missing_ok=True)  # as large as the tokens are many
+    console.print(said, markup=False)
     return icr
 
 

@@ -21,7 +21,7 @@ from icrouting.families import check_layers, device_of, dims_of, family_of, late
 from icrouting.features import Features, Scale, features_of
 from icrouting.models import fingerprint, frozen
 from icrouting.pids import PIDs, QKMoments, fit_pids
-from icrouting.processes import agree, decided, first_one_first, here, is_first, mine, total
+from icrouting.processes import agree, decided, first_one_first, here, mine, total
 from icrouting.progress import track
 from icrouting.prompts import extraction_prompts
 from icrouting.router import Router
@@ -29,7 +29,7 @@ from icrouting.scoring import option_ids
 from icrouting.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks import Task, rows_digest
 from icrouting.train import Query, Trainer
-from icrouting.trunk import TRUNK_FILE, run_trunk
+from icrouting.trunk import run_trunk
 
 SAVE_EVERY_SECONDS = 20.0
 READ_AT_ONCE = 64
@@ -67,8 +67,6 @@ def fit(
         pids = router.adopt(extract(model, tokenizer, tasks, layers, config, folder))
         queries, scale = training_queries(model, tokenizer, tasks, features, layers[0], config, folder)
         Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), folder).run()
-        if folder is not None and is_first():
-            (folder / TRUNK_FILE).unlink()  # as large as the tokens are many
     router.absorb(*scale)
     return pids, router.eval().requires_grad_(False), features
 

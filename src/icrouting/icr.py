@@ -63,7 +63,8 @@ class InContextRouter(ModelHubMixin):
             tokenizer: its tokenizer.
             tasks: the source tasks.
             config: settings; None takes the defaults.
-            folder: keeps the stages' results, so that a fit that was stopped goes on from there.
+            folder: keeps the stages' results, so that a fit that was stopped goes on from there; its trunk.bin, as
+                large as the tokens are many, can be deleted once the router is saved.
 
         Raises:
             ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
