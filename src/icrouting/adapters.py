@@ -77,7 +77,8 @@ def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual 
     """Inside, a soft prompt stands before every prompt of a model, whose outputs are those of its own tokens.
 
     peft makes the embeddings or the cache; its wrapper would answer for the virtual tokens too, and leave the
-    model that others hold without them.
+    model that others hold without them. They stand before padding on the left, as in peft, so a sliding window
+    that is shorter than padding and prompt together reaches fewer of them there.
 
     Args:
         base: the transformers model.
@@ -103,7 +104,8 @@ def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual 
 
     with frozen(base), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what peft asks transformers by an old name
-        config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=n_virtual)
+        width = {"token_dim": prompt.shape[1]} if kind == "PromptTuningConfig" else {}  # OPT's embeddings may be narrow
+        config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=n_virtual, **width)
         wrapped = peft.get_peft_model(base, config)
     weight = wrapped.prompt_encoder["default"].embedding.weight
     weight.data.copy_(prompt)
