@@ -101,7 +101,8 @@ def last_tokens(model: nn.Module) -> Iterator[Callable[[Tensor], Int[Tensor, "ba
 
 def prompt_tokens(args: tuple, kwargs: dict[str, Any]) -> list[list[int]] | None:
     """Returns each row's real tokens in a call of a decoder; None for one token behind a cache, which was generated."""
-    input_ids, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get(CACHE)
+    input_ids = args[0] if args else kwargs.get("input_ids")
+    cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
     if input_ids is None:
         raise ValueError("this method reads the prompt: give the model `input_ids`, not `inputs_embeds` alone")
     if input_ids.shape[1] == 1 and cache is not None and int(cache.get_seq_length()) > 0:
