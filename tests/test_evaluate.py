@@ -11,6 +11,7 @@ from icrouting import records, runs
 from icrouting.evaluate import Evaluation, draw_items
 from icrouting.methods import METHODS, Settings, make
 from icrouting.methods.regimes import regimes
+from icrouting.tasks import Task
 
 TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
 
@@ -105,6 +106,16 @@ def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encod
     assert without_times(evaluation.predict(method, task, [0, 1, 2], 0)) == without_times(first)
     assert method.on(task).n_cached(task) >= 0
     assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_a_method_that_cannot_learn_leaves_the_others_their_run(tokenizer, tmp_path):
+    bare = [Task(task.spec, task.train, task.test) for task in TASKS]  # nothing to choose a layer on
+    methods = make(["zero-shot", "task-vectors-once", "task-vectors"], Settings(demos_per_class=1))
+    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, bare, tmp_path / "r")
+    evaluation.run(bare, (0,), 5)
+    assert {record.method for record in records.read(tmp_path / "r")} == {"zero-shot"}
+    assert evaluation.refused.keys() == {(name, task.name) for name in METHODS if "task-v" in name for task in bare}
+    assert all("validation rows: give 5 training rows or more" in said for said in evaluation.refused.values())
 
 
 def test_an_unknown_method_brings_near_matches():

@@ -9,7 +9,6 @@ import torch
 
 import tiny
 from fake_run import fake_config, fake_records
-from icrouting.families import family_of
 from icrouting.fits import fit_costs, write_tried
 from icrouting.methods import Settings, make
 from icrouting.report import markdown
@@ -22,7 +21,6 @@ TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("fits"), tiny.model("llama")
-    family_of(model)  # a model that is seen for the first time is asked what it does
     settings = Settings(demos_per_class=2, i2cl_epochs=3)
     for method in make(["task-vectors", "task-vectors-once", "i2cl"], settings):
         file = folder / f"{method.name}-seed0.safetensors"

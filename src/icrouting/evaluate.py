@@ -55,6 +55,7 @@ class Evaluation:
         self.model, self.tokenizer, self.fits = model, tokenizer, fits
         self.methods, self.sources = list(methods), list(sources)
         self.refused: dict[tuple[str, str], str] = {}
+        self._unfit: dict[str, str] = {}
         self._done: set[tuple[str, str, int, int]] = set()
         self._answers: defaultdict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
         self._note(records.read(file))
@@ -97,7 +98,10 @@ class Evaluation:
             wait()
 
     def fit(self, seed: int) -> None:
-        """Lets every method learn what it learns, each with a draw of its own that no other method moves."""
+        """Lets every method learn what it learns, each with a draw of its own that no other method moves.
+
+        One that cannot (ValueError) is left out of the run, which says why.
+        """
         for method in self.methods:
             if method.seed == seed:
                 continue
@@ -105,10 +109,15 @@ class Evaluation:
             drawn = f"-seed{seed}" if method.draws else ""
             file = self.fits / f"{method.name}{drawn}.safetensors" if self.fits else None
             rng = np.random.default_rng([seed, zlib.crc32(method.name.encode())])
-            method.fit(self.model, self.tokenizer, self.sources, rng, file)
+            try:
+                method.fit(self.model, self.tokenizer, self.sources, rng, file)
+            except ValueError as error:  # the others need not wait for what this one lacks
+                self._unfit[method.name] = str(error)
             self._kept.pop(method.name, None)
 
     def _missing(self, method: Method, task: Task, items: Sequence[int], seed: int) -> list[int]:
+        if method.name in self._unfit:
+            self.refused[method.name, task.name] = self._unfit[method.name]
         if (method.name, task.name) in self.refused:
             return []
         return [index for index in items if (method.name, task.name, seed, index) not in self._done]
@@ -163,10 +172,10 @@ class Evaluation:
         kept = self._kept[method.name]
         if prompts[0].context not in kept:
             kept.clear()  # the contexts of a large model are large
-        started = time.monotonic()
-        with method.applied(task):
+        with method.applied(task):  # entered once for many prompts, so not in their time
+            started = time.monotonic()
             scores = score_options(self.model, self.tokenizer, prompts, options, kept=kept)
-        seconds = (time.monotonic() - started) / len(prompts)
+            seconds = (time.monotonic() - started) / len(prompts)
         if not method.edits_model:
             self._plain = (prompts, options), scores, seconds
         return scores, seconds
@@ -192,10 +201,10 @@ class Evaluation:
         for _ in track(range(n_rounds + 1), "timing, in turns", [1] * (n_rounds + 1), "turns"):
             for name, method, kept in ways:
                 asked = prompts[method.name] if kept is not None else [p.text for p in prompts[method.name]]
-                started = time.monotonic()
                 with method.applied(task):
+                    started = time.monotonic()
                     score_options(self.model, self.tokenizer, asked, options, kept=kept)
-                seconds[name].append(time.monotonic() - started)
+                    seconds[name].append(time.monotonic() - started)
         note = f"median of {n_rounds} turns on {len(examples)} prompts of {task.name}"
         rows = []
         for name, method, kept in ways[1:]:

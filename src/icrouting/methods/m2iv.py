@@ -26,7 +26,7 @@ class M2IV(Method):
     A re-implementation from descriptions, not checked against the authors' code or figures. Loss = mimicry of
     the frozen model behind demonstrations + w * synergy of the two branches + 0.5 * cross-entropy of the label.
     The learning rate of v and w are chosen on the validation rows. Over several tasks, rows are pooled. Differs:
-    w has 0.1 for its default, not 1, and the synergy is divided by the hidden size: else it drowns the rest.
+    w and the rate start at 0.1 and 1e-3, not 1 and 1e-5; synergy is divided by the hidden size, or drowns the rest.
     """
 
     name = "m2iv"
