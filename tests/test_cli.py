@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import re
 import subprocess
@@ -6,7 +8,8 @@ import sys
 import pytest
 
 import tiny
-from icrouting import artifact, cli, commands
+from icrouting import artifact, cli, commands, runs
+from icrouting import evaluate as evaluate_module
 from icrouting.models import load_model
 from icrouting.trunk import TRUNK_FILE
 
@@ -99,6 +102,42 @@ def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(wo
     with pytest.raises(SystemExit):
         evaluate(world, tmp_path / "run", "--n-test", "6")
     assert "n_test was 7, is 6" in capsys.readouterr().err
+
+
+def test_a_second_eval_into_a_live_run_is_refused_in_one_line(world, tmp_path, capsys, monkeypatch):
+    run, how, refused = evaluate_module.Evaluation.run, ("--methods", "zero-shot", "--n-test", "3"), []
+
+    def run_twice(self, *args):
+        with pytest.raises(SystemExit):
+            evaluate(world, tmp_path / "run", *how)
+        refused.append(capsys.readouterr().err)
+        run(self, *args)
+
+    monkeypatch.setattr(evaluate_module.Evaluation, "run", run_twice)
+    evaluate(world, tmp_path / "run", *how)
+    (line,) = refused[0].strip().splitlines()
+    assert f"another run is writing to {tmp_path / 'run'}" in line
+    assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == 3 * 2 * 3
+    monkeypatch.setattr(evaluate_module.Evaluation, "run", run)
+    evaluate(world, tmp_path / "run", *how)
+
+
+def test_one_process_that_outlived_the_others_of_its_run_keeps_another_run_out(tmp_path):
+    with (tmp_path / "lock").open("a+") as left:
+        fcntl.flock(left, fcntl.LOCK_SH)
+        with pytest.raises(ValueError, match="another run"), runs.alone(tmp_path):
+            pass
+    with runs.alone(tmp_path):
+        pass
+
+
+def test_where_a_file_system_has_no_locks_a_run_goes_on(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with runs.alone(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
 
 
 def test_icr_alone_is_timed_against_zero_shot(world, tmp_path):

@@ -23,7 +23,7 @@ from icrouting.evaluate import Evaluation
 from icrouting.families import device_of
 from icrouting.icr import InContextRouter
 from icrouting.models import default_dtype, fingerprint, load_model, load_skeleton
-from icrouting.processes import agree, first_one_first, is_first, wait
+from icrouting.processes import first_one_first, is_first, wait
 from icrouting.progress import spinner
 from icrouting.storage import load_json, save_json, save_text
 from icrouting.summary import BASELINE
@@ -133,22 +133,13 @@ def evaluate(
         settings=settings,
         notes=_router_cuts(icr),
     )
-    _claim(out, config)
-    evaluation = Evaluation(base, tokenizer, methods, sources, out / "records.jsonl", out / "fits")
-    evaluation.run(tasks, seeds, n_test)
-    wait()
-    if is_first():
-        finish(out, evaluation, tasks, seeds[-1], icr, Path(settings.router) / "fit" if settings.router else None)
-        show(out)
-
-
-def _claim(out: Path, config: runs.RunConfig) -> None:
-    """Makes a run's folder, or takes it up where all processes, however many, left it."""
-    agree(**config.flat())
-    if is_first():
-        runs.claim(out, config)
-        records.gather(out / "records.jsonl")
-    wait()
+    with runs.claimed(out, config):
+        evaluation = Evaluation(base, tokenizer, methods, sources, out / "records.jsonl", out / "fits")
+        evaluation.run(tasks, seeds, n_test)
+        wait()
+        if is_first():
+            finish(out, evaluation, tasks, seeds[-1], icr, Path(settings.router) / "fit" if settings.router else None)
+            show(out)
 
 
 def _router_cuts(icr: InContextRouter | None) -> list[str]:

@@ -1,9 +1,12 @@
 """A run: a folder with its configuration, its records and the report made from them."""
 
+import fcntl
 import json
+import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,11 +14,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from icrouting import records
 from icrouting.checks import check
 from icrouting.config import Settings
+from icrouting.processes import agree, first_one_first, is_first, wait
 from icrouting.routed import Routed
 from icrouting.storage import load_json, save_json
 from icrouting.tasks import Task
+
+log = logging.getLogger(__name__)
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
 _GROWING = ("methods", "seeds", "n_test", "router", "notes")
@@ -63,6 +70,43 @@ def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str
         }
         for task in tasks
     ]
+
+
+@contextmanager
+def claimed(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Inside, a folder is one run's, made or taken up where all processes, however many, left it."""
+    agree(**config.flat())
+    with alone(folder):
+        if is_first():
+            claim(folder, config)
+            records.gather(folder / "records.jsonl")
+        wait()
+        yield
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, no other run can enter a folder, which is made; the processes of one run enter together.
+
+    A lock of the system's: it goes with the last process that holds it, however that ends.
+
+    Raises:
+        ValueError: another run is inside.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as file:
+        with first_one_first():
+            # Nobody may be inside; then the others of this run may come in.
+            for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) if is_first() else (fcntl.LOCK_SH,):
+                try:
+                    fcntl.flock(file, kind | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ValueError(
+                        f"another run is writing to {folder}: wait until it ends, or choose another folder with --out"
+                    ) from error
+                except OSError as error:  # some network file systems have no locks
+                    log.info("%s is not locked against other runs: %s", folder, error)
+        yield
 
 
 def claim(folder: Path, config: RunConfig) -> None:
