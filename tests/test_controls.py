@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 
 import tiny
 from icrouting import fitting, processes
@@ -288,8 +289,9 @@ def test_a_control_is_fitted_by_its_process_alone(monkeypatch):
     """Under `alone`, nothing waits for another process or shares its work with one."""
     state = vars(processes.here())
     before = dict(state)
-    monkeypatch.setitem(state, "num_processes", 3)
-    monkeypatch.setitem(state, "process_index", 2)
+    as_one_of_three = {"num_processes": 3, "process_index": 2, "distributed_type": DistributedType.MULTI_CPU}
+    for name, value in as_one_of_three.items():
+        monkeypatch.setitem(state, name, value)
     with pytest.raises(RuntimeError, match="inside"), processes.alone():
         assert processes.is_first()
         assert list(processes.mine(range(5))) == [0, 1, 2, 3, 4]
@@ -297,5 +299,5 @@ def test_a_control_is_fitted_by_its_process_alone(monkeypatch):
         assert processes.decided(7) == 7
         assert torch.equal(processes.total(torch.ones(2)), torch.ones(2))
         raise RuntimeError("inside")
-    assert state == before | {"num_processes": 3, "process_index": 2}
+    assert state == before | as_one_of_three
     assert not processes.is_first()

@@ -23,7 +23,7 @@ FIT = (
     "--hidden-width 5"
 )
 EVAL = "--tasks sst2 mr --sources sst2 --n-test 14 --demos-per-class 1 --i2cl-epochs 1 --seeds 0 1"
-METHODS = "zero-shot calibration few-shot task-vectors task-vectors-once i2cl icr"
+METHODS = "zero-shot calibration few-shot task-vectors task-vectors-once i2cl icr icr-constant icr-uniform-gates-once"
 
 
 def child(rank, n, port, arguments):

@@ -46,8 +46,7 @@ class Refit(Method):
             pids, router, _ = fitting.fit(self.model, self.tokenizer, self.sources, self.config, kind=self.kind)
         self.layers, directions = torch.tensor(pids.layers), (pids.query_directions(), pids.key_directions())
         self.query_directions, self.key_directions = (side.detach().cpu() for side in directions)
-        others = [value for name, value in router.named_parameters() if not name.endswith("_pids")]
-        self.weights = parameters_to_vector(others).detach().cpu()
+        self.weights = parameters_to_vector(v.cpu() for n, v in router.named_parameters() if not n.endswith("_pids"))
         self.n_trained = sum(parameter.numel() for parameter in router.parameters())
         per_class, n_queries = self.config.n_prompts * self.config.demos_per_class, self.config.n_queries
         n_drawn = [n_queries + per_class * len(set(task.train_labels.tolist())) for task in self.sources]
