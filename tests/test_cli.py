@@ -1,5 +1,3 @@
-import errno
-import fcntl
 import json
 import re
 import subprocess
@@ -8,7 +6,7 @@ import sys
 import pytest
 
 import tiny
-from icrouting import artifact, cli, commands, runs
+from icrouting import artifact, cli, commands
 from icrouting import evaluate as evaluate_module
 from icrouting.models import load_model
 from icrouting.trunk import TRUNK_FILE
@@ -122,24 +120,6 @@ def test_a_second_eval_into_a_live_run_is_refused_in_one_line(world, tmp_path, c
     evaluate(world, tmp_path / "run", *how)
 
 
-def test_one_process_that_outlived_the_others_of_its_run_keeps_another_run_out(tmp_path):
-    with (tmp_path / "lock").open("a+") as left:
-        fcntl.flock(left, fcntl.LOCK_SH)
-        with pytest.raises(ValueError, match="another run"), runs.alone(tmp_path):
-            pass
-    with runs.alone(tmp_path):
-        pass
-
-
-def test_where_a_file_system_has_no_locks_a_run_goes_on(tmp_path, monkeypatch):
-    def fail(*args):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", fail)
-    with runs.alone(tmp_path / "run"):
-        assert (tmp_path / "run").is_dir()
-
-
 def test_icr_alone_is_timed_against_zero_shot(world, tmp_path):
     evaluate(world, tmp_path / "run", "--methods", "icr", "--n-test", "3")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -226,7 +206,7 @@ def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys)
             "did you mean sst5 or sst2",
         ),
         ("eval --out {tmp}/run --model {model} --data {data} --methods icr --tasks sst2", "needs --router"),
-        ("eval --out {tmp}/run --model {model} --data {data} --methods icq --tasks sst2", "did you mean icr"),
+        ("eval --out {tmp}/run --model {model} --data {data} --methods icrr --tasks sst2", "did you mean icr"),
         (
             "eval --out {tmp}/run --model {tmp}/no --data {data} --tasks sst2 --sources sst2 --methods zero-shot",
             "cannot load model",

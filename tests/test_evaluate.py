@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import tiny
 from icrouting import records, runs
@@ -262,3 +263,21 @@ def test_the_documented_methods_run_as_written(tokenizer, tmp_path):
     assert found[0][0].n_tokens > plain[0].n_tokens
     assert all(pair[0].option_logits != plain[0].option_logits for pair in found)
     assert len(methods[2].on(TASKS[0]).tried) == 3
+
+
+def test_one_process_that_outlived_the_others_of_its_run_keeps_another_run_out(tmp_path):
+    with FileLock(tmp_path / "lock.1", thread_local=False):
+        with pytest.raises(ValueError, match="another run is writing"), runs.claimed(tmp_path, config_of()):
+            pass
+        assert not (tmp_path / "config.json").exists()
+    with runs.claimed(tmp_path, config_of()):
+        assert (tmp_path / "config.json").exists()
+
+
+def test_where_a_file_system_has_no_locks_a_run_goes_on(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(runs.FileLock, "acquire", fail)
+    with runs.claimed(tmp_path / "run", config_of()):
+        assert (tmp_path / "run" / "config.json").exists()

@@ -1,5 +1,7 @@
 """The shared matrix: fit, apply, leave, save, load, same result, for every method that learns over the family table."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 import tiny
 from icrouting.families import decoder_of
 from icrouting.methods import LEARNING, Settings, make
+from icrouting.methods.probes import ProbeEncoder
 from icrouting.methods.regimes import ONCE
 from icrouting.methods.saved import load_method, save_method
 from icrouting.prompts import Prompt
@@ -70,6 +73,28 @@ def test_what_was_learned_on_another_model_is_refused(kind, tokenizer, small, tm
     save_method(fitted(kind, tiny.model("llama"), tokenizer, small), tmp_path)
     with pytest.raises(ValueError, match="load that one"):
         load_method(tmp_path, tiny.model("qwen3"), tokenizer)
+
+
+def test_what_was_learned_with_another_sentence_encoder_is_refused(tokenizer, small, tmp_path):
+    model = tiny.model("llama")
+    save_method(fitted(ProbeEncoder, model, tokenizer, small), tmp_path)
+    described = json.loads((tmp_path / "method.json").read_text())
+    (tmp_path / "method.json").write_text(json.dumps({**described, "encoder": "0" * 16}))
+    with pytest.raises(ValueError, match="learned with another sentence encoder"):
+        load_method(tmp_path, model, tokenizer)
+
+
+def test_a_damaged_folder_is_refused_in_a_sentence(tokenizer, small, tmp_path):
+    model = tiny.model("llama")
+    with pytest.raises(ValueError, match="holds no saved method"):
+        load_method(tmp_path, model, tokenizer)
+    (tmp_path / "method.json").write_text("{}")
+    with pytest.raises(ValueError, match="unknown or missing"):
+        load_method(tmp_path, model, tokenizer)
+    (inner,) = make(["task-vectors"], small)
+    inner.fit(model, tokenizer, [TASK], np.random.default_rng(0))
+    with pytest.raises(ValueError, match="holds nothing to save: of a method fitted on each task"):
+        save_method(inner, tmp_path)
 
 
 @EVERY

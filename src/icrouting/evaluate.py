@@ -147,7 +147,9 @@ class Evaluation:
         options = [task.options(example) for example in examples]
         n_tokens = [len(tokens) for tokens in tokenize(self.tokenizer, [prompt.text for prompt in prompts])]
         scores, seconds = self._scores(method, task, prompts, options)
+        started = time.monotonic()
         scores = method.adjusted(task, examples, scores)
+        seconds += (time.monotonic() - started) / len(prompts)
         return [
             Record(
                 method=method.name,
@@ -203,7 +205,8 @@ class Evaluation:
                 asked = prompts[method.name] if kept is not None else [p.text for p in prompts[method.name]]
                 with method.applied(task):
                     started = time.monotonic()
-                    score_options(self.model, self.tokenizer, asked, options, kept=kept)
+                    scores = score_options(self.model, self.tokenizer, asked, options, kept=kept)
+                    method.adjusted(task, examples, scores)
                     seconds[name].append(time.monotonic() - started)
         note = f"median of {n_rounds} turns on {len(examples)} prompts of {task.name}"
         rows = []

@@ -1,23 +1,23 @@
 """A run: a folder with its configuration, its records and the report made from them."""
 
-import fcntl
 import json
 import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from icrouting import records
 from icrouting.checks import check
 from icrouting.config import Settings
-from icrouting.processes import agree, first_one_first, is_first, wait
+from icrouting.processes import agree, first_one_first, here, is_first
 from icrouting.routed import Routed
 from icrouting.storage import load_json, save_json
 from icrouting.tasks import Task
@@ -74,39 +74,38 @@ def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str
 
 @contextmanager
 def claimed(folder: Path, config: RunConfig) -> Iterator[None]:
-    """Inside, a folder is one run's, made or taken up where all processes, however many, left it."""
+    """Inside, a folder is one run's alone, made or taken up where all processes, however many, left it."""
     agree(**config.flat())
-    with alone(folder):
-        if is_first():
-            claim(folder, config)
-            records.gather(folder / "records.jsonl")
-        wait()
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with first_one_first():
+            own = folder / f"lock.{here().process_index}"
+            stack.enter_context(_locked(own))
+            if is_first():
+                for left in {*folder.glob("lock.*")} - {own}:  # a process may have outlived the first of its run
+                    with _locked(left):
+                        pass
+                claim(folder, config)
+                records.gather(folder / "records.jsonl")
         yield
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Inside, no other run can enter a folder, which is made; the processes of one run enter together.
-
-    A lock of the system's: it goes with the last process that holds it, however that ends.
-
-    Raises:
-        ValueError: another run is inside.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
-        with first_one_first():
-            # Nobody may be inside; then the others of this run may come in.
-            for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) if is_first() else (fcntl.LOCK_SH,):
-                try:
-                    fcntl.flock(file, kind | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise ValueError(
-                        f"another run is writing to {folder}: wait until it ends, or choose another folder with --out"
-                    ) from error
-                except OSError as error:  # some network file systems have no locks
-                    log.info("%s is not locked against other runs: %s", folder, error)
+def _locked(file: Path) -> Iterator[None]:
+    """Inside, a file is this process's; the system unlocks it when the process ends, however it ends."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another run is writing to {file.parent}: wait for its end, or choose another --out"
+        ) from error
+    except NotImplementedError as error:  # some network file systems have no locks
+        log.info("%s: cannot be locked against other runs (%s)", file, error)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def claim(folder: Path, config: RunConfig) -> None:
@@ -129,7 +128,6 @@ def claim(folder: Path, config: RunConfig) -> None:
     if _command() not in found["command"]:
         grown["command"] = f"{found['command']} && {_command()}"
     settings = {**settings, **found, **grown, "notes": settings["notes"]}
-    folder.mkdir(parents=True, exist_ok=True)
     save_json(file, {**settings, "notes": [*_cuts(settings), *settings["notes"]]})
 
 

@@ -110,6 +110,10 @@ class Method:
         """Returns the numbers kept beside the model for a task's inference (paper, table 11)."""
         return 0
 
+    def encoder_fingerprint(self) -> str:
+        """Identifies the sentence encoder that the answers depend on; empty for none."""
+        return ""
+
     def tensors(self) -> dict[str, Tensor]:
         """Returns what `learn` learned, so that a resumed run need not learn it again."""
         return {name: vars(self)[name] for name in self.learned}

@@ -44,8 +44,8 @@ class Refit(Method):
         """Fits directions and router; `n_labelled` is a bound, since demonstrations are drawn anew for each prompt."""
         with alone():  # others may be learning another task
             pids, router, _ = fitting.fit(self.model, self.tokenizer, self.sources, self.config, kind=self.kind)
-        self.layers, directions = torch.tensor(pids.layers), (pids.query_directions(), pids.key_directions())
-        self.query_directions, self.key_directions = (side.detach().cpu() for side in directions)
+        self.layers, sides = torch.tensor(pids.layers), (pids.query_directions(), pids.key_directions())
+        self.query_directions, self.key_directions = (side.detach().cpu() for side in sides)
         self.weights = parameters_to_vector(v.cpu() for n, v in router.named_parameters() if not n.endswith("_pids"))
         self.n_trained = sum(parameter.numel() for parameter in router.parameters())
         per_class, n_queries = self.config.n_prompts * self.config.demos_per_class, self.config.n_queries
@@ -63,6 +63,10 @@ class Refit(Method):
         pids = PIDs(layers, self.query_directions, self.key_directions, one, one, one, one, "pca")
         router, scale = router.to(device_of(model)), self.config.final_alpha_scale
         return rerouted(Reader(model, self.tokenizer, features, router, layers[0], scale), pids)
+
+    def encoder_fingerprint(self) -> str:
+        """That of what the router reads."""
+        return features_of(self.config.encoder, self.model, self.tokenizer, "cpu").fingerprint
 
     def n_cached(self, task: Task) -> int:
         """Returns the size of the directions, as for ICR."""

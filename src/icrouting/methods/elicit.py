@@ -29,13 +29,11 @@ class Elicit(Method):
     at which a task's mean state does best on its validation rows. A retriever says how likely a prompt and a
     library prompt are of one task. If none reaches the threshold, the prompt is left alone; else the mean of the 10
     likeliest states is added at their most frequent layer ("soft" in the published code). Generated tokens are left
-    alone. With one source task there is nothing to tell apart: no retriever, no prompt left alone, and what
-    remains is an added mean task vector.
+    alone. With one source task there is no retriever: an added mean task vector remains.
 
     Differs: a frozen encoder (`Settings.encoder`) under the published head, which needs a higher learning rate
-    (published: SimCSE RoBERTa, trained along); pairs are (query, library prompt) always (the published code turns them
-    round in training); queries are training rows outside the library, with and without template (published: written
-    by hand); 5 demonstrations per class (published: 16 in all); weight and recall are searched.
+    (published: SimCSE RoBERTa, trained along); pairs are always (query, library prompt); queries are training rows
+    outside the library (published: by hand); 5 demonstrations per class, not 16; weight and recall are searched.
     """
 
     name = "elicit"
@@ -73,6 +71,10 @@ class Elicit(Method):
     def n_cached(self, task: Task) -> int:
         """Returns the size of library and head; the encoder is not counted."""
         return self.states.numel() + self.features.numel() + self.head.numel()
+
+    def encoder_fingerprint(self) -> str:
+        """That of the retriever's, if there is one."""
+        return load_encoder(self.settings.encoder).fingerprint if len(self.head) else ""
 
     @torch.no_grad()
     def retrieved(self, texts: Sequence[str]) -> tuple[Float[Tensor, "batch hidden_size"], Int[Tensor, "batch"]]:

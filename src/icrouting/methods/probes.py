@@ -107,6 +107,10 @@ class ProbeEncoder(Probe):
 
     name = "probe-encoder"
 
+    def encoder_fingerprint(self) -> str:
+        """That of what the probe reads."""
+        return load_encoder(self.settings.encoder, str(device_of(self.model))).fingerprint
+
     def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:
         """Returns the sentence encoder's vectors."""
         encoder = load_encoder(self.settings.encoder, str(device_of(self.model)))

@@ -1,7 +1,8 @@
 """What a method learned, as a folder that others can take up."""
 
-import dataclasses
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,20 @@ from icrouting.tasks import known
 CONFIG, TENSORS = "method.json", "method.safetensors"
 
 
+@dataclass(frozen=True)
+class Saved:
+    """The content of method.json: what was learned, with which settings, and on what it depends."""
+
+    method: str
+    settings: dict[str, Any]
+    model: str
+    fingerprint: str
+    encoder: str
+    sources: list[str]
+    tried: list[dict[str, Any]]
+    cost: dict[str, int | float]
+
+
 def save_method(method: Method, folder: Path) -> None:
     """Writes what a fitted method learned, with the settings and the model that it is for.
 
@@ -25,32 +40,37 @@ def save_method(method: Method, folder: Path) -> None:
         raise ValueError(
             f"{method.name} holds nothing to save: of a method fitted on each task, save `method.on(task)`"
         )
+    described = Saved(
+        method=method.name.removesuffix(ONCE),
+        settings=asdict(method.settings),
+        model=str(method.model.config.name_or_path),
+        fingerprint=fingerprint(method.model),
+        encoder=method.encoder_fingerprint(),
+        sources=[task.name for task in method.sources],
+        tried=method.tried,
+        cost=method.cost,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / TENSORS, {name: tensor.contiguous() for name, tensor in learned.items()})
-    described = {
-        "method": method.name.removesuffix(ONCE),
-        "settings": dataclasses.asdict(method.settings),
-        "model": method.model.config.name_or_path,
-        "fingerprint": fingerprint(method.model),
-        "sources": [task.name for task in method.sources],
-        "tried": method.tried,
-        "cost": method.cost,
-    }
-    save_json(folder / CONFIG, described)
+    save_json(folder / CONFIG, asdict(described))
 
 
 def load_method(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Method:
-    """Returns a saved method on its model; ValueError for a damaged folder or another model."""
+    """Returns a saved method on its model; ValueError for a damaged folder, another model or another encoder."""
     from icrouting.methods import LEARNING
 
-    found = load_json(folder / CONFIG)
-    if found["fingerprint"] != (own := fingerprint(model)):
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"{folder} holds no saved method: expected {CONFIG} and {TENSORS}, see `save_method`")
+    found = read(Saved, load_json(folder / CONFIG))
+    if found.fingerprint != (own := fingerprint(model)):
         raise ValueError(
-            f"{folder} was learned on {found['model']!r} ({found['fingerprint']}), this model is {own}: load that one"
+            f"{folder} was learned on {found.model!r} ({found.fingerprint}), this model is {own}: load that one"
         )
-    kind = known("method", found["method"], {kind.name: kind for kind in LEARNING})
-    method = kind(read(Settings, found["settings"]))
+    kind = known("method", found.method, {kind.name: kind for kind in LEARNING})
+    method = kind(read(Settings, found.settings))
     method.model, method.tokenizer, method.sources = model, tokenizer, ()
-    method.tried, method.cost = found["tried"], found["cost"]
+    method.tried, method.cost = found.tried, found.cost
     method.restore(load_tensors(folder / TENSORS)[0])
+    if method.encoder_fingerprint() != found.encoder:
+        raise ValueError(f"{folder} was learned with another sentence encoder ({found.encoder}): set that one up")
     return method
