@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock
 
 import tiny
-from icrouting import records, runs
+from icrouting import cli, records, runs
 from icrouting.evaluate import Evaluation, draw_items
 from icrouting.methods import METHODS, Settings, make
 from icrouting.methods.regimes import regimes
@@ -117,6 +117,11 @@ def test_a_method_that_cannot_learn_leaves_the_others_their_run(tokenizer, tmp_p
     assert {record.method for record in records.read(tmp_path / "r")} == {"zero-shot"}
     assert evaluation.refused.keys() == {(name, task.name) for name in METHODS if "task-v" in name for task in bare}
     assert all("validation rows: give 5 training rows or more" in said for said in evaluation.refused.values())
+
+
+def test_the_help_names_every_method():
+    named = re.findall(r"[\w-]+", cli.evaluate.__doc__)
+    assert {name.removesuffix("-once") for name in METHODS} <= set(named)
 
 
 def test_an_unknown_method_brings_near_matches():

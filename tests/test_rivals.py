@@ -52,7 +52,7 @@ def test_fit_apply_leave_save_load(kind, family, tokenizer, small, tmp_path):
     with method.attached(model, tokenizer, TASK):
         changed = scores(model, tokenizer, prompts())
         alone = torch.cat([scores(model, tokenizer, [prompt]) for prompt in prompts()])
-    assert torch.allclose(changed, alone, atol=1e-4)
+    assert torch.allclose(changed, alone, atol=1e-4), "a batch differs from its rows: is padding edited or read?"
     save_method(method, tmp_path / "saved")
     again = load_method(tmp_path / "saved", model, tokenizer)
     with again.attached(model, tokenizer, TASK):
@@ -93,7 +93,7 @@ def test_a_damaged_folder_is_refused_in_a_sentence(tokenizer, small, tmp_path):
         load_method(tmp_path, model, tokenizer)
     (inner,) = make(["task-vectors"], small)
     inner.fit(model, tokenizer, [TASK], np.random.default_rng(0))
-    with pytest.raises(ValueError, match="holds nothing to save: of a method fitted on each task"):
+    with pytest.raises(ValueError, match="of a method fitted on each task"):
         save_method(inner, tmp_path)
 
 

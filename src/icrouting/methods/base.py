@@ -81,6 +81,8 @@ class Method:
         started = time.monotonic()
         with counted_rows(model) as rows:
             self.learn(rng)
+        if wrong := [name for name in self.learned if not isinstance(vars(self).get(name), Tensor)]:
+            raise TypeError(f"{self.name}: what `learned` names must be tensors after `learn`, not so {wrong}")
         self.cost = {"labelled": self.n_labelled, "trained": self.n_trained, **rows}
         self.cost["seconds"] = time.monotonic() - started
         if file is not None and (learned := self.tensors()):

@@ -38,7 +38,8 @@ def save_method(method: Method, folder: Path) -> None:
     """
     if not (learned := method.tensors()):
         raise ValueError(
-            f"{method.name} holds nothing to save: of a method fitted on each task, save `method.on(task)`"
+            f"{method.name} holds nothing to save: name its tensors in `learned`, and of a method fitted on each task, "
+            "save `method.on(task)`"
         )
     described = Saved(
         method=method.name.removesuffix(ONCE),
