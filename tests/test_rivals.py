@@ -79,8 +79,8 @@ def test_what_was_learned_with_another_sentence_encoder_is_refused(tokenizer, sm
     model = tiny.model("llama")
     save_method(fitted(ProbeEncoder, model, tokenizer, small), tmp_path)
     described = json.loads((tmp_path / "method.json").read_text())
-    (tmp_path / "method.json").write_text(json.dumps({**described, "encoder": "0" * 16}))
-    with pytest.raises(ValueError, match="learned with another sentence encoder"):
+    (tmp_path / "method.json").write_text(json.dumps({**described, "depends_on": "0" * 16}))
+    with pytest.raises(ValueError, match="was learned with 0000000000000000, here is"):
         load_method(tmp_path, model, tokenizer)
 
 

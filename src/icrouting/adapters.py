@@ -127,6 +127,10 @@ def _with_prompt(
     n_rows, q_len = given.shape[:2]
     n_seen = cache.get_seq_length() if cache is not None else 0
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(
+            "a soft prompt needs one attention mask [batch, kv_len], got several: this model makes its own"
+        )
     if n_seen and (mask is None or mask.shape[1] == n_seen + q_len):
         return kwargs, 0  # whoever filled the cache counts what is in it
     if mask is not None:

@@ -166,11 +166,14 @@ def finish(
         console.print(f"{method} does not fit {task}: {said}", markup=False)
     if len(refused) == len(methods) * len(tasks):
         raise ValueError(f"no method fits any task: {refused[0][-1]}")
-    earlier = [entry for entry in config.get("refused", []) if entry not in refused]
+    asked = {(method.name, task.name) for method in methods for task in tasks}
+    earlier = [entry for entry in config.get("refused", []) if tuple(entry[:2]) not in asked]
     runs.add_to_config(out, refused=[*earlier, *refused])
     timed = {row["method"]: row for row in config.get("timing", {}).get("ratios", [])}
-    unrefused = [task for task in tasks if not any(name == task.name for _, name in evaluation.refused)]
-    if unrefused and not timed.keys() >= {method.name for method in methods} - {BASELINE}:
+    able = [method for method in methods if not all((method.name, task.name) in evaluation.refused for task in tasks)]
+    unrefused = [task for task in tasks if all((method.name, task.name) not in evaluation.refused for method in able)]
+    if unrefused and not timed.keys() >= {method.name for method in able} - {BASELINE}:
+        evaluation.methods = able
         evaluation.fit(seed)
         shortest = min(unrefused, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20]))
         timed |= {row["method"]: row for row in evaluation.time_ratios(shortest)}

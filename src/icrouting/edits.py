@@ -95,7 +95,7 @@ def last_tokens(model: nn.Module) -> Iterator[Callable[[Tensor], Int[Tensor, "ba
         mask = masks[0] if masks[0] is not None else torch.ones(n_rows, q_len, device=hidden.device)
         return (mask[:, -q_len:].long() * torch.arange(q_len, device=mask.device)).argmax(1)
 
-    with decoder_of(model).register_forward_pre_hook(keep, with_kwargs=True):
+    with base_of(model).register_forward_pre_hook(keep, with_kwargs=True):
         yield positions
 
 

@@ -1,7 +1,6 @@
 """What a run's fits cost and what they tried, read back from the files that it keeps of them (paper, table 11)."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,10 @@ def _kept(folder: Path, names: Sequence[str]) -> list[tuple[str, str, dict[str, 
     """The method, the rest of the file's name (seed and task) and the notes of each fit that is kept."""
     found = []
     for name in names:
-        for file in sorted(folder.glob(f"{name}-seed*.safetensors")):
-            fit = re.fullmatch(rf"{re.escape(name)}-(seed\d+.*)", file.stem)
+        for file in sorted(folder.glob(f"{name}*.safetensors")):
             with safe_open(file, "pt") as opened:
                 notes = opened.metadata() or {}
-            if fit:
-                found.append((name, fit[1], {key: json.loads(notes.get(key, "[]")) for key in ("cost", "tried")}))
+            if notes.get("method") == name:
+                fit = file.stem.removeprefix(name).removeprefix("-")
+                found.append((name, fit, {key: json.loads(notes.get(key, "[]")) for key in ("cost", "tried")}))
     return found

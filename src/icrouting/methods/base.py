@@ -75,6 +75,8 @@ class Method:
         if file is not None and file.exists():
             tensors, notes = load_tensors(file)
             self.restore(tensors)
+            if (kept := notes.get("depends_on", "")) != (now := self.depends_on()):
+                raise ValueError(f"{file} was learned with {kept or 'nothing'}, now with {now or 'nothing'}: delete it")
             self.tried, self.cost = (json.loads(notes.get(name, empty)) for name, empty in _NOTES.items())
             return
         family_of(model)  # a model met for the first time is asked what it is, which is no part of the cost
@@ -87,7 +89,8 @@ class Method:
         self.cost["seconds"] = time.monotonic() - started
         if file is not None and (learned := self.tensors()):
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(file, learned, {name: json.dumps(vars(self)[name]) for name in _NOTES})
+            notes = {name: json.dumps(vars(self)[name]) for name in _NOTES}
+            save_tensors(file, learned, {"method": self.name, "depends_on": self.depends_on(), **notes})
 
     def learn(self, rng: np.random.Generator) -> None:
         """Learns from the training rows of `self.sources`, and chooses on their validation rows."""
@@ -112,8 +115,8 @@ class Method:
         """Returns the numbers kept beside the model for a task's inference (paper, table 11)."""
         return 0
 
-    def encoder_fingerprint(self) -> str:
-        """Identifies the sentence encoder that the answers depend on; empty for none."""
+    def depends_on(self) -> str:
+        """Returns what the answers depend on beside the model, the settings and the tensors; empty for nothing."""
         return ""
 
     def tensors(self) -> dict[str, Tensor]:

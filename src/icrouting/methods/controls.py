@@ -64,9 +64,9 @@ class Refit(Method):
         router, scale = router.to(device_of(model)), self.config.final_alpha_scale
         return rerouted(Reader(model, self.tokenizer, features, router, layers[0], scale), pids)
 
-    def encoder_fingerprint(self) -> str:
-        """That of what the router reads."""
-        return features_of(self.config.encoder, self.model, self.tokenizer, "cpu").fingerprint
+    def depends_on(self) -> str:
+        """Returns the configuration, which may be a router's, and the fingerprint of what the router reads."""
+        return f"{self.config}, {features_of(self.config.encoder, self.model, self.tokenizer, 'cpu').fingerprint}"
 
     def n_cached(self, task: Task) -> int:
         """Returns the size of the directions, as for ICR."""

@@ -72,8 +72,8 @@ class Elicit(Method):
         """Returns the size of library and head; the encoder is not counted."""
         return self.states.numel() + self.features.numel() + self.head.numel()
 
-    def encoder_fingerprint(self) -> str:
-        """That of the retriever's, if there is one."""
+    def depends_on(self) -> str:
+        """Returns the fingerprint of the retriever's encoder, if there is one."""
         return load_encoder(self.settings.encoder).fingerprint if len(self.head) else ""
 
     @torch.no_grad()
@@ -126,7 +126,10 @@ class Elicit(Method):
         found = []
         for task, own in zip(self.sources, states.split(N_PROMPTS), strict=True):
             rows = [(task, row) for row in task.validation]
-            found.append(sweep(self.model, self.tokenizer, rows, weight * own.mean(0), kept=1.0).argmax())
+            accuracies = sweep(self.model, self.tokenizer, rows, weight * own.mean(0), kept=1.0)
+            swept = [{"weight": weight, "layer": layer, "accuracy": a} for layer, a in enumerate(accuracies.tolist())]
+            self.tried += [{"library of": task.name, **one} for one in swept]
+            found.append(accuracies.argmax())
         return torch.stack(found).repeat_interleave(N_PROMPTS)
 
     def _retriever(

@@ -14,6 +14,7 @@ from icrouting.batches import context_length, pad, tokenize
 from icrouting.edits import edited_inputs, edited_last, last_outputs
 from icrouting.families import attention_of, branches_of, device_of, dims_of, layers_of, output_of
 from icrouting.methods.base import Context, Method
+from icrouting.methods.task_vectors import PREFIX_BUDGET
 from icrouting.progress import track
 from icrouting.prompts import balanced_demos, few_shot
 from icrouting.scoring import after_prefix, option_ids, run_prefix
@@ -22,7 +23,6 @@ from icrouting.tasks import Example, Task
 log = logging.getLogger(__name__)
 N_PROMPTS, N_SHUFFLED, MIN_RIGHT = 100, 25, 20
 TOP_HEADS = (20, 10, 50)
-PREFIX_BUDGET = 8192  # tokens of one prefix, times the rows that go on from it
 Trial = tuple[Task, Example, list[tuple[Task, Example]]]  # a training example, and demonstrations that it is not of
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from icrouting.edits import edited, last_outputs
-from icrouting.families import base_of, branches_of, layers_of
+from icrouting.families import base_of, branches_of, decoder_of, layers_of
 from icrouting.methods.base import Context, Method
 from icrouting.prompts import balanced_demos, demonstration, few_shot
 from icrouting.tasks import Example, Task
@@ -58,7 +58,7 @@ class ICV(Method):
         def directions(form: str) -> Float[Tensor, "n_layers hidden_size"]:
             texts = [pair for task, demos in drawn for pair in FORMS[form](task, [(task, demo) for demo in demos])]
             before, after = (self._states(side) for side in zip(*texts, strict=True))
-            n_layers, width = len(layers_of(self.model)), self.model.config.hidden_size
+            n_layers, width = len(layers_of(self.model)), decoder_of(self.model).config.hidden_size
             return icv_direction(after - before)[-n_layers * width :].view(n_layers, width)
 
         grid = [{"strength": strength, "form": form} for strength in STRENGTHS for form in FORMS]

@@ -107,8 +107,8 @@ class ProbeEncoder(Probe):
 
     name = "probe-encoder"
 
-    def encoder_fingerprint(self) -> str:
-        """That of what the probe reads."""
+    def depends_on(self) -> str:
+        """Returns the fingerprint of the encoder."""
         return load_encoder(self.settings.encoder, str(device_of(self.model))).fingerprint
 
     def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from urllib.parse import quote
 
 import numpy as np
 
@@ -30,7 +31,8 @@ class InDomain(Method):
         if key not in self._fitted:
             method = self._kind(self.settings)
             rng = np.random.default_rng([self.entropy, zlib.crc32(task.name.encode())])
-            file = self.file.with_stem(f"{self.file.stem}-{task.name}") if self.file else None
+            place = quote(task.name, safe="")  # a name may hold a slash
+            file = self.file.with_stem(f"{self.file.stem}-{place}") if self.file else None
             method.fit(self.model, self.tokenizer, [task], rng, file)
             self._fitted[key] = method
         return self._fitted[key]

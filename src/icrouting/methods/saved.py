@@ -25,7 +25,7 @@ class Saved:
     settings: dict[str, Any]
     model: str
     fingerprint: str
-    encoder: str
+    depends_on: str
     sources: list[str]
     tried: list[dict[str, Any]]
     cost: dict[str, int | float]
@@ -46,7 +46,7 @@ def save_method(method: Method, folder: Path) -> None:
         settings=asdict(method.settings),
         model=str(method.model.config.name_or_path),
         fingerprint=fingerprint(method.model),
-        encoder=method.encoder_fingerprint(),
+        depends_on=method.depends_on(),
         sources=[task.name for task in method.sources],
         tried=method.tried,
         cost=method.cost,
@@ -72,6 +72,6 @@ def load_method(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     method.model, method.tokenizer, method.sources = model, tokenizer, ()
     method.tried, method.cost = found.tried, found.cost
     method.restore(load_tensors(folder / TENSORS)[0])
-    if method.encoder_fingerprint() != found.encoder:
-        raise ValueError(f"{folder} was learned with another sentence encoder ({found.encoder}): set that one up")
+    if (now := method.depends_on()) != found.depends_on:
+        raise ValueError(f"{folder} was learned with {found.depends_on}, here is {now}: put that in its place")
     return method

@@ -64,7 +64,7 @@ class PromptTuning(Method):
     ) -> dict[str, Tensor]:
         base, rng = base_of(self.model), np.random.default_rng(seed)
         literals = [text for task in self.sources for text, *_ in string.Formatter().parse(task.spec.template)]
-        words = self.tokenizer("".join(literals), add_special_tokens=False).input_ids
+        words = self.tokenizer("".join(literals) or "\n", add_special_tokens=False).input_ids
         with torch.no_grad():
             start = self.start([words[i % len(words)] for i in range(n_virtual)])
 

@@ -1,6 +1,7 @@
 """Task Vectors (Hendel et al. 2023): the last token's state under demonstrations, put in its place without."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from icrouting.scoring import after_prefix, option_ids, run_prefix
 from icrouting.tasks import Example, Task
 
 N_DUMMIES = 2
+PREFIX_BUDGET = 8192  # tokens of one prefix, times the rows that go on from it
 
 
 class TaskVectors(Method):
@@ -77,13 +79,15 @@ def sweep(
     """Returns the accuracy on labelled items with each layer's vector in its place, or added to `kept` of its state.
 
     Exact at the price of one pass per item: the tokens before the last do not depend on the vector, so they are
-    kept in a cache, and the last one runs once, in a batch with a row for each layer.
+    kept in a cache, and the last one runs in batches with a row for each layer.
     """
     hits = torch.zeros(len(vectors))
 
-    def replace(layer: int, hidden: Tensor) -> Tensor:
-        hidden = hidden.clone()
-        hidden[layer] = (kept * hidden[layer].float() + vectors[layer].to(hidden.device)).to(hidden.dtype)
+    def replace(group: list[int], layer: int, hidden: Tensor) -> Tensor:
+        if layer not in group:
+            return hidden
+        hidden, row = hidden.clone(), layer - group[0]
+        hidden[row] = (kept * hidden[row].float() + vectors[layer].to(hidden.device)).to(hidden.dtype)
         return hidden
 
     for task, example in items:
@@ -91,8 +95,9 @@ def sweep(
         ids = option_ids(tokenizer, prompt, task.options(example))
         ((*prefix, last),) = tokenize(tokenizer, [prompt], context_length(model))
         cache = run_prefix(model, prefix) if prefix else DynamicCache()
-        batch = pad([[last]] * len(vectors), last).to(device_of(model))
-        with edited(list(layers_of(model)), replace):
-            logits = after_prefix(model, cache, batch)
-        hits += (logits[:, ids].argmax(1) == example.label).cpu()
+        for group in torch.arange(len(vectors)).split(max(1, PREFIX_BUDGET // max(1, len(prefix)))):
+            batch = pad([[last]] * len(group), last).to(device_of(model))
+            with edited(list(layers_of(model)), partial(replace, group.tolist())):
+                logits = after_prefix(model, cache, batch)
+            hits[group] += (logits[:, ids].argmax(1) == example.label).cpu()
     return hits / max(1, len(items))
