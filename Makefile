@@ -13,7 +13,7 @@ quick: $(VENV)/ready
 	$(BIN)/icr demo --quick --out runs/quick
 
 test: lint
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The tests that use transformers, with the oldest release of it that pyproject.toml claims.
 oldest:
