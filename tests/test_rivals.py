@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny
 from icrouting.families import decoder_of
@@ -120,3 +121,22 @@ def test_a_regime_that_a_method_lacks_is_refused_with_the_reason(kind):
                 make([kind.name + regime], Settings())
         else:
             assert make([kind.name + regime], Settings())[0].name == kind.name + regime
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in LEARNING if not kind.name.startswith("icr-")], ids=lambda kind: kind.name
+)
+def test_a_decoder_inside_a_model_of_images_is_changed_or_refused_in_a_sentence(kind, tokenizer, small):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tiny.ALL_CONFIGS["gemma3"].to_dict()
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    plain = scores(model, tokenizer, prompts())
+    if kind.name in ("elicit", "prefix-tuning", "prompt-tuning"):  # they read tokens or one mask, and get neither
+        with pytest.raises(ValueError, match=r"input_ids|one attention mask"):
+            fitted(kind, model, tokenizer, small).applied(TASK).__enter__()
+    else:
+        with fitted(kind, model, tokenizer, small).attached(model, tokenizer, TASK):
+            assert scores(model, tokenizer, prompts()).isfinite().all()
+    assert torch.equal(scores(model, tokenizer, prompts()), plain)
