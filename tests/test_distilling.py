@@ -259,7 +259,8 @@ def test_settings_are_tried_from_the_published_one_within_the_budget(kind, token
     asked = []
     monkeypatch.setattr(f"icrouting.methods.{kind.name}.distilled", lambda *a, **k: asked.append(k) or made.pop(0))
     model, n = tiny.model("llama"), 8 if kind is Live else 9
-    made = [{"vectors": bare(kind, model, tokenizer).vectors, "strengths": torch.full((1,), i)} for i in range(n)]
+    own = {"vectors": bare(kind, model, tokenizer).vectors, "losses": torch.zeros(1)}
+    made = [{**own, "strengths": torch.full((1,), i)} for i in range(n)]
     monkeypatch.setattr(kind, "validated", lambda self: 0.5 + 0.1 * (self.strengths.item() in (3, 5)))
     method = fitted(kind, model, tokenizer, tries=12, train_epochs=10)
     assert len(method.tried) == len(asked) == n
