@@ -61,12 +61,10 @@ class Elicit(Method):
         def build(weight: float, recall: float) -> dict[str, Tensor]:
             if weight not in layers:
                 layers[weight] = self._best_layers(states, weight)
-            threshold = likely.quantile(1 - recall, interpolation="lower")
-            own = {"states": states, "layers": layers[weight], "weight": torch.tensor(weight)}
-            return {**own, **retriever, "threshold": threshold}
+            own = {"states": states, "layers": layers[weight], "weight": torch.tensor(weight), **retriever}
+            return {**own, "threshold": likely.quantile(1 - recall, interpolation="lower")}
 
-        # The recall means nothing without a retriever.
-        self.choose(GRID if len(library) > 1 else GRID[::3], build)
+        self.choose(GRID if len(library) > 1 else GRID[::3], build)  # recall means nothing without a retriever
 
     def n_cached(self, task: Task) -> int:
         """Returns the size of library and head; the encoder is not counted."""
@@ -83,8 +81,7 @@ class Elicit(Method):
         if len(self.head):
             likely = same_task(self.head, load_encoder(self.settings.encoder)(texts), self.features)
         top = likely.topk(N_TOP)
-        n_layers = self.states.shape[1]
-        layers = nn.functional.one_hot(self.layers[top.indices], n_layers).sum(1).argmax(1)
+        layers = nn.functional.one_hot(self.layers[top.indices], self.states.shape[1]).sum(1).argmax(1)
         added = self.weight * self.states[top.indices, layers[:, None]].mean(1)
         return added, layers.masked_fill(top.values[:, 0] < self.threshold, -1)
 
@@ -127,8 +124,8 @@ class Elicit(Method):
         for task, own in zip(self.sources, states.split(N_PROMPTS), strict=True):
             rows = [(task, row) for row in task.validation]
             accuracies = sweep(self.model, self.tokenizer, rows, weight * own.mean(0), kept=1.0)
-            swept = [{"weight": weight, "layer": layer, "accuracy": a} for layer, a in enumerate(accuracies.tolist())]
-            self.tried += [{"library of": task.name, **one} for one in swept]
+            of = {"library of": task.name, "weight": weight}
+            self.tried += [{**of, "layer": layer, "accuracy": one} for layer, one in enumerate(accuracies.tolist())]
             found.append(accuracies.argmax())
         return torch.stack(found).repeat_interleave(N_PROMPTS)
 
