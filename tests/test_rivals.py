@@ -1,6 +1,7 @@
 """The shared matrix: fit, apply, leave, save, load, same result, for every method that learns over the family table."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,16 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny
 from icrouting.families import decoder_of
+from icrouting.fits import fit_costs
 from icrouting.methods import LEARNING, Settings, make
+from icrouting.methods.controls import Refit
 from icrouting.methods.probes import ProbeEncoder
 from icrouting.methods.regimes import ONCE
 from icrouting.methods.saved import load_method, save_method
+from icrouting.methods.soft_prompts import PromptTuning
 from icrouting.prompts import Prompt
 from icrouting.scoring import score_options
+from icrouting.tasks import Task
 
 TASK = tiny.task("toy", n_test=30)
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
@@ -111,6 +116,34 @@ def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small, tmp_p
     again = kind(small)
     again.fit(tiny.model("llama"), tokenizer, [TASK], np.random.default_rng(0), tmp_path / "fit.safetensors")
     assert (again.cost, again.tried) == (method.cost, method.tried)
+
+
+def test_a_kept_fit_of_another_configuration_is_refused(tokenizer, small, tmp_path):
+    model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
+    Refit(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    with pytest.raises(ValueError, match=r"was learned with .*, now with .*: delete it"):
+        Refit(replace(small, train_rows=9)).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+
+
+def test_the_cost_of_a_method_that_draws_nothing_is_found(tokenizer, small, tmp_path):
+    Refit(small).fit(
+        tiny.model("llama"), tokenizer, [TASK], np.random.default_rng(0), tmp_path / "icr-refit.safetensors"
+    )
+    (row,) = fit_costs(tmp_path, ["icr", "icr-refit"])
+    assert (row["method"], row["fits"]) == ("icr-refit", 1)
+
+
+def test_a_task_s_name_may_hold_a_slash(tokenizer, small, tmp_path):
+    task = Task(replace(TASK.spec, name="glue/toy"), TASK.train, TASK.test, TASK.validation)
+    (inner,) = make(["task-vectors"], small)
+    inner.fit(tiny.model("llama"), tokenizer, [task], np.random.default_rng(0), tmp_path / "fit.safetensors")
+    inner.on(task)
+    assert [file.name for file in tmp_path.iterdir()] == ["fit-glue%2Ftoy.safetensors"]
+
+
+def test_soft_prompts_start_somewhere_where_a_template_has_no_words(tokenizer, small):
+    task = Task(replace(TASK.spec, template="{text}"), TASK.train, TASK.test, TASK.validation)
+    PromptTuning(small).fit(tiny.model("llama"), tokenizer, [task], np.random.default_rng(0))
 
 
 @EVERY

@@ -178,9 +178,7 @@ def finish(
         shortest = min(unrefused, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20]))
         timed |= {row["method"]: row for row in evaluation.time_ratios(shortest)}
         runs.add_to_config(out, timing={"baseline": BASELINE, "ratios": list(timed.values())})
-    names = [method.name for method in methods]
-    learned = {row["method"]: row for row in [*config.get("fits", []), *fits.fit_costs(out / "fits", names)]}
-    runs.add_to_config(out, fits=list(learned.values()))
+    runs.add_to_config(out, fits=fits.fit_costs(out / "fits", config["methods"]))
     fits.write_tried(out / "fits", config["methods"], out / "tried.csv")
     if icr is not None:
         with icr.attached(evaluation.model, evaluation.tokenizer) as routed:

@@ -145,6 +145,11 @@ class Method:
                 best, kept = accuracy, built
         self.restore(kept)
 
+    @property
+    def n_validation(self) -> int:
+        """The validation rows that were read to choose by: none where there was only one setting."""
+        return sum(len(task.validation) for task in self.sources) if self.tried else 0
+
     def validated(self) -> float:
         """Returns the accuracy of what is in force on the validation rows of the sources, pooled."""
         hits = []

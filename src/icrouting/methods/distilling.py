@@ -1,6 +1,7 @@
 """Distilling few-shot prompting into vectors: what LIVE and M2IV share, which differ in what their vectors do."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,30 @@ class Lessons:
     token_lists: list[list[int]]
     labels: list[int]
     teacher: list[Tensor]
+
+
+class Distilled(Method, ABC):
+    """What LIVE and M2IV share: vectors with a strength each, that a subclass puts to work by `_edited`."""
+
+    learned = ("vectors", "strengths", "losses")
+    vectors: Float[Tensor, "n_places hidden_size"]
+    strengths: Float[Tensor, "n_places"]
+
+    @abstractmethod
+    def _edited(self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]) -> Context:
+        """Inside, the model runs under these vectors."""
+
+    def applied(self, task: Task) -> Context:
+        """Edits the model by what was learned."""
+        return self._edited(self.vectors, self.strengths)
+
+    def n_cached(self, task: Task) -> int:
+        """Returns the size of the vectors and their strengths."""
+        return self.vectors.numel() + self.strengths.numel()
+
+    def _count(self, lessons: Lessons) -> None:
+        self.n_labelled = len(lessons.labels) + self.n_validation
+        self.n_trained = self.vectors.numel() + self.strengths.numel()
 
 
 def lessons_of(method: Method, rng: np.random.Generator) -> Lessons:

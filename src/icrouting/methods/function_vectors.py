@@ -14,10 +14,9 @@ from icrouting.batches import context_length, pad, tokenize
 from icrouting.edits import edited_inputs, edited_last, last_outputs
 from icrouting.families import attention_of, branches_of, device_of, dims_of, layers_of, output_of
 from icrouting.methods.base import Context, Method
-from icrouting.methods.task_vectors import PREFIX_BUDGET
 from icrouting.progress import track
 from icrouting.prompts import balanced_demos, few_shot
-from icrouting.scoring import after_prefix, option_ids, run_prefix
+from icrouting.scoring import PREFIX_BUDGET, after_prefix, option_ids, run_prefix
 from icrouting.tasks import Example, Task
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class FunctionVectors(Method):
         grid = [{"k": k, "layer": layer} for layer in layers for k in TOP_HEADS]
         self.choose(grid, lambda k, layer: {"vector": ranked[:k].sum(0), "layer": torch.tensor(layer)})
         self.n_labelled = len({id(row) for _, query, demos in trials for row in (query, *(demo for _, demo in demos))})
-        self.n_labelled += sum(len(task.validation) for task in self.sources) if self.tried else 0
+        self.n_labelled += self.n_validation
 
     def applied(self, task: Task) -> Context:
         """Adds the vector to the state at each row's last token."""

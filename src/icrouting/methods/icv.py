@@ -64,7 +64,7 @@ class ICV(Method):
         grid = [{"strength": strength, "form": form} for strength in STRENGTHS for form in FORMS]
         self.choose(grid, lambda strength, form: {"directions": directions(form), "strength": torch.tensor(strength)})
         self.n_labelled = sum(len(demos) for _, demos in drawn)
-        self.n_labelled += sum(len(task.validation) for task in self.sources) if self.tried else 0
+        self.n_labelled += self.n_validation
 
     def applied(self, task: Task) -> Context:
         """Turns the output of every MLP."""

@@ -68,7 +68,6 @@ class IterativeVectors(Method):
         dims = len(layers_of(self.model)), decoder_of(self.model).config.hidden_size
         plain, found = [outputs_at(self.model, query, torch.zeros(1, *dims)) for query in alone], {}
         used = {id(row) for _, _, (demos, query) in drawn for row in (*demos, query)}
-        self.n_labelled = len(used)
 
         def build(strength: float, extraction_strength: float) -> dict[str, Tensor]:
             if extraction_strength not in found:
@@ -76,7 +75,7 @@ class IterativeVectors(Method):
             return {"vectors": found[extraction_strength], "strength": torch.tensor(strength)}
 
         self.choose(GRID, build)
-        self.n_labelled += sum(len(task.validation) for task in self.sources) if self.tried else 0
+        self.n_labelled = len(used) + self.n_validation
 
     def n_cached(self, task: Task) -> int:
         """Returns the size of the query's vectors, which alone are used."""

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from icrouting.edits import edited
 from icrouting.families import device_of, layers_of
-from icrouting.methods.base import Context, Method
-from icrouting.methods.distilling import distilled, lessons_of
-from icrouting.tasks import Task
+from icrouting.methods.base import Context
+from icrouting.methods.distilling import Distilled, distilled, lessons_of
 
 LRS = 1e-3, 5e-3, 5e-4, 1e-4
 
 
-class Live(Method):
+class Live(Distilled):
     """Every block's output h, at every token, becomes (h + a v) |h| / |h + a v|, with a learned v and a per layer.
 
     The vectors are taught to give, on the bare prompt, what the frozen model gives behind 5 demonstrations per
@@ -26,9 +25,6 @@ class Live(Method):
     """
 
     name = "live"
-    learned = ("vectors", "strengths", "losses")
-    vectors: Float[Tensor, "n_layers hidden_size"]
-    strengths: Float[Tensor, "n_layers"]
 
     def learn(self, rng: np.random.Generator) -> None:
         """Runs the teacher once, and trains and chooses the vectors."""
@@ -41,16 +37,7 @@ class Live(Method):
         ]
         seed = int(rng.integers(2**31))
         self.choose(grid, partial(distilled, self, lessons, len(layers), self._edited, seed=seed))
-        self.n_labelled = len(lessons.labels) + sum(len(task.validation) for task in self.sources if self.tried)
-        self.n_trained = self.vectors.numel() + self.strengths.numel()
-
-    def applied(self, task: Task) -> Context:
-        """Turns every block's output."""
-        return self._edited(self.vectors, self.strengths)
-
-    def n_cached(self, task: Task) -> int:
-        """Returns the size of the vectors and their strengths."""
-        return self.vectors.numel() + self.strengths.numel()
+        self._count(lessons)
 
     def _edited(self, vectors: Float[Tensor, "n_layers hidden_size"], strengths: Float[Tensor, "n_layers"]) -> Context:
         vectors, strengths = (tensor.to(device_of(self.model)) for tensor in (vectors, strengths))

@@ -13,14 +13,13 @@ from torch import Tensor
 from icrouting.batches import Batch
 from icrouting.edits import edited, last_of, recorded
 from icrouting.families import all_branches_of, device_of
-from icrouting.methods.base import Context, Method
-from icrouting.methods.distilling import BATCH_SIZE, Lessons, distilled, lessons_of
-from icrouting.tasks import Task
+from icrouting.methods.base import Context
+from icrouting.methods.distilling import BATCH_SIZE, Distilled, Lessons, distilled, lessons_of
 
 LRS, W_SYNERGY, OFF_DIAGONAL, BANK = (1e-3, 5e-4, 1e-4), (0.1, 0.01, 0.0), 1e-3, 64
 
 
-class M2IV(Method):
+class M2IV(Distilled):
     """Every branch's output h, at every token, becomes h + a v, with a learned v and a per layer and branch.
 
     A re-implementation from descriptions, not checked against the authors' code or figures. Loss = mimicry of
@@ -30,25 +29,13 @@ class M2IV(Method):
     """
 
     name = "m2iv"
-    learned = ("vectors", "strengths", "losses")
-    vectors: Float[Tensor, "n_branches hidden_size"]
-    strengths: Float[Tensor, "n_branches"]
 
     def learn(self, rng: np.random.Generator) -> None:
         """Runs the teacher once, and trains and chooses the vectors."""
         lessons, seed = lessons_of(self, rng), int(rng.integers(2**31))
         grid = [{"lr": lr, "w_synergy": weight} for weight in W_SYNERGY for lr in LRS]
         self.choose(grid, lambda lr, w_synergy: self._distilled(lessons, lr, w_synergy, seed))
-        self.n_labelled = len(lessons.labels) + sum(len(task.validation) for task in self.sources if self.tried)
-        self.n_trained = self.vectors.numel() + self.strengths.numel()
-
-    def applied(self, task: Task) -> Context:
-        """Adds to every branch."""
-        return self._edited(self.vectors, self.strengths)
-
-    def n_cached(self, task: Task) -> int:
-        """Returns the size of the vectors and their strengths."""
-        return self.vectors.numel() + self.strengths.numel()
+        self._count(lessons)
 
     def _distilled(self, lessons: Lessons, lr: float, w_synergy: float, seed: int) -> dict[str, Tensor]:
         branches = all_branches_of(self.model)

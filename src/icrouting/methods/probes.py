@@ -1,5 +1,6 @@
 """Linear probes: what labelled prompts give without any routing, by logistic regression on a frozen representation."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ TOKEN_BUDGET = 4096
 STRENGTHS = (1.0, 0.1, 10.0, 0.01, 100.0, 1e-3, 1e-4)  # scikit-learn's default C first
 
 
-class Probe(Method):
+class Probe(Method, ABC):
     """Multinomial logistic regression from features of the bare prompt to the label; the model's scores are dropped.
 
     It is trained on up to `Settings.train_rows` rows, on standardised features, and its regularisation is chosen on
@@ -32,9 +33,9 @@ class Probe(Method):
     weight: Tensor
     bias: Tensor
 
+    @abstractmethod
     def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:
         """Returns what is read of prompts, in float32."""
-        raise NotImplementedError
 
     def learn(self, rng: np.random.Generator) -> None:
         """Trains a probe for each strength of regularisation and keeps the best."""
@@ -62,8 +63,6 @@ class Probe(Method):
     def validated(self) -> float:
         """Returns the accuracy on the validation rows; the model need not run for it."""
         features, n_options, labels = self._held
-        if not n_options:
-            raise ValueError(f"{self.name} chooses on validation rows: give 5 training rows or more")
         return float((self._scores(features, n_options).argmax(1) == labels).float().mean())
 
     def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:

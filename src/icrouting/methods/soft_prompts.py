@@ -42,8 +42,7 @@ class PromptTuning(Method):
             raise ValueError(f"{self.name} learns from labelled rows: give at least one source task")
         rows = answered(self.model, self.tokenizer, pairs)
         self.choose(self.grid, partial(self._trained, rows, int(rng.integers(2**31))))
-        n_validation = sum(len(task.validation) for task in self.sources) if self.tried else 0
-        self.n_labelled, self.n_trained = len(pairs) + n_validation, self.soft_prompt.numel()
+        self.n_labelled, self.n_trained = len(pairs) + self.n_validation, self.soft_prompt.numel()
 
     def applied(self, task: Task) -> Context:
         """Puts the soft prompt before every prompt."""

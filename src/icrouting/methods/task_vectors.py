@@ -14,11 +14,10 @@ from icrouting.edits import edited, edited_last, mean_last_outputs
 from icrouting.families import device_of, layers_of
 from icrouting.methods.base import Context, Method
 from icrouting.prompts import balanced_demos, few_shot
-from icrouting.scoring import after_prefix, option_ids, run_prefix
+from icrouting.scoring import PREFIX_BUDGET, after_prefix, option_ids, run_prefix
 from icrouting.tasks import Example, Task
 
 N_DUMMIES = 2
-PREFIX_BUDGET = 8192  # tokens of one prefix, times the rows that go on from it
 
 
 class TaskVectors(Method):
