@@ -244,6 +244,15 @@ def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
     assert config["command"] == "icr a && icr b"
 
 
+def test_a_budget_smaller_than_usual_is_a_cut_that_the_report_names(tmp_path):
+    runs.claim(tmp_path, config_of(seeds=[0, 1, 2], n_test=500, settings=Settings(tries=1, train_rows=30)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["notes"] == [
+        "Every method that learns is held to 1 settings tried on validation rows (usual: 12), "
+        "30 training rows a task (usual: 1000), where it would take more."
+    ]
+
+
 def test_a_run_knows_source_from_unseen_tasks():
     entries = runs.task_entries(TASKS, ["toy"])
     assert [entry["role"] for entry in entries] == ["source", "unseen"]

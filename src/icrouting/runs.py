@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
 _GROWING = ("methods", "seeds", "n_test", "router", "notes")
+_BUDGET = {
+    "tries": "settings tried on validation rows",
+    "train_rows": "training rows a task",
+    "train_epochs": "epochs",
+}
 
 
 @dataclass(frozen=True)
@@ -132,12 +137,20 @@ def claim(folder: Path, config: RunConfig) -> None:
 
 
 def _cuts(settings: dict[str, Any]) -> list[str]:
-    """What a run takes less of than was published."""
+    """What a run takes less of than was published, or than is usual here."""
     n_seeds, n_test, epochs = len(settings["seeds"]), settings["n_test"], settings["i2cl_epochs"]
     seeds = f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most (paper: 3, 500)."
     i2cl = f"I2CL is calibrated for {epochs} epochs (published: 100)."
     is_i2cl_cut = epochs < 100 and any("i2cl" in method for method in settings["methods"])
-    return [*([seeds] if n_seeds < 3 or n_test < 500 else []), *([i2cl] if is_i2cl_cut else [])]
+    usual = Settings()
+    less = [
+        f"{settings[name]} {what} (usual: {getattr(usual, name)})"
+        for name, what in _BUDGET.items()
+        if settings[name] < getattr(usual, name)
+    ]
+    fits = f"Every method that learns is held to {', '.join(less)}, where it would take more."
+    cuts = {seeds: n_seeds < 3 or n_test < 500, i2cl: is_i2cl_cut, fits: less}
+    return [text for text, is_cut in cuts.items() if is_cut]
 
 
 def _command() -> str:
