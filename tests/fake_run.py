@@ -76,3 +76,14 @@ ICR_LOSES_ON_MR = fake_records(
         **{("icr", "agnews"): 0.7, ("icr", "mr"): 0.4, ("icr", "cb"): 0.6},
     }
 )
+
+
+def many_methods(n_methods: int) -> tuple[list[Record], dict]:
+    """Records and configuration of a run with more methods than a table has room for."""
+    names = ["zero-shot", *(f"method-with-a-long-name-{n}" for n in range(1, n_methods))]
+    accuracies = {
+        (name, task["name"]): 0.3 + 0.6 * (7 * n % n_methods) / n_methods
+        for n, name in enumerate(names)
+        for task in TASKS
+    }
+    return fake_records(accuracies), fake_config(names)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import browser
-from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records
+from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records, many_methods
 from icrouting import records, report
 from icrouting.conclusion import conclusion, points
 from icrouting.figures import confusions
@@ -188,5 +188,13 @@ def test_drawing_leaves_matplotlibs_settings_alone():
 def test_in_a_browser_pictures_load_and_nothing_scrolls_sideways(page, tmp_path):
     for width, found in browser.lay_out(page, (1280, 700, 400), tmp_path).items():
         assert found["images"] == page.count("<img")
+        assert found["broken"] == found["clipped"] == 0
+        assert found["width"] <= width
+
+
+def test_in_a_browser_a_run_of_many_methods_does_not_scroll_sideways(tmp_path):
+    records, config = many_methods(20)
+    page = report.html(report.summarise(records, config), config, tmp_path)
+    for width, found in browser.lay_out(page, (1280, 700, 400), tmp_path).items():
         assert found["broken"] == found["clipped"] == 0
         assert found["width"] <= width

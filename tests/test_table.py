@@ -1,8 +1,8 @@
 from rich.console import Console
 
-from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config
+from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, many_methods
 from icrouting.summary import summarise
-from icrouting.table import NONE, collapse, marks, terminal_table
+from icrouting.table import NONE, WIDE, collapse, grid, grids, marks, ranked, terminal_table
 
 
 def test_the_terminal_table_holds_brackets_of_notes_as_they_are():
@@ -29,3 +29,29 @@ def test_marks_and_collapse_name_the_loss():
     assert collapse(icr) == "1 (1 sig.)"
     assert collapse(methods["zero-shot"]) == NONE
     assert "≈" not in marks(summary.line("task", "mr", "few-shot"))
+
+
+def test_few_methods_are_columns():
+    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    assert grids(summary) == [grid(summary, summary.methods)]
+
+
+def test_many_methods_are_lines_best_first_and_no_figure_is_lost():
+    summary = summarise(*many_methods(WIDE + 1))
+    means, tasks = grids(summary)
+    names = [line[0] for line in means]
+    assert names == ["method", *(method.name for method in ranked(summary)), "chance", "majority"]
+    assert [line[0] for line in tasks] == names
+    assert tasks[0][1:] == [task["name"] for task in TASKS]
+    shown = {cell for part in (means, tasks) for line in part for cell in line}
+    whole = {cell for line in grid(summary, summary.methods) for cell in line}
+    assert whole - shown == {"task"}
+    averages = [float(line[means[0].index("mean all")].split()[0]) for line in means[1:-2]]
+    assert averages == sorted(averages, reverse=True)
+
+
+def test_a_method_that_lacks_tasks_is_ranked_last():
+    records, config = many_methods(WIDE + 1)
+    best = ranked(summarise(records, config))[0].name
+    lacking = [record for record in records if (record.method, record.task) != (best, "cb")]
+    assert ranked(summarise(lacking, config))[-1].name == best

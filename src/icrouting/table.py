@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +16,7 @@ LEGEND = (
     f"{ABOVE} {BELOW} significantly above or below {BASELINE} (McNemar's exact test, Holm-corrected over a "
     f"method's tasks, p < 0.05). {AT_CHANCE} not significantly above chance (one-sided binomial test)."
 )
+WIDE = 7  # methods; more are lines rather than columns
 CSV_COLUMNS = (
     *("kind", "name", "method", "n", "accuracy", "accuracy_low", "accuracy_high"),
     *("gain", "gain_low", "gain_high", "p_value", "p_holm", "macro_f1", "macro_f1_low", "macro_f1_high"),
@@ -32,31 +34,52 @@ def collapse(method: Method) -> str:
     return f"{method.n_collapsed} ({method.n_collapsed_significantly} sig.)" if method.n_compared else NONE
 
 
-def grid(summary: Summary) -> list[list[str]]:
+def grid(summary: Summary, methods: Sequence[Method]) -> list[list[str]]:
     """Returns the table as text: a heading, a line a task and mean, then collapse and cost."""
-    lines = [["task", *(label(method.name) for method in summary.methods), "chance", "majority"]]
+    lines = [["task", *(label(method.name) for method in methods), "chance", "majority"]]
     for row in summary.rows:
-        texts = [_text(row, summary.line(row.kind, row.name, method.name)) for method in summary.methods]
+        texts = [_text(row, summary.line(row.kind, row.name, method.name)) for method in methods]
         lines.append([row.title, *texts, points(row.chance), points(row.majority)])
     costs = {
-        f"below {BASELINE}": [collapse(method) for method in summary.methods],
-        "ms per example": [f"{1000 * method.seconds:.1f}" for method in summary.methods],
-        "tokens per example": [f"{method.n_tokens:.0f}" for method in summary.methods],
+        f"below {BASELINE}": [collapse(method) for method in methods],
+        "ms per example": [f"{1000 * method.seconds:.1f}" for method in methods],
+        "tokens per example": [f"{method.n_tokens:.0f}" for method in methods],
     }
     return [*lines, *([title, *texts, "", ""] for title, texts in costs.items())]
 
 
-def terminal_table(summary: Summary) -> Table:
+def grids(summary: Summary) -> list[list[list[str]]]:
+    """Returns the table as it is shown: whole, or for many methods its means and then its tasks, a line a method."""
+    if len(summary.methods) <= WIDE:
+        return [grid(summary, summary.methods)]
+    (_, *methods), *lines = grid(summary, ranked(summary))
+    tasks, others = [["method", *methods]], [["method", *methods]]
+    for line, row in itertools.zip_longest(lines, summary.rows):
+        (tasks if row is not None and row.kind == "task" else others).append(line)
+    return [[list(line) for line in zip(*part, strict=True)] for part in (others, tasks)]
+
+
+def ranked(summary: Summary) -> list[Method]:
+    """Returns the methods by their mean accuracy over all tasks, best first; those that lack tasks come last."""
+    means = {method.name: summary.line("mean", "all", method.name) for method in summary.methods}
+    return sorted(summary.methods, key=lambda method: (-means[method.name].accuracy_n, -means[method.name].accuracy))
+
+
+def terminal_table(summary: Summary) -> Group:
     """Returns the table for a terminal, with what was cut short under it."""
     # as Text, because square brackets in a plain string are rich's markup
-    heading, *lines = ([Text(cell) for cell in line] for line in grid(summary))
     caption = Text("\n".join([LEGEND, *footnotes(summary)]))
-    table = Table(title="Accuracy, % (± half of the 95 % interval)", caption=caption, caption_justify="left")
-    for place, title in enumerate(heading):
-        table.add_column(title, justify="right" if place else "left")
-    for line, row in itertools.zip_longest(lines, summary.rows):
-        is_mean = row is not None and row.kind == "mean"
-        table.add_row(*line, style="bold" if is_mean else None, end_section=is_mean)
+    return Group(*(_terminal_part(lines, summary) for lines in grids(summary)), caption)
+
+
+def _terminal_part(lines: list[list[str]], summary: Summary) -> Table:
+    is_mean = {row.title for row in summary.rows if row.kind == "mean"}
+    table = Table(title="Accuracy, % (± half of the 95 % interval)")
+    for place, title in enumerate(lines[0]):
+        table.add_column(Text(title), justify="right" if place else "left")
+    for line in lines[1:]:
+        ends = line[0] in is_mean
+        table.add_row(*map(Text, line), style="bold" if ends else None, end_section=ends)
     return table
 
 
