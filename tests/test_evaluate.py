@@ -292,6 +292,6 @@ def test_where_a_file_system_has_no_locks_a_run_goes_on(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise NotImplementedError("FileSystem does not appear to support flock")
 
-    monkeypatch.setattr(runs.FileLock, "acquire", fail)
+    monkeypatch.setattr(FileLock, "acquire", fail)
     with runs.claimed(tmp_path / "run", config_of()):
         assert (tmp_path / "run" / "config.json").exists()

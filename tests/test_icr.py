@@ -12,6 +12,7 @@ from icrouting.encoder import load_encoder
 from icrouting.features import features_of
 from icrouting.fitting import training_queries
 from icrouting.icr import InContextRouter
+from icrouting.locks import locked
 from icrouting.prompts import Prompt
 from icrouting.router import Router, Routing
 from icrouting.scoring import score_options
@@ -251,6 +252,12 @@ def test_other_features_are_refused(fitted, model, tokenizer):
     swapped = dataclasses.replace(fitted, description=other)
     with pytest.raises(ValueError, match="another sentence encoder"), swapped.attached(model, tokenizer):
         pass
+
+
+def test_a_fit_into_the_folder_of_one_that_goes_on_is_refused(config, model, tokenizer, tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match=f"another run is writing to {re.escape(str(tmp_path))}"):
+        InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
 
 
 def test_a_fit_begun_on_other_rows_is_refused(config, model, tokenizer, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from icrouting.capture import capture_last_tokens
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.families import check_layers, device_of, dims_of, family_of, late_third
 from icrouting.features import Features, Scale, features_of
+from icrouting.locks import locked
 from icrouting.models import fingerprint, frozen
 from icrouting.pids import PIDs, QKMoments, fit_pids
 from icrouting.processes import agree, decided, first_one_first, here, mine, total
@@ -63,7 +65,7 @@ def fit(
     generator = torch.Generator().manual_seed(config.seed)
     router = kind(features.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
     router.to(device)
-    with frozen(model):
+    with locked(folder) if folder else nullcontext(), frozen(model):
         pids = router.adopt(extract(model, tokenizer, tasks, layers, config, folder))
         queries, scale = training_queries(model, tokenizer, tasks, features, layers[0], config, folder)
         Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), folder).run()

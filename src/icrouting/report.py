@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def write(run_folder: Path) -> Summary:
     texts = {
         "summary.json": json.dumps(values, indent=1, ensure_ascii=False, default=_objects),
         "report.csv": csv(summary),
-        "report.md": markdown(summary, config.get("fits", ())),
+        "report.md": markdown(summary, config),
         "report.html": html(summary, config, run_folder),
     }
     for name, text in texts.items():
@@ -56,9 +56,11 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
     )
 
 
-def markdown(summary: Summary, fits: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Returns the conclusion, the table, its legend, what was cut short, what fits cost, and the figures' origin."""
-    return render("report.md.j2", summary=summary, conclusion=conclusion.conclusion(summary), table=table, fits=fits)
+def markdown(summary: Summary, config: Mapping[str, Any] | None = None) -> str:
+    """Returns the conclusion, the table, its legend, what was cut short, the figures' origin, and what they cost."""
+    return render(
+        "report.md.j2", summary=summary, conclusion=conclusion.conclusion(summary), table=table, config=config or {}
+    )
 
 
 def render(template: str, **values: object) -> str:

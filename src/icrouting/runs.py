@@ -1,28 +1,25 @@
 """A run: a folder with its configuration, its records and the report made from them."""
 
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from icrouting import records
 from icrouting.checks import check
 from icrouting.config import Settings
-from icrouting.processes import agree, first_one_first, here, is_first
+from icrouting.locks import locked
+from icrouting.processes import agree, first_one_first, is_first
 from icrouting.routed import Routed
 from icrouting.storage import load_json, save_json
 from icrouting.tasks import Task
-
-log = logging.getLogger(__name__)
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
 _GROWING = ("methods", "seeds", "n_test", "router", "notes")
@@ -81,36 +78,12 @@ def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str
 def claimed(folder: Path, config: RunConfig) -> Iterator[None]:
     """Inside, a folder is one run's alone, made or taken up where all processes, however many, left it."""
     agree(**config.flat())
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
+    with locked(folder):
         with first_one_first():
-            own = folder / f"lock.{here().process_index}"
-            stack.enter_context(_locked(own))
             if is_first():
-                for left in {*folder.glob("lock.*")} - {own}:  # a process may have outlived the first of its run
-                    with _locked(left):
-                        pass
                 claim(folder, config)
                 records.gather(folder / "records.jsonl")
         yield
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Inside, a file is this process's; the system unlocks it when the process ends, however it ends."""
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"another run is writing to {file.parent}: wait for its end, or choose another --out"
-        ) from error
-    except NotImplementedError as error:  # some network file systems have no locks
-        log.info("%s: cannot be locked against other runs (%s)", file, error)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def claim(folder: Path, config: RunConfig) -> None:

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Every rival beside a fitted router on the twelve tasks, fitted once on the five source tasks and used unchanged.
+#
+#     benchmarks/recipes/rivals.sh MODEL ROUTER OUT [N_TEST TRIES TRAIN_ROWS TRAIN_EPOCHS SEEDS METHODS]
+#
+# For instance benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/rivals-once
+# Killed and started again it goes on; more seeds and methods may be asked for later. The small sizes are what two
+# CPU cores do in two hours. Methods without "-once" are fitted on every task's own labels: give those another OUT.
+set -euo pipefail
+model=$1 router=$2 out=$3
+n_test=${4:-100} tries=${5:-1} train_rows=${6:-30} train_epochs=${7:-5} seeds=${8:-"0"}
+methods=${9:-"zero-shot calibration icr task-vectors-once function-vectors-once icv-once elicit-once
+    iterative-vectors-once i2cl-once live-once m2iv-once lora-block-once lora-head-once lora-block-more-once
+    prefix-tuning-once prompt-tuning-once"}
+sources="agnews sst2 trec csqa piqa"
+icr eval --model "$model" --router "$router" --data "${DATA:-../shared/data}" --sources $sources \
+    --tasks $sources sst5 mr mrpc cb copa creak ai2scie --methods $methods --n-test "$n_test" \
+    --tries "$tries" --train-rows "$train_rows" --train-epochs "$train_epochs" --i2cl-epochs 20 \
+    --encoder pinned:minilm --seeds $seeds --out "$out"
+# PUBLISH_AS=name keeps the figures in the repository; then `python docs/results.py`.
+if [ -n "${PUBLISH_AS:-}" ]; then
+    mkdir -p "benchmarks/results/$PUBLISH_AS"
+    cp "$out"/{config.json,report.md,report.csv,tried.csv} "benchmarks/results/$PUBLISH_AS"
+fi
