@@ -11,6 +11,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # The runs that are shown, by folder, and what they are.
 RUNS = {
     "smollm2-135m": "SmolLM2-135M-Instruct, all twelve tasks",
+    "smollm2-135m-rivals-once": "SmolLM2-135M-Instruct, every rival fitted once on the five source tasks",
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, all twelve tasks",
     "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B, all twelve tasks",
     "demo": "The demo, SmolLM2-135M-Instruct on seven tasks",
@@ -20,7 +21,8 @@ HEAD = """# Results
 
 Made from [`benchmarks/results`](../benchmarks/results) by `python docs/results.py`; every table names its command,
 commit, seeds and what was cut short. The twelve-task runs come from
-[`twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in [`routers`](../routers).
+[`twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in [`routers`](../routers);
+the rivals' run comes from [`rivals.sh`](../benchmarks/recipes/rivals.sh), and [who wins where](who-wins.md) reads it.
 """
 
 
