@@ -248,8 +248,8 @@ def test_a_budget_smaller_than_usual_is_a_cut_that_the_report_names(tmp_path):
     runs.claim(tmp_path, config_of(seeds=[0, 1, 2], n_test=500, settings=Settings(tries=1, train_rows=30)))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["notes"] == [
-        "Every method that learns is held to 1 settings tried on validation rows (usual: 12), "
-        "30 training rows a task (usual: 1000), where it would take more."
+        "Methods that learn are held to less, where they would take more: tries 1 (usual: 12), "
+        "train_rows 30 (usual: 1000)."
     ]
 
 

@@ -60,15 +60,16 @@ def fit(
     check_layers(layers, dims.n_layers)
     if config.encoder == HIDDEN and layers[0] == 0:
         raise ValueError("what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up")
-    claim_folder(folder, config, tasks, fingerprint(model))
-    features = features_of(config.encoder, model, tokenizer, str(device))
-    generator = torch.Generator().manual_seed(config.seed)
-    router = kind(features.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
-    router.to(device)
-    with locked(folder) if folder else nullcontext(), frozen(model):
-        pids = router.adopt(extract(model, tokenizer, tasks, layers, config, folder))
-        queries, scale = training_queries(model, tokenizer, tasks, features, layers[0], config, folder)
-        Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), folder).run()
+    with locked(folder) if folder else nullcontext():
+        claim_folder(folder, config, tasks, fingerprint(model))
+        features = features_of(config.encoder, model, tokenizer, str(device))
+        generator = torch.Generator().manual_seed(config.seed)
+        router = kind(features.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
+        router.to(device)
+        with frozen(model):
+            pids = router.adopt(extract(model, tokenizer, tasks, layers, config, folder))
+            queries, scale = training_queries(model, tokenizer, tasks, features, layers[0], config, folder)
+            Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), folder).run()
     router.absorb(*scale)
     return pids, router.eval().requires_grad_(False), features
 

@@ -39,9 +39,9 @@ def _held(file: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(
-            f"another run is writing to {file.parent}: wait for its end, or choose another folder with --out"
+            f"another run is writing to {file.parent}: wait for its end, or choose another folder"
         ) from error
-    except NotImplementedError as error:  # some network file systems have no locks
+    except (NotImplementedError, OSError) as error:  # some network file systems have no locks
         log.info("%s: cannot be locked against other runs (%s)", file, error)
     try:
         yield

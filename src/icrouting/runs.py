@@ -23,11 +23,7 @@ from icrouting.tasks import Task
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
 _GROWING = ("methods", "seeds", "n_test", "router", "notes")
-_BUDGET = {
-    "tries": "settings tried on validation rows",
-    "train_rows": "training rows a task",
-    "train_epochs": "epochs",
-}
+_BUDGET = ("tries", "train_rows", "train_epochs")
 
 
 @dataclass(frozen=True)
@@ -115,13 +111,9 @@ def _cuts(settings: dict[str, Any]) -> list[str]:
     seeds = f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most (paper: 3, 500)."
     i2cl = f"I2CL is calibrated for {epochs} epochs (published: 100)."
     is_i2cl_cut = epochs < 100 and any("i2cl" in method for method in settings["methods"])
-    usual = Settings()
-    less = [
-        f"{settings[name]} {what} (usual: {getattr(usual, name)})"
-        for name, what in _BUDGET.items()
-        if settings[name] < getattr(usual, name)
-    ]
-    fits = f"Every method that learns is held to {', '.join(less)}, where it would take more."
+    usual = {name: getattr(Settings(), name) for name in _BUDGET}
+    less = [f"{name} {settings[name]} (usual: {usual[name]})" for name in _BUDGET if settings[name] < usual[name]]
+    fits = f"Methods that learn are held to less, where they would take more: {', '.join(less)}."
     cuts = {seeds: n_seeds < 3 or n_test < 500, i2cl: is_i2cl_cut, fits: less}
     return [text for text, is_cut in cuts.items() if is_cut]
 

@@ -76,7 +76,7 @@ def _terminal_part(lines: list[list[str]], summary: Summary) -> Table:
     is_mean = {row.title for row in summary.rows if row.kind == "mean"}
     table = Table(title="Accuracy, % (± half of the 95 % interval)")
     for place, title in enumerate(lines[0]):
-        table.add_column(Text(title), justify="right" if place else "left")
+        table.add_column(Text(title), justify="right" if place else "left", overflow="fold")
     for line in lines[1:]:
         ends = line[0] in is_mean
         table.add_row(*map(Text, line), style="bold" if ends else None, end_section=ends)
