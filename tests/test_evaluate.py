@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 from pathlib import Path
@@ -288,10 +289,12 @@ def test_one_process_that_outlived_the_others_of_its_run_keeps_another_run_out(t
         assert (tmp_path / "config.json").exists()
 
 
-def test_where_a_file_system_has_no_locks_a_run_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_where_a_file_system_has_no_locks_a_run_goes_on_and_says_so(error, tmp_path, monkeypatch, caplog):
     def fail(*args, **kwargs):
-        raise NotImplementedError("FileSystem does not appear to support flock")
+        raise error
 
     monkeypatch.setattr(FileLock, "acquire", fail)
     with runs.claimed(tmp_path / "run", config_of()):
         assert (tmp_path / "run" / "config.json").exists()
+    assert f"cannot be locked against other runs ({error})" in caplog.text

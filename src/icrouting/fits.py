@@ -30,15 +30,12 @@ def fit_costs(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 def write_tried(folder: Path, names: Sequence[str], file: Path) -> None:
     """Writes every setting that a fit tried, with its accuracy on validation rows, as a line of a CSV."""
     tried = [
-        {"method": name, "fit": stem, "accuracy": setting["accuracy"], "setting": json.dumps(_without(setting))}
+        {"method": name, "fit": stem, "accuracy": setting["accuracy"], "setting": json.dumps(rest)}
         for name, stem, notes in _kept(folder, names)
         for setting in notes["tried"]
+        for rest in [{key: value for key, value in setting.items() if key != "accuracy"}]
     ]
     save_text(file, pd.DataFrame(tried, columns=["method", "fit", "setting", "accuracy"]).to_csv(index=False))
-
-
-def _without(setting: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in setting.items() if name != "accuracy"}
 
 
 def _kept(folder: Path, names: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -31,19 +31,12 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _held(file: Path) -> Iterator[None]:
-    """Inside, a file is this process's; the system frees it when the process ends, however it ends."""
-    lock = FileLock(file)
+def _held(file: Path) -> AbstractContextManager[object]:
+    """Takes a file until the end of the context; the system frees it too when the process ends, however it ends."""
     try:
-        lock.acquire(timeout=0)
+        return FileLock(file).acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(
-            f"another run is writing to {file.parent}: wait for its end, or choose another folder"
-        ) from error
-    except (NotImplementedError, OSError) as error:  # some network file systems have no locks
-        log.info("%s: cannot be locked against other runs (%s)", file, error)
-    try:
-        yield
-    finally:
-        lock.release()
+        raise ValueError(f"another run is writing to {file.parent}: wait for it, or choose another folder") from error
+    except (NotImplementedError, OSError) as error:  # how filelock 3, and the system, say that there are no locks
+        log.warning("%s: cannot be locked against other runs (%s)", file, error)
+        return nullcontext()

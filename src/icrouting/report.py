@@ -58,9 +58,8 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
 
 def markdown(summary: Summary, config: Mapping[str, Any] | None = None) -> str:
     """Returns the conclusion, the table, its legend, what was cut short, the figures' origin, and what they cost."""
-    return render(
-        "report.md.j2", summary=summary, conclusion=conclusion.conclusion(summary), table=table, config=config or {}
-    )
+    said = conclusion.conclusion(summary)
+    return render("report.md.j2", summary=summary, conclusion=said, table=table, config=config or {})
 
 
 def render(template: str, **values: object) -> str:

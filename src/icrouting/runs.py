@@ -23,7 +23,6 @@ from icrouting.tasks import Task
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
 _GROWING = ("methods", "seeds", "n_test", "router", "notes")
-_BUDGET = ("tries", "train_rows", "train_epochs")
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,11 @@ def _cuts(settings: dict[str, Any]) -> list[str]:
     n_seeds, n_test, epochs = len(settings["seeds"]), settings["n_test"], settings["i2cl_epochs"]
     seeds = f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most (paper: 3, 500)."
     i2cl = f"I2CL is calibrated for {epochs} epochs (published: 100)."
-    is_i2cl_cut = epochs < 100 and any("i2cl" in method for method in settings["methods"])
-    usual = {name: getattr(Settings(), name) for name in _BUDGET}
-    less = [f"{name} {settings[name]} (usual: {usual[name]})" for name in _BUDGET if settings[name] < usual[name]]
+    usual = {name: getattr(Settings(), name) for name in ("tries", "train_rows", "train_epochs")}
+    less = [f"{name} {settings[name]} (usual: {most})" for name, most in usual.items() if settings[name] < most]
     fits = f"Methods that learn are held to less, where they would take more: {', '.join(less)}."
-    cuts = {seeds: n_seeds < 3 or n_test < 500, i2cl: is_i2cl_cut, fits: less}
+    has_i2cl = any("i2cl" in method for method in settings["methods"])
+    cuts = {seeds: n_seeds < 3 or n_test < 500, i2cl: has_i2cl and epochs < 100, fits: less}
     return [text for text, is_cut in cuts.items() if is_cut]
 
 

@@ -67,20 +67,16 @@ def ranked(summary: Summary) -> list[Method]:
 
 def terminal_table(summary: Summary) -> Group:
     """Returns the table for a terminal, with what was cut short under it."""
-    # as Text, because square brackets in a plain string are rich's markup
-    caption = Text("\n".join([LEGEND, *footnotes(summary)]))
-    return Group(*(_terminal_part(lines, summary) for lines in grids(summary)), caption)
-
-
-def _terminal_part(lines: list[list[str]], summary: Summary) -> Table:
-    is_mean = {row.title for row in summary.rows if row.kind == "mean"}
-    table = Table(title="Accuracy, % (± half of the 95 % interval)")
-    for place, title in enumerate(lines[0]):
-        table.add_column(Text(title), justify="right" if place else "left", overflow="fold")
-    for line in lines[1:]:
-        ends = line[0] in is_mean
-        table.add_row(*map(Text, line), style="bold" if ends else None, end_section=ends)
-    return table
+    means, parts = {row.title for row in summary.rows if row.kind == "mean"}, []
+    for heading, *lines in grids(summary):
+        parts.append(table := Table(title="Accuracy, % (± half of the 95 % interval)"))
+        # as Text, because square brackets in a plain string are rich's markup
+        for place, title in enumerate(heading):
+            table.add_column(Text(title), justify="right" if place else "left", overflow="fold")
+        for line in lines:
+            is_mean = line[0] in means
+            table.add_row(*map(Text, line), style="bold" if is_mean else None, end_section=is_mean)
+    return Group(*parts, Text("\n".join([LEGEND, *footnotes(summary)])))
 
 
 def csv(summary: Summary) -> str:

@@ -35,6 +35,7 @@ class Method:
         draws: whether its predictions depend on the seed. One that draws nothing answers every seed alike, and
             the evaluator copies the answers instead of computing them again.
         learned: names of the attributes, all tensors, in which `learn` leaves what it learned.
+        cached: those of them that inference keeps beside the model.
         lacks: why it has no in-domain regime, under "", or no train-once regime, under "-once".
         n_labelled: labelled rows that the fit in force looked at; `learn` says.
         n_trained: parameters that it trained; `learn` says.
@@ -51,6 +52,7 @@ class Method:
     name: str
     draws: bool = True
     learned: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
     lacks: Mapping[str, str] = {}
     n_labelled: int = 0
     n_trained: int = 0
@@ -80,6 +82,8 @@ class Method:
             self.tried, self.cost = (json.loads(notes.get(name, empty)) for name, empty in _NOTES.items())
             return
         family_of(model)  # a model met for the first time is asked what it is, which is no part of the cost
+        if self.learned and not self.sources:
+            raise ValueError(f"{self.name} learns from training rows: give at least one source task")
         started = time.monotonic()
         with counted_rows(model) as rows:
             self.learn(rng)
@@ -113,7 +117,7 @@ class Method:
 
     def n_cached(self, task: Task) -> int:
         """Returns the numbers kept beside the model for a task's inference (paper, table 11)."""
-        return 0
+        return sum(vars(self)[name].numel() for name in self.cached)
 
     def depends_on(self) -> str:
         """Returns what the answers depend on beside the model, the settings and the tensors; empty for nothing."""

@@ -31,6 +31,7 @@ class Refit(Method):
     name = "icr-refit"
     draws = False
     learned = ("layers", "query_directions", "key_directions", "weights")
+    cached = ("query_directions", "key_directions")
     kind: type[Router] = Router
     basis: Basis | None = None
     blind = ""
@@ -67,10 +68,6 @@ class Refit(Method):
     def depends_on(self) -> str:
         """Returns the configuration, which may be a router's, and the fingerprint of what the router reads."""
         return f"{self.config}, {features_of(self.config.encoder, self.model, self.tokenizer, 'cpu').fingerprint}"
-
-    def n_cached(self, task: Task) -> int:
-        """Returns the size of the directions, as for ICR."""
-        return self.query_directions.numel() + self.key_directions.numel()
 
 
 def _config(settings: Settings) -> FitConfig:

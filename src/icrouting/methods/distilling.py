@@ -48,6 +48,7 @@ class Distilled(Method, ABC):
     """What LIVE and M2IV share: vectors with a strength each, that a subclass puts to work by `_edited`."""
 
     learned = ("vectors", "strengths", "losses")
+    cached = ("vectors", "strengths")
     vectors: Float[Tensor, "n_places hidden_size"]
     strengths: Float[Tensor, "n_places"]
 
@@ -58,10 +59,6 @@ class Distilled(Method, ABC):
     def applied(self, task: Task) -> Context:
         """Edits the model by what was learned."""
         return self._edited(self.vectors, self.strengths)
-
-    def n_cached(self, task: Task) -> int:
-        """Returns the size of the vectors and their strengths."""
-        return self.vectors.numel() + self.strengths.numel()
 
     def _count(self, lessons: Lessons) -> None:
         self.n_labelled = len(lessons.labels) + self.n_validation

@@ -38,6 +38,7 @@ class Elicit(Method):
 
     name = "elicit"
     learned = ("states", "layers", "features", "head", "threshold", "weight")
+    cached = ("states", "features", "head")
     states: Tensor
     layers: Tensor
     features: Tensor
@@ -65,10 +66,6 @@ class Elicit(Method):
             return {**own, "threshold": likely.quantile(1 - recall, interpolation="lower")}
 
         self.choose(GRID if len(library) > 1 else GRID[::3], build)  # recall means nothing without a retriever
-
-    def n_cached(self, task: Task) -> int:
-        """Returns the size of library and head; the encoder is not counted."""
-        return self.states.numel() + self.features.numel() + self.head.numel()
 
     def depends_on(self) -> str:
         """Returns the fingerprint of the retriever's encoder, if there is one."""

@@ -37,6 +37,7 @@ class FunctionVectors(Method):
 
     name = "function-vectors"
     learned = ("vector", "layer", "effects", "right")
+    cached = ("vector",)
     vector: Float[Tensor, "hidden_size"]
     layer: Tensor
 
@@ -68,14 +69,8 @@ class FunctionVectors(Method):
         block = layers_of(self.model)[int(self.layer)]
         return edited_last(self.model, block, lambda states: states + self.vector.to(states))
 
-    def n_cached(self, task: Task) -> int:
-        """Returns the size of the vector."""
-        return self.vector.numel()
-
 
 def _trials(sources: Sequence[Task], per_class: int, rng: np.random.Generator) -> list[Trial]:
-    if not sources:
-        raise ValueError("function vectors learn from demonstrations: give at least one source task")
     each, trials = -(-N_PROMPTS // len(sources)), []
     for task in sources:
         for i in rng.permutation(len(task.train))[:each].tolist():

@@ -32,13 +32,12 @@ class I2CL(Method):
 
     name = "i2cl"
     learned = ("vectors", "scalars", "losses")
+    cached = ("vectors", "scalars")
 
     def learn(self, rng: np.random.Generator) -> None:
         """Records the vectors and calibrates the scalars."""
         per_class = self.settings.demos_per_class
         demos = [(task, demo) for task in self.sources for demo in balanced_demos(task, per_class, rng)]
-        if not demos:
-            raise ValueError("I2CL learns from demonstrations: give at least one source task")
         shown = [demonstration(*demo) for demo in demos]  # each ends with a newline, where the output is taken
         self.vectors = mean_last_outputs(self.model, self.tokenizer, all_branches_of(self.model), shown)
         self.scalars = torch.tensor([FIRST_LAMBDA, FIRST_BETA]).repeat(len(self.vectors), 1)
@@ -48,10 +47,6 @@ class I2CL(Method):
     def applied(self, task: Task) -> Context:
         """Edits every branch."""
         return self._edited(self.scalars.to(device_of(self.model)), noise=None)
-
-    def n_cached(self, task: Task) -> int:
-        """Returns the size of the vectors and scalars."""
-        return self.vectors.numel() + self.scalars.numel()
 
     def _edited(self, scalars: Float[Tensor, "n_branches 2"], noise: torch.Generator | None) -> Context:
         vectors = self.vectors.to(scalars.device)

@@ -45,14 +45,13 @@ class ICV(Method):
 
     name = "icv"
     learned = ("directions", "strength")
+    cached = ("directions",)
     directions: Float[Tensor, "n_layers hidden_size"]
     strength: Tensor
 
     def learn(self, rng: np.random.Generator) -> None:
         """Finds the directions, and chooses strength and form."""
         drawn = [(task, balanced_demos(task, self.settings.demos_per_class, rng)) for task in self.sources]
-        if not drawn:
-            raise ValueError("ICV learns from demonstrations: give at least one source task")
 
         @cache
         def directions(form: str) -> Float[Tensor, "n_layers hidden_size"]:
@@ -63,8 +62,7 @@ class ICV(Method):
 
         grid = [{"strength": strength, "form": form} for strength in STRENGTHS for form in FORMS]
         self.choose(grid, lambda strength, form: {"directions": directions(form), "strength": torch.tensor(strength)})
-        self.n_labelled = sum(len(demos) for _, demos in drawn)
-        self.n_labelled += self.n_validation
+        self.n_labelled = sum(len(demos) for _, demos in drawn) + self.n_validation
 
     def applied(self, task: Task) -> Context:
         """Turns the output of every MLP."""
@@ -73,10 +71,6 @@ class ICV(Method):
             return turned(output, self.directions[layer].to(output.device), float(self.strength))
 
         return edited([branches_of(self.model, layer)[1] for layer in range(len(layers_of(self.model)))], edit)
-
-    def n_cached(self, task: Task) -> int:
-        """Returns the size of the directions."""
-        return self.directions.numel()
 
     def _states(self, texts: Sequence[str]) -> Float[Tensor, "n_texts width"]:
         """The last token's states, embedding and blocks side by side."""

@@ -57,8 +57,6 @@ class IterativeVectors(Method):
 
     def learn(self, rng: np.random.Generator) -> None:
         """Extracts the vectors at every extraction strength, and chooses on the validation rows."""
-        if not self.sources:
-            raise ValueError("iterative vectors learn from demonstrations: give at least one source task")
         n_each = -(-min(N_EPISODES, self.settings.train_rows) // len(self.sources))
         *firsts, n_rows = np.cumsum([1, *(task.train_labels.max(initial=0) + 1 for task in self.sources)]).tolist()
         turns = zip(*(episodes(task, n_each, SHOTS, rng) for task in self.sources), strict=True)

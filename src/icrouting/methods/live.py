@@ -35,8 +35,7 @@ class Live(Distilled):
             for epochs in dict.fromkeys((all_epochs, max(1, round(0.3 * all_epochs))))
             for lr in LRS
         ]
-        seed = int(rng.integers(2**31))
-        self.choose(grid, partial(distilled, self, lessons, len(layers), self._edited, seed=seed))
+        self.choose(grid, partial(distilled, self, lessons, len(layers), self._edited, seed=int(rng.integers(2**31))))
         self._count(lessons)
 
     def _edited(self, vectors: Float[Tensor, "n_layers hidden_size"], strengths: Float[Tensor, "n_layers"]) -> Context:

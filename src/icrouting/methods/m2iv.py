@@ -53,9 +53,7 @@ class M2IV(Distilled):
         with recorded(branches) as outputs:
             return distilled(self, lessons, len(branches), self._edited, lr=lr, epochs=epochs, seed=seed, extra=extra)
 
-    def _edited(
-        self, vectors: Float[Tensor, "n_branches hidden_size"], strengths: Float[Tensor, "n_branches"]
-    ) -> Context:
+    def _edited(self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]) -> Context:
         vectors, strengths = (tensor.to(device_of(self.model)) for tensor in (vectors, strengths))
 
         def add(place: int, output: Tensor) -> Tensor:

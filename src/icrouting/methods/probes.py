@@ -27,6 +27,7 @@ class Probe(Method, ABC):
     """
 
     learned = ("weight", "bias")
+    cached = ("weight", "bias")
     lacks: Mapping[str, str] = {
         ONCE: "a probe answers with the labels that it was trained on, and a new task has others"
     }
@@ -69,10 +70,6 @@ class Probe(Method, ABC):
         """Returns the probe's scores instead of the model's."""
         features = self.features([self.prompt(task, example).text for example in examples])
         return self._scores(features, [len(task.options(example)) for example in examples])
-
-    def n_cached(self, task: Task) -> int:
-        """Returns the size of the probe."""
-        return self.weight.numel() + self.bias.numel()
 
     def _scores(self, features: Tensor, n_options: Sequence[int]) -> Float[Tensor, "n_examples n_options"]:
         found = features @ self.weight.mT + self.bias

@@ -29,6 +29,7 @@ class PromptTuning(Method):
 
     name = "prompt-tuning"
     learned = ("soft_prompt",)
+    cached = ("soft_prompt",)
     grid = tuple({"n_virtual": n, "lr": lr} for n in (1, 8, 20) for lr in (0.1, 0.01, 0.3))
     kind = "PromptTuningConfig"
     soft_prompt: Float[Tensor, "n_virtual width"]
@@ -38,8 +39,6 @@ class PromptTuning(Method):
         n = self.settings.train_rows
         load_peft()
         pairs = [(task, task.train[i]) for task in self.sources for i in rng.permutation(len(task.train))[:n]]
-        if not pairs:
-            raise ValueError(f"{self.name} learns from labelled rows: give at least one source task")
         rows = answered(self.model, self.tokenizer, pairs)
         self.choose(self.grid, partial(self._trained, rows, int(rng.integers(2**31))))
         self.n_labelled, self.n_trained = len(pairs) + self.n_validation, self.soft_prompt.numel()
@@ -47,10 +46,6 @@ class PromptTuning(Method):
     def applied(self, task: Task) -> Context:
         """Puts the soft prompt before every prompt."""
         return in_front(base_of(self.model), self.kind, self.soft_prompt)
-
-    def n_cached(self, task: Task) -> int:
-        """Returns the size of the soft prompt."""
-        return self.soft_prompt.numel()
 
     def start(self, tokens: Sequence[int]) -> Float[Tensor, "n_virtual width"]:
         """Returns the soft prompt that does what tokens in front of the prompt would do."""
