@@ -199,7 +199,7 @@ def show(run: Path, card: Path | None = None) -> None:
             )
         icr.save_pretrained(card)
         file = card / "README.md"
-        save_text(file, with_results(file.read_text(encoding="utf-8"), report.markdown(summary)))
+        save_text(file, with_results(file.read_text(encoding="utf-8"), (run / "report.md").read_text("utf-8")))
     console.print(report.terminal_table(summary))
     console.print(Panel(Text(conclusion(summary)), title="in short"))
     console.print(f"report: {run / 'report.html'}", soft_wrap=True, markup=False)

@@ -4,8 +4,8 @@ import dataclasses
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,7 @@ def fit(
     check_layers(layers, dims.n_layers)
     if config.encoder == HIDDEN and layers[0] == 0:
         raise ValueError("what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up")
-    with locked(folder) if folder else nullcontext():
-        claim_folder(folder, config, tasks, fingerprint(model))
+    with claimed(folder, config, tasks, fingerprint(model)):
         features = features_of(config.encoder, model, tokenizer, str(device))
         generator = torch.Generator().manual_seed(config.seed)
         router = kind(features.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
@@ -74,8 +73,9 @@ def fit(
     return pids, router.eval().requires_grad_(False), features
 
 
-def claim_folder(folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str) -> None:
-    """Makes a fit's folder, or checks that the fit begun in it is this very one, and the same for all processes.
+@contextmanager
+def claimed(folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str) -> Iterator[None]:
+    """Inside, a folder is one fit's alone, made or taken up where it was left, and the same fit for all processes.
 
     Raises:
         ValueError: the folder holds another fit, or the processes were given different ones; what differs is named.
@@ -83,21 +83,21 @@ def claim_folder(folder: Path | None, config: FitConfig, tasks: Sequence[Task], 
     settings = {**dataclasses.asdict(config), "tasks": [task.name for task in tasks]}
     settings = json.loads(json.dumps({**settings, "model": fingerprint, "rows": rows_digest(tasks)}))
     agree(**settings)
-    if folder is not None:
+    if folder is None:
+        yield
+        return
+    with locked(folder):
         with first_one_first():
             _claim(folder, settings)
+        yield
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     file = folder / "fit.json"
-    if file.exists():
-        found = load_json(file)
-        different = [key for key in settings if found.get(key) != settings[key]]
-        if different:
-            changes = ", ".join(f"{key} was {found.get(key)!r}, is {settings[key]!r}" for key in different)
-            raise ValueError(f"{folder} holds a fit with other settings ({changes}): choose another folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+    found = load_json(file) if file.exists() else settings
+    if different := [key for key in settings if found.get(key) != settings[key]]:
+        changes = ", ".join(f"{key} was {found.get(key)!r}, is {settings[key]!r}" for key in different)
+        raise ValueError(f"{folder} holds a fit with other settings ({changes}): choose another folder")
     save_json(file, settings)
 
 
