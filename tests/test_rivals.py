@@ -76,9 +76,13 @@ def test_fit_apply_leave_save_load(kind, family, tokenizer, small, tmp_path):
 
 @EVERY
 def test_what_was_learned_on_another_model_is_refused(kind, tokenizer, small, tmp_path):
-    save_method(fitted(kind, tiny.model("llama"), tokenizer, small), tmp_path)
-    with pytest.raises(ValueError, match="load that one"):
-        load_method(tmp_path, tiny.model("qwen3"), tokenizer)
+    method = fitted(kind, tiny.model("llama"), tokenizer, small)
+    save_method(method, tmp_path)
+    for model in (tiny.model("qwen3"), tiny.model("llama", seed=1)):
+        with pytest.raises(ValueError, match="load the base model it was fitted on"):
+            load_method(tmp_path, model, tokenizer)
+        with pytest.raises(ValueError, match="load the base model"), method.attached(model, tokenizer, TASK):
+            pass
 
 
 def test_what_was_learned_with_another_sentence_encoder_is_refused(tokenizer, small, tmp_path):

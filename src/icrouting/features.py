@@ -52,16 +52,12 @@ class Features:
         return mean, std.masked_fill(std <= torch.finfo(torch.bfloat16).eps * mean.abs(), torch.inf)
 
 
-def _noise(tokens: Sequence[int], n_features: int) -> Float[Tensor, "n_features"]:
-    """The same normal draw for the same prompt."""
-    generator = torch.Generator().manual_seed(zlib.crc32(repr(list(tokens)).encode()))
-    return torch.randn(n_features, generator=generator)
-
-
 # Controls: features of the width of others that say nothing of the prompt, or only which one it is.
 _BLIND: dict[str, Callable[[Sequence[int], int], Tensor]] = {
     "constant": lambda tokens, n_features: torch.ones(n_features),
-    "random": _noise,
+    "random": lambda tokens, n_features: torch.randn(  # the same draw for the same prompt
+        n_features, generator=torch.Generator().manual_seed(zlib.crc32(repr(list(tokens)).encode()))
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from icrouting.card import model_card
 from icrouting.config import FitConfig
 from icrouting.families import base_of, device_of
 from icrouting.features import Features, Reader, features_of
-from icrouting.models import fingerprint
+from icrouting.models import check_fitted_on
 from icrouting.pids import PIDs
 from icrouting.routed import Routed, rerouted
 from icrouting.router import Router
@@ -104,12 +104,7 @@ class InContextRouter(ModelHubMixin):
         if not math.isfinite(strength):
             raise ValueError(f"strength must be a finite number, got {strength}")
         model = base_of(model)
-        found, expected = fingerprint(model), self.description.fingerprint
-        if found != expected:
-            raise ValueError(
-                f"this router was fitted on {self.description.base_model!r} (fingerprint {expected}), this model is "
-                f"{model.config.name_or_path!r} ({found}): load the base model it was fitted on, or fit a new router"
-            )
+        check_fitted_on(model, "this router", self.description.base_model, self.description.fingerprint)
         self.router.to(device_of(model))
         scale = strength * self.description.fit.final_alpha_scale
         features = self._features(model, tokenizer)

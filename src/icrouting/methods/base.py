@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting.config import Settings
 from icrouting.edits import counted_rows
 from icrouting.families import family_of
+from icrouting.models import check_fitted_on, fingerprint
 from icrouting.prompts import Prompt
 from icrouting.scoring import score_options
 from icrouting.storage import load_tensors, save_tensors
@@ -168,7 +169,8 @@ class Method:
 
     @contextmanager
     def attached(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> Iterator["Method"]:
-        """Inside, a model is under the influence of what was learned, for prompts of a task; then it is as before."""
+        """Inside, the model (ValueError for another) is under the influence of what was learned, for one task."""
+        check_fitted_on(model, self.name, self.model.config.name_or_path, fingerprint(self.model))
         self.model, self.tokenizer = model, tokenizer
         with self.applied(task):
             yield self

@@ -10,7 +10,7 @@ from icrouting.checks import read
 from icrouting.config import Settings
 from icrouting.methods.base import Method
 from icrouting.methods.regimes import ONCE
-from icrouting.models import fingerprint
+from icrouting.models import check_fitted_on, fingerprint
 from icrouting.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks import known
 
@@ -63,10 +63,7 @@ def load_method(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds no saved method: expected {CONFIG} and {TENSORS}, see `save_method`")
     found = read(Saved, load_json(folder / CONFIG))
-    if found.fingerprint != (own := fingerprint(model)):
-        raise ValueError(
-            f"{folder} was learned on {found.model!r} ({found.fingerprint}), this model is {own}: load that one"
-        )
+    check_fitted_on(model, str(folder), found.model, found.fingerprint)
     kind = known("method", found.method, {kind.name: kind for kind in LEARNING})
     method = kind(read(Settings, found.settings))
     method.model, method.tokenizer, method.sources = model, tokenizer, ()
