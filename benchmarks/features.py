@@ -78,7 +78,7 @@ def moments_of(model, tokenizer, tasks, layers, out):
     }
 
 
-def run(out: Path) -> None:
+def run(out: Path, chosen: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     file = out / "records.jsonl"
     done = {record.method for record in records.read(file)}
@@ -87,7 +87,10 @@ def run(out: Path) -> None:
     whole = [load_task(name, "pinned:staicc") for name in loo.TASKS]
     tasks = [dataclasses.replace(task, train=task.train[: -loo.N_VALIDATION]) for task in whole]
     moments = moments_of(model, tokenizer, tasks, layers, out)
-    for kind, features in kinds(model, tokenizer).items():
+    known = kinds(model, tokenizer)
+    if unknown := [kind for kind in chosen if kind not in known]:
+        raise SystemExit(f"unknown kinds {unknown}: known are {list(known)}")
+    for kind, features in ((kind, known[kind]) for kind in chosen or known):
         names = {left_out: f"{kind} | without {left_out}" for left_out in loo.TASKS}
         if set(names.values()) <= done:
             continue
@@ -110,7 +113,7 @@ def run(out: Path) -> None:
                 done.add("zero-shot")
             records.append(file, found)
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-        tabulate(file, out, kinds(model, tokenizer))
+    tabulate(file, out, known)
 
 
 def tabulate(file: Path, out: Path, names) -> None:
@@ -137,4 +140,6 @@ def tabulate(file: Path, out: Path, names) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/features"))
-    run(parser.parse_args().out)
+    parser.add_argument("--kinds", nargs="+", default=[], help="of features; all of them unless given")
+    arguments = parser.parse_args()
+    run(arguments.out, arguments.kinds)

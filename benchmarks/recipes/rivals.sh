@@ -4,6 +4,9 @@
 #     benchmarks/recipes/rivals.sh MODEL ROUTER OUT [N_TEST TRIES TRAIN_ROWS TRAIN_EPOCHS SEEDS METHODS]
 #
 # For instance benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/rivals-once
+# With "" for ROUTER, ICR's own controls are fitted on TRAIN_ROWS queries of a task; else as ROUTER was:
+#     benchmarks/recipes/rivals.sh pinned:smollm2-135m "" runs/controls-once 100 1 30 5 0 \
+#         "zero-shot icr-random-basis-once icr-constant-once icr-refit-once"
 # Killed and started again it goes on; more seeds and methods may be asked for later. The small sizes are what two
 # CPU cores do in two hours. Methods without "-once" are fitted on every task's own labels: give those another OUT.
 set -euo pipefail
@@ -13,7 +16,7 @@ methods=${9:-"zero-shot calibration icr task-vectors-once function-vectors-once 
     iterative-vectors-once i2cl-once live-once m2iv-once lora-block-once lora-head-once lora-block-more-once
     prefix-tuning-once prompt-tuning-once"}
 sources="agnews sst2 trec csqa piqa"
-icr eval --model "$model" --router "$router" --data "${DATA:-../shared/data}" --sources $sources \
+icr eval --model "$model" ${router:+--router "$router"} --data "${DATA:-../shared/data}" --sources $sources \
     --tasks $sources sst5 mr mrpc cb copa creak ai2scie --methods $methods --n-test "$n_test" \
     --tries "$tries" --train-rows "$train_rows" --train-epochs "$train_epochs" --i2cl-epochs 20 \
     --encoder pinned:minilm --seeds $seeds --out "$out"
