@@ -1,6 +1,7 @@
 """Does a gate on novelty save the unseen tasks? Prompts far from the router's training queries are left unrouted.
 
     python benchmarks/novelty.py --run runs/smollm2-135m/rivals-once --out benchmarks/results/novelty
+    python benchmarks/novelty.py --run runs/smollm2-135m/run --without runs/smollm2-135m/rivals-once --out runs/fresh
 
 Reads a finished run's zero-shot and ICR records, so a gate of strength 0 or 1 is exact without a further pass. What
 counts as far is set on rows of the source tasks that the router was not trained on, of which a given share may be
@@ -95,7 +96,7 @@ def gain(kept, plain, tasks) -> dict[str, float]:
     return {**{k: round(100 * getattr(mean, k), 1) for k in ("value", "low", "high")}, "significantly below": n_lost}
 
 
-def run(folder: Path, data: str, out: Path) -> None:
+def run(folder: Path, data: str, out: Path, without: Path | None) -> None:
     torch.set_grad_enabled(False)
     out.mkdir(parents=True, exist_ok=True)
     config = load_json(folder / "config.json")
@@ -107,7 +108,8 @@ def run(folder: Path, data: str, out: Path) -> None:
     read = reader_of(model, tokenizer, fit.encoder, router.pids.layers[0])
     tasks = {name: load_task(name, data) for name in groups}
     found = {(r.method, (r.task, r.index)): r for r in records.read(folder / "records.jsonl") if r.seed == 0}
-    keys = [key for method, key in found if method == "zero-shot" and ("icr", key) in found]
+    seen = {(record.task, record.index) for record in records.read(without / "records.jsonl")} if without else set()
+    keys = [key for method, key in found if method == "zero-shot" and ("icr", key) in found and key not in seen]
     rng, bank, fresh = np.random.default_rng(fit.seed + 1), {}, {}
     for name in sources:  # the draw of the fit: its queries come first, what follows is new to the router
         task = tasks[name]
@@ -116,7 +118,8 @@ def run(folder: Path, data: str, out: Path) -> None:
         bank[name], fresh[name] = read(queries[:N_BANK]), read(others[:N_FRESH])
     test = read([tasks[name].prompt(tasks[name].test[index]) for name, index in keys])
     plain, rows = [found["zero-shot", key] for key in keys], {}
-    by_group = {"source": sources, "unseen": [name for name in groups if name not in sources]}
+    there = [name for name in groups if any(task == name for task, _ in keys)]
+    by_group = {"source": sources, "unseen": [name for name in there if name not in sources]}
     for kind in test:
         for measure, make in MEASURES.items():
             banks = {name: bank[name][kind] for name in sources}
@@ -147,7 +150,8 @@ def run(folder: Path, data: str, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="a run folder with zero-shot and ICR")
+    parser.add_argument("--without", type=Path, help="a run folder whose items are left out: those that chose the gate")
     parser.add_argument("--data", default="../shared/data", help="where the tasks' rows are, as for `icr`")
     parser.add_argument("--out", type=Path, default=Path("runs/novelty"))
     chosen = parser.parse_args()
-    run(chosen.run, chosen.data, chosen.out)
+    run(chosen.run, chosen.data, chosen.out, chosen.without)
