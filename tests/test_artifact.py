@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from icrouting import artifact
-from icrouting.card import with_results
+from icrouting.artifact import with_results
 from icrouting.config import FitConfig
 from icrouting.features import features_of
 from icrouting.icr import InContextRouter

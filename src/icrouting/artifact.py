@@ -3,12 +3,15 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -17,9 +20,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from icrouting.card import model_card
 from icrouting.checks import first_line, read
-from icrouting.config import FitConfig
+from icrouting.config import HIDDEN, FitConfig
 from icrouting.families import check_layers, decoder_of, dims_of
 from icrouting.features import Features
 from icrouting.models import fingerprint
@@ -104,6 +106,25 @@ def save(folder: Path, description: Description, pids: PIDs, router: Router, sou
     cards = [where / "README.md" for where in (source, folder) if where]
     kept = next((text for card in cards if card.is_file() and known.encode() in (text := card.read_bytes())), None)
     (folder / "README.md").write_bytes(kept or model_card(description, known).encode())
+
+
+def model_card(description: Description, digest: str) -> str:
+    """Returns the text of a router's README.md; `digest` identifies its weights."""
+    # The hub refuses a card whose front matter names anything but one of its ids.
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", description.base_model)
+    template = resources.files("icrouting").joinpath("card.md.j2").read_text(encoding="utf-8")
+    page = jinja2.Template(template, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return page.render(vars(description), digest=digest, is_hub_id=is_hub_id, hidden=HIDDEN)
+
+
+def with_results(card: str, results: str) -> str:
+    """Returns a card whose section "Results" holds `results` alone, at its end if it had none."""
+    section = f"## Results\n\n{results.strip()}\n"
+    found = re.search(r"^## Results$.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
+    if found is None:
+        return f"{card.rstrip()}\n\n{section}"
+    rest = card[found.end() :]
+    return card[: found.start()] + section + ("\n" + rest if rest else "")
 
 
 def _tensors(pids: PIDs, router: Router) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from icrouting import fits, inspection, plan, records, report, runs
 from icrouting import methods as registry
+from icrouting.artifact import with_results
 from icrouting.batches import context_length, tokenize
-from icrouting.card import with_results
 from icrouting.conclusion import conclusion
 from icrouting.config import Backbone, FitConfig, Settings
 from icrouting.evaluate import Evaluation

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting import artifact, fitting
-from icrouting.artifact import Description
-from icrouting.card import model_card
+from icrouting.artifact import Description, model_card
 from icrouting.config import FitConfig
 from icrouting.families import base_of, device_of
 from icrouting.features import Features, Reader, features_of
