@@ -22,7 +22,7 @@ from icrouting.families import attention_of, base_of, check_layers, dims_of, fam
 from icrouting.pids import PIDs
 from icrouting.probe import attention_function
 from icrouting.router import Routing
-from icrouting.sites import hook_site
+from icrouting.sites import watched
 
 # transformers treats names that hold "sdpa", "flash" or "flex" as the kernels of that name.
 _ALIASES = {
@@ -38,13 +38,13 @@ _routed: weakref.WeakKeyDictionary[nn.Module, "RoutedLayer"] = weakref.WeakKeyDi
 class RoutedLayer:
     """What one attention module needs while it is routed."""
 
-    def __init__(self, attachment: "Attachment", position: int, pids: PIDs):
+    def __init__(self, attachment: "Attachment", position: int, pids: PIDs, store: dict[str, Tensor]):
         self.attachment = attachment
         self.position = position
         self.rank = pids.rank
         self.query_directions = pids.query_directions()[position]
         self.key_directions = pids.key_directions()[position]
-        self.store: dict[str, Tensor] = {}
+        self.store = store
 
     def widen_cached(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the current tokens, widened."""
@@ -202,13 +202,10 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
             attention = attention_of(model, index)
             if attention in _routed:
                 raise ValueError("the model is routed already: leave the first `attached` before entering another")
-            layer = RoutedLayer(attachment, position, pids)
-            _routed[attention] = layer
+            store = stack.enter_context(watched(attention, family, dims))
+            _routed[attention] = layer = RoutedLayer(attachment, position, pids, store)
             stack.callback(_routed.pop, attention)
-            for name, site in (("query", family.query), ("key", family.key)):
-                stack.callback(hook_site(attention, site, dims, layer.store, name).remove)
-            hook = attention.register_forward_pre_hook(_widen_cache_of(layer), with_kwargs=True)
-            stack.callback(hook.remove)
+            stack.enter_context(attention.register_forward_pre_hook(_widen_cache_of(layer), with_kwargs=True))
         stack.enter_context(routed_kernel(base))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled graphs do not notice hooks
         vars(base)["init_continuous_batching"] = _refuse_packing  # `generate_batch` goes through it

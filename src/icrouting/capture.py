@@ -12,7 +12,7 @@ from icrouting.batches import by_length, context_length, finite_rows, pad, pad_i
 from icrouting.families import attention_of, decoder_of, device_of, dims_of, family_of
 from icrouting.prompts import Prompt
 from icrouting.scoring import after_prefix, by_context
-from icrouting.sites import hook_site
+from icrouting.sites import watched
 
 TOKEN_BUDGET = 4096
 
@@ -25,13 +25,8 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[dic
     [batch, q_len, n_kv_heads * head_dim] under "key", before rotary embedding.
     """
     family, dims = family_of(model), dims_of(model)
-    stores: list[dict[str, Tensor]] = [{} for _ in layers]
     with ExitStack() as stack:
-        for layer, store in zip(layers, stores, strict=True):
-            attention = attention_of(model, layer)
-            for name, site in (("query", family.query), ("key", family.key)):
-                stack.callback(hook_site(attention, site, dims, store, name).remove)
-        yield stores
+        yield [stack.enter_context(watched(attention_of(model, layer), family, dims)) for layer in layers]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ must hold for the queries and the keys of every layer, whatever the family's rot
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from icrouting.sites import Dims, Family, Site, hook_site
+from icrouting.sites import Dims, Family, Site, watched
 
 # More rows than one, also where there is a single key head, or some factor would fit anything.
 _BATCH, _LENGTH = 5, 3
@@ -92,14 +93,13 @@ def _layer_agrees(attention: nn.Module, store: dict[str, Tensor], family: Family
 def agrees(model: PreTrainedModel, decoder: PreTrainedModel, family: Family, dims: Dims) -> bool:
     """Whether attention receives, in every layer of a decoder with a row's sites, what the row captures."""
     attentions = [getattr(layer, family.attention) for layer in getattr(decoder, family.layers)]
-    stores: list[dict[str, Tensor]] = [{} for _ in attentions]
+    # As it is: `read` may not suit a model that the row is only tried on.
+    raw = replace(family, query=Site(family.query.module), key=Site(family.key.module))
     tokens = torch.arange(1, _BATCH * _LENGTH + 1) * decoder.config.vocab_size // (_BATCH * _LENGTH + 1)
     with ExitStack() as stack:
-        for attention, store in zip(attentions, stores, strict=True):
+        stores = [stack.enter_context(watched(attention, raw, dims)) for attention in attentions]
+        for attention in attentions:
             stack.callback(_received.pop, attention, None)
-            for name, site in (("query", family.query), ("key", family.key)):
-                # As it is: `read` may not suit a model that the row is only tried on.
-                stack.callback(hook_site(attention, Site(site.module), dims, store, name).remove)
         for module in decoder.modules():
             stack.callback(setattr, module, "training", module.training)
         decoder.eval()

@@ -1,11 +1,12 @@
 """Sites: the submodules that give a decoder's queries and keys, and how to read what they give."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,15 @@ class Family:
         return " and ".join(f"{place}.{name}" for name in dict.fromkeys((self.query.module, self.key.module)))
 
 
-def hook_site(attention: nn.Module, site: Site, dims: Dims, store: dict[str, Tensor], name: str) -> RemovableHandle:
-    """Registers a hook that writes a site's output, [batch, q_len, heads * head_dim], to `store[name]`."""
+@contextmanager
+def watched(attention: nn.Module, family: Family, dims: Dims) -> Iterator[dict[str, Tensor]]:
+    """Inside, a forward leaves the sites' outputs, [batch, q_len, heads * head_dim], under "query" and "key"."""
+    store: dict[str, Tensor] = {}
 
-    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def keep(name: str, site: Site, module: nn.Module, args: tuple, output: Tensor) -> None:
         store[name] = site.read(output, dims)
 
-    return getattr(attention, site.module).register_forward_hook(keep)
+    with ExitStack() as stack:
+        for name, site in (("query", family.query), ("key", family.key)):
+            stack.enter_context(getattr(attention, site.module).register_forward_hook(partial(keep, name, site)))
+        yield store
