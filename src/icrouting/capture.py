@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import by_length, context_length, finite_rows, pad, pad_id_of, tokenize
-from icrouting.families import attention_of, decoder_of, device_of, dims_of, family_of
+from icrouting.batches import context_length, finite_rows, pad_id_of, tokenize
+from icrouting.families import attention_of, decoder_of, dims_of, family_of
 from icrouting.prompts import Prompt
 from icrouting.scoring import after_prefix, by_context
 from icrouting.sites import watched
@@ -47,22 +47,17 @@ def capture_last_tokens(
         ValueError: a prompt's queries or keys are not finite, and `skip_nan` does not say to leave it out.
     """
     token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], context_length(model))
-    pad_id, device = pad_id_of(tokenizer), device_of(model)
     with captured(model, layers) as stores:
-        for before, rows in by_context(model, prompts, token_lists):
-            n_cached = len(before.tokens) if before else 0
-            tails = [token_lists[row][n_cached:] for row in rows]
-            for group in by_length(tails, token_budget, n_cached):
-                batch = pad([tails[i] for i in group], pad_id, [rows[i] for i in group]).to(device)
-                if before:
-                    after_prefix(model, before.cache, batch)
-                else:  # the vocabulary head need not run
-                    mask = batch.attention_mask.long()
-                    decoder_of(model)(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
-                places = torch.arange(len(group)), batch.last.cpu()  # layers may lie on several devices
-                query, key = (
-                    torch.stack([store[name][places].float().cpu() for store in stores]) for name in ("query", "key")
-                )
-                finite = (query.isfinite().all(-1) & key.isfinite().all(-1)).all(0)
-                rows_kept = finite_rows(finite, [prompts[row].query for row in batch.rows], "queries or keys", skip_nan)
-                yield query[:, rows_kept], key[:, rows_kept]
+        for cache, batch in by_context(model, prompts, token_lists, pad_id_of(tokenizer), token_budget):
+            if cache is not None:
+                after_prefix(model, cache, batch)
+            else:  # the vocabulary head need not run
+                mask = batch.attention_mask.long()
+                decoder_of(model)(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
+            places = torch.arange(len(batch.rows)), batch.last.cpu()  # layers may lie on several devices
+            query, key = (
+                torch.stack([store[name][places].float().cpu() for store in stores]) for name in ("query", "key")
+            )
+            finite = (query.isfinite().all(-1) & key.isfinite().all(-1)).all(0)
+            rows_kept = finite_rows(finite, [prompts[row].query for row in batch.rows], "queries or keys", skip_nan)
+            yield query[:, rows_kept], key[:, rows_kept]

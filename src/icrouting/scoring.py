@@ -1,9 +1,11 @@
 """Scoring: the logit of every option at the next position, batched and safe under padding (section 5)."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Float
@@ -114,15 +116,10 @@ def score_options(
     token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], limit)
     ids = [option_ids(tokenizer, p.query, chosen) for p, chosen in zip(prompts, per_prompt, strict=True)]
     scores = torch.full((len(prompts), max(map(len, ids), default=0)), -torch.inf)
-    for before, rows in by_context(model, prompts, token_lists, kept):
-        n_cached = len(before.tokens) if before else 0
-        tails = [token_lists[row][n_cached:] for row in rows]
-        for group in by_length(tails, token_budget, n_cached):
-            batch = pad([tails[i] for i in group], pad_id_of(tokenizer), [rows[i] for i in group])
-            batch = batch.to(device_of(model))
-            logits = after_prefix(model, before.cache, batch) if before else next_token_logits(model, batch)
-            for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
-                scores[row, : len(ids[row])] = row_logits[ids[row]]
+    for cache, batch in by_context(model, prompts, token_lists, pad_id_of(tokenizer), token_budget, kept):
+        logits = after_prefix(model, cache, batch) if cache is not None else next_token_logits(model, batch)
+        for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
+            scores[row, : len(ids[row])] = row_logits[ids[row]]
     return scores
 
 
@@ -140,20 +137,25 @@ def by_context(
     model: PreTrainedModel,
     prompts: Sequence[Prompt],
     token_lists: list[list[int]],
+    pad_id: int,
+    token_budget: int,
     kept: dict[str, KeptContext] | None = None,
-) -> Iterator[tuple[KeptContext | None, list[int]]]:
-    """Yields prompts' rows by the context that they share: the kept one, or one computed now.
+) -> Iterator[tuple[Cache | None, Batch]]:
+    """Yields prompts in batches, each behind the cache of the context that they share: the kept one, or a new one.
 
-    Prompts that share none come first, as one group with None; so does a context of which nothing is shared in tokens.
+    Prompts that share none come first, with None; so does a context of which nothing is shared in tokens.
     """
-    contexts: dict[str, list[int]] = {}
+    counts, contexts = Counter(prompt.context for prompt in prompts), {"": []}
     for row, prompt in enumerate(prompts):
-        contexts.setdefault(prompt.context, []).append(row)
-    shared = {context: rows for context, rows in contexts.items() if context and (kept is not None or len(rows) > 1)}
-    if alone := [row for context, rows in contexts.items() if context not in shared for row in rows]:
-        yield None, alone
-    for context, rows in shared.items():
-        yield _context_of(model, context, [token_lists[row] for row in rows], kept), rows
+        is_shared = kept is not None or counts[prompt.context] > 1
+        contexts.setdefault(prompt.context if is_shared else "", []).append(row)
+    for context, rows in contexts.items():
+        before = _context_of(model, context, [token_lists[row] for row in rows], kept) if context else None
+        n_cached, cache = (len(before.tokens), before.cache) if before else (0, None)
+        tails = [token_lists[row][n_cached:] for row in rows]
+        for group in by_length(tails, token_budget, n_cached):
+            batch = pad([tails[i] for i in group], pad_id, [rows[i] for i in group])
+            yield cache, batch.to(device_of(model))
 
 
 def _context_of(
@@ -162,22 +164,14 @@ def _context_of(
     found = kept.get(context) if kept is not None else None
     if found and all(t[: len(found.tokens)] == found.tokens and len(t) > len(found.tokens) for t in token_lists):
         return found
-    if prefix := token_lists[0][: _shared_prefix(token_lists)]:
+    n_shared = sum(1 for _ in takewhile(lambda column: len({*column}) == 1, zip(*token_lists, strict=False)))
+    # every list keeps at least one token
+    if prefix := token_lists[0][: min(n_shared, *(len(tokens) - 1 for tokens in token_lists))]:
         found = KeptContext(prefix, run_prefix(model, prefix))
         if kept is not None:
             kept[context] = found
         return found
     return None
-
-
-def _shared_prefix(token_lists: list[list[int]]) -> int:
-    """Number of leading tokens that all lists share, leaving every list at least one token."""
-    shortest = min(map(len, token_lists)) - 1
-    first = token_lists[0]
-    for position in range(shortest):
-        if any(tokens[position] != first[position] for tokens in token_lists):
-            return position
-    return shortest
 
 
 def run_prefix(model: PreTrainedModel, prefix: list[int]) -> Cache:
