@@ -20,32 +20,26 @@ Editor = Callable[[Sequence[nn.Module], Edit], AbstractContextManager[None]]
 
 
 @contextmanager
-def edited(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
+def edited(
+    modules: Sequence[nn.Module], edit: Edit, register: Callable[..., Any] = nn.Module.register_forward_hook
+) -> Iterator[None]:
     """Inside, a module gives what `edit` makes of its place in `modules` and its output, [batch, q_len, hidden_size].
 
     A module that returns a tuple, as attention does, has the first part edited.
     """
 
-    def hook(place: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        return (edit(place, output[0]), *output[1:]) if isinstance(output, tuple) else edit(place, output)
+    def hook(place: int, module: nn.Module, *given: Any) -> Tensor | tuple:
+        last = given[-1]  # the output; of a module that has not run, its arguments
+        return (edit(place, last[0]), *last[1:]) if isinstance(last, tuple) else edit(place, last)
 
     with ExitStack() as stack:
         for place, module in enumerate(modules):
-            stack.enter_context(module.register_forward_hook(partial(hook, place)))
+            stack.enter_context(register(module, partial(hook, place)))
         yield
 
 
-@contextmanager
-def edited_inputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
-    """Inside, a module is given what `edit` makes of its place in `modules` and its first argument."""
-
-    def hook(place: int, module: nn.Module, args: tuple) -> tuple:
-        return (edit(place, args[0]), *args[1:])
-
-    with ExitStack() as stack:
-        for place, module in enumerate(modules):
-            stack.enter_context(module.register_forward_pre_hook(partial(hook, place)))
-        yield
+# Inside, a module is given what `edit` makes of its place in `modules` and its first argument.
+edited_inputs: Editor = partial(edited, register=nn.Module.register_forward_pre_hook)
 
 
 @contextmanager
