@@ -163,14 +163,9 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         tensors, metadata = load_tensors(folder / "training.safetensors")
         self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
-        router: dict[str, Tensor] = {}
+        self.router.load_state_dict({name: tensors.pop(f"router.{name}") for name in self.router.state_dict()})
         optimizer = self.optimizer.state_dict()
         for name, value in tensors.items():
-            part, rest = name.split(".", 1)
-            if part == "router":
-                router[rest] = value
-            else:
-                index, kind = rest.split(".")
-                optimizer["state"].setdefault(int(index), {})[kind] = value
-        self.router.load_state_dict(router)
+            _, index, kind = name.split(".")
+            optimizer["state"].setdefault(int(index), {})[kind] = value
         self.optimizer.load_state_dict(optimizer)
