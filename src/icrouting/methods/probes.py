@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.batches import context_length, tokenize
+from icrouting.edits import edited_inputs, last_outputs
 from icrouting.encoder import load_encoder, query_texts
-from icrouting.families import decoder_of, device_of
+from icrouting.families import base_of, device_of
 from icrouting.methods.base import Method, Scores
 from icrouting.methods.regimes import ONCE
 from icrouting.tasks import Example, Task
 
-TOKEN_BUDGET = 4096
 STRENGTHS = (1.0, 0.1, 10.0, 0.01, 100.0, 1e-3, 1e-4)  # scikit-learn's default C first
 
 
@@ -84,18 +84,11 @@ class ProbeHidden(Probe):
 
     name = "probe-hidden"
 
-    @torch.no_grad()
     def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:
         """Returns the backbone's last hidden states."""
-        model, found = self.model, [torch.empty(0)] * len(texts)
-        token_lists = tokenize(self.tokenizer, texts, context_length(model))
-        for group in by_length(token_lists, TOKEN_BUDGET):
-            batch = pad([token_lists[i] for i in group], pad_id_of(self.tokenizer)).to(device_of(model))
-            mask = batch.attention_mask.long()
-            states = decoder_of(model)(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)[0]
-            for row, state in zip(group, states[torch.arange(len(group)), batch.last], strict=True):
-                found[row] = state.float().cpu()
-        return torch.stack(found)
+        head = base_of(self.model).get_output_embeddings()
+        assert head is not None, "a causal language model has a vocabulary head"
+        return last_outputs(self.model, self.tokenizer, [head], texts, edited_inputs)[0][0]
 
 
 class ProbeEncoder(Probe):
