@@ -16,10 +16,11 @@ from icrouting.edits import TOKEN_BUDGET
 from icrouting.families import decoder_of, device_of
 from icrouting.losses import label_loss
 from icrouting.methods.base import Context, Method
+from icrouting.methods.tuning import answered
 from icrouting.models import frozen
 from icrouting.progress import track
 from icrouting.prompts import balanced_demos, few_shot
-from icrouting.scoring import next_token_logits, option_ids
+from icrouting.scoring import next_token_logits
 from icrouting.tasks import Task
 
 FIRST_STD, FIRST_STRENGTH = 0.01, 0.1
@@ -58,7 +59,8 @@ class Distilled(Method, ABC):
 
     def applied(self, task: Task) -> Context:
         """Edits the model by what was learned."""
-        return self._edited(self.vectors, self.strengths)
+        device = device_of(self.model)
+        return self._edited(self.vectors.to(device), self.strengths.to(device))
 
     def _count(self, lessons: Lessons) -> None:
         self.n_labelled = len(lessons.labels) + self.n_validation
@@ -68,23 +70,18 @@ class Distilled(Method, ABC):
 def lessons_of(method: Method, rng: np.random.Generator) -> Lessons:
     """Returns the lessons of `train_rows` rows per source; demonstrations are drawn among the same rows."""
     model, tokenizer, settings = method.model, method.tokenizer, method.settings
-    texts, shown, labels = [], [], []
+    pairs, shown = [], []
     for task in method.sources:
         rows = [task.train[i] for i in rng.permutation(len(task.train))[: settings.train_rows]]
         task = replace(task, train=tuple(rows))
-        for i, row in enumerate(rows):
-            texts.append(task.prompt(row))
-            labels.append(option_ids(tokenizer, texts[-1], task.options(row))[row.label])
-            shown += [_shown(task, i, settings.demos_per_class, rng) for _ in range(N_DRAWS)]
-    if not texts:
+        pairs += [(task, row) for row in rows]
+        for i in np.repeat(range(len(rows)), N_DRAWS).tolist():
+            demos = balanced_demos(task, settings.demos_per_class, rng, exclude=[i])
+            shown.append(few_shot(task, rows[i], [(task, demo) for demo in demos]).text)
+    if not pairs:
         raise ValueError(f"{method.name} learns from training rows: give at least one source task that has some")
-    token_lists = tokenize(tokenizer, texts, context_length(model))
+    token_lists, labels = map(list, zip(*answered(model, tokenizer, pairs), strict=True))
     return Lessons(token_lists, labels, teacher_log_probs(model, tokenizer, shown, N_DRAWS))
-
-
-def _shown(task: Task, row: int, per_class: int, rng: np.random.Generator) -> str:
-    demos = [(task, demo) for demo in balanced_demos(task, per_class, rng, exclude=[row])]
-    return few_shot(task, task.train[row], demos).text
 
 
 @torch.no_grad()

@@ -8,14 +8,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from icrouting.batches import context_length, pad, pad_id_of, tokenize
+from icrouting.batches import pad, pad_id_of
 from icrouting.edits import edited, mean_last_outputs
 from icrouting.families import all_branches_of, device_of
 from icrouting.methods.base import Context, Method
+from icrouting.methods.tuning import answered
 from icrouting.models import frozen
 from icrouting.progress import track
 from icrouting.prompts import balanced_demos, demonstration
-from icrouting.scoring import next_token_logits, option_ids
+from icrouting.scoring import next_token_logits
 from icrouting.tasks import Example, Task
 
 LR, WEIGHT_DECAY, WARM_UP, BATCH_SIZE, NOISE = 1e-2, 1e-3, 0.05, 2, 1e-3
@@ -65,9 +66,7 @@ class I2CL(Method):
     def _calibrate(self, demos: Sequence[tuple[Task, Example]], rng: np.random.Generator) -> Float[Tensor, "n_steps"]:
         """Trains the scalars in place; returns the losses."""
         model, tokenizer = self.model, self.tokenizer
-        texts = [task.prompt(example) for task, example in demos]
-        token_lists = tokenize(tokenizer, texts, context_length(model))
-        labels = [option_ids(tokenizer, x, t.options(e))[e.label] for x, (t, e) in zip(texts, demos, strict=True)]
+        token_lists, labels = zip(*answered(model, tokenizer, demos), strict=True)
         scalars = self.scalars.to(device_of(model)).requires_grad_()
         n_steps = self.settings.i2cl_epochs * max(1, len(demos) // BATCH_SIZE)
         optimizer = torch.optim.AdamW([scalars], lr=LR, weight_decay=WEIGHT_DECAY)

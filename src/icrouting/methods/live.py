@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icrouting.edits import edited
-from icrouting.families import device_of, layers_of
+from icrouting.families import layers_of
 from icrouting.methods.base import Context
 from icrouting.methods.distilling import Distilled, distilled, lessons_of
 
@@ -39,7 +39,6 @@ class Live(Distilled):
         self._count(lessons)
 
     def _edited(self, vectors: Float[Tensor, "n_layers hidden_size"], strengths: Float[Tensor, "n_layers"]) -> Context:
-        vectors, strengths = (tensor.to(device_of(self.model)) for tensor in (vectors, strengths))
         return edited(list(layers_of(self.model)), lambda layer, h: turned(h, vectors[layer], strengths[layer]))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from icrouting.batches import Batch
 from icrouting.edits import edited, last_of, recorded
-from icrouting.families import all_branches_of, device_of
+from icrouting.families import all_branches_of
 from icrouting.methods.base import Context
 from icrouting.methods.distilling import BATCH_SIZE, Distilled, Lessons, distilled, lessons_of
 
@@ -54,8 +54,6 @@ class M2IV(Distilled):
             return distilled(self, lessons, len(branches), self._edited, lr=lr, epochs=epochs, seed=seed, extra=extra)
 
     def _edited(self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]) -> Context:
-        vectors, strengths = (tensor.to(device_of(self.model)) for tensor in (vectors, strengths))
-
         def add(place: int, output: Tensor) -> Tensor:
             return (output.float() + (strengths[place] * vectors[place]).to(output.device)).to(output.dtype)
 
