@@ -15,7 +15,7 @@ from icrouting.edits import edited_inputs, edited_last, last_outputs
 from icrouting.families import attention_of, branches_of, device_of, dims_of, layers_of, output_of
 from icrouting.methods.base import Context, Method
 from icrouting.progress import track
-from icrouting.prompts import balanced_demos, few_shot
+from icrouting.prompts import episodes, few_shot
 from icrouting.scoring import PREFIX_BUDGET, after_prefix, option_ids, run_prefix
 from icrouting.tasks import Example, Task
 
@@ -73,9 +73,8 @@ class FunctionVectors(Method):
 def _trials(sources: Sequence[Task], per_class: int, rng: np.random.Generator) -> list[Trial]:
     each, trials = -(-N_PROMPTS // len(sources)), []
     for task in sources:
-        for i in rng.permutation(len(task.train))[:each].tolist():
-            demos = balanced_demos(task, per_class, rng, exclude=[i])
-            trials.append((task, task.train[i], [(task, demo) for demo in demos]))
+        asked = episodes(task, min(each, len(task.train)), per_class, rng)
+        trials += [(task, query, [(task, demo) for demo in demos]) for demos, query in asked]
     return [trials[i] for i in rng.permutation(len(trials))[:N_PROMPTS]]
 
 
