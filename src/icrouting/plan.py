@@ -120,7 +120,7 @@ def plan_fit(
     layer's matrices, `n_outputs` a token, a pass makes about three times as many, and backward keeps twice as many.
     """
     dims, decoder, itemsize = dims_of(model), decoder_of(model).config, dtype.itemsize
-    hidden_size, head = int(decoder.hidden_size), 2 * int(decoder.vocab_size * decoder.hidden_size)
+    hidden_size, is_quantised = int(decoder.hidden_size), getattr(model.config, "quantization_config", None) is not None
     layers = config.layers or late_third(dims.n_layers)
     check_layers(layers, dims.n_layers)
     prompts, queries = _texts(model, tokenizer, tasks, config, sample)
@@ -132,7 +132,7 @@ def plan_fit(
     batch = _largest_batch(prompts)
     n_parameters = sum(weight.numel() for weight in model.parameters())
     memory = {
-        **_weights(model, n_parameters * itemsize),
+        **({} if is_quantised else {"weights": n_parameters * itemsize}),  # else unknown
         "moments": moments,
         "extraction batch": batch * (3 * n_outputs + n_routed * sum(widths)) * itemsize,
         "PCA of one layer": 4 * 8 * widths[0] ** 2,
@@ -141,7 +141,7 @@ def plan_fit(
     n_artifact = n_router + n_routed * config.rank * (sum(widths) + 4)
     n_trunk = hidden_size * sum(of.tokens for of in queries.values())
     disk = {"trunk": n_trunk * itemsize, "moments": moments, "router": 4 * n_artifact}
-    head *= sum(of.count for of in queries.values())
+    head = 2 * int(decoder.vocab_size) * hidden_size * sum(of.count for of in queries.values())
     flops = {
         "extraction": pass_flops(model, prompts.values(), dims.n_layers),
         "trunk": pass_flops(model, queries.values(), dims.n_layers) + head,
@@ -150,11 +150,6 @@ def plan_fit(
     products = moments / 8 * sum(of.count for of in prompts.values())
     processor = products * SECONDS_PER_PRODUCT + n_routed * sum(width**3 for width in widths) * SECONDS_PER_CUBE
     return Plan(n_parameters, n_router, layers, prompts, queries, memory, disk, flops, processor)
-
-
-def _weights(model: PreTrainedModel, n_bytes: int) -> dict[str, int]:
-    """The weights' part of the memory; a quantised checkpoint's is what its method makes of them."""
-    return {} if getattr(model.config, "quantization_config", None) else {"weights": n_bytes}
 
 
 def _largest_batch(prompts: dict[str, Texts]) -> int:
