@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -223,9 +223,7 @@ def generate(prompt: str, router: str, model: Backbone, strength: float, max_new
 
     plain = go_on("zero-shot")
     with icr.attached(base, tokenizer, strength=strength) as routed:
-        beside = Table.grid(expand=True)
-        for _ in range(2):
-            beside.add_column(ratio=1)
+        beside = Table.grid(Column(ratio=1), Column(ratio=1), expand=True)
         beside.add_row(plain, go_on(f"routed, strength {strength:g}"))
         console.print(beside)
         console.print(routed.effect([prompt]), markup=False, highlight=False)
