@@ -126,23 +126,23 @@ def added_at(
 
 
 @contextmanager
-def edited_last(model: nn.Module, module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def edited_last(model: nn.Module, modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
     """Inside, each row's state at its last token, of those that a module gives, is what `edit` makes of it.
 
     Args:
         model: the decoder.
-        module: one of its blocks or branches.
-        edit: of the states [batch, hidden_size].
+        modules: some of its blocks or branches.
+        edit: of a module's place in `modules` and the states [batch, hidden_size].
     """
     with last_tokens(model) as positions:
 
         def change(place: int, hidden: Tensor) -> Tensor:
             at = torch.arange(len(hidden), device=hidden.device), positions(hidden).to(hidden.device)
             hidden = hidden.clone()
-            hidden[at] = edit(hidden[at])
+            hidden[at] = edit(place, hidden[at])
             return hidden
 
-        with edited([module], change):
+        with edited(modules, change):
             yield
 
 

@@ -67,7 +67,7 @@ class FunctionVectors(Method):
     def applied(self, task: Task) -> Context:
         """Adds the vector to the state at each row's last token."""
         block = layers_of(self.model)[int(self.layer)]
-        return edited_last(self.model, block, lambda states: states + self.vector.to(states))
+        return edited_last(self.model, [block], lambda _, states: states + self.vector.to(states))
 
 
 def _trials(sources: Sequence[Task], per_class: int, rng: np.random.Generator) -> list[Trial]:

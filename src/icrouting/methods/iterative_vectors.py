@@ -1,7 +1,6 @@
 """Iterative Vectors (Liu and Deng 2025): what demonstrations change in attention outputs, taken while it is added."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import context_length, pad, tokenize
-from icrouting.edits import added_at, edited, last_tokens, recorded
+from icrouting.edits import added_at, edited, edited_last, recorded
 from icrouting.families import branches_of, decoder_of, device_of, layers_of
-from icrouting.methods.base import Method
+from icrouting.methods.base import Context, Method
 from icrouting.progress import track
 from icrouting.prompts import demonstration, episodes
 from icrouting.scoring import next_token_logits
@@ -79,17 +78,14 @@ class IterativeVectors(Method):
         """Returns the size of the query's vectors, which alone are used."""
         return self.vectors[0].numel()
 
-    @contextmanager
-    def applied(self, task: Task) -> Iterator[None]:
-        """Adds the query's vectors at each row's last token."""
-        with last_tokens(self.model) as positions:
+    def applied(self, task: Task) -> Context:
+        """Adds the query's vectors at each row's last token, in float32."""
 
-            def add(layer: int, output: Tensor) -> Tensor:
-                rows = torch.arange(len(output))
-                return added_at(output, rows, positions(output), self.strength * self.vectors[0, layer])
+        def add(layer: int, states: Tensor) -> Tensor:
+            vector = self.strength * self.vectors[0, layer]
+            return (states.float() + vector.to(states.device)).to(states.dtype)
 
-            with edited(_attention(self.model), add):
-                yield
+        return edited_last(self.model, _attention(self.model), add)
 
 
 def _attention(model: PreTrainedModel) -> list[nn.Module]:

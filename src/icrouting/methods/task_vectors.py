@@ -55,8 +55,8 @@ class TaskVectors(Method):
 
     def applied(self, task: Task) -> Context:
         """Replaces the state at each row's last token."""
-        vector = self.vectors[self.layer]
-        return edited_last(self.model, layers_of(self.model)[self.layer], lambda states: vector.to(states))
+        vector, block = self.vectors[self.layer], layers_of(self.model)[self.layer]
+        return edited_last(self.model, [block], lambda _, states: vector.to(states))
 
 
 def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> tuple[list[str], int]:
