@@ -89,11 +89,9 @@ class Attachment:
 
     Attributes:
         routing: the routing of the next forward pass, one row per query; None is an error in a forward.
-        layers: the routed layers' indices.
     """
 
-    def __init__(self, layers: tuple[int, ...]):
-        self.layers = layers
+    def __init__(self):
         self.routing: Routing | None = None
         self._placed: tuple[Routing, int, Routing | None, dict[int, Tensor]] | None = None
 
@@ -196,7 +194,7 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
     """
     base, family, dims = base_of(model), family_of(model), dims_of(model)
     check_fits(pids, base)
-    attachment = Attachment(pids.layers)
+    attachment = Attachment()
     with ExitStack() as stack:
         for position, index in enumerate(pids.layers):
             attention = attention_of(model, index)
