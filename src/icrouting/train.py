@@ -82,12 +82,10 @@ class Trainer:
 
     def _rows(self) -> list[int]:
         """The queries of the current step; each epoch has an order of its own, drawn from the seed."""
-        per_epoch = self.n_steps // self.config.epochs
-        epoch, position = divmod(self.step, per_epoch)
+        epoch, position = divmod(self.step, self.n_steps // self.config.epochs)
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         order = torch.randperm(len(self.queries), generator=generator)
-        size = self.config.batch_size
-        return order[position * size : (position + 1) * size].tolist()
+        return order.split(self.config.batch_size)[position].tolist()
 
     def _terms(self, entry: LateEntry, attachment: Attachment, queries: Sequence[Query]) -> dict[str, Tensor]:
         """Returns the means of the objective's terms over queries, and the number of "queries" behind them."""
