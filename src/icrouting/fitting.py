@@ -169,10 +169,8 @@ def training_queries(
     chosen = [
         (task, task.train[index]) for task in tasks for index in rng.permutation(len(task.train))[: config.n_queries]
     ]
-    texts = [task.prompt(example) for task, example in chosen]
-    ids = [
-        option_ids(tokenizer, text, task.options(example)) for text, (task, example) in zip(texts, chosen, strict=True)
-    ]
+    texts = [task.prompt(row) for task, row in chosen]
+    ids = [option_ids(tokenizer, text, task.options(row)) for text, (task, row) in zip(texts, chosen, strict=True)]
     limit = min(config.max_tokens, context_length(model) or config.max_tokens)
     token_lists = [_tail(tokens, limit, tokenizer.bos_token_id) for tokens in tokenize(tokenizer, texts)]
     states = run_trunk(model, token_lists, first_layer, pad_id_of(tokenizer), folder)

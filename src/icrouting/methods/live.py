@@ -30,11 +30,8 @@ class Live(Distilled):
         """Runs the teacher once, and trains and chooses the vectors."""
         lessons, layers = lessons_of(self, rng), list(layers_of(self.model))
         all_epochs = self.settings.train_epochs
-        grid = [
-            {"lr": lr, "epochs": epochs}
-            for epochs in dict.fromkeys((all_epochs, max(1, round(0.3 * all_epochs))))
-            for lr in LRS
-        ]
+        durations = dict.fromkeys((all_epochs, max(1, round(0.3 * all_epochs))))
+        grid = [{"lr": lr, "epochs": epochs} for epochs in durations for lr in LRS]
         self.choose(grid, partial(distilled, self, lessons, len(layers), self._edited, seed=int(rng.integers(2**31))))
         self._count(lessons)
 
