@@ -1,7 +1,6 @@
 """Loading a frozen decoder and telling it apart from every other."""
 
 import hashlib
-import os
 import shutil
 import tempfile
 import uuid
@@ -134,15 +133,13 @@ def unpack_gguf(file: Path) -> Path:
         model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
         if hasattr(model.config, "quantization_config"):
             delattr(model.config, "quantization_config")
-        tokenizer.save_pretrained(scratch)
-        model.save_pretrained(scratch)
-        os.chmod(scratch, 0o755)
+        unpacked = Path(scratch, folder.name)
+        tokenizer.save_pretrained(unpacked)
+        model.save_pretrained(unpacked)
         try:
-            os.rename(scratch, folder)
+            unpacked.rename(folder)
         except OSError:  # another process was first
             assert (folder / "config.json").exists(), f"cannot move the unpacked model to {folder}"
-        else:
-            os.mkdir(scratch)  # TemporaryDirectory removes a folder of this name on exit
     return folder
 
 
