@@ -6,9 +6,9 @@ import torch
 
 import tiny
 from icrouting.edits import edited, recorded
-from icrouting.families import branches_of, layers_of
+from icrouting.families import all_branches_of, branches_of, layers_of
 from icrouting.methods import Settings
-from icrouting.methods.iterative_vectors import IterativeVectors, _attention, _episode, extract, outputs_at
+from icrouting.methods.iterative_vectors import IterativeVectors, _episode, extract, outputs_at
 from icrouting.prompts import episodes
 from icrouting.scoring import option_ids, score_options
 
@@ -36,7 +36,7 @@ def fitted(model, tokenizer, tasks=(TASK,), **changes):
 
 def slow(model, shown, alone, strength):
     """The published loop: one episode at a time, all differences in a list, their mean at 0, 10, 20, ..."""
-    places, changes, vectors = _attention(model), [], None
+    places, changes, vectors = all_branches_of(model)[::2], [], None
     for number, (episode, query) in enumerate(zip(shown, alone, strict=True)):
         found = {}
 

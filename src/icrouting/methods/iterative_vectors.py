@@ -7,12 +7,12 @@ from itertools import accumulate, product
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import context_length, pad, tokenize
 from icrouting.edits import added_at, edited, edited_last, recorded
-from icrouting.families import branches_of, decoder_of, device_of, layers_of
+from icrouting.families import all_branches_of, decoder_of, device_of, layers_of
 from icrouting.methods.base import Context, Method
 from icrouting.progress import track
 from icrouting.prompts import demonstration, episodes
@@ -85,11 +85,7 @@ class IterativeVectors(Method):
             vector = self.strength * self.vectors[0, layer]
             return (states.float() + vector.to(states.device)).to(states.dtype)
 
-        return edited_last(self.model, _attention(self.model), add)
-
-
-def _attention(model: PreTrainedModel) -> list[nn.Module]:
-    return [branches_of(model, layer)[0] for layer in range(len(layers_of(model)))]
+        return edited_last(self.model, all_branches_of(self.model)[::2], add)
 
 
 def _episode(
@@ -122,7 +118,7 @@ def outputs_at(
         return added_at(output, rows, positions, vectors[episode.rows, layer])
 
     # What is read includes what was added: hooks run in the order in which they came.
-    with edited(attention := _attention(model), add), recorded(attention) as outputs:
+    with edited(attention := all_branches_of(model)[::2], add), recorded(attention) as outputs:
         next_token_logits(model, pad([episode.tokens], 0).to(device_of(model)))
     return torch.stack([output[0, episode.positions].float().cpu() for output in outputs], 1)
 
