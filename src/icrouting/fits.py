@@ -30,10 +30,9 @@ def fit_costs(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 def write_tried(folder: Path, names: Sequence[str], file: Path) -> None:
     """Writes every setting that a fit tried, with its accuracy on validation rows, as a line of a CSV."""
     tried = [
-        {"method": name, "fit": stem, "accuracy": setting["accuracy"], "setting": json.dumps(rest)}
+        {"method": name, "fit": stem, "accuracy": setting.pop("accuracy"), "setting": json.dumps(setting)}
         for name, stem, notes in _kept(folder, names)
         for setting in notes["tried"]
-        for rest in [{key: value for key, value in setting.items() if key != "accuracy"}]
     ]
     save_text(file, pd.DataFrame(tried, columns=["method", "fit", "setting", "accuracy"]).to_csv(index=False))
 
