@@ -69,7 +69,7 @@ def test_with_one_task_it_is_an_added_mean_task_vector(family, tokenizer, encode
     with method.applied(TASK):
         assert torch.equal(scores(model, tokenizer, prompts()), plain)
     assert method.n_trained == 0
-    assert not method.left_alone(prompts()).any()
+    assert not (method.retrieved(prompts())[1] < 0).any()
 
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
@@ -125,14 +125,14 @@ def test_what_is_retrieved_is_the_mean_of_the_ten_likeliest_at_their_most_freque
         layer = max((1, 3), key=votes.count)
         assert int(layers[row]) == (layer if likely[row].max() >= middle else -1)
         assert torch.allclose(added[row], pooled.weight * pooled.states[order, layer].mean(0), atol=1e-5)
-    assert pooled.left_alone(texts).float().mean() == 0.5
+    assert (pooled.retrieved(texts)[1] < 0).float().mean() == 0.5
 
 
 def test_a_prompt_that_retrieves_nothing_is_answered_as_by_the_bare_model(pooled, tokenizer):
     model, plain = pooled.model, scores(pooled.model, tokenizer, prompts())
     likeliest = same_task(pooled.head, load_encoder(pooled.settings.encoder)(prompts()), pooled.features).max(1).values
     pooled.threshold = likeliest.median()
-    alone = pooled.left_alone(prompts())
+    alone = pooled.retrieved(prompts())[1] < 0
     assert alone.sum() == 2
     with pooled.applied(TASK):
         found = scores(model, tokenizer, prompts())

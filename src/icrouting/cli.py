@@ -64,12 +64,13 @@ def evaluate(
 ) -> None:
     """Compare methods on tasks; writes a run folder with records, tables and an HTML report.
 
-    Killed and started again with the same --out, it goes on where it was; methods and seeds may be added. The
-    methods: zero-shot, few-shot (the task's own demonstrations), multi-task-few-shot (the source tasks'),
-    calibration, icr; fitted on each task, or as NAME-once on the source tasks: task-vectors, function-vectors, icv,
-    elicit, iterative-vectors, i2cl, live, m2iv, lora-block, lora-head, lora-block-more, prefix-tuning, prompt-tuning,
-    and controls of ICR: icr-refit, icr-random-basis, icr-learned-directions, icr-constant, icr-random-features,
-    icr-uniform-alpha, icr-uniform-gates; on each task alone: probe-hidden, probe-encoder.
+    Killed and started again with the same --out, it goes on where it was; methods and seeds may be added. The methods:
+    zero-shot, few-shot (the task's own demonstrations), multi-task-few-shot (the sources'), calibration, icr, icr-gated
+    (not on prompts unlike the sources'); fitted on each task, or as NAME-once on the sources: task-vectors,
+    function-vectors, icv, elicit, iterative-vectors, i2cl, live, m2iv, lora-block, lora-head, lora-block-more,
+    prefix-tuning, prompt-tuning, and controls of ICR: icr-refit, icr-random-basis, icr-learned-directions,
+    icr-constant, icr-random-features, icr-uniform-alpha, icr-uniform-gates; on each task alone: probe-hidden,
+    probe-encoder.
 
     Example: icr eval --model pinned:smollm2-135m --router my-router --data pinned:staicc --tasks agnews sst2 mr
     --sources agnews sst2 --n-test 200 --out runs/first

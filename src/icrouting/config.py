@@ -100,7 +100,7 @@ class Settings:
     Attributes:
         demos_per_class: Demonstrations per class of few-shot prompts.
         demos_per_source: Demonstrations per source task of multi-task prompts.
-        router: Folder or hub id of a fitted router, for the method "icr"; its controls are fitted as it was.
+        router: Folder or hub id of a fitted router, for "icr" and "icr-gated"; its controls are fitted as it was.
         i2cl_epochs: Epochs of I2CL's calibration; the published 100 take minutes per task on a CPU.
         tries: Settings that every method may try on validation rows, in the order of its own grid.
         train_rows: Training rows per task of methods that train on many (LIVE, M2IV, soft prompts, LoRA with more).

@@ -13,13 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, pad_id_of, tokenize
+from icrouting.batches import pad_id_of
 from icrouting.config import HIDDEN
 from icrouting.encoder import load_encoder, query_texts
 from icrouting.families import decoder_of, device_of
 from icrouting.router import Router, Routing
 from icrouting.trunk import entering_states
 
+Gate = Callable[[Sequence[Tensor]], Float[Tensor, "batch"]]
 Scale = tuple[Float[Tensor, "n_features"], Float[Tensor, "n_features"]]
 
 
@@ -91,6 +92,7 @@ class Reader:
         router: the trained router.
         first_layer: the first routed layer.
         scale: factor on the routing vector.
+        gate: gives each prompt a further factor, from the states that enter the first routed layer; None is 1.
     """
 
     model: PreTrainedModel
@@ -99,6 +101,7 @@ class Reader:
     router: Router
     first_layer: int
     scale: float
+    gate: Gate | None = None
 
     @torch.no_grad()
     def of_states(self, token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Routing:
@@ -108,20 +111,19 @@ class Reader:
         keys = [(row,) if self.features.reads_hidden else tuple(tokens) for row, tokens in enumerate(token_lists)]
         rows = [first.setdefault(key, row) for row, key in enumerate(keys)]
         chosen = list(first.values())
-        features = self.features.read([token_lists[row] for row in chosen], [hidden[row] for row in chosen if hidden])
+        states = [hidden[row] for row in chosen if hidden]
+        features = self.features.read([token_lists[row] for row in chosen], states)
         device = device_of(self.router)
         with torch.autocast(device.type, enabled=False):
             routing = self.router(features.to(device)).scaled(self.scale)
+        if self.gate is not None:
+            routing = routing.scaled(self.gate(states).to(routing.routing_vector)[:, None, None])
         places = torch.tensor([chosen.index(row) for row in rows], device=routing.head_gates.device)
         return Routing(routing.routing_vector[places], routing.head_gates[places])
 
     def of_tokens(self, token_lists: Sequence[Sequence[int]]) -> Routing:
         """Returns the routing of prompts; the model runs only up to the first routed layer, and only if read."""
         hidden: Sequence[Tensor] = ()
-        if self.features.reads_hidden:
+        if self.features.reads_hidden or self.gate is not None:
             hidden = entering_states(self.model, token_lists, self.first_layer, pad_id_of(self.tokenizer))
         return self.of_states(token_lists, hidden)
-
-    def of_prompts(self, prompts: Sequence[str]) -> Routing:
-        """Returns the routing of prompts' texts."""
-        return self.of_tokens(tokenize(self.tokenizer, prompts, context_length(self.model)))

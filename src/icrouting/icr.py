@@ -15,7 +15,7 @@ from icrouting import artifact, fitting
 from icrouting.artifact import Description, model_card
 from icrouting.config import FitConfig
 from icrouting.families import base_of, device_of
-from icrouting.features import Features, Reader, features_of
+from icrouting.features import Features, Gate, Reader, features_of
 from icrouting.models import check_fitted_on
 from icrouting.pids import PIDs
 from icrouting.routed import Routed, rerouted
@@ -86,7 +86,7 @@ class InContextRouter(ModelHubMixin):
 
     @contextmanager
     def attached(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, strength: float = 1.0
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, strength: float = 1.0, gate: Gate | None = None
     ) -> Iterator[Routed]:
         """Inside, every plain `model(...)` and `model.generate(...)` is routed by the prompt it is given.
 
@@ -96,6 +96,8 @@ class InContextRouter(ModelHubMixin):
             model: the base model that the router was fitted on.
             tokenizer: its tokenizer.
             strength: factor on the routing vector; 0 gives the logits of the untouched model.
+            gate: gives each prompt a further factor, [batch], from the states that enter the first routed layer,
+                [q_len, hidden_size] each; the method "icr-gated" has one.
 
         Raises:
             ValueError: another base model, or one that is attached already.
@@ -107,7 +109,7 @@ class InContextRouter(ModelHubMixin):
         self.router.to(device_of(model))
         scale = strength * self.description.fit.final_alpha_scale
         features = self._features(model, tokenizer)
-        reader = Reader(model, tokenizer, features, self.router, self.pids.layers[0], scale)
+        reader = Reader(model, tokenizer, features, self.router, self.pids.layers[0], scale, gate)
         if strength == 0:  # exact in every dtype: wider heads round differently below float32
             yield Routed(reader, self.pids.layers, [])
             return

@@ -155,6 +155,8 @@ def _described(columns: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Ten
     columns = columns * columns.gather(1, largest).sign()
     variance = torch.einsum("lwr,lwv,lvr->lr", columns, covariance, columns).clamp_min(0)
     total = covariance.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+    if not total.min() > 0:  # which layer 0 gives of a last token that all prompts have
+        raise ValueError("a routed layer has the same queries or keys in all prompts: route from a later layer on")
     floor = torch.finfo(torch.float32).eps * total.sqrt()
     # Contiguous, as a loaded file's are: kernels may round by the layout.
     return columns.float().contiguous(), torch.maximum(variance.sqrt(), floor).float(), (variance / total).float()

@@ -50,7 +50,7 @@ class Routed:
 
     def routing(self, prompts: Sequence[str]) -> Routing:
         """Returns what the router decides for prompts; no routed layer runs."""
-        return self.reader.of_prompts(prompts)
+        return self.reader.of_tokens(tokenize(self.reader.tokenizer, prompts, context_length(self.reader.model)))
 
     def effect(self, prompts: Sequence[str] | None = None) -> str:
         """Returns in one line of numbers what routing does to prompts; warns when that is numerically nothing.

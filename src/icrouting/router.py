@@ -33,7 +33,7 @@ class Routing:
         """Number of queries."""
         return self.routing_vector.shape[0]
 
-    def scaled(self, strength: float) -> "Routing":
+    def scaled(self, strength: float | Tensor) -> "Routing":
         """The same routing with alpha multiplied by `strength`."""
         return Routing(self.routing_vector * strength, self.head_gates)
 

@@ -25,7 +25,7 @@ from icrouting.methods.m2iv import M2IV
 from icrouting.methods.probes import ProbeEncoder, ProbeHidden
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
 from icrouting.methods.regimes import regimes
-from icrouting.methods.routing import Icr
+from icrouting.methods.routing import Icr, IcrGated
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.tasks import known
@@ -55,7 +55,7 @@ LEARNING: tuple[type[Method], ...] = (
     ICV,
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
-    **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr)},
+    **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr, IcrGated)},
     **{name: maker for kind in LEARNING for name, maker in regimes(kind).items()},
 }
 

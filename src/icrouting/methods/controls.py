@@ -125,27 +125,26 @@ class _Same(nn.Module):
         return features.new_zeros(len(features), self.n_out) + self.number
 
 
-class _UniformAlpha(Router):
-    def __init__(self, *sizes: Any):
-        super().__init__(*sizes)
-        self.alpha = nn.Sequential(_Same(sizes[1] * sizes[3], is_trained=True))
+def _uniform(part: str, place: int, is_trained: bool) -> type[Router]:
+    """The kind of router with one number for a part's outputs, a layer's being the `place`th of its sizes."""
+
+    class Uniform(Router):
+        def __init__(self, *sizes: Any):
+            super().__init__(*sizes)
+            setattr(self, part, nn.Sequential(_Same(sizes[1] * sizes[place], is_trained)))
+
+    return Uniform
 
 
 class UniformAlpha(Refit):
     """One alpha, a trained number (paper silent), for all directions, layers and prompts: gates alone route."""
 
     name = "icr-uniform-alpha"
-    kind = _UniformAlpha
-
-
-class _UniformGates(Router):
-    def __init__(self, *sizes: Any):
-        super().__init__(*sizes)
-        self.gamma = nn.Sequential(_Same(sizes[1] * sizes[2], is_trained=False))
+    kind = _uniform("alpha", 3, is_trained=True)
 
 
 class UniformGates(Refit):
     """All gates at 1/2, where those of an untrained router are: alpha alone routes."""
 
     name = "icr-uniform-gates"
-    kind = _UniformGates
+    kind = _uniform("gamma", 2, is_trained=False)

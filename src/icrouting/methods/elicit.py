@@ -82,10 +82,6 @@ class Elicit(Method):
         added = self.weight * self.states[top.indices, layers[:, None]].mean(1)
         return added, layers.masked_fill(top.values[:, 0] < self.threshold, -1)
 
-    def left_alone(self, texts: Sequence[str]) -> Bool[Tensor, "batch"]:
-        """Returns for which prompts nothing is retrieved; their share is the rate of abstention."""
-        return self.retrieved(texts)[1] < 0
-
     @contextmanager
     def applied(self, task: Task) -> Iterator[None]:
         """Adds at each row's last token what its tokens retrieve, but in no step of a generation."""

@@ -58,13 +58,13 @@ def save_method(method: Method, folder: Path) -> None:
 
 def load_method(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Method:
     """Returns a saved method on its model; ValueError for a damaged folder, another model or another encoder."""
-    from icrouting.methods import LEARNING
+    from icrouting.methods import LEARNING, IcrGated
 
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds no saved method: expected {CONFIG} and {TENSORS}, see `save_method`")
     found = read(Saved, load_json(folder / CONFIG))
     check_fitted_on(model, str(folder), found.model, found.fingerprint)
-    kind = known("method", found.method, {kind.name: kind for kind in LEARNING})
+    kind = known("method", found.method, {kind.name: kind for kind in (*LEARNING, IcrGated)})
     method = kind(read(Settings, found.settings))
     method.model, method.tokenizer, method.sources = model, tokenizer, ()
     method.tried, method.cost = found.tried, found.cost
