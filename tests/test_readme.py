@@ -1,5 +1,6 @@
 """The README's examples run and its table is the committed run's."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -29,13 +30,16 @@ def test_the_ten_lines_run(tmp_path, monkeypatch):
     assert names["scores"].shape == (2, 2)
     assert names["tokens"].shape[0] == 2
     assert (tmp_path / "my-router" / "README.md").exists()
+    names["tasks"] = [dataclasses.replace(task, train=task.train[:26]) for task in names["tasks"]]
+    exec(BLOCKS[1], names)
+    assert names["scores"].shape == (2, 2)
 
 
 def test_the_own_task_reads_as_the_readme_says(tmp_path):
     from icrouting import load_task
 
     names: dict = {}
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     (tmp_path / "tickets").mkdir()
     for split in ("train", "test"):
         rows = [(f"the screen of the {split} is dark", 1), (f"I lost the password of the {split}", 0)]
