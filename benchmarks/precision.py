@@ -96,14 +96,12 @@ def columns_held(way, spreads=None):
         columns = parts.to(key.dtype).expand(-1, key.shape[1], -1, -1)
         return torch.cat([key, columns], -1), torch.nn.functional.pad(value, (0, layer.rank))
 
-    def widen_queries(layer, query, routing, scaling):
-        z_query = project(layer.store["query"], layer.query_directions)
-        weighted = z_query * routing.routing_vector[:, layer.position, None, :]
-        columns = routing.head_gates[:, layer.position, :, None, None] * weighted[:, None]
-        if spreads is not None:
-            bias = columns @ layer.z_key.mT
+    def widen_queries(layer, query, weights):
+        columns = project(layer.store["query"], layer.query_directions)[:, None] * weights
+        if spreads is not None:  # the model's scaling of logits, which the weights are divided by
+            bias = query.shape[-1] ** -0.5 * columns @ layer.z_key.mT
             spreads.append((bias.square().mean().sqrt().item(), bias.std(-1).square().mean().sqrt().item()))
-        return torch.cat([query, torch.cat(way(columns / scaling, layer.z_key)[0], -1).to(query.dtype)], -1)
+        return torch.cat([query, torch.cat(way(columns, layer.z_key)[0], -1).to(query.dtype)], -1)
 
     with (
         mock.patch.object(RoutedLayer, "widen_cached", widen_cached),

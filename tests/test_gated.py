@@ -87,6 +87,8 @@ def test_the_limit_is_where_a_hundredth_of_other_rows_would_be_shut_out(settings
 def test_the_nearest_of_several_tasks_counts(settings, model, tokenizer):
     (method,) = make(["icr-gated"], settings)
     others = [TASK, tiny.task("other", n_test=30)]
+    tasks = {task.name: len(task.train) for task in others}
+    method._router = replace(method._router, description=replace(method._router.description, tasks=tasks))
     method.fit(model, tokenizer, others, np.random.default_rng(0))
     states = last_states(model, tokenizer, MIXED)
     by_task = [distances(states, method.known[method.owners == owner]) for owner in (0, 1)]
@@ -155,3 +157,27 @@ def test_a_router_from_layer_0_on_cannot_be_gated(settings, model, tokenizer):
     method._router = replace(method._router, pids=replace(method._router.pids, layers=(0, 4)))
     with pytest.raises(ValueError, match="tells no prompts apart"):
         method.fit(model, tokenizer, [TASK], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("sources", [[], [tiny.task("other")], [TASK, tiny.task("other")]], ids=len)
+def test_other_sources_than_the_routers_are_refused(sources, settings, model, tokenizer):
+    (method,) = make(["icr-gated"], settings)
+    with pytest.raises(ValueError, match="source task"):
+        method.fit(model, tokenizer, sources, np.random.default_rng(0))
+
+
+def test_too_few_rows_are_refused(settings, model, tokenizer):
+    (method,) = make(["icr-gated"], settings)
+    with pytest.raises(ValueError, match=r"26 training rows or more .*'toy'.*got {'toy': 25}"):
+        method.fit(model, tokenizer, [replace(TASK, train=TASK.train[:25])], np.random.default_rng(0))
+
+
+def test_what_is_taken_up_anew_is_what_counts(settings, model, tokenizer, tmp_path):
+    method, file = fitted(settings, model, tokenizer), tmp_path / "gate.safetensors"
+    method.is_known([torch.zeros(1, method.known.shape[1])])
+    again = replace(TASK, train=TASK.train[10:])
+    (other,) = make(["icr-gated"], settings)
+    other.fit(model, tokenizer, [again], np.random.default_rng(1), file)
+    method.fit(model, tokenizer, [again], np.random.default_rng(1), file)
+    rows = [state[None] for state in last_states(model, tokenizer, MIXED)]
+    assert torch.equal(method._distances(torch.cat(rows)), other._distances(torch.cat(rows)))

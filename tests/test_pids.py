@@ -116,11 +116,13 @@ def test_too_few_prompts_and_too_wide_a_rank_are_refused():
         fit(moments_of(*sample()), rank=8)
 
 
-def test_a_layer_that_tells_no_prompts_apart_is_refused():
+@pytest.mark.parametrize("n", [20, 500])
+def test_a_layer_that_tells_no_prompts_apart_is_refused(n):
     moments = QKMoments(2, 6, 4)
     generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(2, 20, width, generator=generator) for width in (6, 4))
+    query, key = (torch.randn(2, n, width, generator=generator) for width in (6, 4))
     query[1] = query[1, :1]  # as layer 0 has it, where all prompts end in one token
-    moments.update(query, key)
+    for start in range(0, n, 7):
+        moments.update(query[:, start : start + 7], key[:, start : start + 7])
     with pytest.raises(ValueError, match="the same queries or keys in all prompts: route from a later layer on"):
         fit_pids(moments, (0, 1), 2, "pca", torch.Generator())

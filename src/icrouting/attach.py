@@ -108,9 +108,7 @@ class Attachment:
             return kept.get(position)
         alpha, gates = routing.routing_vector[:, position, None, None], routing.head_gates[:, position, :, None, None]
         weights = (gates * alpha / scaling).to(device)
-        if not (
-            routing.routing_vector.requires_grad or routing.head_gates.requires_grad
-        ):  # checkpointing counts what each layer computes
+        if not (alpha.requires_grad or gates.requires_grad):  # checkpointing counts what each layer computes
             kept[position] = weights
         return weights
 

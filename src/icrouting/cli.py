@@ -105,13 +105,7 @@ def report(run: Annotated[Path, tyro.conf.Positional], card: Path | None = None)
     commands.show(run, card)
 
 
-def generate(
-    prompt: str,
-    router: str,
-    model: Base = BACKBONE,
-    strength: float = 1.0,
-    max_new_tokens: int = 64,
-) -> None:
+def generate(prompt: str, router: str, model: Base = BACKBONE, strength: float = 1.0, max_new_tokens: int = 64) -> None:
     r"""Continue a prompt with and without routing, side by side.
 
     Example: icr generate --model pinned:smollm2-135m --router my-router --prompt "Review: a joy .\nSentiment:"

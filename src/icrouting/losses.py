@@ -20,9 +20,7 @@ def label_loss(logits: Float[Tensor, "batch vocab"], targets: Int[Tensor, "batch
 
 
 def option_loss(
-    logits: Float[Tensor, "batch vocab"],
-    option_ids: Int[Tensor, "batch n_options"],
-    labels: Int[Tensor, "batch"],
+    logits: Float[Tensor, "batch vocab"], option_ids: Int[Tensor, "batch n_options"], labels: Int[Tensor, "batch"]
 ) -> Float[Tensor, ""]:
     """Returns the cross-entropy of the answers among their task's options.
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from icrouting.config import Basis
 
+SAME = 1e-9  # of vectors' mean square: a variance that rounding explains
+
 
 class QKMoments:
     """Streaming second moments of last-token queries (n_heads * head_dim wide) and keys, per routed layer.
@@ -35,9 +37,7 @@ class QKMoments:
         return int(self._state["count"])
 
     def update(
-        self,
-        query: Float[Tensor, "n_layers batch query_width"],
-        key: Float[Tensor, "n_layers batch key_width"],
+        self, query: Float[Tensor, "n_layers batch query_width"], key: Float[Tensor, "n_layers batch key_width"]
     ) -> None:
         """Adds the last-token queries and keys of a batch of prompts."""
         self._state["count"] += query.shape[1]
@@ -132,7 +132,10 @@ def fit_pids(moments: QKMoments, layers: tuple[int, ...], rank: int, basis: Basi
 def _directions(
     moments: QKMoments, side: Literal["query", "key"], rank: int, basis: Basis, generator: torch.Generator
 ) -> list[Tensor]:
-    n_layers, width = moments.tensors()[f"{side}_sum"].shape
+    outer, total = (moments.tensors()[f"{side}_{part}"] for part in ("outer", "sum"))
+    (n_layers, width), size = total.shape, outer.diagonal(dim1=1, dim2=2).sum(1) / moments.count
+    if not (size - (total / moments.count).square().sum(1) > SAME * size).all():  # as all last tokens are in layer 0
+        raise ValueError("a routed layer has the same queries or keys in all prompts: route from a later layer on")
     gaussian = None
     if basis == "random":
         gaussian = torch.randn(n_layers, width, rank, dtype=torch.float64, generator=generator)
@@ -155,8 +158,6 @@ def _described(columns: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Ten
     columns = columns * columns.gather(1, largest).sign()
     variance = torch.einsum("lwr,lwv,lvr->lr", columns, covariance, columns).clamp_min(0)
     total = covariance.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
-    if not total.min() > 0:  # which layer 0 gives of a last token that all prompts have
-        raise ValueError("a routed layer has the same queries or keys in all prompts: route from a later layer on")
     floor = torch.finfo(torch.float32).eps * total.sqrt()
     # Contiguous, as a loaded file's are: kernels may round by the layout.
     return columns.float().contiguous(), torch.maximum(variance.sqrt(), floor).float(), (variance / total).float()

@@ -170,7 +170,8 @@ class Method:
     @contextmanager
     def attached(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> Iterator["Method"]:
         """Inside, the model (ValueError for another) is under the influence of what was learned, for one task."""
-        check_fitted_on(model, self.name, self.model.config.name_or_path, fingerprint(self.model))
+        if model is not (own := vars(self).get("model", model)):
+            check_fitted_on(model, self.name, own.config.name_or_path, fingerprint(own))
         self.model, self.tokenizer = model, tokenizer
         with self.applied(task):
             yield self
