@@ -168,7 +168,7 @@ def test_other_sources_than_the_routers_are_refused(sources, settings, model, to
 
 def test_too_few_rows_are_refused(settings, model, tokenizer):
     (method,) = make(["icr-gated"], settings)
-    with pytest.raises(ValueError, match=r"26 training rows or more .*'toy'.*got {'toy': 25}"):
+    with pytest.raises(ValueError, match=r"26 rows .*'toy'.*give {'toy': 25}"):
         method.fit(model, tokenizer, [replace(TASK, train=TASK.train[:25])], np.random.default_rng(0))
 
 

@@ -94,11 +94,12 @@ def claimed(folder: Path | None, config: FitConfig, tasks: Sequence[Task], finge
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     file = folder / "fit.json"
-    found = load_json(file) if file.exists() else settings
+    if not file.exists():  # so for the first process alone: others would write over each other
+        save_json(file, settings)
+    found = load_json(file)
     if different := [key for key in settings if found.get(key) != settings[key]]:
         changes = ", ".join(f"{key} was {found.get(key)!r}, is {settings[key]!r}" for key in different)
         raise ValueError(f"{folder} holds a fit with other settings ({changes}): choose another folder")
-    save_json(file, settings)
 
 
 def extract(

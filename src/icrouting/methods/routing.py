@@ -66,8 +66,7 @@ class IcrGated(Icr):
         lengths, wanted = {name: len(own) for name, own in rows.items()}, sorted(self._router.description.tasks)
         if sorted(rows) != wanted or min(lengths.values()) < FEWEST:
             raise ValueError(
-                f"a gate learns from {FEWEST} training rows or more of each of the router's source tasks {wanted}, got "
-                f"{lengths} of --sources"
+                f"a gate needs {FEWEST} rows of each of its router's source tasks, {wanted}; these give {lengths}"
             )
         texts = [*chain(*rows.values())]
         ((states,), _) = last_outputs(self.model, self.tokenizer, [layers_of(self.model)[before]], texts)
