@@ -9,6 +9,7 @@ picked from the two runs. Items in `--without`, which had a part in the gate's d
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,17 @@ from icrouting.storage import load_json, save_json
 from icrouting.tasks import load_task
 
 
+def last_line(task, row) -> str:
+    return task.prompt(row).split("\n")[-1]
+
+
 def run(folder: Path, without: Path, data: str, out: Path) -> None:
     roles = {task["name"]: task["role"] for task in load_json(folder / "config.json")["tasks"]}
     tasks = {name: load_task(name, data) for name in roles}
     by = {(r.method, r.task, r.index): r for r in records.read(folder / "records.jsonl") if r.seed == 0}
     seen = {(record.task, record.index) for record in records.read(without / "records.jsonl")}
-    endings = {name: [task.prompt(row).split("\n")[-1] for row in task.test] for name, task in tasks.items()}
-    known = {ending for name in roles if roles[name] == "source" for ending in endings[name]}
+    endings = {name: [last_line(task, row) for row in task.test] for name, task in tasks.items()}
+    known = {last_line(tasks[name], row) for name in roles if roles[name] == "source" for row in tasks[name].train}
     keys, passes = [key[1:] for key in by if key[0] == "zero-shot"], {}
     for name in roles:
         own = [(by["icr-gated", *key], by["icr", *key]) for key in keys if key[0] == name]
@@ -48,7 +53,7 @@ def run(folder: Path, without: Path, data: str, out: Path) -> None:
             for group in ("source", "unseen"):
                 names = [name for name in roles if roles[name] == group and any(task == name for task, _ in kept)]
                 leads[f"{one} over {other}, {group} tasks, {part} items"] = gain(*sides, names)
-    save_json(out, {"command": "python benchmarks/gate.py", "commit": commit(), "passes": passes, "leads": leads})
+    save_json(out, {"command": f"python {' '.join(sys.argv)}", "commit": commit(), "passes": passes, "leads": leads})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ turn: a gate that knows novelty when it sees it lets few of that task's rows pas
 
 import argparse
 import dataclasses
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def run(folder: Path, data: str, out: Path, without: Path | None) -> None:
                 print(f"{kind} | {measure} | {share}", rows[f"{kind} | {measure} | {share}"], flush=True)
     always = [found["icr", key] for key in keys]
     rows["no gate"] = {group: gain(always, plain, names) for group, names in by_group.items()}
-    about = {"command": "python benchmarks/novelty.py", "commit": commit(), "run's commit": config.get("commit")}
+    about = {"command": f"python {' '.join(sys.argv)}", "commit": commit(), "run's commit": config.get("commit")}
     save_json(out / "table.json", {**about, "items": len(keys), "bank": N_BANK, "fresh": N_FRESH, "rows": rows})
 
 

@@ -4,14 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import choose_defaults
 import leave_one_out
+import precision
 import speed
 
 import tiny
+from icrouting import InContextRouter, score_options
+from icrouting.config import FitConfig
 
 CANDIDATES = {
     (module.__name__, name): config
@@ -36,8 +40,6 @@ ROUTERS = Path(__file__).parents[1] / "routers"
 
 @pytest.mark.parametrize("folder", sorted(ROUTERS.iterdir()), ids=lambda folder: folder.name)
 def test_a_published_router_loads_is_small_and_is_the_one_of_its_table(folder):
-    from icrouting import InContextRouter
-
     assert sum(file.stat().st_size for file in folder.iterdir()) < 3 * 2**20
     config = json.loads((ROUTERS.parent / "benchmarks" / "results" / folder.name / "config.json").read_text())
     assert InContextRouter.from_pretrained(folder).digest() == config["router"]
@@ -70,3 +72,22 @@ def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder
     assert out.with_suffix(".svg").read_text().count("<svg") == 1
     speed.main(arguments)
     assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_the_precision_of_columns_is_measured_on_the_routing_that_is_in_use(tokenizer):
+    """Columns held exactly give the routed scores; cast to bfloat16 they are off a little, split threefold less."""
+    model, task, spreads = tiny.model("llama"), tiny.task(), []
+    config = FitConfig(layers=(3, 4), rank=3, n_prompts=12, demos_per_class=2, encoder="hidden", n_queries=24, lr=0.03)
+    icr, items = InContextRouter.fit(model, tokenizer, [task], config), [0, 3, 5]
+    ways = {"routed": precision.exact, "cast": precision.cast, "split": precision.split, "unrouted": None}
+    found = precision.score(model, tokenizer, icr, task, items, ways, spreads)
+    prompts = [task.prompt(task.test[index]) for index in items]
+    with icr.attached(model, tokenizer) as routed:
+        expected = routed.score(prompts, task.spec.options)
+    plain = score_options(model, tokenizer, prompts, task.spec.options)
+    gaps = {name: torch.stack([found[name, i] for i in items]) - expected for name in ways}
+    off = {name: float(gap.abs().max()) for name, gap in gaps.items()}
+    assert off["routed"] < 1e-5
+    assert off["split"] < off["cast"] / 5
+    assert 1e-5 < off["cast"] < float((plain - expected).abs().max())
+    assert all(torch.allclose(found["unrouted", i], plain[row], atol=1e-5) for row, i in enumerate(items))

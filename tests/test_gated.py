@@ -1,13 +1,20 @@
 """ICR behind a gate: like ICR on prompts that are like its training queries, like nothing on others."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import novelty
+
 import tiny
 from icrouting.config import FitConfig
+from icrouting.evaluate import Evaluation
 from icrouting.families import decoder_of
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, make
@@ -181,3 +188,23 @@ def test_what_is_taken_up_anew_is_what_counts(settings, model, tokenizer, tmp_pa
     method.fit(model, tokenizer, [again], np.random.default_rng(1), file)
     rows = [state[None] for state in last_states(model, tokenizer, MIXED)]
     assert torch.equal(method._distances(torch.cat(rows)), other._distances(torch.cat(rows)))
+
+
+def test_every_seed_has_a_gate_of_its_own(settings, model, tokenizer, tmp_path):
+    (method,) = make(["icr-gated"], settings)
+    evaluation = Evaluation(model, tokenizer, [method], [TASK], tmp_path / "records.jsonl", tmp_path / "fits")
+    known = []
+    for seed in (0, 1):
+        evaluation.fit(seed)
+        known.append(method.known)
+    assert len(list((tmp_path / "fits").iterdir())) == 2
+    assert not torch.equal(*known)
+
+
+def test_the_distance_is_that_of_the_benchmark_which_chose_it(settings, model, tokenizer):
+    """`novelty.py` inverts covariances whole, and divides them by one row less."""
+    method = fitted(settings, model, tokenizer)
+    n = len(method.known)
+    states = last_states(model, tokenizer, MIXED)
+    whole = -torch.from_numpy(novelty.gaussian({TASK.name: method.known})(states))
+    assert torch.allclose(method._distances(states), whole * n / (n - 1), rtol=1e-6)

@@ -158,6 +158,15 @@ def test_a_folder_of_another_fit_is_refused_with_the_difference(config, model, t
         InContextRouter.fit(model, tokenizer, [tiny.task()], dataclasses.replace(config, lr=0.5), folder=tmp_path)
 
 
+def test_one_process_alone_writes_what_a_fit_is(config, model, tokenizer, tmp_path, monkeypatch):
+    """Those behind the first find the file; by writing it too, two of them took each other's away."""
+    monkeypatch.setattr(Trainer, "run", lambda self: None)
+    InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    written = (tmp_path / "fit.json").stat()
+    InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    assert (tmp_path / "fit.json").stat() == written
+
+
 def test_saving_and_loading_give_identical_logits(fitted, model, tokenizer, tmp_path):
     fitted.save_pretrained(tmp_path)
     again = InContextRouter.from_pretrained(tmp_path)

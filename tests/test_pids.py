@@ -121,7 +121,8 @@ def test_a_layer_that_tells_no_prompts_apart_is_refused(n):
     moments = QKMoments(2, 6, 4)
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, n, width, generator=generator) for width in (6, 4))
-    query[1] = query[1, :1]  # as layer 0 has it, where all prompts end in one token
+    # As layer 0 has it, where all prompts end in one token: the same, but for what batches of other shapes round.
+    query[1] = query[1, :1] * (1 + 1e-7 * torch.randn(n, 6, generator=generator))
     for start in range(0, n, 7):
         moments.update(query[:, start : start + 7], key[:, start : start + 7])
     with pytest.raises(ValueError, match="the same queries or keys in all prompts: route from a later layer on"):

@@ -43,6 +43,17 @@ def test_a_shared_context_gives_the_scores_of_the_plain_way(tokenizer):
     assert (shared - plain).abs().max() < CLOSE
 
 
+@pytest.mark.parametrize("n_same", [2, 5])
+def test_equal_prompts_and_one_that_begins_another_share_their_context_too(n_same, tokenizer):
+    """Of what they share in tokens the last is left to each, or there would be nothing to score."""
+    model, task = tiny.model("llama"), tiny.task()
+    first, options = few_shot(task, task.test[0], [(task, e) for e in task.train[:3]]), task.spec.options
+    for queries in ([first.query] * n_same, [first.query, f"{first.query} {first.query}"]):
+        prompts = [Prompt(first.context, query) for query in queries]
+        plain = score_options(model, tokenizer, [prompt.text for prompt in prompts], options)
+        assert (score_options(model, tokenizer, prompts, options) - plain).abs().max() < CLOSE
+
+
 def test_a_shared_context_runs_once(tokenizer):
     model, task = tiny.model("llama"), tiny.task()
     prompts, lengths = prompts_of(task, 1), []
