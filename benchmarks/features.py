@@ -14,6 +14,7 @@ from pathlib import Path
 import leave_one_out as loo
 import torch
 from choose_defaults import Items
+from novelty import gain
 
 from icrouting import fitting, records
 from icrouting.batches import pad_id_of
@@ -116,10 +117,22 @@ def run(out: Path, chosen: list[str]) -> None:
     tabulate(file, out, known)
 
 
+def lead(found, kind: str, base: str, is_kept: bool) -> dict[str, float]:
+    """One kind's paired lead over another, the mean over the tasks of every fit; fits of a task count as independent."""
+    sides = []
+    for name in (kind, base):
+        fits = [(left, r) for left in loo.TASKS for r in found if r.method == f"{name} | without {left}"]
+        sides.append(
+            [dataclasses.replace(r, task=f"{r.task}, {left}") for left, r in fits if (r.task != left) == is_kept]
+        )
+    return gain(*sides, sorted({record.task for record in sides[0]}))
+
+
 def tabulate(file: Path, out: Path, names) -> None:
-    """Writes the mean accuracy on kept and on left-out tasks of every kind of features."""
+    """Writes the mean accuracy on kept and on left-out tasks of every kind of features, and its lead over a constant."""
+    found = records.read(file)
     right: dict[tuple[str, str], list[bool]] = {}
-    for record in records.read(file):
+    for record in found:
         right.setdefault((record.method, record.task), []).append(record.label == record.prediction)
     accuracy = {key: 100 * sum(values) / len(values) for key, values in right.items()}
     rows = {"zero-shot": {task: accuracy["zero-shot", task] for task in loo.TASKS}}
@@ -133,6 +146,9 @@ def tabulate(file: Path, out: Path, names) -> None:
                 "left out": round(sum(unseen.values()) / len(unseen), 1),
                 **unseen,
             }
+    for kind in rows.keys() - {"zero-shot", "constant"} if "constant" in rows else ():
+        parts = {"kept": True, "left out": False}
+        rows[kind] |= {f"{part}, over a constant": lead(found, kind, "constant", flag) for part, flag in parts.items()}
     about = {"command": "python benchmarks/features.py", "commit": commit(), "seed": loo.SEED}
     save_json(out / "table.json", {**about, "items": loo.N_VALIDATION, "fit": dataclasses.asdict(CONFIG), "rows": rows})
 

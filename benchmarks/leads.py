@@ -1,0 +1,38 @@
+"""Paired leads of one method over another, across run folders that asked the same items; means over the tasks.
+
+    python benchmarks/leads.py --runs runs/smollm2-135m/rivals-once runs/smollm2-135m/controls-once \
+        --pairs icr-refit-once/zero-shot prefix-tuning-once/icr-refit-once \
+        --out benchmarks/results/smollm2-135m-controls-once/leads.json
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from novelty import gain
+
+from icrouting import records
+from icrouting.runs import commit
+from icrouting.storage import load_json, save_json
+
+
+def run(folders: list[Path], pairs: list[str], out: Path) -> None:
+    roles = {task["name"]: task["role"] for task in load_json(folders[0] / "config.json")["tasks"]}
+    by_method: dict[str, list] = {}
+    for key, record in {r.key: r for folder in folders for r in records.read(folder / "records.jsonl")}.items():
+        by_method.setdefault(key[0], []).append(record)
+    groups = {role: [name for name in roles if roles[name] == role] for role in ("source", "unseen")}
+    leads = {}
+    for one, other in (pair.split("/") for pair in pairs):
+        for group, names in {**groups, "all": list(roles)}.items():
+            leads[f"{one} over {other}, {group} tasks"] = gain(by_method[one], by_method[other], names)
+    save_json(out, {"command": f"python {' '.join(sys.argv)}", "commit": commit(), "leads": leads})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--pairs", nargs="+", required=True, help="METHOD/METHOD")
+    parser.add_argument("--out", type=Path, required=True)
+    chosen = parser.parse_args()
+    run(chosen.runs, chosen.pairs, chosen.out)
