@@ -118,7 +118,7 @@ def run(out: Path, chosen: list[str]) -> None:
 
 
 def lead(found, kind: str, base: str, is_kept: bool) -> dict[str, float]:
-    """One kind's paired lead over another, the mean over the tasks of every fit; fits of a task count as independent."""
+    """One kind's paired lead over another, the mean over every fit's tasks; a task's fits count as independent."""
     sides = []
     for name in (kind, base):
         fits = [(left, r) for left in loo.TASKS for r in found if r.method == f"{name} | without {left}"]
@@ -129,7 +129,7 @@ def lead(found, kind: str, base: str, is_kept: bool) -> dict[str, float]:
 
 
 def tabulate(file: Path, out: Path, names) -> None:
-    """Writes the mean accuracy on kept and on left-out tasks of every kind of features, and its lead over a constant."""
+    """Writes every kind's mean accuracy on kept and on left-out tasks, and its lead over a constant."""
     found = records.read(file)
     right: dict[tuple[str, str], list[bool]] = {}
     for record in found:
