@@ -25,10 +25,10 @@ PINNED = ("smollm2-135m",)
 
 
 def default_dtype() -> torch.dtype:
-    """Bfloat16 where the hardware multiplies it natively (accelerators, AMX), else float32."""
-    if torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16", False):
-        return torch.bfloat16
-    return torch.float32
+    """Bfloat16 where the hardware multiplies it natively (accelerators, AMX, AVX-512's own), else float32."""
+    multiplies = torch.cpu.get_capabilities()
+    is_native = torch.cuda.is_available() or multiplies.get("amx_bf16") or multiplies.get("avx512_bf16")
+    return torch.bfloat16 if is_native else torch.float32
 
 
 def load_model(
