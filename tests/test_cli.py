@@ -4,12 +4,19 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import tiny
 from icrouting import artifact, cli, commands
 from icrouting import evaluate as evaluate_module
 from icrouting.models import load_model
 from icrouting.trunk import TRUNK_FILE
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+    """A tiny router trained for seconds moves less than bfloat16 rounds, of which we warn."""
+    monkeypatch.setattr("icrouting.models.default_dtype", lambda: torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +166,7 @@ def test_the_trunk_is_kept_until_the_router_is_saved(world, encoder_folder, tmp_
     assert not trunk.exists()
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_generate_shows_both_continuations(world, capsys):
     where = ["--model", str(world / "model"), "--router", str(world / "router")]
     cli.main(["generate", *where, "--prompt", "Review: joy\\nSentiment:", "--max-new-tokens", "5"])
@@ -167,6 +175,7 @@ def test_generate_shows_both_continuations(world, capsys):
     assert "routed, strength 1" in shown
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_a_model_may_be_spread_by_a_map(world, encoder_folder, capsys, monkeypatch):
     fit(world, encoder_folder, world / "router", "--device-map", "auto")
     assert "holds this router already" in capsys.readouterr().out
@@ -267,6 +276,7 @@ def test_a_full_disk_is_one_line_and_exit_code_two(world, encoder_folder, tmp_pa
     assert "cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_generated_brackets_are_text(world, capsys, monkeypatch):
     monkeypatch.setattr(
         "transformers.PreTrainedTokenizerBase.decode", lambda self, *args, **kwargs: "[/INST] list[int]"

@@ -192,6 +192,7 @@ def config_of(**changes):
     values = {
         "model": "m",
         "fingerprint": "f",
+        "dtype": "float32",
         "data": "d",
         "rows": "r",
         "router": None,
@@ -225,7 +226,7 @@ def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path
     runs.claim(tmp_path, config_of(router="r1"))
     runs.claim(tmp_path, config_of())
     assert json.loads((tmp_path / "config.json").read_text())["router"] == "r1"
-    for changes in ({"router": "r2"}, {"fingerprint": "g"}, {"sources": ["other"]}):
+    for changes in ({"router": "r2"}, {"fingerprint": "g"}, {"dtype": "bfloat16"}, {"sources": ["other"]}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} was"):
             runs.claim(tmp_path, config_of(**changes))
     with pytest.raises(ValueError, match=r"another run \(i2cl_epochs was 100, is 9\)"):

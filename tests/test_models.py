@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from icrouting.encoder import SentenceEncoder
-from icrouting.models import fingerprint, load_model
+from icrouting.models import default_dtype, fingerprint, load_model
 
 
 def test_a_saved_model_loads_frozen_with_a_padding_token(tmp_path):
@@ -28,6 +28,16 @@ def test_the_fingerprint_survives_a_change_of_dtype_and_no_change_of_weights():
     model.model.layers[4].self_attn.q_proj.weight.data[0, 0] += 1
     assert fingerprint(model) != digest
     assert fingerprint(tiny.model("llama", seed=1)) != digest
+
+
+@pytest.mark.parametrize(
+    ("native", "dtype"),
+    [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx512_f", torch.float32)],
+)
+def test_weights_are_in_bfloat16_where_the_hardware_multiplies_it(native, dtype, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": False, native: True})
+    assert default_dtype() is dtype
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def evaluate(
     config = runs.RunConfig(
         model=str(model),
         fingerprint=fingerprint(base),
+        dtype=str(base.dtype).removeprefix("torch."),
         data=data,
         rows=rows_digest(list(every.values())),
         router=icr.digest() if icr else None,
@@ -167,7 +168,7 @@ def finish(
     if len(refused) == len(methods) * len(tasks):
         raise ValueError(f"no method fits any task: {refused[0][-1]}")
     asked = {(method.name, task.name) for method in methods for task in tasks}
-    earlier = [entry for entry in config.get("refused", []) if tuple(entry[:2]) not in asked]
+    earlier = (entry for entry in config.get("refused", ()) if tuple(entry[:2]) not in asked)
     runs.add_to_config(out, refused=[*earlier, *refused])
     timed = {row["method"]: row for row in config.get("timing", {}).get("ratios", [])}
     able = [method for method in methods if not all((method.name, task.name) in evaluation.refused for task in tasks)]

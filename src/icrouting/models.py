@@ -26,9 +26,8 @@ PINNED = ("smollm2-135m",)
 
 def default_dtype() -> torch.dtype:
     """Bfloat16 where the hardware multiplies it natively (accelerators, AMX, AVX-512's own), else float32."""
-    multiplies = torch.cpu.get_capabilities()
-    is_native = torch.cuda.is_available() or multiplies.get("amx_bf16") or multiplies.get("avx512_bf16")
-    return torch.bfloat16 if is_native else torch.float32
+    has = torch.cpu.get_capabilities().get
+    return torch.bfloat16 if torch.cuda.is_available() or has("amx_bf16") or has("avx512_bf16") else torch.float32
 
 
 def load_model(
@@ -125,8 +124,7 @@ def unpack_gguf(file: Path) -> Path:
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unpacking = spinner(f"unpacking {file.name}, once")
-    with unpacking, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with spinner(f"unpacking {file.name}, once"), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
         # The weights are dense once loaded; the quantizer's marks only stop them from being saved.

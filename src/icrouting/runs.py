@@ -29,13 +29,14 @@ _GROWING = ("methods", "seeds", "n_test", "router", "notes")
 class RunConfig:
     """What a run measures.
 
-    `data` says where the tasks' rows come from and `rows` is their digest; `router` is the router's; `tasks` has
-    name, group, role ("source" or "unseen") and number of options of each; `seeds` are those of demonstrations and
-    fits, `settings` those of the methods, `notes` say what was cut short and are shown beside the table.
+    `data` says where the tasks' rows come from and `rows` is their digest, `router` is the router's; `dtype` is the
+    weights'; `tasks` has name, group, role ("source" or "unseen") and number of options of each; `seeds` are those of
+    demonstrations and fits, `settings` those of the methods, `notes` say what was cut short, beside the table.
     """
 
     model: str
     fingerprint: str
+    dtype: str
     data: str
     rows: str
     router: str | None

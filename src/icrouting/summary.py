@@ -12,7 +12,7 @@ from icrouting.records import Record
 
 BASELINE = "zero-shot"
 HEADLINE = "icr"
-ORIGIN = "Model {model}, {n_test} test items a task at most, seeds {seeds}, {created}, commit {commit}: {command}"
+ORIGIN = "Model {model}, {dtype}, up to {n_test} items a task, seeds {seeds}, {created}, commit {commit}: {command}"
 SECTIONS = {"source": "source", "in-domain": "in-domain, unseen", "near": "near", "far": "far"}
 
 Cells = Mapping[tuple[str, str], pd.DataFrame]
@@ -120,7 +120,7 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
         rivals=_rivals(headline, by_cell),
         unfinished=_unfinished(methods, list(sections), by_cell, fullest, {(m, task) for m, task, _ in refused}),
         notes=(*config.get("notes", ()), *(f"{m} does not fit {task}: {said}" for m, task, said in refused)),
-        origin=ORIGIN.format_map({**config, "seeds": ", ".join(map(str, config["seeds"]))}),
+        origin=ORIGIN.format_map({"dtype": "dtype not kept", **config, "seeds": ", ".join(map(str, config["seeds"]))}),
     )
 
 
