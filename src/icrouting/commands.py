@@ -148,7 +148,7 @@ def _router_cuts(icr: InContextRouter | None) -> list[str]:
     fit = icr.description.fit if icr else None
     if fit is None or min(fit.n_prompts, fit.n_queries) >= 5000:
         return []
-    return [f"ICR learned from {fit.n_prompts} prompts, {fit.n_queries} queries of a task at most (paper: 5,000 each)."]
+    return [f"ICR learned once, from {fit.n_prompts} prompts, {fit.n_queries} queries a task at most (paper: 5,000)."]
 
 
 def finish(
