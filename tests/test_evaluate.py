@@ -235,7 +235,7 @@ def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path
 
 def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
     def grow(argument, **changes):
-        monkeypatch.setattr("sys.argv", ["icr", argument])
+        monkeypatch.setattr("sys.argv", ["venv/icrouting/cli.py" if argument == "b" else "venv/bin/icr", argument])
         runs.claim(tmp_path, config_of(settings=Settings(i2cl_epochs=20), **changes))
         return json.loads((tmp_path / "config.json").read_text())
 

@@ -119,7 +119,7 @@ def _cuts(settings: dict[str, Any]) -> list[str]:
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return " ".join([Path(sys.argv[0]).name.replace("cli.py", "icr"), *sys.argv[1:]])
 
 
 def _short(value: object) -> str:
