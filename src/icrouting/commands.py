@@ -139,8 +139,7 @@ def evaluate(
         evaluation.run(tasks, seeds, n_test)
         wait()
         if is_first():
-            finish(out, evaluation, tasks, seeds[-1], icr, Path(settings.router) / "fit" if settings.router else None)
-            show(out)
+            finish(out, evaluation, tasks, seeds[-1], icr)
 
 
 def _router_cuts(icr: InContextRouter | None) -> list[str]:
@@ -151,15 +150,8 @@ def _router_cuts(icr: InContextRouter | None) -> list[str]:
     return [f"ICR learned once, from {fit.n_prompts} prompts, {fit.n_queries} queries a task at most (paper: 5,000)."]
 
 
-def finish(
-    out: Path,
-    evaluation: Evaluation,
-    tasks: Sequence[Task],
-    seed: int,
-    icr: InContextRouter | None,
-    fit_folder: Path | None,
-) -> None:
-    """Adds to a run what its report shows beside the records: times, routing, the training curve."""
+def finish(out: Path, evaluation: Evaluation, tasks: Sequence[Task], seed: int, icr: InContextRouter | None) -> None:
+    """Adds to a run what its report shows beside the records: times, routing, the training curve; and shows it."""
     records.gather(out / "records.jsonl")
     methods, config = evaluation.methods, load_json(out / "config.json")
     refused = [[*cell, said] for cell, said in evaluation.refused.items()]
@@ -184,8 +176,9 @@ def finish(
     if icr is not None:
         with icr.attached(evaluation.model, evaluation.tokenizer) as routed:
             save_json(out / "routing.json", runs.routing_summary(routed, icr.pids.layers, tasks))
-    if fit_folder is not None and (fit_folder / "training.jsonl").exists():
-        shutil.copyfile(fit_folder / "training.jsonl", out / "training.jsonl")
+        if icr.folder is not None and (curve := icr.folder / "fit" / "training.jsonl").exists():
+            shutil.copyfile(curve, out / "training.jsonl")
+    show(out)
 
 
 def show(run: Path, card: Path | None = None) -> None:
