@@ -215,8 +215,9 @@ def test_directions_get_the_gradient_of_a_finite_difference(config, tokenizer):
 
 def test_constant_features_route_all_prompts_alike_and_random_ones_by_the_prompt(fits, tokenizer):
     alpha, gates = routing_under(fits[controls.ConstantFeatures])
-    assert torch.equal(alpha, alpha[:1].expand_as(alpha))
-    assert torch.equal(gates, gates[:1].expand_as(gates))
+    # some processors round the last rows of a batch otherwise
+    assert (alpha - alpha[:1]).abs().max() < 1e-6
+    assert (gates - gates[:1]).abs().max() < 1e-6
     assert alpha.abs().max() > 0.01
     method = fits[controls.RandomFeatures]
     alpha, _ = routing_under(method)

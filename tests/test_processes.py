@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from icrouting import cli, evaluate, fitting, processes, records
+from icrouting import cli, evaluate, fitting, models, processes, records
 from icrouting.icr import InContextRouter
 from test_cli import world  # noqa: F401
 from test_kill import table
@@ -33,6 +33,7 @@ def child(rank, n, port, arguments):
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     fitting.BLOCK, fitting.SAVE_EVERY_SECONDS, evaluate.CHUNK = 5, 0.0, 3
+    models.default_dtype = lambda: torch.float32  # bfloat16 rounds otherwise in batches of another size, by 1e-3
     cli.main(arguments)
 
 
