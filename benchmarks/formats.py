@@ -88,19 +88,8 @@ def run(against: Path, data: str, out: Path, n_test: int) -> None:
     sources, names = config["sources"], [task["name"] for task in config["tasks"]]
     fit(out / "router", [load_task(name, data) for name in sources])
     where = ["--model", MODEL, "--router", str(out / "router"), "--data", data, "--out", str(out / "run")]
-    asked = [
-        "--methods",
-        "icr",
-        "--tasks",
-        *names,
-        "--sources",
-        *sources,
-        "--n-test",
-        str(n_test),
-        "--seeds",
-        str(SEED),
-    ]
-    subprocess.run([sys.executable, "-m", "icrouting.cli", "eval", *where, *asked], check=True)
+    asked = f"--methods icr --tasks {' '.join(names)} --sources {' '.join(sources)} --n-test {n_test} --seeds {SEED}"
+    subprocess.run([sys.executable, "-m", "icrouting.cli", "eval", *where, *asked.split()], check=True)
     three = {(r.task, r.index): r for r in records.read(out / "run" / "records.jsonl")}
     found = [r for r in records.read(against / "records.jsonl") if r.seed == SEED and (r.task, r.index) in three]
     sides = {method: [r for r in found if r.method == method] for method in ("zero-shot", "icr")}

@@ -214,10 +214,12 @@ def test_directions_get_the_gradient_of_a_finite_difference(config, tokenizer):
 
 
 def test_constant_features_route_all_prompts_alike_and_random_ones_by_the_prompt(fits, tokenizer):
-    alpha, gates = routing_under(fits[controls.ConstantFeatures])
-    # some processors round the last rows of a batch otherwise
-    assert (alpha - alpha[:1]).abs().max() < 1e-6
-    assert (gates - gates[:1]).abs().max() < 1e-6
+    method = fits[controls.ConstantFeatures]
+    alpha, gates = map(torch.cat, zip(*(routing_under(method, [prompt]) for prompt in PROMPTS), strict=True))
+    assert torch.equal(alpha, alpha[:1].expand_as(alpha))
+    assert torch.equal(gates, gates[:1].expand_as(gates))
+    for alone, batched in zip((alpha, gates), routing_under(method), strict=True):
+        torch.testing.assert_close(batched, alone, rtol=0, atol=1e-6)  # some processors' products round by the row
     assert alpha.abs().max() > 0.01
     method = fits[controls.RandomFeatures]
     alpha, _ = routing_under(method)

@@ -160,7 +160,7 @@ def finish(out: Path, evaluation: Evaluation, tasks: Sequence[Task], seed: int, 
     if len(refused) == len(methods) * len(tasks):
         raise ValueError(f"no method fits any task: {refused[0][-1]}")
     asked = {(method.name, task.name) for method in methods for task in tasks}
-    earlier = (entry for entry in config.get("refused", ()) if tuple(entry[:2]) not in asked)
+    earlier = [entry for entry in config.get("refused", []) if tuple(entry[:2]) not in asked]
     runs.add_to_config(out, refused=[*earlier, *refused])
     timed = {row["method"]: row for row in config.get("timing", {}).get("ratios", [])}
     able = [method for method in methods if not all((method.name, task.name) in evaluation.refused for task in tasks)]

@@ -25,7 +25,7 @@ PINNED = ("smollm2-135m",)
 
 
 def default_dtype() -> torch.dtype:
-    """Bfloat16 where the hardware multiplies it natively (accelerators, AMX, AVX-512's own), else float32."""
+    """Bfloat16 where the hardware multiplies it natively (accelerators, AMX, AVX-512 with it), else float32."""
     has = torch.cpu.get_capabilities().get
     return torch.bfloat16 if torch.cuda.is_available() or has("amx_bf16") or has("avx512_bf16") else torch.float32
 
