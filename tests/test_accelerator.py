@@ -1,0 +1,105 @@
+"""What the processor's tests show holds on an accelerator too: they skip where there is none."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+import test_rivals
+import tiny
+from icrouting import FitConfig, InContextRouter
+from icrouting.attach import attach
+from icrouting.families import CACHE
+from icrouting.methods import LEARNING
+from icrouting.models import load_model
+from reference import reference_routed
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no accelerator here")
+# fp32 round-off of logits of size 10 through five layers, by another machine's kernels
+CLOSE = 1e-4
+small = test_rivals.small
+
+
+def there(inputs):
+    return {name: value.to("cuda") for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [family for family in tiny.ALL_CONFIGS if family != "gemma2"])
+def test_routed_attention_there_equals_the_dense_reference_here(family, kernel):
+    inputs, dense = tiny.prompts(), tiny.model(family, "eager")
+    model, real = tiny.model(family, kernel).to("cuda"), inputs["attention_mask"].bool()
+    pids, routing = tiny.pids(model), tiny.routing(model, 3)
+    with reference_routed(dense, pids, routing):
+        expected = dense(**inputs).logits[real]
+    plain = model(**there(inputs)).logits
+    with attach(model, pids) as attachment:
+        attachment.routing = routing
+        got = model(**there(inputs)).logits
+        attachment.routing = routing.scaled(0.0)
+        assert torch.equal(model(**there(inputs)).logits, plain), "zero strength changes logits"
+    assert (got.cpu()[real] - expected).abs().max() <= CLOSE
+    assert torch.equal(model(**there(inputs)).logits, plain)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("family", list(tiny.CONFIGS))
+def test_prefill_and_decoding_there_equal_one_pass(family, kind):
+    model, inputs = tiny.model(family).to("cuda"), there(tiny.prompts())
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=20)
+    pieces = []
+    with attach(model, tiny.pids(model)) as attachment:
+        attachment.routing = tiny.routing(model, 3)
+        expected = model(**inputs).logits
+        for start, stop in [(0, 9), *((at, at + 1) for at in range(9, 17))]:
+            step = {name: inputs[name][:, start:stop] for name in ("input_ids", "position_ids")}
+            mask = inputs["attention_mask"][:, :stop]
+            pieces.append(model(**step, attention_mask=mask, use_cache=True, **{CACHE: cache}).logits)
+    assert (torch.cat(pieces, 1) - expected)[inputs["attention_mask"].bool()].abs().max() <= CLOSE
+
+
+def test_the_fused_kernel_takes_the_wider_heads():
+    """At a rank of 8 and in bfloat16: if it refused them, the slow one would be left, which makes q x kv."""
+    sizes = tiny.SIZES | {"hidden_size": 768, "head_dim": 128}
+    model = tiny.sharp(LlamaConfig(**sizes)).to("cuda", torch.bfloat16)
+    tokens = tiny.prompts((17,))["input_ids"].to("cuda")
+    with attach(model, tiny.pids(model, rank=8)) as attachment, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        attachment.routing = tiny.routing(model, 1, rank=8)
+        assert model(tokens).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("encoder", ["hidden", "sentence"])
+def test_a_router_fitted_there_gives_the_same_scores_here(encoder, encoder_folder, tokenizer, tmp_path):
+    tasks, model = [tiny.task("toy"), tiny.task("other")], tiny.model("llama").to("cuda")
+    name = encoder if encoder == "hidden" else str(encoder_folder)
+    config = FitConfig(n_prompts=4, n_queries=16, demos_per_class=1, rank=3, layers=(3, 4), encoder=name)
+    icr = InContextRouter.fit(model, tokenizer, tasks, config)
+    icr.save_pretrained(tmp_path)
+    again, prompts = InContextRouter.from_pretrained(tmp_path), [tasks[0].prompt(e) for e in tasks[0].test]
+    found = []
+    for device in ("cuda", "cpu"):
+        on = model.to(device)
+        with again.attached(on, tokenizer) as routed:
+            found.append(routed.score(prompts, tasks[0].spec.options).cpu())
+            encoded = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
+            found.append(on.generate(**encoded, max_new_tokens=3, do_sample=False).cpu())
+    assert torch.allclose(found[0], found[2], atol=CLOSE)
+    assert (found[1] == found[3]).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", LEARNING, ids=lambda kind: kind.name)
+def test_every_method_is_fitted_applied_saved_and_loaded_there(kind, family, tokenizer, small, tmp_path, monkeypatch):
+    on_processor = tiny.model
+    monkeypatch.setattr(tiny, "model", lambda *args, **kwargs: on_processor(*args, **kwargs).to("cuda"))
+    test_rivals.test_fit_apply_leave_save_load(kind, family, tokenizer, small, tmp_path)
+
+
+def test_a_model_is_loaded_there_in_bfloat16_unless_asked_otherwise(tokenizer, tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert next(load_model(tmp_path)[0].parameters()).dtype == torch.bfloat16
+    model, _ = load_model(tmp_path, device="cpu", dtype=torch.float32)
+    assert (model.device.type, model.dtype) == ("cpu", torch.float32)
+    assert np.isfinite(model(torch.arange(2, 9)[None]).logits.numpy()).all()
