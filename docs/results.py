@@ -14,7 +14,6 @@ RUNS = {
     "smollm2-135m-rivals-once": "SmolLM2-135M-Instruct, every rival fitted once on the five source tasks",
     "smollm2-135m-gated": "SmolLM2-135M-Instruct, ICR behind a gate",
     "smollm2-135m-controls-once": "SmolLM2-135M-Instruct, ICR and its controls at the rivals' budget",
-    "smollm2-135m-i2cl": "SmolLM2-135M-Instruct, I2CL beside the first seed of the twelve tasks",
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, all twelve tasks",
     "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B, all twelve tasks",
     "demo": "The demo, SmolLM2-135M-Instruct on seven tasks",
