@@ -15,6 +15,8 @@ Made by `python docs/support.py` from what the tests run over: `tests/ways.py` f
 slow obvious version, one prompt at a time on dense matrices without padding or cache (`tests/reference.py`), and checks
 that without the routing it would come out otherwise. "Raises" means: a `ValueError` with the sentence given, and a test
 that it comes. Everything was run on a processor, with the versions in `constraints.txt`.
+`tests/test_accelerator.py` was run on one NVIDIA H100 (torch 2.11.0, transformers 5.17.0): every family but Gemma 2 on `sdpa` and `eager`, dynamic
+and static caches, and every method fitted, applied, saved and loaded there agree with the processor's reference.
 """
 
 
