@@ -16,16 +16,23 @@ from icrouting.runs import commit
 from icrouting.storage import load_json, save_json
 
 
-def run(folders: list[Path], pairs: list[str], out: Path) -> None:
-    roles = {task["name"]: task["role"] for task in load_json(folders[0] / "config.json")["tasks"]}
+def run(folders: list[Path], pairs: list[str], out: Path, without: list[str]) -> None:
+    tasks = load_json(folders[0] / "config.json")["tasks"]
+    roles = {task["name"]: task["role"] for task in tasks}
     by_method: dict[str, list] = {}
     for key, record in {r.key: r for folder in folders for r in records.read(folder / "records.jsonl")}.items():
         by_method.setdefault(key[0], []).append(record)
     groups = {role: [name for name in roles if roles[name] == role] for role in ("source", "unseen")}
+    if without:
+        some = [name for name in roles if name not in without]
+        groups |= {f"unseen tasks but {' and '.join(without)}": [name for name in some if roles[name] == "unseen"]}
+        groups |= {f"all tasks but {' and '.join(without)}": some}
     leads = {}
     for one, other in (pair.split("/") for pair in pairs):
         for group, names in {**groups, "all": list(roles)}.items():
-            leads[f"{one} over {other}, {group} tasks"] = gain(by_method[one], by_method[other], names)
+            leads[f"{one} over {other}, {group if ' ' in group else f'{group} tasks'}"] = gain(
+                by_method[one], by_method[other], names
+            )
     save_json(out, {"command": f"python {' '.join(sys.argv)}", "commit": commit(), "leads": leads})
 
 
@@ -34,5 +41,6 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
     parser.add_argument("--pairs", nargs="+", required=True, help="METHOD/METHOD")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--without", nargs="+", default=[], help="tasks: leads are given without them too")
     chosen = parser.parse_args()
-    run(chosen.runs, chosen.pairs, chosen.out)
+    run(chosen.runs, chosen.pairs, chosen.out, chosen.without)

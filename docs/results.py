@@ -15,7 +15,8 @@ RUNS = {
     "smollm2-135m-gated": "SmolLM2-135M-Instruct, ICR behind a gate",
     "smollm2-135m-controls-once": "SmolLM2-135M-Instruct, ICR and its controls at the rivals' budget",
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, all twelve tasks",
-    "qwen2.5-coder-0.5b-one-seed": "Qwen2.5-Coder-0.5B, ICR behind a gate, and I2CL, one seed",
+    "qwen2.5-coder-0.5b-shots": "Qwen2.5-Coder-0.5B, few-shot prompts",
+    "qwen2.5-coder-0.5b-one-seed": "Qwen2.5-Coder-0.5B, ICR behind a gate, and I2CL",
     "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B, all twelve tasks",
     "demo": "The demo, SmolLM2-135M-Instruct on seven tasks",
 }
