@@ -17,22 +17,22 @@ from icrouting.storage import load_json, save_json
 
 
 def run(folders: list[Path], pairs: list[str], out: Path, without: list[str]) -> None:
-    tasks = load_json(folders[0] / "config.json")["tasks"]
-    roles = {task["name"]: task["role"] for task in tasks}
+    roles = {task["name"]: task["role"] for task in load_json(folders[0] / "config.json")["tasks"]}
     by_method: dict[str, list] = {}
     for key, record in {r.key: r for folder in folders for r in records.read(folder / "records.jsonl")}.items():
         by_method.setdefault(key[0], []).append(record)
-    groups = {role: [name for name in roles if roles[name] == role] for role in ("source", "unseen")}
+    groups = {f"{role} tasks": [name for name in roles if roles[name] == role] for role in ("source", "unseen")}
+    groups["all tasks"] = list(roles)
     if without:
-        some = [name for name in roles if name not in without]
-        groups |= {f"unseen tasks but {' and '.join(without)}": [name for name in some if roles[name] == "unseen"]}
-        groups |= {f"all tasks but {' and '.join(without)}": some}
+        groups |= {
+            f"{group} but {' and '.join(without)}": [name for name in names if name not in without]
+            for group, names in groups.items()
+            if set(names) & set(without)
+        }
     leads = {}
     for one, other in (pair.split("/") for pair in pairs):
-        for group, names in {**groups, "all": list(roles)}.items():
-            leads[f"{one} over {other}, {group if ' ' in group else f'{group} tasks'}"] = gain(
-                by_method[one], by_method[other], names
-            )
+        for group, names in groups.items():
+            leads[f"{one} over {other}, {group}"] = gain(by_method[one], by_method[other], names)
     save_json(out, {"command": f"python {' '.join(sys.argv)}", "commit": commit(), "leads": leads})
 
 

@@ -15,10 +15,10 @@ import speed_passes
 import torch
 from speed_passes import RANK, World
 from speed_turns import Rows, Stopwatch, draw
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from icrouting.families import dims_of, late_third
-from icrouting.models import folder_of, load_model
+from icrouting.models import load_model
 from icrouting.pids import PIDs
 from icrouting.tasks import load_task
 
@@ -34,12 +34,11 @@ PARTS = {
 }
 
 
-def model_of(name: str, tokenizer_of: str):
-    """The model and a tokenizer; a random one borrows that of another model, and so its number of tokens."""
+def model_of(name: str):
+    """The model and a tokenizer; a random one borrows the demo model's, and so its number of tokens."""
     if name != "random:llama-2-7b":
         return load_model(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder_of(tokenizer_of))
-    tokenizer.padding_side = "left"
+    _, tokenizer = load_model("pinned:smollm2-135m", device="cpu")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     with torch.device(device):  # a LlamaConfig's own defaults are the shape of Llama-2-7B
         model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer)), dtype=dtype)
@@ -59,7 +58,6 @@ def random_pids(model, layers: tuple[int, ...]) -> PIDs:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pinned:smollm2-135m", help='for load_model, or "random:llama-2-7b"')
-    parser.add_argument("--tokenizer", default="pinned:smollm2-135m", help="whose a random model takes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, required=True, help="a JSON file; the picture goes beside it")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024, 2048], help="tokens")
@@ -75,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    model, tokenizer = model_of(chosen.model, chosen.tokenizer)
+    model, tokenizer = model_of(chosen.model)
     layers = late_third(dims_of(model).n_layers)
     name = Path(chosen.model).name.removeprefix("pinned:")
     about = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "layers": len(layers), "rank": RANK}

@@ -41,6 +41,7 @@ def test_routed_attention_there_equals_the_dense_reference_here(family, kernel):
         attachment.routing = routing.scaled(0.0)
         assert torch.equal(model(**there(inputs)).logits, plain), "zero strength changes logits"
     assert (got.cpu()[real] - expected).abs().max() <= CLOSE
+    assert (got - plain).abs().max() > 0.1, "the routing must matter for this to say anything"
     assert torch.equal(model(**there(inputs)).logits, plain)
 
 

@@ -80,7 +80,7 @@ class _Prompt:
     cache: Cache | None
 
     def token_lists(self) -> list[list[int]]:
-        return [row[keep].tolist() for row, keep in zip(self.input_ids.cpu(), self.is_real.cpu(), strict=True)]
+        return [row[keep].tolist() for row, keep in zip(self.input_ids, self.is_real, strict=True)]
 
 
 class _Rerouter:
@@ -158,7 +158,7 @@ class _Rerouter:
         prompt = self._pending
         if prompt is not None:
             hidden = entering_of(args, kwargs)[:, : prompt.is_real.shape[1]]
-            states = [row[keep] for row, keep in zip(hidden, prompt.is_real.cpu(), strict=True)]
+            states = [row[keep] for row, keep in zip(hidden, prompt.is_real.to(hidden.device), strict=True)]
             self.last[:] = prompt.token_lists()
             self._use(self._reader.of_states(self.last, states), prompt.cache)
 
