@@ -137,7 +137,7 @@ def test_a_run_in_progress_renders_and_says_what_is_missing(tmp_path):
     summary = report.write(write_run(tmp_path / "run", cut))
     assert "few-shot: no records on agnews, mr, cb" in summary.unfinished
     assert "icr: no records on cb" in summary.unfinished
-    assert "icr on mr: 30 of 60 predictions" in summary.unfinished
+    assert "icr: 30 of 60 predictions on mr" in summary.unfinished
     text = text_of((tmp_path / "run" / "report.html").read_text())
     assert "This run is not complete" in text
     assert "So far" in text

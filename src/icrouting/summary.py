@@ -211,7 +211,7 @@ def _unfinished(
     for method in methods:
         missing = [task for task in tasks if (method, task) not in by_cell and (method, task) not in refused]
         lines += [f"{method}: no records on {', '.join(missing)}"] if missing else []
-        for task in tasks:
-            n, most = len(by_cell.get((method, task), ())), len(fullest.get(task, ()))
-            lines += [f"{method} on {task}: {n} of {most} predictions"] if 0 < n < most else []
+        found = {task: (len(by_cell.get((method, task), ())), len(fullest.get(task, ()))) for task in tasks}
+        short = [f"{n} of {most} predictions on {task}" for task, (n, most) in found.items() if 0 < n < most]
+        lines += [f"{method}: {', '.join(short)}"] if short else []
     return lines
