@@ -1,5 +1,6 @@
 """Edits: reading and changing what a decoder's blocks and branches give, by hooks that leave no trace."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -8,13 +9,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.families import CACHE, base_of, decoder_of, device_of
-from icrouting.scoring import next_token_logits
+from icrouting.scoring import after_prefix, next_token_logits, run_prefix
 
 TOKEN_BUDGET = 4096
+PREFIX_BUDGET = 8192  # tokens of one prefix, times the rows that go on from it, where these have a token each
+MOST_VARIANTS = 256  # of one token, side by side
 Edit = Callable[[int, Tensor], Tensor]
 Editor = Callable[[Sequence[nn.Module], Edit], AbstractContextManager[None]]
 
@@ -183,3 +186,32 @@ def mean_last_outputs(
 ) -> Float[Tensor, "n_modules hidden_size"]:
     """Returns what each module gives at a text's last token, the mean over texts, in float32."""
     return torch.stack([states.mean(0) for states in last_outputs(model, tokenizer, modules, texts)[0]])
+
+
+@torch.no_grad()
+def last_token_variants(
+    model: PreTrainedModel, tokens: list[int], n: int, modules: Sequence[nn.Module], edit: Any, by: Editor = edited
+) -> Float[Tensor, "n vocab"]:
+    """Returns the logits after each of `n` variants of a prompt's last token; the tokens before it are run once.
+
+    The variants stand side by side in one row, each blind to the others, or in a row each where a layer's window
+    slides or the kernel takes no such mask. `edit` is given which of them are there, a module's place in `modules` and
+    their states [n, width], and returns the states that tell them apart.
+    """
+    *prefix, last = tokens
+    cache, found = run_prefix(model, prefix) if prefix else DynamicCache(), []
+    is_shared = model.config._attn_implementation in ("sdpa", "eager") and not any(cache.is_sliding)
+    most, run = (MOST_VARIANTS, _side_by_side) if is_shared else (PREFIX_BUDGET // max(1, len(prefix)), after_prefix)
+    for these in torch.arange(n).split(max(1, most)):
+        with by(modules, lambda at, given, these=these: edit(these, at, given.flatten(0, 1)).view_as(given)):
+            found.append(run(model, cache, pad([[last]] * len(these), last).to(device_of(model))))
+    return torch.cat(found)
+
+
+def _side_by_side(model: PreTrainedModel, prefix_cache: Cache, batch: Batch) -> Float[Tensor, "batch vocab"]:
+    """What `after_prefix` gives for rows of one token each, without a copy of the prefix for each."""
+    n, n_seen, device = len(batch.input_ids), prefix_cache.get_seq_length(), batch.input_ids.device
+    additive_mask = torch.cat([torch.ones(n, n_seen), torch.eye(n)], dim=1).log()[None, None].to(device, model.dtype)
+    positions, cache = torch.full((1, n), n_seen, device=device), copy.deepcopy(prefix_cache)
+    output = model(batch.input_ids.T, attention_mask=additive_mask, position_ids=positions, **{CACHE: cache})
+    return output.logits[0].float()

@@ -17,7 +17,6 @@ from icrouting.families import CACHE, base_of, device_of
 from icrouting.prompts import Prompt
 
 TOKEN_BUDGET = 2048
-PREFIX_BUDGET = 8192  # tokens of one prefix, times the rows that go on from it, where these have a token each
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,7 @@ from collections.abc import Callable, Sequence
 from icrouting.config import Settings
 from icrouting.methods.base import Method
 from icrouting.methods.calibration import Calibration
-from icrouting.methods.controls import (
-    ConstantFeatures,
-    LearnedDirections,
-    RandomBasis,
-    RandomFeatures,
-    Refit,
-    UniformAlpha,
-    UniformGates,
-)
+from icrouting.methods.controls import CONTROLS
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.function_vectors import FunctionVectors
 from icrouting.methods.i2cl import I2CL
@@ -31,28 +23,10 @@ from icrouting.methods.task_vectors import TaskVectors
 from icrouting.tasks import known
 
 LEARNING: tuple[type[Method], ...] = (
-    TaskVectors,
-    I2CL,
-    Live,
-    M2IV,
-    Elicit,
-    IterativeVectors,
-    LoraBlock,
-    LoraHead,
-    LoraBlockMore,
-    PrefixTuning,
-    PromptTuning,
-    Refit,
-    RandomBasis,
-    LearnedDirections,
-    ConstantFeatures,
-    RandomFeatures,
-    UniformAlpha,
-    UniformGates,
-    ProbeHidden,
-    ProbeEncoder,
-    FunctionVectors,
-    ICV,
+    *(TaskVectors, FunctionVectors, ICV, Elicit, IterativeVectors),
+    *(I2CL, Live, M2IV),
+    *(LoraBlock, LoraHead, LoraBlockMore, PrefixTuning, PromptTuning),
+    *(*CONTROLS, ProbeHidden, ProbeEncoder),
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
     **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr, IcrGated)},

@@ -10,13 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, pad, tokenize
-from icrouting.edits import edited_inputs, edited_last, last_outputs
+from icrouting.batches import context_length, tokenize
+from icrouting.edits import edited_inputs, edited_last, last_outputs, last_token_variants
 from icrouting.families import attention_of, branches_of, device_of, dims_of, layers_of, output_of
 from icrouting.methods.base import Context, Method
 from icrouting.progress import track
 from icrouting.prompts import episodes, few_shot
-from icrouting.scoring import PREFIX_BUDGET, after_prefix, option_ids, run_prefix
+from icrouting.scoring import option_ids
 from icrouting.tasks import Example, Task
 
 log = logging.getLogger(__name__)
@@ -99,28 +99,25 @@ def indirect_effects(
 ) -> Float[Tensor, "n_layers n_heads"]:
     """Returns how far the probability of a prompt's answer token rises, on average, when one head gives its mean.
 
-    Exact at the price of one pass per prompt and one token per head: the tokens before the last, where no head is
-    changed, are kept in a cache, and the last one runs in batches with a row for each head, and one for none.
+    Exact at the price of one pass per prompt and one token per head: the last one alone has variants, one for each
+    head, and one for none.
     """
-    n_heads, patches, rises = means.shape[1], torch.arange(means[..., 0].numel() + 1), []
+    n_patches, rises = means[..., 0].numel() + 1, []
     for text, answer in track(prompts, "function vectors", [1] * len(prompts), "prompts"):
-        ((*prefix, last),) = tokenize(tokenizer, [text], context_length(model))
-        cache, found = run_prefix(model, prefix), []
-        for group in patches.split(max(1, PREFIX_BUDGET // len(prefix))):
-            batch = pad([[last]] * len(group), last).to(device_of(model))
-            with edited_inputs(_projections(model), partial(_patched, means, group // n_heads, group % n_heads)):
-                found.append(after_prefix(model, cache, batch).softmax(-1)[:, answer].cpu())
-        probabilities = torch.cat(found)
-        rises.append(probabilities[:-1] - probabilities[-1])  # the last row's head lies beyond the last layer
+        (tokens,) = tokenize(tokenizer, [text], context_length(model))
+        where = _projections(model), partial(_patched, means), edited_inputs
+        probabilities = last_token_variants(model, tokens, n_patches, *where).softmax(-1)[:, answer].cpu()
+        rises.append(probabilities[:-1] - probabilities[-1])  # the last one's head lies beyond the last layer
     return torch.stack(rises).mean(0).view(means.shape[:2])
 
 
-def _patched(means: Tensor, layers: Int[Tensor, "n"], heads: Int[Tensor, "n"], layer: int, given: Tensor) -> Tensor:
-    """What a layer's heads give, with the mean in place of one head's output in each row that is this layer's."""
-    rows = (layers == layer).nonzero()[:, 0]
+def _patched(means: Tensor, patches: Int[Tensor, "n"], layer: int, given: Tensor) -> Tensor:
+    """What a layer's heads give, with the mean in place of one head's output in each patch that is this layer's."""
+    heads = patches - layer * means.shape[1]
+    rows = ((heads >= 0) & (heads < means.shape[1])).nonzero()[:, 0]
     patched = given.unflatten(-1, means.shape[1:]).clone()
-    patched[rows, ..., heads[rows], :] = means[layer, heads[rows], None].to(given)
-    return patched.flatten(-2)
+    patched[rows, heads[rows]] = means[layer, heads[rows]].to(given)
+    return patched.flatten(1)
 
 
 @torch.no_grad()

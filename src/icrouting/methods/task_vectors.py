@@ -1,20 +1,19 @@
 """Task Vectors (Hendel et al. 2023): the last token's state under demonstrations, put in its place without."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, pad, tokenize
-from icrouting.edits import edited, edited_last, mean_last_outputs
-from icrouting.families import device_of, layers_of
+from icrouting.batches import context_length, tokenize
+from icrouting.edits import edited_last, last_token_variants, mean_last_outputs
+from icrouting.families import layers_of
 from icrouting.methods.base import Context, Method
 from icrouting.prompts import balanced_demos, few_shot
-from icrouting.scoring import PREFIX_BUDGET, after_prefix, option_ids, run_prefix
+from icrouting.scoring import option_ids
 from icrouting.tasks import Example, Task
 
 N_DUMMIES = 2
@@ -77,26 +76,20 @@ def sweep(
 ) -> Float[Tensor, "n_layers"]:
     """Returns the accuracy on labelled items with each layer's vector in its place, or added to `kept` of its state.
 
-    Exact at the price of one pass per item: the tokens before the last do not depend on the vector, so they are
-    kept in a cache, and the last one runs in batches with a row for each layer.
+    Exact at the price of one pass per item and one token per layer, since the tokens before the last do not depend
+    on the vector.
     """
     hits = torch.zeros(len(vectors))
 
-    def replace(group: list[int], layer: int, hidden: Tensor) -> Tensor:
-        if layer not in group:
-            return hidden
-        hidden, row = hidden.clone(), layer - group[0]
-        hidden[row] = (kept * hidden[row].float() + vectors[layer].to(hidden.device)).to(hidden.dtype)
-        return hidden
+    def replace(group: Int[Tensor, "n"], layer: int, states: Tensor) -> Tensor:
+        replaced, rows = states.clone(), (group == layer).nonzero()[:, 0]
+        replaced[rows] = (kept * states[rows].float() + vectors[layer].to(states.device)).to(states.dtype)
+        return replaced
 
     for task, example in items:
         prompt = task.prompt(example)
         ids = option_ids(tokenizer, prompt, task.options(example))
-        ((*prefix, last),) = tokenize(tokenizer, [prompt], context_length(model))
-        cache = run_prefix(model, prefix) if prefix else DynamicCache()
-        for group in torch.arange(len(vectors)).split(max(1, PREFIX_BUDGET // max(1, len(prefix)))):
-            batch = pad([[last]] * len(group), last).to(device_of(model))
-            with edited(list(layers_of(model)), partial(replace, group.tolist())):
-                logits = after_prefix(model, cache, batch)
-            hits[group] += (logits[:, ids].argmax(1) == example.label).cpu()
+        (tokens,) = tokenize(tokenizer, [prompt], context_length(model))
+        logits = last_token_variants(model, tokens, len(vectors), list(layers_of(model)), replace)
+        hits += (logits[:, ids].argmax(1) == example.label).cpu()
     return hits / max(1, len(items))
