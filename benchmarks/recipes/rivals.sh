@@ -7,8 +7,13 @@
 # With "" for ROUTER, ICR's own controls are fitted on TRAIN_ROWS queries of a task; else as ROUTER was:
 #     benchmarks/recipes/rivals.sh pinned:smollm2-135m "" runs/controls-once 100 1 30 5 0 \
 #         "zero-shot icr-random-basis-once icr-constant-once icr-refit-once"
+# Methods without "-once" are fitted on every task's own labels (100 minutes on two cores, half of it Function Vectors'
+# few-shot prompts), and are given another OUT:
+#     benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/rivals-in-domain 100 1 30 5 0 \
+#         "zero-shot calibration icr task-vectors function-vectors icv elicit iterative-vectors i2cl live m2iv lora-block
+#         lora-head lora-block-more prefix-tuning prompt-tuning probe-hidden probe-encoder"
 # Killed and started again it goes on; more seeds and methods may be asked for later. The small sizes are what two
-# CPU cores do in two hours. Methods without "-once" are fitted on every task's own labels: give those another OUT.
+# CPU cores do in two hours.
 set -euo pipefail
 model=$1 router=$2 out=$3
 n_test=${4:-100} tries=${5:-1} train_rows=${6:-30} train_epochs=${7:-5} seeds=${8:-"0"}
