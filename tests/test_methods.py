@@ -1,13 +1,16 @@
 """What the methods promise, over the family table (the laws of their papers' readers)."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
+from transformers import FalconH1Config
 
 import tiny
 from icrouting import records
 from icrouting.batches import pad, tokenize
-from icrouting.edits import edited, last_of, last_tokens, recorded
+from icrouting.edits import edited, last_of, last_token_variants, last_tokens, recorded
 from icrouting.evaluate import Evaluation
 from icrouting.families import CACHE, FAMILIES, branches_of, layers_of
 from icrouting.methods import Settings, make
@@ -107,6 +110,21 @@ def test_the_cached_sweep_takes_a_prompt_of_one_token(tokenizer):
         method.accuracies = torch.eye(n_layers)[layer]
         naive.append(int(scores_under(method, model, tokenizer, [":"], task)[0].argmax()) == 0)
     assert sweep(model, tokenizer, [(task, example)], vectors).tolist() == naive
+
+
+def test_a_cache_that_holds_more_than_keys_and_values_is_never_swept_wrongly():
+    """Falcon-H1's other half is a recurrent state, which would run through variants that stand side by side."""
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    model = tiny.sharp(FalconH1Config(**tiny.SIZES, **sizes, mamba_chunk_size=4))
+    ids = torch.arange(5, 16)[None]
+
+    def edit(these, place, states):  # what each variant is, in this test, is the same
+        return states
+
+    plain = model(ids).logits[0, -1]
+    with suppress(RuntimeError):  # transformers cannot repeat its cache for a row each
+        for logits in last_token_variants(model, ids[0].tolist(), 3, list(layers_of(model)), edit):
+            assert torch.allclose(logits, plain.expand_as(logits), atol=1e-4)
 
 
 def test_the_layer_is_the_best_on_validation_and_the_earliest_of_equals():

@@ -138,6 +138,8 @@ def test_a_run_in_progress_renders_and_says_what_is_missing(tmp_path):
     assert "few-shot: no records on agnews, mr, cb" in summary.unfinished
     assert "icr: no records on cb" in summary.unfinished
     assert "icr: 30 of 60 predictions on mr" in summary.unfinished
+    few = [one for one in cut if one.method != "icr" or one.index > 3]
+    assert any(line.count("predictions on") == 2 for line in summarise(few, fake_config()).unfinished)
     text = text_of((tmp_path / "run" / "report.html").read_text())
     assert "This run is not complete" in text
     assert "So far" in text

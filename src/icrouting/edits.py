@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.families import CACHE, base_of, decoder_of, device_of
 from icrouting.scoring import after_prefix, next_token_logits, run_prefix
 
 TOKEN_BUDGET = 4096
-PREFIX_BUDGET = 8192  # tokens of one prefix, times the rows that go on from it, where these have a token each
-MOST_VARIANTS = 256  # of one token, side by side
+PREFIX_BUDGET, MOST_VARIANTS = 8192, 256  # tokens of a prefix times the rows behind it; variants side by side
 Edit = Callable[[int, Tensor], Tensor]
 Editor = Callable[[Sequence[nn.Module], Edit], AbstractContextManager[None]]
 
@@ -191,21 +191,22 @@ def mean_last_outputs(
 @torch.no_grad()
 def last_token_variants(
     model: PreTrainedModel, tokens: list[int], n: int, modules: Sequence[nn.Module], edit: Any, by: Editor = edited
-) -> Float[Tensor, "n vocab"]:
-    """Returns the logits after each of `n` variants of a prompt's last token; the tokens before it are run once.
+) -> Iterator[Float[Tensor, "n_these vocab"]]:
+    """Yields, by groups, the logits after `n` variants of a prompt's last token; the tokens before it are run once.
 
-    The variants stand side by side in one row, each blind to the others, or in a row each where a layer's window
-    slides or the kernel takes no such mask. `edit` is given which of them are there, a module's place in `modules` and
-    their states [n, width], and returns the states that tell them apart.
+    A group stands side by side in one row, each blind to the others, or in a row each where a layer keeps more than
+    all keys and values, as a sliding window does, or the kernel takes no such mask. `edit` is given which of them are
+    there, a module's place in `modules` and their states [n_these, width], and returns those that tell them apart.
     """
     *prefix, last = tokens
-    cache, found = run_prefix(model, prefix) if prefix else DynamicCache(), []
-    is_shared = model.config._attn_implementation in ("sdpa", "eager") and not any(cache.is_sliding)
+    cache = run_prefix(model, prefix) if prefix else DynamicCache()
+    has_all = bool(prefix) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    is_shared = has_all and model.config._attn_implementation in ("sdpa", "eager")
     most, run = (MOST_VARIANTS, _side_by_side) if is_shared else (PREFIX_BUDGET // max(1, len(prefix)), after_prefix)
     for these in torch.arange(n).split(max(1, most)):
         with by(modules, lambda at, given, these=these: edit(these, at, given.flatten(0, 1)).view_as(given)):
-            found.append(run(model, cache, pad([[last]] * len(these), last).to(device_of(model))))
-    return torch.cat(found)
+            logits = run(model, cache, pad([[last]] * len(these), last).to(device_of(model)))
+        yield logits
 
 
 def _side_by_side(model: PreTrainedModel, prefix_cache: Cache, batch: Batch) -> Float[Tensor, "batch vocab"]:

@@ -102,19 +102,18 @@ def indirect_effects(
     Exact at the price of one pass per prompt and one token per head: the last one alone has variants, one for each
     head, and one for none.
     """
-    n_patches, rises = means[..., 0].numel() + 1, []
+    n, patch, rises = means[..., 0].numel() + 1, partial(_patched, means), []
     for text, answer in track(prompts, "function vectors", [1] * len(prompts), "prompts"):
         (tokens,) = tokenize(tokenizer, [text], context_length(model))
-        where = _projections(model), partial(_patched, means), edited_inputs
-        probabilities = last_token_variants(model, tokens, n_patches, *where).softmax(-1)[:, answer].cpu()
+        found = last_token_variants(model, tokens, n, _projections(model), patch, edited_inputs)
+        probabilities = torch.cat([logits.softmax(-1)[:, answer].cpu() for logits in found])
         rises.append(probabilities[:-1] - probabilities[-1])  # the last one's head lies beyond the last layer
     return torch.stack(rises).mean(0).view(means.shape[:2])
 
 
 def _patched(means: Tensor, patches: Int[Tensor, "n"], layer: int, given: Tensor) -> Tensor:
     """What a layer's heads give, with the mean in place of one head's output in each patch that is this layer's."""
-    heads = patches - layer * means.shape[1]
-    rows = ((heads >= 0) & (heads < means.shape[1])).nonzero()[:, 0]
+    rows, heads = (patches // len(means[0]) == layer).nonzero()[:, 0], patches % len(means[0])
     patched = given.unflatten(-1, means.shape[1:]).clone()
     patched[rows, heads[rows]] = means[layer, heads[rows]].to(given)
     return patched.flatten(1)

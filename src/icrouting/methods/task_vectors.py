@@ -90,6 +90,6 @@ def sweep(
         prompt = task.prompt(example)
         ids = option_ids(tokenizer, prompt, task.options(example))
         (tokens,) = tokenize(tokenizer, [prompt], context_length(model))
-        logits = last_token_variants(model, tokens, len(vectors), list(layers_of(model)), replace)
-        hits += (logits[:, ids].argmax(1) == example.label).cpu()
+        found = last_token_variants(model, tokens, len(vectors), list(layers_of(model)), replace)
+        hits += torch.cat([(logits[:, ids].argmax(1) == example.label).cpu() for logits in found])
     return hits / max(1, len(items))
