@@ -26,7 +26,8 @@ HEAD = """# Results
 Made from [`benchmarks/results`](../benchmarks/results) by `python docs/results.py`; every table names its command,
 commit, seeds and what was cut short. The twelve-task runs come from
 [`twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in [`routers`](../routers);
-the rivals' and the controls' runs come from [`rivals.sh`](../benchmarks/recipes/rivals.sh), and [who wins where](who-wins.md) reads them.
+the rivals' and the controls' runs come from [`rivals.sh`](../benchmarks/recipes/rivals.sh), and
+[who wins where](who-wins.md) reads them.
 """
 
 
