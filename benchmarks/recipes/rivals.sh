@@ -7,7 +7,8 @@
 # With "" for ROUTER, ICR's own controls are fitted on TRAIN_ROWS queries of a task; else as ROUTER was:
 #     benchmarks/recipes/rivals.sh pinned:smollm2-135m "" runs/controls-once 100 1 30 5 0 \
 #         "zero-shot icr-random-basis-once icr-constant-once icr-refit-once"
-# Methods without "-once" are fitted on every task's own labels (two hours on two cores), and are given another OUT:
+# Methods without "-once" are fitted on every task's own labels (two and a half hours of fits on two
+# busy cores), and are given another OUT:
 #     benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/rivals-in-domain 100 1 30 5 0 \
 #         "zero-shot calibration icr task-vectors function-vectors icv elicit iterative-vectors i2cl live m2iv lora-block
 #         lora-head lora-block-more prefix-tuning prompt-tuning probe-hidden probe-encoder"

@@ -20,6 +20,7 @@ TOKEN_BUDGET = 4096
 PREFIX_BUDGET, MOST_VARIANTS = 8192, 256  # tokens of a prefix times the rows behind it; variants side by side
 Edit = Callable[[int, Tensor], Tensor]
 Editor = Callable[[Sequence[nn.Module], Edit], AbstractContextManager[None]]
+Vary = Callable[[Int[Tensor, "n"], int, Tensor], Tensor]
 
 
 @contextmanager
@@ -190,7 +191,7 @@ def mean_last_outputs(
 
 @torch.no_grad()
 def last_token_variants(
-    model: PreTrainedModel, tokens: list[int], n: int, modules: Sequence[nn.Module], edit: Any, by: Editor = edited
+    model: PreTrainedModel, tokens: list[int], n: int, modules: Sequence[nn.Module], edit: Vary, by: Editor = edited
 ) -> Iterator[Float[Tensor, "n_these vocab"]]:
     """Yields, by groups, the logits after `n` variants of a prompt's last token; the tokens before it are run once.
 

@@ -99,8 +99,7 @@ def indirect_effects(
 ) -> Float[Tensor, "n_layers n_heads"]:
     """Returns how far the probability of a prompt's answer token rises, on average, when one head gives its mean.
 
-    Exact at the price of one pass per prompt and one token per head: the last one alone has variants, one for each
-    head, and one for none.
+    Exact at the price of one pass per prompt, and of a variant of its last token for each head and one for none.
     """
     n, patch, rises = means[..., 0].numel() + 1, partial(_patched, means), []
     for text, answer in track(prompts, "function vectors", [1] * len(prompts), "prompts"):
