@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from icrouting.config import Settings
+from icrouting.methods import controls
 from icrouting.methods.base import Method
 from icrouting.methods.calibration import Calibration
-from icrouting.methods.controls import CONTROLS
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.function_vectors import FunctionVectors
 from icrouting.methods.i2cl import I2CL
@@ -26,7 +26,9 @@ LEARNING: tuple[type[Method], ...] = (
     *(TaskVectors, FunctionVectors, ICV, Elicit, IterativeVectors),
     *(I2CL, Live, M2IV),
     *(LoraBlock, LoraHead, LoraBlockMore, PrefixTuning, PromptTuning),
-    *(*CONTROLS, ProbeHidden, ProbeEncoder),
+    *(controls.Refit, controls.RandomBasis, controls.LearnedDirections, controls.ConstantFeatures),
+    *(controls.RandomFeatures, controls.UniformAlpha, controls.UniformGates),
+    *(ProbeHidden, ProbeEncoder),
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
     **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr, IcrGated)},

@@ -148,6 +148,3 @@ class UniformGates(Refit):
 
     name = "icr-uniform-gates"
     kind = _uniform("gamma", 2, is_trained=False)
-
-
-CONTROLS = Refit, RandomBasis, LearnedDirections, ConstantFeatures, RandomFeatures, UniformAlpha, UniformGates
