@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from icrouting.batches import context_length, tokenize
@@ -110,21 +111,13 @@ class ProbeEncoder(Probe):
 def logistic_regression(
     features: Float[Tensor, "n n_features"], labels: Int[Tensor, "n"], n_classes: int, C: float
 ) -> tuple[Float[Tensor, "n_classes n_features"], Float[Tensor, "n_classes"]]:
-    """Returns weight and bias that minimise C * (sum of cross-entropies) + |weight|^2 / 2, in float64."""
-    features, n = features.double(), len(labels)
-    weight, bias = features.new_zeros(n_classes, features.shape[1]), features.new_zeros(n_classes)
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        found = torch.nn.functional.cross_entropy(features @ weight.mT + bias, labels)
-        found = found + weight.square().sum() / (2 * C * n)
-        found.backward()
-        return found
-
-    with torch.enable_grad():
-        optimizer.step(loss)  # pyright: ignore[reportArgumentType]
-    return weight.detach(), bias.detach()
+    """Returns weight and bias that minimise C * (sum of cross-entropies) + |weight|^2 / 2; -inf for unseen classes."""
+    seen = labels.unique()
+    # for two classes scikit-learn fits one weight in place of two opposite halves, which have half its penalty
+    signs = torch.tensor([[-0.5], [0.5]]) if len(seen) == 2 else torch.eye(len(seen))
+    found = LogisticRegression(C=2 * C if len(seen) == 2 else C, tol=1e-7, max_iter=10_000)
+    found.fit(features.double().numpy(), labels.numpy())
+    weight, bias = torch.zeros(n_classes, features.shape[1]).double(), torch.full((n_classes,), -torch.inf).double()
+    weight[seen] = signs.double() @ torch.tensor(found.coef_)
+    bias[seen] = signs.double() @ torch.tensor(found.intercept_)
+    return weight, bias
