@@ -170,6 +170,16 @@ def test_only_what_may_mean_a_dead_process_is_called_one(error, kind, said, monk
         processes.total(torch.ones(2))
 
 
+def test_a_process_leaves_its_group_before_its_interpreter_ends(capfd):
+    script = "import atexit, os, torch.distributed as group; from icrouting import processes; "
+    script += "say = lambda when: os.write(1, f'{when} {group.is_initialized()}\\n'.encode()); "
+    script += "atexit.register(say, 'end'); processes.wait(); say('joined')"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29535"]
+    done = subprocess.run([*launcher, "--no-python", sys.executable, "-c", script], timeout=240)
+    said = sorted(capfd.readouterr().out.split("\n"))
+    assert (done.returncode, said) == (0, ["", "end False", "end False", "joined True", "joined True"])
+
+
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
 def test_both_launchers_start_it(launcher, world, encoder_folder, tmp_path):  # noqa: F811
     how = {

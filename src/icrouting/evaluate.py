@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting import records
 from icrouting.batches import tokenize
 from icrouting.methods import Method
-from icrouting.processes import first_one_first, here, joined, mine, wait
+from icrouting.processes import here, joined, mine, wait
 from icrouting.progress import track
 from icrouting.prompts import Prompt
 from icrouting.records import Record
@@ -87,9 +87,11 @@ class Evaluation:
         self.refused = dict(joined(list(self.refused.items())))
 
     def _fit_together(self, seed: int, tasks: Sequence[Task]) -> None:
-        """Fits once for all processes: the first one learns, the others take that up and share tasks to learn."""
-        with first_one_first():
-            self.fit(seed)
+        """Fits once for all processes: each learns its share of methods and of tasks, and takes up the others'."""
+        if here().num_processes > 1:
+            self.fit(seed, mine(self.methods))
+            wait()
+        self.fit(seed)
         if here().num_processes > 1:
             for task in mine(tasks):
                 for method in self.methods:
@@ -97,12 +99,12 @@ class Evaluation:
                         method.on(task)
             wait()
 
-    def fit(self, seed: int) -> None:
-        """Lets every method learn what it learns, each with a draw of its own that no other method moves.
+    def fit(self, seed: int, methods: Sequence[Method] | None = None) -> None:
+        """Lets methods (None: all) learn what they learn, each with a draw of its own that no other method moves.
 
         One that cannot (ValueError) is left out of the run, which says why.
         """
-        for method in self.methods:
+        for method in self.methods if methods is None else methods:
             if method.seed == seed:
                 continue
             method.seed = seed

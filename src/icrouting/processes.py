@@ -4,6 +4,7 @@ The engine is accelerate's. Started by `accelerate launch` or `torchrun`, every 
 that was started by hand is alone, and everything here leaves things as they are.
 """
 
+import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +27,10 @@ def here() -> PartialState:
     """Returns the place of this process; joins the others on the first call."""
     if PartialState._shared_state:
         return PartialState()
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+    if state.backend == "gloo":  # whose threads abort an interpreter that ends before them (pytorch #190489)
+        atexit.register(state.destroy_process_group)
+    return state
 
 
 @contextmanager
