@@ -12,6 +12,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUNS = {
     "smollm2-135m": "SmolLM2-135M-Instruct, all twelve tasks",
     "smollm2-135m-rivals-once": "SmolLM2-135M-Instruct, every rival fitted once on the five source tasks",
+    "smollm2-135m-rivals-in-domain": "SmolLM2-135M-Instruct, every rival fitted on each task",
     "smollm2-135m-gated": "SmolLM2-135M-Instruct, ICR behind a gate",
     "smollm2-135m-controls-once": "SmolLM2-135M-Instruct, ICR and its controls at the rivals' budget",
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, all twelve tasks",
