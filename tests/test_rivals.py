@@ -9,7 +9,6 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny
-from icrouting.families import decoder_of
 from icrouting.fits import fit_costs
 from icrouting.methods import LEARNING, Settings, make
 from icrouting.methods.controls import Refit
@@ -32,9 +31,9 @@ def small(encoder_folder):
     return Settings(**SMALL, encoder=str(encoder_folder))
 
 
-def fitted(kind, model, tokenizer, settings):
+def fitted(kind, model, tokenizer, settings, task=TASK, seed=0):
     method = kind(settings)
-    method.fit(model, tokenizer, [TASK], np.random.default_rng(0))
+    method.fit(model, tokenizer, [task], np.random.default_rng(seed))
     return method
 
 
@@ -70,8 +69,33 @@ def test_fit_apply_leave_save_load(kind, family, tokenizer, small, tmp_path):
     assert after.keys() == before.keys()
     assert all(torch.equal(weight, before[name]) for name, weight in after.items())
     assert not any(weight.requires_grad or weight.grad is not None for weight in model.parameters())
-    assert not decoder_of(model)._forward_hooks
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
     assert again.cost == method.cost
+
+
+@EVERY
+def test_a_fit_is_made_by_its_seed_and_by_no_test_row(kind, tokenizer, small):
+    model, spoilt = tiny.model("llama"), [replace(row, fields={"text": "?"}, label=0) for row in TASK.test]
+    method = fitted(kind, model, tokenizer, small)
+    again = fitted(kind, model, tokenizer, small, replace(TASK, test=tuple(spoilt)))
+    other = fitted(kind, model, tokenizer, small, seed=1)
+    assert_same(method, again)
+    if not kind.draws:
+        assert_same(method, other)
+
+
+@EVERY
+def test_what_is_in_force_is_the_best_that_was_tried_and_all_of_it_is_kept(kind, tokenizer, small):
+    method = fitted(kind, tiny.model("llama"), tokenizer, small)
+    if method.tried:
+        assert method.validated() == pytest.approx(max(tried["accuracy"] for tried in method.tried))
+    assert {name for name, value in vars(method).items() if isinstance(value, torch.Tensor)} <= set(kind.learned)
+
+
+def assert_same(method, other):
+    assert method.tensors().keys() == other.tensors().keys()
+    for name, tensor in method.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name]), name
 
 
 @EVERY
