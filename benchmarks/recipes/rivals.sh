@@ -6,12 +6,16 @@
 # For instance benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/rivals-once
 # With "" for ROUTER, ICR's own controls are fitted on TRAIN_ROWS queries of a task; else as ROUTER was:
 #     benchmarks/recipes/rivals.sh pinned:smollm2-135m "" runs/controls-once 100 1 30 5 0 \
-#         "zero-shot icr-random-basis-once icr-constant-once icr-refit-once"
+#         "zero-shot icr-refit-once icr-random-basis-once icr-learned-directions-once icr-constant-once
+#         icr-random-features-once icr-uniform-alpha-once icr-uniform-gates-once prefix-tuning-once"
 # Methods without "-once" are fitted on every task's own labels (two and a half hours of fits on two
 # busy cores), and are given another OUT:
 #     benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/rivals-in-domain 100 1 30 5 0 \
 #         "zero-shot calibration icr task-vectors function-vectors icv elicit iterative-vectors i2cl live m2iv lora-block
 #         lora-head lora-block-more prefix-tuning prompt-tuning probe-hidden probe-encoder"
+# Linear probes with as many labels as the router has seen:
+#     benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/probes 100 12 1000 10 0 \
+#         "zero-shot icr probe-hidden probe-encoder"
 # Killed and started again it goes on; more seeds and methods may be asked for later. The small sizes are what two
 # CPU cores do in two hours.
 set -euo pipefail
