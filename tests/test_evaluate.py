@@ -2,6 +2,7 @@ import errno
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 from filelock import FileLock
 
 import tiny
-from icrouting import cli, records, runs
+from icrouting import cli, evaluate, records, runs
 from icrouting.evaluate import Evaluation, draw_items
 from icrouting.methods import METHODS, Settings, make
+from icrouting.methods.prompting import ZeroShot
 from icrouting.methods.regimes import regimes
 from icrouting.tasks import Task
 
@@ -279,6 +281,27 @@ def test_the_documented_methods_run_as_written(tokenizer, tmp_path):
     assert found[0][0].n_tokens > plain[0].n_tokens
     assert all(pair[0].option_logits != plain[0].option_logits for pair in found)
     assert len(methods[2].on(TASKS[0]).tried) == 3
+
+
+def test_processes_share_out_what_is_fitted_once(tokenizer, tmp_path, monkeypatch):
+    order = []
+
+    class Learner(ZeroShot):
+        def learn(self, rng):
+            order.append(self.name)
+            if self.name == "second":
+                raise ValueError("it cannot")
+
+    methods = [Learner(Settings()) for _ in range(4)]
+    for method, name in zip(methods, ("first", "second", "third", "fourth"), strict=True):
+        method.name = name
+    monkeypatch.setattr(evaluate, "here", lambda: SimpleNamespace(num_processes=2, process_index=1))
+    monkeypatch.setattr(evaluate, "mine", lambda items: items[1::2])
+    monkeypatch.setattr(evaluate, "joined", lambda items: order.append("joined") or [*items, ("third", "nor can it")])
+    monkeypatch.setattr(evaluate, "wait", lambda: None)
+    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none")
+    evaluation._fit_together(0, [])
+    assert order == ["second", "fourth", "joined", "first"]  # what another process could not fit is not tried again
 
 
 def test_one_process_that_outlived_the_others_of_its_run_keeps_another_run_out(tmp_path):

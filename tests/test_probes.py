@@ -52,12 +52,13 @@ def test_the_minimum_is_that_of_the_textbook_loss(C, n_classes):
 def test_a_class_without_a_row_is_never_answered():
     features, labels = blobs(2)
     weight, bias = logistic_regression(features, labels, 4, 1.0)
+    assert bias[2:].tolist() == [-np.inf, -np.inf]
     assert set((features.double() @ weight.mT + bias).argmax(1).tolist()) == {0, 1}
 
 
 def test_rows_of_one_class_are_refused():
     features, labels = blobs(1)
-    with pytest.raises(ValueError, match="at least 2 classes"):
+    with pytest.raises(ValueError, match="have one only"):
         logistic_regression(features, labels, 2, 1.0)
 
 

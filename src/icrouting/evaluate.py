@@ -90,7 +90,7 @@ class Evaluation:
         """Fits once for all processes: each learns its share of methods and of tasks, and takes up the others'."""
         if here().num_processes > 1:
             self.fit(seed, mine(self.methods))
-            wait()
+            self._unfit = dict(joined(list(self._unfit.items())))
         self.fit(seed)
         if here().num_processes > 1:
             for task in mine(tasks):
@@ -105,7 +105,7 @@ class Evaluation:
         One that cannot (ValueError) is left out of the run, which says why.
         """
         for method in self.methods if methods is None else methods:
-            if method.seed == seed:
+            if method.seed == seed or method.name in self._unfit:
                 continue
             method.seed = seed
             drawn = f"-seed{seed}" if method.draws else ""

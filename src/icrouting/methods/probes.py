@@ -45,22 +45,21 @@ class Probe(Method, ABC):
             raise ValueError(f"a probe learns one task's labels, got {len(self.sources)} tasks: fit one for each")
         (task,) = self.sources
         rows = [task.train[i] for i in rng.permutation(len(task.train))[: self.settings.train_rows]]
-        held = list(task.validation)
-        features = self.features([task.prompt(row) for row in (*rows, *held)])
-        labels = torch.tensor([row.label for row in (*rows, *held)])
-        n_options = [len(task.options(row)) for row in (*rows, *held)]
-        n, n_classes = len(rows), max(n_options)
+        every, n = [*rows, *task.validation], len(rows)
+        features = self.features([task.prompt(row) for row in every])
+        labels = torch.tensor([row.label for row in every])
+        n_options = [len(task.options(row)) for row in every]
         self._held = features[n:], n_options[n:], labels[n:]
         mean, std = features[:n].double().mean(0), features[:n].double().std(0, correction=0)
         std[std <= 1e-6 * mean.abs()] = torch.inf  # a channel that only rounding moves is left out
 
         def build(C: float) -> dict[str, Tensor]:
-            weight, bias = logistic_regression((features[:n] - mean) / std, labels[:n], n_classes, C)
+            weight, bias = logistic_regression((features[:n] - mean) / std, labels[:n], max(n_options), C)
             weight = weight / std
             return {"weight": weight.float(), "bias": (bias - weight @ mean).float()}
 
         self.choose([{"C": C} for C in STRENGTHS], build)
-        self.n_labelled, self.n_trained = len(features), self.weight.numel() + self.bias.numel()
+        self.n_labelled, self.n_trained = n + self.n_validation, self.weight.numel() + self.bias.numel()
 
     def validated(self) -> float:
         """Returns the accuracy on the validation rows; the model need not run for it."""
@@ -113,11 +112,12 @@ def logistic_regression(
 ) -> tuple[Float[Tensor, "n_classes n_features"], Float[Tensor, "n_classes"]]:
     """Returns weight and bias that minimise C * (sum of cross-entropies) + |weight|^2 / 2; -inf for unseen classes."""
     seen = labels.unique()
+    if len(seen) < 2:
+        raise ValueError("a probe tells labels apart, and its training rows have one only: give it more rows")
     # for two classes scikit-learn fits one weight in place of two opposite halves, which have half its penalty
     signs = torch.tensor([[-0.5], [0.5]]) if len(seen) == 2 else torch.eye(len(seen))
     found = LogisticRegression(C=2 * C if len(seen) == 2 else C, tol=1e-7, max_iter=10_000)
     found.fit(features.double().numpy(), labels.numpy())
     weight, bias = torch.zeros(n_classes, features.shape[1]).double(), torch.full((n_classes,), -torch.inf).double()
-    weight[seen] = signs.double() @ torch.tensor(found.coef_)
-    bias[seen] = signs.double() @ torch.tensor(found.intercept_)
+    weight[seen], bias[seen] = (signs.double() @ torch.tensor(part) for part in (found.coef_, found.intercept_))
     return weight, bias
