@@ -15,7 +15,7 @@ RUNS = {
     "smollm2-135m-rivals-in-domain": "SmolLM2-135M-Instruct, every rival fitted on each task",
     "smollm2-135m-gated": "SmolLM2-135M-Instruct, ICR behind a gate",
     "smollm2-135m-controls-once": "SmolLM2-135M-Instruct, ICR and its controls at the rivals' budget",
-    "smollm2-135m-probes": "SmolLM2-135M-Instruct, ICR beside linear probes with as many labels",
+    "smollm2-135m-probes": "SmolLM2-135M-Instruct, ICR beside linear probes with as many rows as queries",
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, all twelve tasks",
     "qwen2.5-coder-0.5b-shots": "Qwen2.5-Coder-0.5B, few-shot prompts",
     "qwen2.5-coder-0.5b-one-seed": "Qwen2.5-Coder-0.5B, ICR behind a gate, and I2CL",
