@@ -19,6 +19,7 @@ RUNS = {
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, all twelve tasks",
     "qwen2.5-coder-0.5b-shots": "Qwen2.5-Coder-0.5B, few-shot prompts",
     "qwen2.5-coder-0.5b-one-seed": "Qwen2.5-Coder-0.5B, ICR behind a gate, and I2CL",
+    "qwen2.5-coder-0.5b-rivals-once": "Qwen2.5-Coder-0.5B, rivals fitted once",
     "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B, all twelve tasks",
     "demo": "The demo, SmolLM2-135M-Instruct on seven tasks",
 }
