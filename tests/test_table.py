@@ -1,3 +1,6 @@
+import dataclasses
+import math
+
 from rich.console import Console
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, many_methods
@@ -55,3 +58,11 @@ def test_a_method_that_lacks_tasks_is_ranked_last():
     best = ranked(summarise(records, config))[0].name
     lacking = [record for record in records if (record.method, record.task) != (best, "cb")]
     assert ranked(summarise(lacking, config))[-1].name == best
+
+
+def test_a_time_that_was_not_measured_is_no_number():
+    untimed = {"icr": {"seconds": math.nan}}
+    found = [dataclasses.replace(record, **untimed.get(record.method, {})) for record in ICR_LOSES_ON_MR]
+    summary = summarise(found, fake_config())
+    (times,) = (line for line in grid(summary, summary.methods) if line[0] == "ms per example")
+    assert [text == NONE for text in times[1:-2]] == [method.name == "icr" for method in summary.methods]

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from math import isnan
 from typing import Any
 
 from rich.console import Group
@@ -42,7 +43,7 @@ def grid(summary: Summary, methods: Sequence[Method]) -> list[list[str]]:
         lines.append([row.title, *texts, points(row.chance), points(row.majority)])
     costs = {
         f"below {BASELINE}": [collapse(method) for method in methods],
-        "ms per example": [f"{1000 * method.seconds:.1f}" for method in methods],
+        "ms per example": [NONE if isnan(s := method.seconds) else f"{1000 * s:.1f}" for method in methods],
         "tokens per example": [f"{method.n_tokens:.0f}" for method in methods],
     }
     return [*lines, *([title, *texts, "", ""] for title, texts in costs.items())]
