@@ -18,6 +18,10 @@ from icrouting.storage import load_json, save_json
 
 def run(folders: list[Path], pairs: list[str], out: Path, without: list[str]) -> None:
     roles = {task["name"]: task["role"] for task in load_json(folders[0] / "config.json")["tasks"]}
+    configs = [load_json(folder / "config.json") for folder in folders]
+    for name in ("rows", "fingerprint", "dtype"):
+        if len(found := {str(config.get(name)) for config in configs}) > 1:
+            raise SystemExit(f"the runs differ in {name} ({', '.join(sorted(found))}): their records are no pairs")
     by_method: dict[str, list] = {}
     for key, record in {r.key: r for folder in folders for r in records.read(folder / "records.jsonl")}.items():
         by_method.setdefault(key[0], []).append(record)

@@ -83,18 +83,22 @@ def gated(found, inside):
     return [dataclasses.replace(record, method="gated") for record in chosen]
 
 
-def gain(kept, plain, tasks) -> dict[str, float]:
-    """The mean paired gain over tasks in points with its interval, and how many lose significantly (Holm)."""
-    lines, p_values = [], {}
+def gain(kept, plain, tasks) -> dict[str, object]:
+    """The mean paired gain over tasks in points, its interval and seeds, and how many lose significantly (Holm)."""
+    lines, p_values, by_seed = [], {}, []
     for task in tasks:
         own, base = (metrics.frame(r for r in side if r.task == task) for side in (kept, plain))
         found = metrics.difference(own, base)
         lines.append({"gain": found.value, "gain_low": found.low, "gain_high": found.high})
         p_values[task] = metrics.mcnemar(own, base)
+        by_seed.append(metrics.paired(own, base).groupby("seed").change.mean())
     corrected = metrics.holm(pd.Series(p_values))
     n_lost = sum(line["gain"] < 0 and p < 0.05 for line, p in zip(lines, corrected, strict=True))
     mean = metrics.mean(pd.DataFrame(lines), "gain")
-    return {**{k: round(100 * getattr(mean, k), 1) for k in ("value", "low", "high")}, "significantly below": n_lost}
+    found = {name: round(100 * getattr(mean, name), 1) for name in ("value", "low", "high")}
+    if len(seeds := pd.concat(by_seed, axis=1).mean(axis=1)) > 1:
+        found["by seed"] = [round(100 * gain, 1) for gain in seeds]
+    return {**found, "significantly below": n_lost}
 
 
 def run(folder: Path, data: str, out: Path, without: Path | None) -> None:

@@ -1,3 +1,5 @@
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -117,6 +119,28 @@ def test_mcnemar_seldom_rejects_without_an_effect():
         mine, theirs = rng.random(40) < 0.6, rng.random(40) < 0.6
         n_rejected += metrics.mcnemar(over_seeds(mine, 3), over_seeds(theirs, 3)) < metrics.SIGNIFICANCE
     assert n_rejected / N_SIMULATED <= 1 - LEAST_COVERAGE
+
+
+def test_mcnemar_seldom_rejects_where_seeds_move_a_method_about_an_equal_baseline():
+    rng, n_rejected, n = np.random.default_rng(13), 0, 200
+    for _ in range(N_SIMULATED):  # a vote per item rejects a fifth of these
+        right = rng.random(n) < 0.8
+        theirs = over_seeds(right, 3)
+        turned = [np.where(right, rng.random(n) > 0.1, rng.random(n) < 0.4) for _ in range(3)]
+        ours = pd.concat([answers(turned[seed], seed=seed) for seed in range(3)])
+        n_rejected += metrics.mcnemar(ours, theirs) < metrics.SIGNIFICANCE
+    assert n_rejected / N_SIMULATED <= 1 - LEAST_COVERAGE
+
+
+def test_mcnemar_over_seeds_counts_all_flips_of_the_items_signs():
+    rng = np.random.default_rng(14)
+    for n in (1, 4, 9):
+        mine, theirs = rng.random((3, n)) < 0.6, rng.random(n) < 0.5
+        ours = pd.concat([answers(mine[seed], seed=seed) for seed in range(3)])
+        changes = mine.sum(0) - 3 * theirs.astype(int)
+        totals = [abs(np.dot(signs, changes)) for signs in product([-1, 1], repeat=n)]
+        expected = np.mean(np.array(totals) >= abs(changes.sum()))
+        assert metrics.mcnemar(ours, over_seeds(theirs, 3)) == pytest.approx(expected)
 
 
 def test_holm_keeps_the_order_and_never_lowers():

@@ -1,8 +1,8 @@
 """Metrics: accuracy, macro-F1, paired gains and chance levels with their intervals, from records alone.
 
-Several seeds may draw the same test item, and a method without randomness then answers it alike each
-time. So the unit of every interval and test is the item: one that was met three times is not three items.
-The intervals hold for the seeds that were run; three seeds are too few to estimate how seeds differ.
+All seeds ask the same test items, and a method without randomness then answers them alike each time. So the
+unit of every interval and test is the item: one that was met three times is not three items. They hold for the
+draws that were made; three seeds are too few to estimate how draws differ, so each seed's figures stand beside.
 `records` is what `frame` makes of them.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from icrouting.records import Record
 
@@ -100,9 +100,9 @@ def _mean_f1(counts: Float[np.ndarray, "draws 2 n_options"]) -> Float[np.ndarray
 
 
 def paired(records: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """Returns the item of each pair on the same task, seed and index, and its `change`: 1 won, -1 lost, else 0."""
+    """Returns item, seed and `change` (1 won, -1 lost, else 0) of each pair on the same task, seed and index."""
     before = records.pair.map(dict(zip(baseline.pair, baseline.right, strict=True)))
-    return pd.DataFrame({"item": records["item"], "change": records.right - before}).dropna()
+    return records[["item", "seed"]].assign(change=records.right - before).dropna()
 
 
 def difference(records: pd.DataFrame, baseline: pd.DataFrame) -> Estimate:
@@ -125,14 +125,19 @@ def difference(records: pd.DataFrame, baseline: pd.DataFrame) -> Estimate:
 
 
 def mcnemar(records: pd.DataFrame, baseline: pd.DataFrame) -> float:
-    """Returns the two-sided p-value of McNemar's exact test.
+    """Returns the two-sided p-value of McNemar's exact test: under no effect every change has either sign alike.
 
-    Each item votes once: won or lost over all its seeds together. With one seed this is McNemar's test,
-    with several it stays exact, because under no effect every item's sign is a fair coin.
+    Where items repeat over seeds, it is the sum of an item's changes that has either sign alike, and weighs by its
+    size; an item won once in three seeds is not as much as one won in all.
     """
-    votes = paired(records, baseline).groupby("item", sort=False).change.sum()
-    n_won, n_lost = int((votes > 0).sum()), int((votes < 0).sum())
-    return float(binomtest(n_won, n_won + n_lost).pvalue) if n_won + n_lost else 1.0
+    changes = paired(records, baseline).groupby("item", sort=False).change.sum().to_numpy(dtype=int)
+    law = np.ones(1)  # of the total, from its least value on
+    for size, count in enumerate(np.bincount(np.abs(changes))[1:], start=1):
+        flips = np.zeros(2 * size * count + 1)
+        flips[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        law = np.convolve(law, flips)
+    is_as_far = np.abs(np.arange(len(law)) - len(law) // 2) >= abs(changes.sum())
+    return min(1.0, float(law[is_as_far].sum()))
 
 
 def holm(p_values: pd.Series) -> pd.Series:

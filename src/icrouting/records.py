@@ -24,7 +24,7 @@ class Record:
     Attributes:
         method: the method's name.
         task: the task's name.
-        seed: the run's seed (it draws the test items and the demonstrations).
+        seed: the run's seed, of the demonstrations and fits; all seeds ask the same items.
         index: the item's position in the task's test split.
         label: index of the right option.
         prediction: index of the option with the highest logit.

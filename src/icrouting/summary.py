@@ -58,7 +58,8 @@ class Summary:
         rows: each section's tasks and their mean, then the means over the unseen and over all tasks.
         lines: by kind, name and method: accuracy and gain, the paired difference to the baseline; on a task also the
             gain's `direction` (1 or -1 where significant, else 0), `p_holm` corrected over the method's tasks,
-            `confusion` counts by label (rows) and prediction, median `seconds` and mean `n_tokens`. An estimate `x`
+            `confusion` counts by label (rows) and prediction, median `seconds` and mean `n_tokens`. `by_seed` is each
+            seed's accuracy, `gain_by_seed` its gain (of a mean, where all tasks have as many seeds). An estimate `x`
             has its interval from `x_low` to `x_high` and its n in `x_n`; one that cannot be had is NaN with n = 0.
         rivals: by method: its paired lead over the headline, the mean over the tasks that both have.
         unfinished: what the records lack, in words; empty for a complete run.
@@ -149,6 +150,7 @@ def _cell(method: str, task: str, by_cell: Cells) -> dict[str, Any]:
         "seconds": records.seconds.median(),
         "n_tokens": records.n_tokens.mean(),
         "by_seed": records.groupby("seed").right.mean().tolist(),
+        "gain_by_seed": metrics.paired(records, baseline).groupby("seed").change.mean().tolist(),
         "confusion": metrics.confusion(records).tolist(),
     }
 
@@ -160,7 +162,10 @@ def _means(cells: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> pd.DataF
         for group, tasks in groups.items():
             members = found.set_index("name").reindex(tasks)
             accuracy, gain = (metrics.mean(members, name).columns(name) for name in ("accuracy", "gain"))
-            means.append({"kind": "mean", "name": group, "method": method, **accuracy, **gain})
+            shares = [found for found in members.gain_by_seed.dropna() if found]
+            by_seed = np.mean(shares, axis=0).tolist() if len(set(map(len, shares))) == 1 else []
+            mean = {"kind": "mean", "name": group, "method": method, "gain_by_seed": by_seed}
+            means.append({**mean, **accuracy, **gain})
     return pd.DataFrame(means).query("accuracy_n > 0")
 
 

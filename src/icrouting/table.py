@@ -17,6 +17,10 @@ LEGEND = (
     f"{ABOVE} {BELOW} significantly above or below {BASELINE} (McNemar's exact test, Holm-corrected over a "
     f"method's tasks, p < 0.05). {AT_CHANCE} not significantly above chance (one-sided binomial test)."
 )
+DRAWS = (
+    "Intervals and tests are over items, for the draws that were made. How draws differ is in the gains by seed; a "
+    "method that is missing there answers all seeds alike, by one fit or none."
+)
 WIDE = 7  # methods; more are lines rather than columns
 CSV_COLUMNS = (
     *("kind", "name", "method", "n", "accuracy", "accuracy_low", "accuracy_high"),
@@ -35,6 +39,24 @@ def collapse(method: Method) -> str:
     return f"{method.n_collapsed} ({method.n_collapsed_significantly} sig.)" if method.n_compared else NONE
 
 
+def milliseconds(seconds: float) -> str:
+    """Returns a time in ms, or a dash where none was measured."""
+    return NONE if isnan(seconds) else f"{1000 * seconds:.1f}"
+
+
+def seeds(summary: Summary) -> list[list[str]]:
+    """Returns each seed's mean gain of the methods that seeds move, under a heading; empty where there are none."""
+    groups = [row for row in summary.rows if row.kind == "mean"]
+    lines = []
+    for method in summary.methods:
+        found = [summary.line("mean", row.name, method.name) for row in groups]
+        gains = [[] if line is None else line.gain_by_seed for line in found]
+        if any(len(set(shares)) > 1 for shares in gains):
+            texts = [" ".join(points(share, is_signed=True) for share in shares) or NONE for shares in gains]
+            lines.append([label(method.name), *texts])
+    return [["gain by seed", *(row.title for row in groups)], *lines] if lines else []
+
+
 def grid(summary: Summary, methods: Sequence[Method]) -> list[list[str]]:
     """Returns the table as text: a heading, a line a task and mean, then collapse and cost."""
     lines = [["task", *(label(method.name) for method in methods), "chance", "majority"]]
@@ -43,7 +65,7 @@ def grid(summary: Summary, methods: Sequence[Method]) -> list[list[str]]:
         lines.append([row.title, *texts, points(row.chance), points(row.majority)])
     costs = {
         f"below {BASELINE}": [collapse(method) for method in methods],
-        "ms per example": [NONE if isnan(s := method.seconds) else f"{1000 * s:.1f}" for method in methods],
+        "ms per example": [milliseconds(method.seconds) for method in methods],
         "tokens per example": [f"{method.n_tokens:.0f}" for method in methods],
     }
     return [*lines, *([title, *texts, "", ""] for title, texts in costs.items())]
