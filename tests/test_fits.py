@@ -21,7 +21,7 @@ TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("fits"), tiny.model("llama")
-    settings = Settings(demos_per_class=2, i2cl_epochs=3)
+    settings = Settings(demos_per_class=2, i2cl_epochs=3, tries=1)
     for method in make(["task-vectors", "task-vectors-once", "i2cl"], settings):
         file = folder / f"{method.name}-seed0.safetensors"
         method.fit(model, tokenizer, TASKS, np.random.default_rng(0), file)

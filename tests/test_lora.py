@@ -288,3 +288,10 @@ def test_without_peft_its_extra_is_named(tokenizer, monkeypatch):
     with pytest.raises(ValueError, match=r"pip install 'icrouting\[peft\]'") as raised:
         fitted(LoraBlock, tiny.model("llama"), tokenizer)
     assert "\n" not in str(raised.value)
+
+
+def test_the_cost_counts_every_pass_whole_or_late(tokenizer):
+    method = fitted(LoraBlockMore, tiny.model("llama"), tokenizer)
+    n_held = len(TASK.validation)
+    assert method.cost["backwards"] == 2 * 7
+    assert method.cost["forwards"] == (7 + n_held) + 2 * (7 + n_held)

@@ -30,7 +30,7 @@ def prompts_of(task, n=7):
 
 
 def fitted(kind, model, tokenizer, tasks=(TASK,), **changes):
-    method = kind(Settings(**{"demos_per_class": 2, "i2cl_epochs": 1, **changes}))
+    method = kind(Settings(**{"demos_per_class": 2, "i2cl_epochs": 1, "tries": 1, **changes}))
     method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
     return method
 
@@ -133,6 +133,17 @@ def test_the_layer_is_the_best_on_validation_and_the_earliest_of_equals():
     assert method.layer == 1
 
 
+def test_the_state_stands_at_the_prompt_s_last_token_and_at_no_generated_one(tokenizer):
+    model = tiny.model("llama")
+    method = fitted(TaskVectors, model, tokenizer)
+    block, given = layers_of(model)[method.layer], tokenizer([prompts_of(TASK)[0]], return_tensors="pt")
+    seen = []
+    with method.applied(TASK), block.register_forward_hook(lambda *args: seen.append(args[-1][0, -1])):
+        model.generate(**given, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    vector = method.vectors[method.layer]
+    assert [torch.equal(state, vector) for state in seen] == [True, False, False]
+
+
 def test_task_vectors_are_mean_states_of_few_shot_prompts(tokenizer, monkeypatch):
     from icrouting.methods import task_vectors
 
@@ -221,6 +232,17 @@ def test_i2cl_trains_every_scalar_and_no_weight_of_the_model(tokenizer):
     assert method.n_cached(TASK) == 2 * 5 * 42 + 4 * 5
 
 
+def test_i2cl_keeps_the_best_of_four_settings_and_tries_the_published_one_first(tokenizer):
+    method = fitted(I2CL, tiny.model("llama"), tokenizer, tries=12)
+    assert [tried | {"accuracy": 0} for tried in method.tried] == [
+        {"lr": lr, "noise": noise, "accuracy": 0} for lr in (0.01, 0.003) for noise in (0.001, 0.0)
+    ]
+    assert method.validated() == max(tried["accuracy"] for tried in method.tried)
+    assert method.n_labelled == 4 + len(TASK.validation)
+    published = fitted(I2CL, tiny.model("llama"), tokenizer)
+    assert (published.tried, published.n_labelled) == ([], 4)
+
+
 def test_i2cl_works_with_one_demonstration(tokenizer):
     one = Task(TASK.spec, TASK.train[:1], TASK.test)
     method = fitted(I2CL, tiny.model("llama"), tokenizer, [one])
@@ -233,8 +255,9 @@ def test_the_noise_of_i2cl_is_in_training_only_and_of_the_published_size(tokeniz
     assert torch.equal(scores_under(method, model, tokenizer, prompts), scores_under(method, model, tokenizer, prompts))
     (branch, _), batch = branches_of(model, 0), batch_of(tokenizer, prompts)
     outputs = []
-    for noise in (None, torch.Generator().manual_seed(3)):
-        with method._edited(method.scalars, noise), recorded([branch]) as found, torch.no_grad():
+    for noise in (0.0, 1e-3):
+        draws = torch.Generator().manual_seed(3)
+        with method._edited(method.scalars, noise, draws), recorded([branch]) as found, torch.no_grad():
             next_token_logits(model, batch)
         outputs.append(found[0])
     size = (outputs[1] - outputs[0]).norm(dim=-1) / outputs[0].norm(dim=-1)

@@ -68,15 +68,18 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
     """
     rows = {"forwards": 0, "backwards": 0}
 
-    def count(decoder: nn.Module, args: tuple, output: Any) -> None:
+    def begin(decoder: nn.Module, args: tuple, kwargs: dict) -> None:  # a pass may end before the last layer
+        rows["forwards"] += len(given_to(args, kwargs))
+
+    def end(decoder: nn.Module, args: tuple, output: Any) -> None:
         hidden = output[0]
-        rows["forwards"] += len(hidden)
         head = base_of(model).get_output_embeddings()  # asked for each time, since LoRA may stand in its place
         weights = head.parameters() if head is not None and torch.is_grad_enabled() else ()
         trains_head = any(weight.requires_grad for weight in weights)
         rows["backwards"] += len(hidden) if hidden.requires_grad or trains_head else 0
 
-    with decoder_of(model).register_forward_hook(count):
+    decoder = decoder_of(model)
+    with decoder.register_forward_pre_hook(begin, with_kwargs=True), decoder.register_forward_hook(end):
         yield rows
 
 
@@ -97,13 +100,23 @@ def last_tokens(model: nn.Module) -> Iterator[Callable[[Tensor], Int[Tensor, "ba
         yield positions
 
 
-def prompt_tokens(args: tuple, kwargs: dict[str, Any]) -> list[list[int]] | None:
-    """Returns each row's real tokens in a call of a decoder; None for one token behind a cache, which was generated."""
-    input_ids = args[0] if args else kwargs.get("input_ids")
+def given_to(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """Returns the token ids, or else the embeddings, that a decoder is called with."""
+    return next(it for it in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if it is not None)
+
+
+def is_step(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Returns whether a decoder is called with one token behind a cache, which was generated."""
     cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
-    if input_ids is None:
+    return given_to(args, kwargs).shape[1] == 1 and cache is not None and int(cache.get_seq_length()) > 0
+
+
+def prompt_tokens(args: tuple, kwargs: dict[str, Any]) -> list[list[int]] | None:
+    """Returns each row's real tokens in a call of a decoder; None for a generated one."""
+    input_ids = given_to(args, kwargs)
+    if input_ids.is_floating_point():
         raise ValueError("this method reads the prompt: give the model `input_ids`, not `inputs_embeds` alone")
-    if input_ids.shape[1] == 1 and cache is not None and int(cache.get_seq_length()) > 0:
+    if is_step(args, kwargs):
         return None
     mask = kwargs.get("attention_mask")
     mask = mask[:, -input_ids.shape[1] :].bool() if mask is not None else torch.ones_like(input_ids, dtype=torch.bool)
@@ -130,17 +143,25 @@ def added_at(
 
 
 @contextmanager
-def edited_last(model: nn.Module, modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
+def edited_last(model: nn.Module, modules: Sequence[nn.Module], edit: Edit, *, in_steps: bool = True) -> Iterator[None]:
     """Inside, each row's state at its last token, of those that a module gives, is what `edit` makes of it.
 
     Args:
         model: the decoder.
         modules: some of its blocks or branches.
         edit: of a module's place in `modules` and the states [batch, hidden_size].
+        in_steps: whether tokens that are generated behind a prompt are edited too.
     """
-    with last_tokens(model) as positions:
+    now = {"is_step": False}
+
+    def look(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        now["is_step"] = is_step(args, kwargs)
+
+    with decoder_of(model).register_forward_pre_hook(look, with_kwargs=True), last_tokens(model) as positions:
 
         def change(place: int, hidden: Tensor) -> Tensor:
+            if now["is_step"] and not in_steps:
+                return hidden
             at = torch.arange(len(hidden), device=hidden.device), positions(hidden).to(hidden.device)
             hidden = hidden.clone()
             hidden[at] = edit(place, hidden[at])

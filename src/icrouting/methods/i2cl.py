@@ -19,7 +19,8 @@ from icrouting.prompts import balanced_demos, demonstration
 from icrouting.scoring import next_token_logits
 from icrouting.tasks import Example, Task
 
-LR, WEIGHT_DECAY, WARM_UP, BATCH_SIZE, NOISE = 1e-2, 1e-3, 0.05, 2, 1e-3
+WEIGHT_DECAY, WARM_UP, BATCH_SIZE = 1e-3, 0.05, 2
+GRID = [{"lr": lr, "noise": noise} for lr in (1e-2, 3e-3) for noise in (1e-3, 0.0)]  # as published, then others
 FIRST_LAMBDA, FIRST_BETA = 0.1, 1.0
 
 
@@ -27,8 +28,9 @@ class I2CL(Method):
     """Every branch gives beta * output + lambda * vector, at every token and layer.
 
     The vectors are means over demonstrations, each run alone, of the branch's output at its last token; the
-    two scalars per branch are calibrated on the same demonstrations. Several tasks are pooled. Differs: the
-    model keeps its dtype, where the published code runs in float32; edits are computed in float32.
+    two scalars per branch are calibrated on the same demonstrations, with a learning rate and a noise that are chosen
+    on validation rows. Several tasks are pooled. Differs: the model keeps its dtype, where the published code runs
+    in float32; edits are computed in float32.
     """
 
     name = "i2cl"
@@ -41,38 +43,42 @@ class I2CL(Method):
         demos = [(task, demo) for task in self.sources for demo in balanced_demos(task, per_class, rng)]
         shown = [demonstration(*demo) for demo in demos]  # each ends with a newline, where the output is taken
         self.vectors = mean_last_outputs(self.model, self.tokenizer, all_branches_of(self.model), shown)
-        self.scalars = torch.tensor([FIRST_LAMBDA, FIRST_BETA]).repeat(len(self.vectors), 1)
-        self.n_labelled, self.n_trained = len(demos), self.scalars.numel()
-        self.losses = self._calibrate(demos, rng)
+        self.choose(GRID, lambda lr, noise: self._calibrated(demos, rng, lr, noise))
+        self.n_labelled, self.n_trained = len(demos) + self.n_validation, self.scalars.numel()
 
     def applied(self, task: Task) -> Context:
         """Edits every branch."""
-        return self._edited(self.scalars.to(device_of(self.model)), noise=None)
+        return self._edited(self.scalars.to(device_of(self.model)))
 
-    def _edited(self, scalars: Float[Tensor, "n_branches 2"], noise: torch.Generator | None) -> Context:
+    def _edited(
+        self, scalars: Float[Tensor, "n_branches 2"], noise: float = 0.0, draws: torch.Generator | None = None
+    ) -> Context:
         vectors = self.vectors.to(scalars.device)
 
         def edit(place: int, output: Tensor) -> Tensor:
             injected, own = scalars[place].to(output.device)
             changed = own * output.float() + injected * vectors[place].to(output.device)
-            if noise is not None:
-                size = changed.detach().norm(dim=-1, keepdim=True) * NOISE
-                draw = torch.randn(changed.shape, generator=noise)
+            if noise:
+                size = changed.detach().norm(dim=-1, keepdim=True) * noise
+                draw = torch.randn(changed.shape, generator=draws)
                 changed = changed + draw.to(changed.device) * size
             return changed.to(output.dtype)
 
         return edited(all_branches_of(self.model), edit)
 
-    def _calibrate(self, demos: Sequence[tuple[Task, Example]], rng: np.random.Generator) -> Float[Tensor, "n_steps"]:
-        """Trains the scalars in place; returns the losses."""
+    def _calibrated(
+        self, demos: Sequence[tuple[Task, Example]], rng: np.random.Generator, lr: float, noise: float
+    ) -> dict[str, Tensor]:
+        """Returns what is learned with scalars that are trained anew."""
         model, tokenizer = self.model, self.tokenizer
         token_lists, labels = zip(*answered(model, tokenizer, demos), strict=True)
-        scalars = self.scalars.to(device_of(model)).requires_grad_()
+        scalars = torch.tensor([[FIRST_LAMBDA, FIRST_BETA]] * len(self.vectors), device=device_of(model))
+        scalars.requires_grad_()
         n_steps = self.settings.i2cl_epochs * max(1, len(demos) // BATCH_SIZE)
-        optimizer = torch.optim.AdamW([scalars], lr=LR, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW([scalars], lr=lr, weight_decay=WEIGHT_DECAY)
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(WARM_UP * n_steps)), n_steps)
-        noise, losses = torch.Generator().manual_seed(int(rng.integers(2**31))), []
-        with frozen(model), self._edited(scalars, noise), torch.enable_grad():
+        draws, losses = torch.Generator().manual_seed(int(rng.integers(2**31))), []
+        with frozen(model), self._edited(scalars, noise, draws), torch.enable_grad():
             for _ in track(range(n_steps), "i2cl", [1] * n_steps, "steps"):
                 rows = rng.permutation(len(demos))[:BATCH_SIZE]
                 batch = pad([token_lists[row] for row in rows], pad_id_of(tokenizer)).to(device_of(model))
@@ -83,5 +89,4 @@ class I2CL(Method):
                 optimizer.step()
                 schedule.step()
                 losses.append(loss.item())
-        self.scalars = scalars.detach().cpu()
-        return torch.tensor(losses)
+        return {"vectors": self.vectors, "scalars": scalars.detach().cpu(), "losses": torch.tensor(losses)}

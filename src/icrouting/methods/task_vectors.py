@@ -53,9 +53,9 @@ class TaskVectors(Method):
         return self.vectors.shape[-1]
 
     def applied(self, task: Task) -> Context:
-        """Replaces the state at each row's last token."""
+        """Replaces the state at each row's last token, but in no step of a generation."""
         vector, block = self.vectors[self.layer], layers_of(self.model)[self.layer]
-        return edited_last(self.model, [block], lambda _, states: vector.to(states))
+        return edited_last(self.model, [block], lambda _, states: vector.to(states), in_steps=False)
 
 
 def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> tuple[list[str], int]:
