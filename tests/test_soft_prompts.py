@@ -8,10 +8,11 @@ import numpy as np
 import peft
 import pytest
 import torch
+from transformers import DynamicCache
 
 import tiny
 from icrouting.adapters import in_front
-from icrouting.families import decoder_of, dims_of
+from icrouting.families import CACHE, decoder_of, dims_of
 from icrouting.methods import Settings
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.tuning import answered
@@ -150,16 +151,53 @@ def test_a_context_that_is_kept_in_a_cache_changes_no_score(kind, family, tokeni
 
 @BOTH
 @pytest.mark.parametrize("family", LAW_FAMILIES)
-def test_generation_with_a_cache_goes_on_as_whole_passes_do(kind, family):
-    model, inputs = wide(family), tiny.prompts()
-    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_generation_goes_on_as_whole_passes_do(kind, family, padding, how):
+    model, n_new = wide(family), 5
+    given = tiny.prompts()
+    inputs = {name: given[name][: 1 if padding == "none" else None] for name in ("input_ids", "attention_mask")}
+    if padding == "none":  # a mask of ones is dropped on the way
+        inputs = {name: values[:, inputs["attention_mask"][0].bool()] for name, values in inputs.items()}
     with in_front(model, kind.kind, random_prompt(model, kind, 8)), torch.no_grad():
-        found = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
+        found = model.generate(**inputs, **how, max_new_tokens=n_new, do_sample=False, eos_token_id=None)
         for row, kept in enumerate(inputs["attention_mask"].bool()):
-            tokens = inputs["input_ids"][row, kept][None]
-            for _ in range(5):
-                tokens = torch.cat([tokens, model(input_ids=tokens).logits[:, -1:].argmax(-1)], 1)
-            assert torch.equal(found[row, -5:], tokens[0, -5:])
+            alone = inputs["input_ids"][row, kept][None]
+            assert torch.equal(found[row, -n_new:], best_of(model, alone, n_new, how.get("num_beams", 1)))
+
+
+def best_of(model, tokens, n_new, n_beams):
+    """The likeliest continuation by beams, each run whole and without a cache."""
+    beams = [(0.0, tokens[0])]
+    for _ in range(n_new):
+        grown = []
+        for total, beam in beams:
+            logs = model(input_ids=beam[None], use_cache=False).logits[0, -1].float().log_softmax(-1)
+            grown += [(total + float(logs[i]), torch.cat([beam, i[None]])) for i in logs.topk(n_beams).indices]
+        beams = sorted(grown, key=lambda each: -each[0])[:n_beams]
+    return beams[0][1][-n_new:]
+
+
+@BOTH
+@pytest.mark.parametrize("family", LAW_FAMILIES)
+def test_a_cache_of_the_caller_s_is_filled(kind, family):
+    model, tokens = wide(family), tiny.prompts()["input_ids"][:1, :6]
+    with in_front(model, kind.kind, random_prompt(model, kind, 8)), torch.no_grad():
+        whole_pass = model(input_ids=tokens).logits[:, -1]
+        cache = DynamicCache(config=model.config)
+        model(input_ids=tokens[:, :-1], **{CACHE: cache})
+        assert cache.get_seq_length() == 8 + 5
+        assert torch.allclose(model(input_ids=tokens[:, -1:], **{CACHE: cache}).logits[:, -1], whole_pass, atol=1e-4)
+
+
+@BOTH
+def test_a_static_cache_is_refused(kind):
+    model, tokens = tiny.model("llama"), tiny.prompts()["input_ids"][:1]
+    with (
+        in_front(model, kind.kind, random_prompt(model, kind, 8)),
+        pytest.raises(ValueError, match="a cache that grows"),
+    ):
+        model.generate(input_ids=tokens, max_new_tokens=2, cache_implementation="static")
 
 
 @BOTH

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from icrouting.batches import context_length
@@ -89,10 +89,13 @@ def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual 
         The soft prompt as a parameter, in float32.
     """
     peft, decoder, n_virtual = load_peft(), decoder_of(base), len(prompt)
-    n_cut = [0]
+    n_cut, hidden = [0], dict[str, None]()
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
+        hidden.clear()
+        if kwargs.get(CACHE) is None and kwargs.get("use_cache") is False:
+            hidden[CACHE] = None  # ours, which the caller must not go on with
         kwargs, n_cut[0] = _with_prompt(base, kwargs, n_virtual, wrapped.get_prompt)
         return (), kwargs
 
@@ -100,7 +103,7 @@ def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual 
         own = output[0][:, n_cut[0] :]
         if isinstance(output, tuple):
             return (own, *output[1:])
-        return type(output)(**{**output, "last_hidden_state": own})
+        return type(output)(**{**output, "last_hidden_state": own, **hidden})
 
     with frozen(base), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what peft asks transformers by an old name
@@ -127,11 +130,13 @@ def _with_prompt(
     n_rows, q_len = given.shape[:2]
     n_seen = cache.get_seq_length() if cache is not None else 0
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and not isinstance(mask, Tensor):
+    if isinstance(cache, StaticCache) or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
         raise ValueError(
-            "a soft prompt needs one attention mask [batch, kv_len], got several: this model makes its own"
+            "a soft prompt needs a cache that grows and one attention mask [batch, kv_len], got others: leave both to "
+            "the model"
         )
-    if n_seen and (mask is None or mask.shape[1] == n_seen + q_len):
+    is_counted = positions is None or int(positions.max()) + 1 >= n_seen + q_len
+    if n_seen and (is_counted if mask is None else mask.shape[1] == n_seen + q_len):
         return kwargs, 0  # whoever filled the cache counts what is in it
     if mask is not None:
         kwargs["attention_mask"] = torch.cat([mask.new_ones(n_rows, n_virtual), mask], 1)
@@ -147,7 +152,9 @@ def _with_prompt(
         )
     prompt = make(n_rows)
     if isinstance(prompt, Cache):
-        kwargs[CACHE] = prompt
+        kwargs[CACHE] = prompt if cache is None else cache
+        for place, layer in enumerate(prompt.layers if cache is not None else ()):  # the caller may go on with its own
+            cache.update(layer.keys, layer.values, place)
         return kwargs, 0
     if positions is not None:
         first = torch.arange(n_virtual, device=positions.device).expand(n_rows, -1)
