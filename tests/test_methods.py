@@ -387,7 +387,7 @@ def test_last_tokens_are_found_under_both_paddings_and_behind_a_cache(tokenizer)
         ids, seen = torch.full((2, q_len), 5), []
         with (
             last_tokens(model) as positions,
-            edited([layers_of(model)[0]], lambda _, h, seen=seen, at=positions: seen.append(at(h)) or h),
+            edited([layers_of(model)[0]], lambda _, h, seen=seen, at=positions: seen.append(at()) or h),
         ):
             cache = None
             if len(mask[0]) > q_len:

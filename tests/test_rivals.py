@@ -74,6 +74,22 @@ def test_fit_apply_leave_save_load(kind, family, tokenizer, small, tmp_path):
 
 
 @EVERY
+def test_a_mask_by_position_and_a_static_cache_change_nothing(kind, tokenizer, small):
+    model = tiny.model("llama")
+    right, left = (tiny.prompts(side=side) for side in ("right", "left"))
+    new = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with fitted(kind, model, tokenizer, small).attached(model, tokenizer, TASK), torch.no_grad():
+        ids, mask = right["input_ids"], right["attention_mask"]
+        assert torch.equal(model(ids, mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+        found = model.generate(**left, **new)
+        if issubclass(kind, PromptTuning):
+            with pytest.raises(ValueError, match="a cache that grows"):
+                model.generate(**left, **new, cache_implementation="static")
+        else:
+            assert torch.equal(model.generate(**left, **new, cache_implementation="static"), found)
+
+
+@EVERY
 def test_a_fit_is_made_by_its_seed_and_by_no_test_row(kind, tokenizer, small):
     model, spoilt = tiny.model("llama"), [replace(row, fields={"text": "?"}, label=0) for row in TASK.test]
     method = fitted(kind, model, tokenizer, small)

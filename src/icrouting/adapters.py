@@ -152,9 +152,11 @@ def _with_prompt(
         )
     prompt = make(n_rows)
     if isinstance(prompt, Cache):
+        layers: Any = prompt.layers
         kwargs[CACHE] = prompt if cache is None else cache
-        for place, layer in enumerate(prompt.layers if cache is not None else ()):  # the caller may go on with its own
-            cache.update(layer.keys, layer.values, place)
+        if cache is not None:  # the caller may go on with its own
+            for place, layer in enumerate(layers):
+                cache.update(layer.keys, layer.values, place)
         return kwargs, 0
     if positions is not None:
         first = torch.arange(n_virtual, device=positions.device).expand(n_rows, -1)

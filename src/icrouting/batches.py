@@ -3,9 +3,10 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +38,21 @@ def pad(token_lists: Sequence[Sequence[int]], pad_id: int, rows: list[int] | Non
     lengths = torch.tensor(list(map(len, token_lists)))
     attention_mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
     return Batch(rows if rows is not None else list(range(len(token_lists))), input_ids, attention_mask)
+
+
+def attended(read: Shaped[Tensor, "batch q_len *width"], mask: Any, n_seen: int = 0) -> Bool[Tensor, "batch q_len"]:
+    """Returns which tokens behind `n_seen` cached ones are real, from any mask that `generate` or a user may give."""
+    q_len = read.shape[1]
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return torch.ones(read.shape[:2], dtype=torch.bool, device=read.device)
+    if mask.ndim == 4:  # [batch, 1, q_len, kv_len]: a token is real if any token sees it
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        mask = seen[:, 0, :, n_seen : n_seen + q_len].any(1)
+    first = max(0, min(n_seen, mask.shape[1] - q_len))
+    mask = mask[:, first : first + q_len].bool().expand(len(read), -1)
+    return mask | ~mask.any(1, keepdim=True)  # a row without any real token is read as it stands
 
 
 def by_length(token_lists: Sequence[Sequence[int]], budget: int, n_cached: int = 0) -> Iterator[list[int]]:

@@ -1,6 +1,7 @@
 """Edits: reading and changing what a decoder's blocks and branches give, by hooks that leave no trace."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.batches import Batch, attended, by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.families import CACHE, base_of, decoder_of, device_of
 from icrouting.scoring import after_prefix, next_token_logits, run_prefix
 
@@ -69,7 +70,7 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
     rows = {"forwards": 0, "backwards": 0}
 
     def begin(decoder: nn.Module, args: tuple, kwargs: dict) -> None:  # a pass may end before the last layer
-        rows["forwards"] += len(given_to(args, kwargs))
+        rows["forwards"] += len(read_by(called_with(decoder, args, kwargs)))
 
     def end(decoder: nn.Module, args: tuple, output: Any) -> None:
         hidden = output[0]
@@ -84,43 +85,51 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 @contextmanager
-def last_tokens(model: nn.Module) -> Iterator[Callable[[Tensor], Int[Tensor, "batch"]]]:
-    """Inside, the yielded function gives each row's last attended position in hidden states of this forward."""
-    masks: list[Tensor | None] = [None]
+def last_tokens(model: nn.Module) -> Iterator[Callable[[], Int[Tensor, "batch"]]]:
+    """Inside, the yielded function gives each row's last attended position among the tokens of this forward."""
+    is_real = [torch.empty(0)]
 
-    def keep(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        masks[0] = kwargs.get("attention_mask")
+    def keep(base: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = called_with(base, args, kwargs)
+        is_real[0] = attended(read_by(given), given.get("attention_mask"), n_seen(given))
 
-    def positions(hidden: Tensor) -> Int[Tensor, "batch"]:
-        n_rows, q_len = hidden.shape[:2]
-        mask = masks[0] if masks[0] is not None else torch.ones(n_rows, q_len, device=hidden.device)
-        return (mask[:, -q_len:].long() * torch.arange(q_len, device=mask.device)).argmax(1)
+    def positions() -> Int[Tensor, "batch"]:
+        return (is_real[0].long() * torch.arange(is_real[0].shape[1], device=is_real[0].device)).argmax(1)
 
     with base_of(model).register_forward_pre_hook(keep, with_kwargs=True):
         yield positions
 
 
-def given_to(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """Returns the token ids, or else the embeddings, that a decoder is called with."""
-    return next(it for it in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if it is not None)
+def called_with(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a module's call by name."""
+    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    return given | given.pop("kwargs", {})
 
 
-def is_step(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Returns whether a decoder is called with one token behind a cache, which was generated."""
-    cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
-    return given_to(args, kwargs).shape[1] == 1 and cache is not None and int(cache.get_seq_length()) > 0
+def read_by(given: dict[str, Any]) -> Tensor:
+    """Returns the token ids, or else the embeddings, among a decoder's arguments."""
+    return given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
 
 
-def prompt_tokens(args: tuple, kwargs: dict[str, Any]) -> list[list[int]] | None:
-    """Returns each row's real tokens in a call of a decoder; None for a generated one."""
-    input_ids = given_to(args, kwargs)
-    if input_ids.is_floating_point():
+def n_seen(given: dict[str, Any]) -> int:
+    """Returns the tokens in the cache among a decoder's arguments."""
+    cache = given.get(CACHE, given.get("past_key_values"))
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def is_step(given: dict[str, Any]) -> bool:
+    """Returns whether a decoder is given one token behind a cache, which was generated."""
+    return read_by(given).shape[1] == 1 and n_seen(given) > 0
+
+
+def prompt_tokens(given: dict[str, Any]) -> list[list[int]] | None:
+    """Returns each row's real tokens among a decoder's arguments; None for a generated one."""
+    if (input_ids := given.get("input_ids")) is None:
         raise ValueError("this method reads the prompt: give the model `input_ids`, not `inputs_embeds` alone")
-    if is_step(args, kwargs):
+    if is_step(given):
         return None
-    mask = kwargs.get("attention_mask")
-    mask = mask[:, -input_ids.shape[1] :].bool() if mask is not None else torch.ones_like(input_ids, dtype=torch.bool)
-    return [row[keep].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+    is_real = attended(input_ids, given.get("attention_mask"), n_seen(given))
+    return [row[keep].tolist() for row, keep in zip(input_ids, is_real, strict=True)]
 
 
 def last_of(hidden: Tensor, positions: Int[Tensor, "batch"]) -> Float[Tensor, "batch hidden_size"]:
@@ -155,14 +164,14 @@ def edited_last(model: nn.Module, modules: Sequence[nn.Module], edit: Edit, *, i
     now = {"is_step": False}
 
     def look(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        now["is_step"] = is_step(args, kwargs)
+        now["is_step"] = is_step(called_with(decoder, args, kwargs))
 
     with decoder_of(model).register_forward_pre_hook(look, with_kwargs=True), last_tokens(model) as positions:
 
         def change(place: int, hidden: Tensor) -> Tensor:
             if now["is_step"] and not in_steps:
                 return hidden
-            at = torch.arange(len(hidden), device=hidden.device), positions(hidden).to(hidden.device)
+            at = torch.arange(len(hidden), device=hidden.device), positions().to(hidden.device)
             hidden = hidden.clone()
             hidden[at] = edit(place, hidden[at])
             return hidden

@@ -1,6 +1,5 @@
 """A model while it is routed: every plain call is routed by the prompt it is given (section 5)."""
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
 from icrouting.attach import Attachment, attach
-from icrouting.batches import context_length, tokenize
+from icrouting.batches import attended, context_length, tokenize
+from icrouting.edits import called_with
 from icrouting.effect import describe, run_both, warn_if_nothing
 from icrouting.families import CACHE, base_of, decoder_of, layers_of
 from icrouting.features import Reader
@@ -111,7 +110,7 @@ class _Rerouter:
         if cache is not None and int(cache.get_seq_length()) > 0:
             self._held = self._of_cache.get(cache)
         elif input_ids is not None:
-            self._generating = _Prompt(input_ids, _attended(input_ids, kwargs.get("attention_mask")), cache)
+            self._generating = _Prompt(input_ids, attended(input_ids, kwargs.get("attention_mask")), cache)
         try:
             return plain_generate(*args, **kwargs)
         finally:
@@ -120,8 +119,7 @@ class _Rerouter:
     def before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._is_reading:
             return
-        given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = called_with(decoder, args, kwargs)
         cache = given.get(CACHE, given.get("past_key_values"))
         self._pending = None
         if self._held is not None:
@@ -137,7 +135,7 @@ class _Rerouter:
             input_ids = given.get("input_ids")
             if input_ids is None:
                 raise ValueError("a routed model needs `input_ids` to be routed by, got `inputs_embeds` alone")
-            self._await(_Prompt(input_ids, _attended(input_ids, given.get("attention_mask")), cache))
+            self._await(_Prompt(input_ids, attended(input_ids, given.get("attention_mask")), cache))
 
     def _await(self, prompt: _Prompt) -> None:
         """Lets the first routed layer route by `prompt`; by the whole one where `generate` cuts or goes beyond it."""
@@ -173,19 +171,6 @@ class _Rerouter:
         cache = output.get(CACHE) if isinstance(output, dict) else None
         if isinstance(cache, Cache) and cache not in self._of_cache and self._attachment.routing is not None:
             self._of_cache[cache] = self._attachment.routing
-
-
-def _attended(input_ids: Int[Tensor, "batch q_len"], mask: Any) -> Bool[Tensor, "batch q_len"]:
-    """Which prompt tokens are real, from any mask that `generate` or a user may hand to a prefill."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    if mask.ndim == 4:  # [batch, 1, q_len, kv_len]: a token is real if any token sees it
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        mask = seen[:, 0, :, : input_ids.shape[1]].any(1)
-    mask = mask[:, : input_ids.shape[1]].bool().expand(len(input_ids), -1)
-    return mask | ~mask.any(1, keepdim=True)  # a row without any real token is read as it stands
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from icrouting.edits import added_at, edited, last_tokens, mean_last_outputs, prompt_tokens
+from icrouting.edits import added_at, called_with, edited, last_tokens, mean_last_outputs, prompt_tokens
 from icrouting.encoder import SentenceEncoder, load_encoder, query_texts
 from icrouting.families import decoder_of, layers_of
 from icrouting.methods.base import Method
@@ -88,12 +88,12 @@ class Elicit(Method):
         now: list[tuple[Tensor, Tensor]] = []
 
         def retrieve(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            tokens = prompt_tokens(args, kwargs)
+            tokens = prompt_tokens(called_with(decoder, args, kwargs))
             now[:] = [self.retrieved(query_texts(self.tokenizer, tokens))] if tokens else []
 
         def add(layer: int, hidden: Tensor) -> Tensor:
             for added, layers in now:
-                rows, at = (layers == layer).nonzero()[:, 0], positions(hidden)
+                rows, at = (layers == layer).nonzero()[:, 0], positions()
                 hidden = added_at(hidden, rows, at[rows.to(at.device)], added[rows]) if len(rows) else hidden
             return hidden
 

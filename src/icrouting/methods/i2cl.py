@@ -36,6 +36,7 @@ class I2CL(Method):
     name = "i2cl"
     learned = ("vectors", "scalars", "losses")
     cached = ("vectors", "scalars")
+    scalars: Float[Tensor, "n_branches 2"]
 
     def learn(self, rng: np.random.Generator) -> None:
         """Records the vectors and calibrates the scalars."""
