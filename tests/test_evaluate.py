@@ -11,10 +11,13 @@ from filelock import FileLock
 
 import tiny
 from icrouting import cli, evaluate, records, runs
+from icrouting.edits import edited
 from icrouting.evaluate import Evaluation, draw_items
+from icrouting.families import layers_of
 from icrouting.methods import METHODS, Settings, make
 from icrouting.methods.prompting import ZeroShot
 from icrouting.methods.regimes import regimes
+from icrouting.prompts import Prompt
 from icrouting.tasks import Task
 
 TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
@@ -175,6 +178,23 @@ def test_a_method_that_refuses_a_task_keeps_the_rest(tokenizer, tmp_path):
     assert cells == {("zero-shot", "toy"), ("zero-shot", "other"), ("picky", "toy")}
 
 
+def test_a_context_kept_under_one_task_s_edits_is_read_anew_for_the_next(tokenizer, tmp_path):
+    class Nudge(METHODS["zero-shot"]):
+        name = "nudge"
+
+        def prompt(self, task, example):
+            return Prompt("Answer in one word.\n", task.prompt(example))
+
+        def applied(self, task):
+            return edited([layers_of(self.model)[0]], lambda _, hidden: hidden + (task.name == "toy"))
+
+    model, found = tiny.model("llama"), {}
+    for name, tasks in (("both", TASKS), ("alone", TASKS[1:])):
+        Evaluation(model, tokenizer, [Nudge(Settings())], TASKS, tmp_path / name).run(tasks, (0,), 13)
+        found[name] = [r.option_logits for r in records.read(tmp_path / name) if r.task == "other"]
+    assert found["both"] == found["alone"]
+
+
 def test_fits_are_kept_for_a_resumed_run(tokenizer, tmp_path, monkeypatch):
     from icrouting.methods.task_vectors import TaskVectors
 
@@ -233,6 +253,25 @@ def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path
             runs.claim(tmp_path, config_of(**changes))
     with pytest.raises(ValueError, match=r"another run \(i2cl_epochs was 100, is 9\)"):
         runs.claim(tmp_path, config_of(settings=Settings(i2cl_epochs=9)))
+
+
+def test_controls_of_icr_keep_a_router_from_coming_or_going(tmp_path):
+    folder = {name: tmp_path / name for name in ("default", "routed")}
+    for place in folder.values():
+        place.mkdir()
+    runs.claim(folder["default"], config_of(methods=["zero-shot", "icr-refit-once"]))
+    with pytest.raises(ValueError, match="router was null, is "):
+        runs.claim(folder["default"], config_of(router="r1"))
+    runs.claim(folder["routed"], config_of(router="r1", methods=["zero-shot", "icr-refit"]))
+    runs.claim(folder["routed"], config_of())
+    with pytest.raises(ValueError, match="router was "):
+        runs.claim(folder["routed"], config_of(methods=["icr-refit"]))
+
+
+def test_a_folder_of_another_kind_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"rank": 8}')
+    with pytest.raises(ValueError, match=r"is no run's, it lacks command, methods, .*: choose another folder"):
+        runs.claim(tmp_path, config_of())
 
 
 def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):

@@ -363,7 +363,7 @@ def test_a_kept_context_gives_the_scores_of_whole_prompts(tokenizer, tmp_path):
     )
     found = torch.tensor([record.option_logits for records in kept for record in records])
     assert torch.allclose(found, whole, atol=1e-5)
-    assert len(evaluation._kept["few-shot"]) == 1
+    assert len(evaluation._kept["few-shot"][1]) == 1
 
 
 def test_the_two_regimes_learn_from_the_task_itself_or_from_the_sources(tokenizer, tmp_path):

@@ -171,6 +171,18 @@ def test_what_comes_from_the_run_is_escaped():
     assert "&lt;b&gt;&amp;" in page
 
 
+def test_a_cell_that_was_refused_part_way_is_left_open(tmp_path):
+    refused = [["few-shot", "mr", "a prompt is too long"]]
+    records = [record for record in ICR_LOSES_ON_MR if (record.method, record.task) != ("few-shot", "mr")]
+    half = [r for r in ICR_LOSES_ON_MR if (r.method, r.task) == ("few-shot", "mr")][:10]
+    whole, cut = (summarise(found, fake_config(refused=refused)) for found in (records, [*records, *half]))
+    assert cut.line("task", "mr", "few-shot") is None
+    assert cut.unfinished == whole.unfinished == []
+    assert cut.lines.drop(columns="confusion").equals(whole.lines.drop(columns="confusion"))
+    with pytest.raises(ValueError, match="every method was refused"):
+        summarise(half, fake_config(refused=refused))
+
+
 def test_no_records_are_a_clear_error(tmp_path):
     with pytest.raises(ValueError, match="no records to summarise"):
         report.write(write_run(tmp_path / "run", []))

@@ -10,14 +10,16 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny
 from icrouting.fits import fit_costs
-from icrouting.methods import LEARNING, Settings, make
+from icrouting.methods import LEARNING, Method, Settings, make
 from icrouting.methods.controls import Refit
 from icrouting.methods.probes import ProbeEncoder
 from icrouting.methods.regimes import ONCE
 from icrouting.methods.saved import load_method, save_method
 from icrouting.methods.soft_prompts import PromptTuning
+from icrouting.methods.task_vectors import TaskVectors
 from icrouting.prompts import Prompt
 from icrouting.scoring import score_options
+from icrouting.storage import save_tensors
 from icrouting.tasks import Task
 
 TASK = tiny.task("toy", n_test=30)
@@ -134,7 +136,7 @@ def test_what_was_learned_with_another_sentence_encoder_is_refused(tokenizer, sm
     save_method(fitted(ProbeEncoder, model, tokenizer, small), tmp_path)
     described = json.loads((tmp_path / "method.json").read_text())
     (tmp_path / "method.json").write_text(json.dumps({**described, "depends_on": "0" * 16}))
-    with pytest.raises(ValueError, match="was learned with 0000000000000000, here is"):
+    with pytest.raises(ValueError, match="was learned with 0000000000000000, now with"):
         load_method(tmp_path, model, tokenizer)
 
 
@@ -142,13 +144,70 @@ def test_a_damaged_folder_is_refused_in_a_sentence(tokenizer, small, tmp_path):
     model = tiny.model("llama")
     with pytest.raises(ValueError, match="holds no saved method"):
         load_method(tmp_path, model, tokenizer)
-    (tmp_path / "method.json").write_text("{}")
-    with pytest.raises(ValueError, match="unknown or missing"):
-        load_method(tmp_path, model, tokenizer)
     (inner,) = make(["task-vectors"], small)
     inner.fit(model, tokenizer, [TASK], np.random.default_rng(0))
     with pytest.raises(ValueError, match="of a method fitted on each task"):
         save_method(inner, tmp_path)
+    save_method(inner.on(TASK), str(tmp_path))
+    load_method(str(tmp_path), model, tokenizer)
+    save_tensors(tmp_path / "method.safetensors", {"vectors": torch.zeros(3, 1)})
+    with pytest.raises(ValueError, match="is damaged: its sha256"):
+        load_method(tmp_path, model, tokenizer)
+    (tmp_path / "method.json").write_text("{}")
+    with pytest.raises(ValueError, match="unknown or missing"):
+        load_method(tmp_path, model, tokenizer)
+    (tmp_path / "method.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no saved method"):
+        load_method(tmp_path, model, tokenizer)
+
+
+def test_a_method_fitted_on_each_task_is_attached_as_the_task_s_own(tokenizer, small):
+    model, (inner,) = tiny.model("llama"), make(["task-vectors"], small)
+    inner.fit(model, tokenizer, [TASK], np.random.default_rng(0))
+    plain = scores(model, tokenizer, prompts())
+    with inner.on(TASK).attached(model, tokenizer, TASK):
+        expected = scores(model, tokenizer, prompts())
+    with inner.attached(model, tokenizer, TASK) as own:
+        assert torch.equal(scores(model, tokenizer, prompts()), expected)
+    assert own is inner.on(TASK)
+    assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+@EVERY
+def test_a_second_method_is_refused_until_the_first_is_left(kind, tokenizer, small):
+    model = tiny.model("llama")
+    method, other = fitted(kind, model, tokenizer, small), fitted(TaskVectors, model, tokenizer, small)
+    for second in (method, other):
+        with method.attached(model, tokenizer, TASK):
+            expected = scores(model, tokenizer, prompts())
+            with pytest.raises(ValueError, match=f"{kind.name} is attached"), second.attached(model, tokenizer, TASK):
+                pass
+            assert torch.equal(scores(model, tokenizer, prompts()), expected)
+    with other.attached(model, tokenizer, TASK):
+        pass
+
+
+class Views(Method):
+    """Learns tensors that safetensors does not take as they are."""
+
+    name = "views"
+    learned = ("one", "other")
+
+    def learn(self, rng):
+        self.one = torch.arange(6.0).reshape(2, 3).T
+        self.other = self.one[0]
+
+
+def test_tensors_that_share_memory_or_are_turned_are_kept(tokenizer, small, tmp_path, monkeypatch):
+    model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
+    monkeypatch.setattr("icrouting.methods.LEARNING", [Views])
+    method = Views(small)
+    method.fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    save_method(method, tmp_path)
+    again = Views(small)
+    again.fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    assert_same(method, again)
+    assert_same(method, load_method(tmp_path, model, tokenizer))
 
 
 @EVERY
@@ -169,8 +228,17 @@ def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small, tmp_p
 def test_a_kept_fit_of_another_configuration_is_refused(tokenizer, small, tmp_path):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
     Refit(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
-    with pytest.raises(ValueError, match=r"was learned with .*, now with .*: delete it"):
+    with pytest.raises(ValueError, match="was learned with n_queries=8, now with n_queries=9: delete it"):
         Refit(replace(small, train_rows=9)).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+
+
+def test_a_kept_fit_of_another_model_or_other_settings_is_refused(tokenizer, small, tmp_path):
+    model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
+    TaskVectors(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    with pytest.raises(ValueError, match="was learned with demos_per_class=2, now with demos_per_class=1: delete it"):
+        TaskVectors(replace(small, demos_per_class=1)).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    with pytest.raises(ValueError, match=r"was learned with [0-9a-f]{16}, now with [0-9a-f]{16}: delete it"):
+        TaskVectors(small).fit(tiny.model("llama", seed=1), tokenizer, [TASK], np.random.default_rng(0), file)
 
 
 def test_the_cost_of_a_method_that_draws_nothing_is_found(tokenizer, small, tmp_path):

@@ -60,7 +60,7 @@ class Evaluation:
         self._answers: defaultdict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
         self._note(records.read(file))
         self.file = records.part(file, here().process_index)
-        self._kept: defaultdict[str, dict[str, KeptContext]] = defaultdict(dict)
+        self._kept: dict[str, tuple[str, dict[str, KeptContext]]] = {}
         self._plain: tuple[object, Tensor, float] | None = None
 
     def run(self, tasks: Sequence[Task], seeds: Sequence[int], n_test: int) -> None:
@@ -173,9 +173,10 @@ class Evaluation:
         """Returns option scores and seconds per prompt; the untouched model reads equal prompts only once."""
         if not method.edits_model and self._plain and self._plain[0] == (prompts, options):
             return self._plain[1:]
-        kept = self._kept[method.name]
-        if prompts[0].context not in kept:
-            kept.clear()  # the contexts of a large model are large
+        of, kept = self._kept.get(method.name, ("", {}))
+        if prompts[0].context not in kept or (method.edits_model and of != task.name):
+            kept = {}  # the contexts of a large model are large
+        self._kept[method.name] = task.name, kept
         with method.applied(task):  # entered once for many prompts, so not in their time
             started = time.monotonic()
             scores = score_options(self.model, self.tokenizer, prompts, options, kept=kept)

@@ -90,9 +90,13 @@ def claim(folder: Path, config: RunConfig) -> None:
     file, settings = folder / "config.json", config.flat()
     begun = {"command": _command(), "commit": commit(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
     found = load_json(file) if file.exists() else {**settings, **begun}
+    if missing := {"command", *_GROWING} - found.keys():
+        raise ValueError(f"{file} is no run's, it lacks {', '.join(sorted(missing))}: choose another folder with --out")
     routers = {found["router"], settings["router"]} - {None}
     different = [key for key in settings if key not in _GROWING and found.get(key, settings[key]) != settings[key]]
-    different += ["router"] if len(routers) > 1 else []
+    with_no_router = settings if settings["router"] is None else found  # whose controls of ICR have the defaults
+    is_mixed = len({found["router"], settings["router"]}) > 1 and any("icr-" in m for m in with_no_router["methods"])
+    different += ["router"] if len(routers) > 1 or is_mixed else []
     different += ["n_test"] if settings["n_test"] < found["n_test"] else []
     if different:
         changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different)

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, contiguous_format
 
 
 def save_text(file: Path, text: str) -> None:
@@ -48,6 +48,21 @@ def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         scratch.unlink(missing_ok=True)
         raise OSError(f"cannot write {file}: {error}; what was there before is kept") from error
     scratch.replace(file)
+
+
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies that lie apart and in one piece, as safetensors asks."""
+    return {name: tensor.detach().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
+
+
+def check_same(what: str, kept: str, now: str) -> None:
+    """ValueError unless two lists of parts are the same; it names those that differ."""
+    if kept != now:
+        sides = [set(side.split(", ")) for side in (kept, now)]
+        was, is_now = (", ".join(sorted(one - other)) or "nothing" for one, other in (sides, sides[::-1]))
+        raise ValueError(
+            f"{what} was learned with {was}, now with {is_now}: delete it, or put back what it was made with"
+        )
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

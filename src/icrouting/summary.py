@@ -96,7 +96,12 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     """Returns the figures of a run, finished or in progress."""
     if not records:
         raise ValueError("no records to summarise: the run has not scored an example yet")
-    by_cell: dict[Any, pd.DataFrame] = dict(iter(metrics.frame(records).groupby(["method", "task"], sort=False)))
+    refused = config.get("refused", ())
+    open_cells = {(method, task) for method, task, _ in refused}  # also where some of its items had been answered
+    cells = metrics.frame(records).groupby(["method", "task"], sort=False)
+    by_cell: dict[Any, pd.DataFrame] = {cell: found for cell, found in cells if cell not in open_cells}
+    if not by_cell:
+        raise ValueError("no records to summarise: every method was refused on every task that it began")
     kinds = {task["name"]: "source" if task["role"] == "source" else task["group"] for task in config["tasks"]}
     sections = {task: SECTIONS.get(kind, kind) for task, kind in kinds.items()}
     if unknown := sorted({task for _, task in by_cell} - set(sections)):
@@ -111,7 +116,6 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     cells["direction"] = np.where(cells.p_holm < metrics.SIGNIFICANCE, np.sign(cells.gain), 0)
     others = [method for method in cells.method if method != BASELINE]
     headline = HEADLINE if HEADLINE in others else others[-1] if others else None
-    refused = config.get("refused", ())
     return Summary(
         headline=headline,
         groups=groups,
@@ -119,7 +123,7 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
         rows=_rows(groups, sections, fullest),
         lines=pd.concat([cells, _means(cells, groups)]).set_index(["kind", "name", "method"]),
         rivals=_rivals(headline, by_cell),
-        unfinished=_unfinished(methods, list(sections), by_cell, fullest, {(m, task) for m, task, _ in refused}),
+        unfinished=_unfinished(methods, list(sections), by_cell, fullest, open_cells),
         notes=(*config.get("notes", ()), *(f"{m} does not fit {task}: {said}" for m, task, said in refused)),
         origin=ORIGIN.format_map({"dtype": "dtype not kept", **config, "seeds": ", ".join(map(str, config["seeds"]))}),
     )

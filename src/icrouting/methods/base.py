@@ -2,6 +2,7 @@
 
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -9,21 +10,22 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import Settings
 from icrouting.edits import counted_rows
-from icrouting.families import family_of
+from icrouting.families import base_of, family_of
 from icrouting.models import check_fitted_on, fingerprint
 from icrouting.prompts import Prompt
 from icrouting.scoring import score_options
-from icrouting.storage import load_tensors, save_tensors
+from icrouting.storage import check_same, load_tensors, save_tensors, unshared
 from icrouting.tasks import Example, Task
 
 Scores = Float[Tensor, "n_examples n_options"]
 Context = AbstractContextManager[object]
 _NOTES = {"tried": "[]", "cost": "{}"}
+_attached: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 class Method:
@@ -78,8 +80,8 @@ class Method:
         if file is not None and file.exists():
             tensors, notes = load_tensors(file)
             self.restore(tensors)
-            if (kept := notes.get("depends_on", "")) != (now := self.depends_on()):
-                raise ValueError(f"{file} was learned with {kept or 'nothing'}, now with {now or 'nothing'}: delete it")
+            for name, now in self._made_with().items():
+                check_same(str(file), notes.get(name, now), now)
             self.tried, self.cost = (json.loads(notes.get(name, empty)) for name, empty in _NOTES.items())
             return
         family_of(model)  # a model met for the first time is asked what it is, which is no part of the cost
@@ -95,7 +97,12 @@ class Method:
         if file is not None and (learned := self.tensors()):
             file.parent.mkdir(parents=True, exist_ok=True)
             notes = {name: json.dumps(vars(self)[name]) for name in _NOTES}
-            save_tensors(file, learned, {"method": self.name, "depends_on": self.depends_on(), **notes})
+            save_tensors(file, unshared(learned), {"method": self.name, **self._made_with(), **notes})
+
+    def _made_with(self) -> dict[str, str]:
+        """What a fit that is kept is held against; the router, which a run may take more of, is in `depends_on`."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self.settings).items() if name != "router")
+        return {"depends_on": self.depends_on(), "settings": settings, "model": fingerprint(self.model)}
 
     def learn(self, rng: np.random.Generator) -> None:
         """Learns from the training rows of `self.sources`, and chooses on their validation rows."""
@@ -169,12 +176,22 @@ class Method:
 
     @contextmanager
     def attached(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> Iterator["Method"]:
-        """Inside, the model (ValueError for another) is under the influence of what was learned, for one task."""
-        if model is not (own := vars(self).get("model", model)):
-            check_fitted_on(model, self.name, own.config.name_or_path, fingerprint(own))
-        self.model, self.tokenizer = model, tokenizer
-        with self.applied(task):
-            yield self
+        """Inside, the model (ValueError for another) is under the influence of what was learned, for one task.
+
+        ValueError while another method is attached: how two would add up, none of them says.
+        """
+        method = self.on(task)
+        if model is not (own := vars(method).get("model", model)):
+            check_fitted_on(model, method.name, own.config.name_or_path, fingerprint(own))
+        if (base := base_of(model)) in _attached:
+            raise ValueError(f"{_attached[base]} is attached to this model: leave it before attaching {method.name}")
+        _attached[base] = method.name
+        method.model, method.tokenizer = model, tokenizer
+        try:
+            with method.applied(task):
+                yield method
+        finally:
+            del _attached[base]
 
     @property
     def edits_model(self) -> bool:

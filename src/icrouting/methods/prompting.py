@@ -51,6 +51,8 @@ class MultiTaskFewShot(FewShot):
 
     def demonstrations(self, task: Task) -> list[tuple[Task, Example]]:
         """Returns demonstrations of all source tasks, shuffled; the same for every task of a seed."""
+        if not self.sources:
+            raise ValueError(f"{self.name} shows rows of source tasks: give at least one")
         rng, n = np.random.default_rng(self.entropy), self.settings.demos_per_source
         demos = [(source, source.train[i]) for source in self.sources for i in rng.permutation(len(source.train))[:n]]
         return [demos[i] for i in rng.permutation(len(demos))]

@@ -1,5 +1,6 @@
 """What a method learned, as a folder that others can take up."""
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from icrouting.config import Settings
 from icrouting.methods.base import Method
 from icrouting.methods.regimes import ONCE
 from icrouting.models import check_fitted_on, fingerprint
-from icrouting.storage import load_json, load_tensors, save_json, save_tensors
+from icrouting.storage import check_same, load_json, load_tensors, save_json, save_tensors, unshared
 from icrouting.tasks import known
 
 CONFIG, TENSORS = "method.json", "method.safetensors"
@@ -29,18 +30,22 @@ class Saved:
     sources: list[str]
     tried: list[dict[str, Any]]
     cost: dict[str, int | float]
+    tensors_sha256: str
 
 
-def save_method(method: Method, folder: Path) -> None:
+def save_method(method: Method, folder: str | Path) -> None:
     """Writes what a fitted method learned, with the settings and the model that it is for.
 
     ValueError for a method that learned nothing, or one thing per task: then save `method.on(task)`.
     """
+    folder = Path(folder)
     if not (learned := method.tensors()):
         raise ValueError(
             f"{method.name} holds nothing to save: name its tensors in `learned`, and of a method fitted on each task, "
             "save `method.on(task)`"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / TENSORS, unshared(learned))
     described = Saved(
         method=method.name.removesuffix(ONCE),
         settings=asdict(method.settings),
@@ -50,25 +55,30 @@ def save_method(method: Method, folder: Path) -> None:
         sources=[task.name for task in method.sources],
         tried=method.tried,
         cost=method.cost,
+        tensors_sha256=_digest(folder),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / TENSORS, {name: tensor.contiguous() for name, tensor in learned.items()})
     save_json(folder / CONFIG, asdict(described))
 
 
-def load_method(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Method:
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+
+
+def load_method(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Method:
     """Returns a saved method on its model; ValueError for a damaged folder, another model or another encoder."""
     from icrouting.methods import LEARNING, IcrGated
 
-    if not (folder / CONFIG).exists():
+    folder = Path(folder)
+    if not all((folder / name).exists() for name in (CONFIG, TENSORS)):
         raise ValueError(f"{folder} holds no saved method: expected {CONFIG} and {TENSORS}, see `save_method`")
     found = read(Saved, load_json(folder / CONFIG))
+    if found.tensors_sha256 != _digest(folder):
+        raise ValueError(f"{folder / TENSORS} is damaged: its sha256 is not the one in {CONFIG}; save the method again")
     check_fitted_on(model, str(folder), found.model, found.fingerprint)
     kind = known("method", found.method, {kind.name: kind for kind in (*LEARNING, IcrGated)})
     method = kind(read(Settings, found.settings))
     method.model, method.tokenizer, method.sources = model, tokenizer, ()
     method.tried, method.cost = found.tried, found.cost
     method.restore(load_tensors(folder / TENSORS)[0])
-    if (now := method.depends_on()) != found.depends_on:
-        raise ValueError(f"{folder} was learned with {found.depends_on}, here is {now}: put that in its place")
+    check_same(str(folder), found.depends_on, method.depends_on())
     return method
