@@ -191,7 +191,12 @@ def test_no_records_are_a_clear_error(tmp_path):
 def test_a_missing_or_incomplete_configuration_is_a_clear_error(tmp_path):
     with pytest.raises(ValueError, match="is no run folder"):
         report.write(tmp_path)
-    for text, message in (('{"model": "x"}', "missing"), ("[]", "got list"), ("{", "is not JSON")):
+    whole = fake_config()
+    spoilt = [{**whole, **change} for change in ({"seeds": 3}, {"tasks": [{"name": "mr"}]}, {"refused": [["icr"]]})]
+    for text, message in (
+        *(('{"model": "x"}', "missing"), ("[]", "got list"), ("{", "is not JSON")),
+        *zip(map(json.dumps, spoilt), ("seeds: .*array", "tasks.0.group: Field required", "refused.0.1"), strict=True),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             report.write(tmp_path)

@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,36 @@ import numpy as np
 import pandas as pd
 
 from icrouting import conclusion, figures, records, table
+from icrouting.checks import read
 from icrouting.storage import load_json, save_text
 from icrouting.summary import BASELINE, Summary, summarise
 from icrouting.table import csv, terminal_table
 
 __all__ = ["csv", "html", "markdown", "summarise", "terminal_table", "write"]
 
-CONFIG_KEYS = ("command", "commit", "created", "model", "seeds", "n_test", "methods", "tasks")
+
+@dataclass(frozen=True)
+class _Task:
+    name: str
+    group: str
+    role: str
+    n_options: int
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What a report shows of config.json; what else is there is listed as it stands."""
+
+    command: str
+    commit: str
+    created: str
+    model: str
+    seeds: list[int]
+    n_test: int
+    methods: list[str]
+    tasks: list[_Task]
+    notes: list[str]
+    refused: list[tuple[str, str, str]]
 
 
 def write(run_folder: Path) -> Summary:
@@ -106,6 +129,9 @@ def _config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path.parent} is no run folder: it holds no {path.name}")
     config = load_json(path)
-    if missing := [key for key in CONFIG_KEYS if key not in config]:
-        raise ValueError(f"{path}: expected the keys {list(CONFIG_KEYS)}, missing {missing}")
+    shown = {name: config[name] for name in _Shown.__annotations__ if name in config}
+    try:
+        read(_Shown, {"notes": [], "refused": [], **shown})
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     return config
