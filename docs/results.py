@@ -47,7 +47,7 @@ def page() -> str:
 def table() -> str:
     """Returns the conclusion, the table and the cuts of the run that the README shows."""
     shown, *rest = re.split(r"\n- ", (RESULTS / IN_README / "report.md").read_text())
-    cuts = [line.strip() for line in rest if not line.startswith(("▲", "Model"))]
+    cuts = [line.strip() for line in rest if not line.startswith(("▲", "Intervals", "Model"))]
     return f"{shown.strip()}\n\nCut short: {' '.join(cuts)}"
 
 

@@ -282,8 +282,11 @@ def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
 
     assert grow("a")["notes"] == ["1 seed, 13 test items a task at most (paper: 3, 500)."]
     assert grow("b", seeds=[1, 2])["notes"] == ["3 seeds, 13 test items a task at most (paper: 3, 500)."]
-    config = grow("b", methods=["i2cl"], n_test=500)
-    assert config["notes"] == ["I2CL is calibrated for 20 epochs (published: 100)."]
+    config = grow("b", methods=["i2cl", "prompt-tuning-once"], n_test=500)
+    assert config["notes"] == [
+        "I2CL is calibrated for 20 epochs (published: 100).",
+        "Prompt tuning is trained for 10 epochs (published: 50).",
+    ]
     assert config["command"] == "icr a && icr b"
 
 

@@ -111,14 +111,17 @@ def claim(folder: Path, config: RunConfig) -> None:
 
 def _cuts(settings: dict[str, Any]) -> list[str]:
     """What a run takes less of than was published, or than is usual here."""
-    n_seeds, n_test, epochs = len(settings["seeds"]), settings["n_test"], settings["i2cl_epochs"]
-    seeds = f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most (paper: 3, 500)."
-    i2cl = f"I2CL is calibrated for {epochs} epochs (published: 100)."
+    names, n_seeds, n_test = " ".join(settings["methods"]), len(settings["seeds"]), settings["n_test"]
+    i2cl, epochs = settings["i2cl_epochs"], settings["train_epochs"]
     usual = {name: getattr(Settings(), name) for name in ("tries", "train_rows", "train_epochs")}
     less = [f"{name} {settings[name]} (usual: {most})" for name, most in usual.items() if settings[name] < most]
-    fits = f"Methods that learn are held to less, where they would take more: {', '.join(less)}."
-    has_i2cl = any("i2cl" in method for method in settings["methods"])
-    cuts = {seeds: n_seeds < 3 or n_test < 500, i2cl: has_i2cl and epochs < 100, fits: less}
+    seeds = f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most (paper: 3, 500)."
+    cuts = {
+        seeds: n_seeds < 3 or n_test < 500,
+        f"I2CL is calibrated for {i2cl} epochs (published: 100).": "i2cl" in names and i2cl < 100,
+        f"Prompt tuning is trained for {epochs} epochs (published: 50).": "prompt-tuning" in names and epochs < 50,
+        f"Methods that learn are held to less, where they would take more: {', '.join(less)}.": bool(less),
+    }
     return [text for text, is_cut in cuts.items() if is_cut]
 
 
