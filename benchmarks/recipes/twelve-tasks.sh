@@ -4,7 +4,8 @@
 #     benchmarks/recipes/twelve-tasks.sh MODEL OUT [N_PROMPTS N_QUERIES N_TEST I2CL_EPOCHS SEEDS METHODS]
 #
 # For instance benchmarks/recipes/twelve-tasks.sh pinned:smollm2-135m runs/smollm2-135m
-# Killed and started again it goes on; more seeds and methods may be asked for later.
+# Killed and started again it goes on; more seeds and methods may be asked for later. I2CL tries four settings; the tables
+# published so far are of a version that had its first alone.
 set -euo pipefail
 model=$1 out=$2
 n_prompts=${3:-100} n_queries=${4:-1000} n_test=${5:-500} i2cl_epochs=${6:-20} seeds=${7:-"0 1 2"}
