@@ -6,7 +6,7 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -129,8 +129,7 @@ def unpack_gguf(file: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
         # The weights are dense once loaded; the quantizer's marks only stop them from being saved.
         model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
-        if hasattr(model.config, "quantization_config"):
-            delattr(model.config, "quantization_config")
+        vars(model.config).pop("quantization_config", None)
         unpacked = Path(scratch, folder.name)
         tokenizer.save_pretrained(unpacked)
         model.save_pretrained(unpacked)
@@ -161,9 +160,8 @@ def check_fitted_on(model: nn.Module, what: str, name: str | None, expected: str
 
 def weights_digest(module: nn.Module) -> str:
     """Returns 16 hex digits that identify a module's weights."""
-    digest = hashlib.sha256()
     tied = getattr(module, "all_tied_weights_keys", {})  # off-loaded ones are no longer one object
-    names = {name for name, _ in module.named_parameters() if "lora_" not in name and name not in tied}
+    names = [name for name, _ in module.named_parameters() if "lora_" not in name and name not in tied]
     samples = {}
     for prefix, owner in module.named_modules():
         with align_module_device(owner):  # brings off-loaded weights in
@@ -171,25 +169,17 @@ def weights_digest(module: nn.Module) -> str:
                 flat = weight.detach().reshape(-1)
                 sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
                 samples[name] = f"{tuple(weight.shape)}{sample.tolist()}"
-    for name in sorted(names, key=_plain_name):
-        digest.update(f"{_plain_name(name)}{samples[name]}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _plain_name(name: str) -> str:
-    return name.replace(".base_layer", "")
+    weights = sorted((name.replace(".base_layer", ""), samples[name]) for name in names)
+    return hashlib.sha256("".join(f"{name}{sample}" for name, sample in weights).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, a model is in evaluation mode and takes no gradients; then both are as they were found."""
-    modes = {module: module.training for module in model.modules()}
-    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+        model.eval().requires_grad_(False)
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, requires_grad in gradients.items():
-            parameter.requires_grad_(requires_grad)
