@@ -66,11 +66,7 @@ class Description:
 
 
 def describe(
-    model: PreTrainedModel,
-    tasks: Sequence[Task],
-    fit: FitConfig,
-    layers: tuple[int, ...],
-    features: Features,
+    model: PreTrainedModel, tasks: Sequence[Task], fit: FitConfig, layers: tuple[int, ...], features: Features
 ) -> Description:
     """Returns the description of a router fitted on `model`."""
     return Description(
@@ -96,13 +92,10 @@ def save(folder: Path, description: Description, pids: PIDs, router: Router, sou
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(pids, router)
     save_tensors(folder / "model.safetensors", tensors)
-    config = {
-        **_MEANING,
-        "weights_sha256": hashlib.sha256(serialize(tensors)).hexdigest(),
-        **dataclasses.asdict(description),
-    }
+    sha256 = hashlib.sha256(serialize(tensors)).hexdigest()
+    config = {**_MEANING, "weights_sha256": sha256, **dataclasses.asdict(description)}
     save_json(folder / "config.json", {**config, "checksum": _checksum(config)})
-    known = config["weights_sha256"][:16]
+    known = sha256[:16]
     cards = [where / "README.md" for where in (source, folder) if where]
     kept = next((text for card in cards if card.is_file() and known.encode() in (text := card.read_bytes())), None)
     (folder / "README.md").write_bytes(kept or model_card(description, known).encode())
