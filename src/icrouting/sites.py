@@ -50,11 +50,7 @@ def fused_key(output: Tensor, dims: Dims) -> Tensor:
 
 def interleaved(part: int) -> Reader:
     """Reads part 0 (query) or 1 (key) of heads that are [query, key, value] one by one."""
-
-    def read(output: Tensor, dims: Dims) -> Tensor:
-        return output.unflatten(-1, (dims.n_heads, 3, dims.head_dim))[..., part, :].flatten(2)
-
-    return read
+    return lambda output, dims: output.unflatten(-1, (dims.n_heads, 3, dims.head_dim))[..., part, :].flatten(2)
 
 
 @dataclass(frozen=True)
