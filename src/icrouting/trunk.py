@@ -163,9 +163,7 @@ def _allocate(file: Path, n_bytes: int) -> None:
 class _PassThrough(nn.Module):
     """Stands in for a trunk layer: hands on what it got or, where it holds states, those."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.states: Tensor | None = None
+    states: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return hidden_states if self.states is None else self.states
@@ -219,6 +217,5 @@ def late_entry(model: PreTrainedModel, first: int) -> Iterator[LateEntry]:
 
 def pad_states(states: Sequence[TrunkState], pad_id: int) -> tuple[Batch, Tensor]:
     """Returns trunk states as one batch: tokens and hidden states, padded on the right."""
-    batch = pad([state.tokens for state in states], pad_id)
     hidden = torch.nn.utils.rnn.pad_sequence([state.hidden for state in states], batch_first=True)
-    return batch, hidden
+    return pad([state.tokens for state in states], pad_id), hidden
