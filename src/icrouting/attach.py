@@ -60,6 +60,13 @@ class RoutedLayer:
         z_query = project(states, self.query_directions.to(states.device))
         return widen_query(query, z_query, weights)
 
+    def swap_cache(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Before the attention module: puts a view that widens what is stored in its cache's place."""
+        for name in ("cache", "past_key_values", "layer_past"):
+            if kwargs.get(name) is not None:
+                return args, {**kwargs, name: _WideningCache(kwargs[name], self)}
+        return None
+
 
 def _moved(directions: Tensor, device: torch.device) -> Tensor:
     """Directions on a device for good; those in training stay, since a copy would not learn."""
@@ -85,11 +92,7 @@ class _WideningCache:
 
 
 class Attachment:
-    """A model's routed layers while they are attached.
-
-    Attributes:
-        routing: the routing of the next forward pass, one row per query; None is an error in a forward.
-    """
+    """A model's routed layers while attached; `routing` is the next pass's, one row per query, or None: an error."""
 
     def __init__(self):
         self.routing: Routing | None = None
@@ -155,33 +158,10 @@ def routed_kernel(model: PreTrainedModel) -> AbstractContextManager[None]:
     return attention_function(model, alias, _attention_function(original), masks=original)
 
 
-def _widen_cache_of(layer: RoutedLayer) -> Callable:
-    def swap(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        for name in ("cache", "past_key_values", "layer_past"):
-            if kwargs.get(name) is not None:
-                return args, {**kwargs, name: _WideningCache(kwargs[name], layer)}
-        return None
-
-    return swap
-
-
 def _refuse_packing(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
         "a routed model cannot batch continuously, which packs all prompts into one row: pad them and use `generate`"
     )
-
-
-def check_fits(pids: PIDs, model: PreTrainedModel) -> None:
-    """Raises ValueError unless PIDs have the widths and layers of a model."""
-    dims = dims_of(model)
-    check_layers(pids.layers, dims.n_layers)
-    expected = (dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
-    found = (pids.query_pids.shape[1], pids.key_pids.shape[1])
-    if expected != found:
-        raise ValueError(
-            f"the PIDs are for queries and keys {found[0]} and {found[1]} wide, this model's are {expected[0]} and "
-            f"{expected[1]}: use the base model that the router was fitted on"
-        )
 
 
 @contextmanager
@@ -191,7 +171,14 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
     On leaving, also by an exception, hooks and attention implementation are as they were.
     """
     base, family, dims = base_of(model), family_of(model), dims_of(model)
-    check_fits(pids, base)
+    check_layers(pids.layers, dims.n_layers)
+    expected = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
+    found = pids.query_pids.shape[1], pids.key_pids.shape[1]
+    if expected != found:
+        raise ValueError(
+            f"the PIDs are for queries and keys {found[0]} and {found[1]} wide, this model's are {expected[0]} and "
+            f"{expected[1]}: use the base model that the router was fitted on"
+        )
     attachment = Attachment()
     with ExitStack() as stack:
         for position, index in enumerate(pids.layers):
@@ -201,7 +188,7 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
             store = stack.enter_context(watched(attention, family, dims))
             _routed[attention] = layer = RoutedLayer(attachment, position, pids, store)
             stack.callback(_routed.pop, attention)
-            stack.enter_context(attention.register_forward_pre_hook(_widen_cache_of(layer), with_kwargs=True))
+            stack.enter_context(attention.register_forward_pre_hook(layer.swap_cache, with_kwargs=True))
         stack.enter_context(routed_kernel(base))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled graphs do not notice hooks
         vars(base)["init_continuous_batching"] = _refuse_packing  # `generate_batch` goes through it
