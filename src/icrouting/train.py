@@ -137,9 +137,8 @@ class Trainer:
                 f"the training loss is {loss} at step {self.step}, or its gradient is not finite: lower `lr` "
                 f"({config.lr}) or load the model in float32"
             )
-        for parameter, part in zip(
-            parameters, flat.split([*(p.numel() for p in parameters), len(_TERMS) + 1]), strict=False
-        ):
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part in zip(parameters, flat[: sum(sizes)].split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
         torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         self.optimizer.step()
