@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +48,7 @@ def fit(
 ) -> tuple[PIDs, Router, Features]:
     """Returns the PIDs, a router of a kind trained on them, and the features that it reads (stages 1 to 3).
 
-    Raises:
-        ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
+    ValueError where the model cannot be routed, or the settings, tasks or folder do not fit.
     """
     if not tasks:
         raise ValueError("a fit needs at least one source task, got none")
@@ -77,8 +75,7 @@ def fit(
 def claimed(folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str) -> Iterator[None]:
     """Inside, a folder is one fit's alone, made or taken up where it was left, and the same fit for all processes.
 
-    Raises:
-        ValueError: the folder holds another fit, or the processes were given different ones; what differs is named.
+    ValueError names what differs, where the folder holds another fit or the processes were given different ones.
     """
     settings = {**dataclasses.asdict(config), "tasks": [task.name for task in tasks]}
     settings = json.loads(json.dumps({**settings, "model": fingerprint, "rows": rows_digest(tasks)}))
@@ -88,18 +85,14 @@ def claimed(folder: Path | None, config: FitConfig, tasks: Sequence[Task], finge
         return
     with locked(folder):
         with first_one_first():
-            _claim(folder, settings)
+            file = folder / "fit.json"
+            if not file.exists():  # so for the first process alone: others would write over each other
+                save_json(file, settings)
+            found = load_json(file)
+            if different := [key for key in settings if found.get(key) != settings[key]]:
+                changes = ", ".join(f"{key} was {found.get(key)!r}, is {settings[key]!r}" for key in different)
+                raise ValueError(f"{folder} holds a fit with other settings ({changes}): choose another folder")
         yield
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    file = folder / "fit.json"
-    if not file.exists():  # so for the first process alone: others would write over each other
-        save_json(file, settings)
-    found = load_json(file)
-    if different := [key for key in settings if found.get(key) != settings[key]]:
-        changes = ", ".join(f"{key} was {found.get(key)!r}, is {settings[key]!r}" for key in different)
-        raise ValueError(f"{folder} holds a fit with other settings ({changes}): choose another folder")
 
 
 def extract(
@@ -186,9 +179,8 @@ def training_queries(
     if not kept:
         raise ValueError("no training query has finite states: load the model in float32 or bfloat16")
     mean, std = features.scale(vectors[kept])
-    queries = [
-        Query(states[row], (vectors[row] - mean) / std, ids[row], chosen[row][1].label, texts[row]) for row in kept
-    ]
+    scaled = (vectors - mean) / std
+    queries = [Query(states[row], scaled[row], ids[row], chosen[row][1].label, texts[row]) for row in kept]
     return queries, (mean, std)
 
 
