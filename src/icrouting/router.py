@@ -20,9 +20,7 @@ from icrouting.pids import PIDs
 class Routing:
     """What a router decided for a batch of queries.
 
-    Attributes:
-        routing_vector: the paper's alpha, in [-1, 1], [batch, n_layers, rank].
-        head_gates: the paper's gamma, in [0, 1], [batch, n_layers, n_heads].
+    `routing_vector` is the paper's alpha, in [-1, 1], `head_gates` its gamma, in [0, 1].
     """
 
     routing_vector: Float[Tensor, "batch n_layers rank"]
@@ -38,11 +36,7 @@ class Routing:
         return Routing(self.routing_vector * strength, self.head_gates)
 
     def repeated(self, n_rows: int) -> "Routing":
-        """The same routing for `n_rows` rows, each query's rows next to each other (beams, samples).
-
-        Raises:
-            ValueError: `n_rows` is no multiple of the number of queries.
-        """
+        """The same routing for rows that are a multiple of the queries, each one's side by side (beams, samples)."""
         if n_rows == self.n_rows:
             return self
         if n_rows % self.n_rows:
@@ -73,10 +67,8 @@ class Router(nn.Module):
         self.n_layers = n_layers
         self.alpha = _perceptron(n_features, hidden_width, n_layers * rank)
         self.gamma = _perceptron(n_features, hidden_width, n_layers * n_heads)
-        if generator is not None:
-            self._initialise(generator)
-
-    def _initialise(self, generator: torch.Generator) -> None:
+        if generator is None:  # the weights are loaded
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
