@@ -28,14 +28,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a router did to one prompt.
+    """What a router did to one prompt: its tokens as text, its two passes, the decision with its strength, one row.
 
-    Attributes:
-        tokens: the prompt's, as text.
-        passes: its two passes, with their logits and attention.
-        routing: the router's decision, with its strength, one row.
-        options: with probabilities among the options; empty where none were asked for.
-        top_tokens: the likeliest next tokens, by the larger of their two probabilities.
+    The probabilities of `options`, empty where none were asked for, are those among them; `top_tokens` are the
+    likeliest next tokens, by the larger of their two probabilities.
     """
 
     strength: float
@@ -83,11 +79,10 @@ def inspect_prompt(
     probabilities = passes.logits.softmax(-1)
     top = probabilities.amax(0).topk(min(N_TOP, probabilities.shape[-1])).indices.tolist()
     tokens, top_texts = ([str(tokenizer.decode([token])) for token in ids] for ids in (token_ids, top))
-    among = passes.logits[:, chosen].softmax(-1)
-    listed = _candidates(options or [], passes.logits[:, chosen], among)
-    return Inspection(
-        strength, tokens, passes, routing, listed, _candidates(top_texts, passes.logits[:, top], probabilities[:, top])
-    )
+    likeliest = _candidates(top_texts, passes.logits[:, top], probabilities[:, top])
+    among = passes.logits[:, chosen]
+    listed = _candidates(options or [], among, among.softmax(-1))
+    return Inspection(strength, tokens, passes, routing, listed, likeliest)
 
 
 def _candidates(texts: Sequence[str], logits: Float[Tensor, "2 n"], shares: Float[Tensor, "2 n"]) -> list[Candidate]:

@@ -13,10 +13,8 @@ from icrouting.tasks import Example, TaskSpec
 def parse_row(row: object, spec: TaskSpec) -> Example:
     """Returns the example in one row of data.
 
-    Args:
-        row: a mapping with the template's fields, `label` (an index or one of the task's options), and
-            `choices` where the options are letters (a list, or one text with the choices between "|").
-        spec: the task that the row belongs to.
+    The row maps to the template's fields, `label` (an index or one of the task's options), and `choices` where the
+    options are letters (a list, or one text with the choices between "|").
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
@@ -72,10 +70,9 @@ def read_rows(path: Path, spec: TaskSpec) -> tuple[Example, ...]:
 def _json_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
     # JSON allows unescaped line separators of Unicode inside a text, so only newlines end a row.
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
         try:
-            yield number, json.loads(line)
+            if line.strip():
+                yield number, json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: not a JSON object: {error.msg}") from error
 
