@@ -148,11 +148,7 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
 
 
 def load(folder: Path) -> tuple[Description, PIDs, Router]:
-    """Returns the parts of an artifact.
-
-    Raises:
-        ValueError: a file is missing or damaged, the format is newer, or shapes do not match.
-    """
+    """Returns an artifact's parts; ValueError if a file is missing or damaged, newer, or its shapes do not match."""
     file, weights = folder / "config.json", folder / "model.safetensors"
     if not file.is_file():
         raise ValueError(f"{folder} is no router: config.json is missing")

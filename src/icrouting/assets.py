@@ -16,7 +16,6 @@ from icrouting.tasks import known
 
 log = logging.getLogger(__name__)
 
-
 # By name, as wheels.toml says.
 WHEELS: dict[str, dict[str, str]] = tomllib.loads(
     resources.files("icrouting").joinpath("wheels.toml").read_text(encoding="utf-8")

@@ -41,10 +41,8 @@ def capture_last_tokens(
 ) -> Iterator[tuple[Float[Tensor, "n_layers batch query_width"], Float[Tensor, "n_layers batch key_width"]]]:
     """Yields the last token's queries and keys of a batch of prompts at a time, in float32.
 
-    Prompts are batched by length, so the order is not theirs. A context that several share is computed once.
-
-    Raises:
-        ValueError: a prompt's queries or keys are not finite, and `skip_nan` does not say to leave it out.
+    Prompts are batched by length, so the order is not theirs. A context that several share is computed once. ValueError
+    where a prompt's queries or keys are not finite, and `skip_nan` does not say to leave it out.
     """
     token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], context_length(model))
     with captured(model, layers) as stores:

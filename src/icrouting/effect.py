@@ -28,12 +28,9 @@ ROUNDING_IN_ULP = 4
 class Passes:
     """A prompt without and with routing, in float32; in pairs the plain one comes first.
 
-    Attributes:
-        layers: the routed ones.
-        logits: after the last token, [2, vocab].
-        attn_weights: the last token's, [2, n_layers, n_heads, kv_len].
-        mass_moved: total variation distance between each token's two attention rows, [n_layers, n_heads, q_len].
-        rounding: what the logits may move by rounding alone, in the model's dtype and at their size.
+    `logits` come after the last token, `attn_weights` are the last token's in the routed `layers`; `mass_moved` is the
+    total variation distance between each token's two attention rows, `rounding` what the logits may move by rounding
+    alone, in the model's dtype and at their size.
     """
 
     layers: tuple[int, ...]

@@ -26,14 +26,10 @@ Scale = tuple[Float[Tensor, "n_features"], Float[Tensor, "n_features"]]
 
 @dataclass(frozen=True)
 class Features:
-    """What the router reads of a prompt.
+    """What the router reads of a prompt: `n_features` numbers; `fingerprint` identifies what computes them.
 
-    Attributes:
-        n_features: how many numbers describe a prompt.
-        fingerprint: identifies what computes them.
-        reads_hidden: whether they depend on the hidden states.
-        read: gives the features, [batch, n_features] in float32, of prompts' tokens and of the states that enter
-            the first routed layer, [q_len, hidden_size] each; those may be missing unless `reads_hidden`.
+    `read` gives them, [batch, n_features] in float32, from prompts' tokens and the states that enter the first routed
+    layer, [q_len, hidden_size] each; those may be missing unless `reads_hidden`.
     """
 
     n_features: int
@@ -85,14 +81,8 @@ def features_of(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 class Reader:
     """Reads prompts: features and router as one.
 
-    Attributes:
-        model: the base model.
-        tokenizer: its tokenizer.
-        features: what the router reads.
-        router: the trained router.
-        first_layer: the first routed layer.
-        scale: factor on the routing vector.
-        gate: gives each prompt a further factor, from the states that enter the first routed layer; None is 1.
+    `scale` is a factor on the routing vector; `gate` gives each prompt a further one, from the states that enter the
+    first routed layer; None is 1.
     """
 
     model: PreTrainedModel

@@ -76,12 +76,7 @@ def complete(summary: Summary) -> list[Method]:
 
 @in_our_style
 def routing(layers: Sequence[int], tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns heat maps of the head gates and of |routing vector|, a row per task.
-
-    Args:
-        layers: the routed layers.
-        tasks: by name, `head_gates` [n_layers, n_heads] and `routing_vector_abs` [n_layers, rank].
-    """
+    """Returns heat maps of each task's `head_gates` [n_layers, n_heads] and `routing_vector_abs` [n_layers, rank]."""
     maps = {name: (np.array(t["head_gates"]), np.array(t["routing_vector_abs"])) for name, t in tasks.items()}
     top = max(float(weights.max()) for _, weights in maps.values()) or 1.0
     figure = Figure(figsize=(WIDTH, 0.5 + len(maps) * (1.1 + 0.06 * len(layers))))

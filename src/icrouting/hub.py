@@ -21,9 +21,7 @@ _SEED = 0
 def read_task(spec: TaskSpec, mirror: Path | None = None) -> Task:
     """Returns a task with rows from the hub: at most 6,000 to train on (agnews 12,000) and 2,000 to test on.
 
-    Args:
-        spec: a task of the paper.
-        mirror: a folder that holds the datasets under their ids, instead of the hub.
+    They are read from `mirror` instead, a folder that holds the datasets under their ids, if it is given.
     """
     if spec.name not in HUB:
         raise ValueError(

@@ -14,11 +14,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, a folder, made if need be, is the run's whose processes have all come here.
-
-    Raises:
-        ValueError: a process of another run is in it.
-    """
+    """Inside, a folder, made if need be, is that run's whose processes have all come here; ValueError if another's."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         with first_one_first():

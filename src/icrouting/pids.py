@@ -77,18 +77,11 @@ class QKMoments:
 
 @dataclass(frozen=True)
 class PIDs:
-    """Directions of queries and keys, one pair of bases per routed layer.
+    """Directions of queries and keys, one pair of bases with orthonormal columns per routed layer.
 
-    Attributes:
-        layers: the routed layers.
-        query_pids: orthonormal columns, [n_layers, n_heads * head_dim, rank].
-        key_pids: orthonormal columns, [n_layers, n_kv_heads * head_dim, rank].
-        query_std: standard deviation of queries along each direction, [n_layers, rank].
-        key_std: the same of keys, [n_layers, rank].
-        query_explained: share of the queries' variance along each direction, [n_layers, rank].
-        key_explained: the same of keys, [n_layers, rank].
-        basis: "pca" (the paper's), "whitened" (each PID divided by its standard deviation where it is
-            used; Differs: lets the learning rate be ten times higher) or "random" (an orthonormal control).
+    `query_std` and `key_std` are the standard deviations along each direction, `query_explained` and `key_explained`
+    its share of the variance. `basis` is "pca" (the paper's), "whitened" (each PID divided by its standard deviation
+    where it is used; Differs: lets the learning rate be ten times higher) or "random" (an orthonormal control).
     """
 
     layers: tuple[int, ...]

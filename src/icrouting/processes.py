@@ -94,11 +94,7 @@ def joined(items: Sequence[T]) -> list[T]:
 
 
 def agree(**values: Any) -> None:
-    """Checks that all processes were given the same.
-
-    Raises:
-        ValueError: they were not; what differs is named.
-    """
+    """Checks that all processes were given the same; ValueError names what differs."""
     every = joined([values])
     for name in values:
         given = [one[name] for one in every]

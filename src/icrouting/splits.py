@@ -22,10 +22,7 @@ def make_task(spec: TaskSpec, train: Sequence[Example], test: Sequence[Example])
 
     A fifth of the training rows, at most 100, become the validation slice, by a seeded draw. Training rows
     that repeat one another or a held-back row (case, spacing and punctuation ignored), or that hold or lie
-    inside one of five words or more, are left out and counted in `n_dropped`.
-
-    Raises:
-        ValueError: the training rows are all of one class.
+    inside one of five words or more, are left out and counted in `n_dropped`. ValueError if one class alone is left.
     """
     unique = list({_row_key(example): example for example in reversed(train)}.values())[::-1]
     tested = {_row_key(example) for example in test}

@@ -96,10 +96,7 @@ def run_trunk(
 
     The hidden states, tokens * hidden_size numbers of the model's dtype, go to a file that is mapped into memory, so
     they may be larger than it. A finished file in `folder` is taken up again; several processes share the work, and
-    need a folder that all of them see.
-
-    Raises:
-        OSError: the disk does not hold the states.
+    need a folder that all of them see. OSError where the disk does not hold the states.
     """
     with ExitStack() as stack:
         if folder is None:  # the file stays readable while it is mapped
