@@ -36,16 +36,10 @@ FAMILIES: dict[str, Family] = {
         Site("query_key_value", interleaved(0)),
         Site("query_key_value", interleaved(1)),
         attention="attention",
-        attention_branch="attention",
         output="dense",
     ),
     "gpt2": Family(
-        Site("c_attn", fused_query),
-        Site("c_attn", fused_key),
-        layers="h",
-        attention="attn",
-        attention_branch="attn",
-        output="c_proj",
+        Site("c_attn", fused_query), Site("c_attn", fused_key), layers="h", attention="attn", output="c_proj"
     ),
 }
 
@@ -106,7 +100,7 @@ def branches_of(model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
     family, block, model_type = family_of(model), layers_of(model)[layer], decoder_of(model).config.model_type
     if model_type not in FAMILIES:  # the probe checks queries and keys alone
         raise ValueError(f"the branches of {model_type!r} models are not known: add a row to families.FAMILIES")
-    return getattr(block, family.attention_branch), getattr(block, family.mlp_branch)
+    return getattr(block, family.attention_branch or family.attention), getattr(block, family.mlp_branch)
 
 
 def all_branches_of(model: nn.Module) -> list[nn.Module]:

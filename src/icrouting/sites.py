@@ -65,16 +65,16 @@ class Site:
 class Family:
     """Where a family keeps its layers, its attention, its queries and its keys.
 
-    `attention_branch` and `mlp_branch` are the submodules of a layer whose outputs are added to the residual
-    stream: the attention and the MLP, or the norms behind them. `output` is the submodule of the attention that
-    mixes what its heads give, [batch, q_len, n_heads * head_dim], into one state.
+    `attention_branch` (None: the attention) and `mlp_branch` are the submodules of a layer whose outputs are added to
+    the residual stream: the attention and the MLP, or the norms behind them. `output` is the submodule of the attention
+    that mixes what its heads give, [batch, q_len, n_heads * head_dim], into one state.
     """
 
     query: Site = Site("q_proj")
     key: Site = Site("k_proj")
     layers: str = "layers"
     attention: str = "self_attn"
-    attention_branch: str = "self_attn"
+    attention_branch: str | None = None
     mlp_branch: str = "mlp"
     output: str = "o_proj"
 
