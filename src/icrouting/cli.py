@@ -179,13 +179,9 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands = {"fit": fit, "eval": evaluate, "report": report, "generate": generate, "inspect": inspect, "demo": demo}
+    about = "In-Context Routing: the few-shot effect at zero-shot cost."
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="icr",
-            description="In-Context Routing: the few-shot effect at zero-shot cost.",
-            args=arguments,
-        )
+        tyro.extras.subcommand_cli_from_dict(commands, prog="icr", description=about, args=arguments)
     except KeyboardInterrupt:
         print("\nstopped; what was computed is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
