@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -110,10 +110,8 @@ class InContextRouter(ModelHubMixin):
         scale = strength * self.description.fit.final_alpha_scale
         features = self._features(model, tokenizer)
         reader = Reader(model, tokenizer, features, self.router, self.pids.layers[0], scale, gate)
-        if strength == 0:  # exact in every dtype: wider heads round differently below float32
-            yield Routed(reader, self.pids.layers, [])
-            return
-        with rerouted(reader, self.pids) as last:
+        # Exact in every dtype at strength 0: wider heads round differently below float32.
+        with rerouted(reader, self.pids) if strength else nullcontext([]) as last:
             yield Routed(reader, self.pids.layers, last)
 
     def digest(self) -> str:
