@@ -62,9 +62,8 @@ class Plan:
 
     def seconds(self, speed: float) -> dict[str, float]:
         """Returns the time of every stage where the model runs at `speed`, in FLOP/s."""
-        return {stage: flops / speed for stage, flops in self.flops.items()} | {
-            "moments and PCA on one core": self.processor
-        }
+        running = {stage: flops / speed for stage, flops in self.flops.items()}
+        return {**running, "moments and PCA on one core": self.processor}
 
     def check(self, memory: int, disk: int, device: int | None, *, is_spread: bool = False) -> None:
         """Raises ValueError if what is needed for certain, so without batches, exceeds the bytes that are free.
@@ -176,9 +175,8 @@ def _texts(
             lengths = [len(text) / CHARS_PER_TOKEN for text in texts]
         else:
             lengths = [len(tokens) for tokens in tokenize(tokenizer, texts)]
-        lengths, scale = [min(length, limit) for length in lengths], count / len(texts)
-        squares = sum(length**2 for length in lengths)
-        return Texts(count, round(sum(lengths) * scale), round(squares * scale), math.ceil(max(lengths)))
+        lengths, scale = np.minimum(lengths, limit), count / len(texts)
+        return Texts(count, round(lengths.sum() * scale), round((lengths**2).sum() * scale), math.ceil(lengths.max()))
 
     prompts, queries, limit = {}, {}, float(min(config.max_tokens, context_length(model) or config.max_tokens))
     draws = np.random.default_rng(config.seed), np.random.default_rng(config.seed + 1)
