@@ -57,9 +57,8 @@ class QKMoments:
 
     def of_layer(self, place: int) -> "QKMoments":
         """The moments of one layer, which is alone; not a copy."""
-        return self.from_tensors(
-            {name: value[place : place + 1] if value.ndim else value for name, value in self._state.items()}
-        )
+        state = {name: value[place : place + 1] if value.ndim else value for name, value in self._state.items()}
+        return self.from_tensors(state)
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by name, to be saved."""

@@ -94,7 +94,7 @@ def score_options(
     token_budget: int = TOKEN_BUDGET,
     kept: dict[str, KeptContext] | None = None,
 ) -> Float[Tensor, "n_prompts n_options"]:
-    """Returns each option's logit at the position after each prompt.
+    """Returns each option's logit at the position after each prompt; -inf ends rows with fewer options than others.
 
     Prompts that share a non-empty `Prompt.context` have it computed once; the scores are the same.
 
@@ -105,9 +105,6 @@ def score_options(
         options: the answers to choose from, for all prompts or one list per prompt.
         token_budget: padded tokens per forward pass, and as many cached ones.
         kept: contexts that earlier calls computed with this very model; those computed now join them.
-
-    Returns:
-        Logits; where prompts have fewer options than others, the rest of their row is -inf.
     """
     prompts = [Prompt("", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     per_prompt = _options_per_prompt(options, len(prompts))
