@@ -139,12 +139,13 @@ def late_third(n_layers: int) -> tuple[int, ...]:
     return tuple(range(n_layers // 3 * 2, n_layers))
 
 
-def check_layers(layers: tuple[int, ...], n_layers: int) -> None:
-    """Raises ValueError unless `layers` are ascending indices into `n_layers` layers."""
+def check_layers(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
+    """Returns `layers`; ValueError unless they are ascending indices into `n_layers` layers."""
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= n_layers:
         raise ValueError(
             f"routed layers must be ascending indices below {n_layers}, with at least one; got {list(layers)}"
         )
+    return layers
 
 
 def device_of(module: nn.Module) -> torch.device:

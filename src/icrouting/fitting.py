@@ -54,8 +54,7 @@ def fit(
         raise ValueError("a fit needs at least one source task, got none")
     family_of(model)
     dims, device = dims_of(model), device_of(model)
-    layers = config.layers or late_third(dims.n_layers)
-    check_layers(layers, dims.n_layers)
+    layers = check_layers(config.layers or late_third(dims.n_layers), dims.n_layers)
     if config.encoder == HIDDEN and layers[0] == 0:
         raise ValueError("what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up")
     with claimed(folder, config, tasks, fingerprint(model)):

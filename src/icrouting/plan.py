@@ -120,15 +120,15 @@ def plan_fit(
     """
     dims, decoder, itemsize = dims_of(model), decoder_of(model).config, dtype.itemsize
     hidden_size, is_quantised = int(decoder.hidden_size), getattr(model.config, "quantization_config", None) is not None
-    layers = config.layers or late_third(dims.n_layers)
-    check_layers(layers, dims.n_layers)
+    layers = check_layers(config.layers or late_third(dims.n_layers), dims.n_layers)
     prompts, queries = _texts(model, tokenizer, tasks, config, sample)
     n_routed, n_late, longest = len(layers), dims.n_layers - layers[0], max(of.longest for of in queries.values())
     widths = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
     n_router = _n_router(config, hidden_size, n_routed * (config.rank + dims.n_heads))
     moments = 8 * n_routed * sum(width**2 + width for width in widths)
     n_outputs = _n_matrix(model) // dims.n_layers // hidden_size
-    batch = _largest_batch(prompts)
+    largest = max(max(1, TOKEN_BUDGET // of.longest) * of.longest for of in prompts.values())
+    batch = min(largest, sum(of.tokens for of in prompts.values()))
     n_parameters = sum(weight.numel() for weight in model.parameters())
     memory = {
         **({} if is_quantised else {"weights": n_parameters * itemsize}),  # else unknown
@@ -149,11 +149,6 @@ def plan_fit(
     products = moments / 8 * sum(of.count for of in prompts.values())
     processor = products * SECONDS_PER_PRODUCT + n_routed * sum(width**3 for width in widths) * SECONDS_PER_CUBE
     return Plan(n_parameters, n_router, layers, prompts, queries, memory, disk, flops, processor)
-
-
-def _largest_batch(prompts: dict[str, Texts]) -> int:
-    whole = max(max(1, TOKEN_BUDGET // texts.longest) * texts.longest for texts in prompts.values())
-    return min(whole, sum(texts.tokens for texts in prompts.values()))
 
 
 def _n_router(config: FitConfig, hidden_size: int, n_out: int) -> int:
