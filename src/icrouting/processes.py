@@ -6,7 +6,7 @@ that was started by hand is alone, and everything here leaves things as they are
 
 import atexit
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -37,12 +37,10 @@ def here() -> PartialState:
 def alone() -> Iterator[None]:
     """Inside, this process works for itself alone, whatever the others do meanwhile."""
     state = vars(here())
-    kept = dict(state)
-    state.update(num_processes=1, process_index=0, distributed_type=DistributedType.NO)
-    try:
+    with ExitStack() as stack:
+        stack.callback(state.update, dict(state))
+        state.update(num_processes=1, process_index=0, distributed_type=DistributedType.NO)
         yield
-    finally:
-        state.update(kept)
 
 
 def is_first() -> bool:

@@ -203,13 +203,11 @@ def late_entry(model: PreTrainedModel, first: int) -> Iterator[LateEntry]:
     kept = list(layers)
     bridges = [_PassThrough() for _ in kept[:first]]
     late = [_Checkpointed(lay) if getattr(lay, "gradient_checkpointing", False) else lay for lay in kept[first:]]
-    try:
+    with ExitStack() as stack:
         for index, stand_in in enumerate([*bridges, *late]):
+            stack.callback(layers.__setitem__, index, kept[index])
             layers[index] = stand_in
         yield LateEntry(model, bridges[0] if bridges else None)
-    finally:
-        for index, layer in enumerate(kept):
-            layers[index] = layer
 
 
 def pad_states(states: Sequence[TrunkState], pad_id: int) -> tuple[Batch, Tensor]:
