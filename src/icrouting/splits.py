@@ -33,8 +33,7 @@ def make_task(spec: TaskSpec, train: Sequence[Example], test: Sequence[Example])
         candidates = [i for i in candidates if i not in firsts.values()]
     chosen = set(candidates[: min(N_VALIDATION, len(unique) // 5)])
     validation = tuple(unique[i] for i in sorted(chosen))
-    rest = [example for i, example in enumerate(unique) if i not in chosen]
-    kept = apart(rest, [*validation, *test])
+    kept = apart([example for i, example in enumerate(unique) if i not in chosen], [*validation, *test])
     labels = {example.label for example in kept}
     if len(labels) < 2:
         raise ValueError(
