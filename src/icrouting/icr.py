@@ -9,13 +9,13 @@ from typing import ClassVar
 
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from icrouting import artifact, fitting
 from icrouting.artifact import Description, model_card
 from icrouting.config import FitConfig
 from icrouting.families import base_of, device_of
-from icrouting.features import Features, Gate, Reader, features_of
+from icrouting.features import Gate, Reader, features_of
 from icrouting.models import check_fitted_on
 from icrouting.pids import PIDs
 from icrouting.routed import Routed, rerouted
@@ -73,17 +73,6 @@ class InContextRouter(ModelHubMixin):
         pids, router, features = fitting.fit(model, tokenizer, tasks, config, where)
         return cls(artifact.describe(model, tasks, config, pids.layers, features), pids, router)
 
-    def _features(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Features:
-        """What the router reads; ValueError if it is not what the router was fitted with."""
-        description = self.description
-        features = features_of(description.fit.encoder, model, tokenizer, "cpu")
-        if features.fingerprint != description.encoder:
-            raise ValueError(
-                f"the router was fitted with another sentence encoder than {description.fit.encoder!r} is here: "
-                f"expected weights {description.encoder}, got {features.fingerprint}"
-            )
-        return features
-
     @contextmanager
     def attached(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, strength: float = 1.0, gate: Gate | None = None
@@ -104,11 +93,16 @@ class InContextRouter(ModelHubMixin):
         """
         if not math.isfinite(strength):
             raise ValueError(f"strength must be a finite number, got {strength}")
-        model = base_of(model)
-        check_fitted_on(model, "this router", self.description.base_model, self.description.fingerprint)
+        model, fitted = base_of(model), self.description
+        check_fitted_on(model, "this router", fitted.base_model, fitted.fingerprint)
         self.router.to(device_of(model))
-        scale = strength * self.description.fit.final_alpha_scale
-        features = self._features(model, tokenizer)
+        features = features_of(fitted.fit.encoder, model, tokenizer, "cpu")
+        if features.fingerprint != fitted.encoder:
+            raise ValueError(
+                f"the router was fitted with another sentence encoder than {fitted.fit.encoder!r} is here: "
+                f"expected weights {fitted.encoder}, got {features.fingerprint}"
+            )
+        scale = strength * fitted.fit.final_alpha_scale
         reader = Reader(model, tokenizer, features, self.router, self.pids.layers[0], scale, gate)
         # Exact in every dtype at strength 0: wider heads round differently below float32.
         with rerouted(reader, self.pids) if strength else nullcontext([]) as last:
