@@ -16,13 +16,9 @@ _KINDS = {"name": str, "group": str, "template": str, "options": list, "words": 
 def read_task_file(path: Path) -> Task:
     """Returns the task that a TOML file describes, with the rows of the files that it names.
 
-    Args:
-        path: a file with `template`, `options` (left out where each row brings its `choices`), `splits.train`
-            and `splits.test` (JSONL or CSV, relative to the file), and optionally `name` (default: the
-            file's), `group` (default: "far") and `words` (replacements of field values).
-
-    Raises:
-        ValueError: the file is malformed (key and line are named), or a row does not fit.
+    It holds `template`, `options` (left out where each row brings its `choices`), `splits.train` and `splits.test`
+    (JSONL or CSV, relative to the file), and optionally `name` (default: the file's), `group` (default: "far") and
+    `words` (replacements of field values). ValueError if it is malformed (naming key and line) or a row does not fit.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
