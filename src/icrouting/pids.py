@@ -146,8 +146,7 @@ def _directions(
 def _described(columns: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The columns with their signs fixed, the standard deviation along each and its share of the variance."""
     # The largest entry of every column is positive, so that equal subspaces give equal files.
-    largest = columns.abs().argmax(1, keepdim=True)
-    columns = columns * columns.gather(1, largest).sign()
+    columns = columns * columns.gather(1, columns.abs().argmax(1, keepdim=True)).sign()
     variance = torch.einsum("lwr,lwv,lvr->lr", columns, covariance, columns).clamp_min(0)
     total = covariance.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
     floor = torch.finfo(torch.float32).eps * total.sqrt()

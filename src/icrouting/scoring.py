@@ -108,8 +108,7 @@ def score_options(
     """
     prompts = [Prompt("", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     per_prompt = _options_per_prompt(options, len(prompts))
-    limit = context_length(model)
-    token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], limit)
+    token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], context_length(model))
     ids = [option_ids(tokenizer, p.query, chosen) for p, chosen in zip(prompts, per_prompt, strict=True)]
     scores = torch.full((len(prompts), max(map(len, ids), default=0)), -torch.inf)
     for cache, batch in by_context(model, prompts, token_lists, pad_id_of(tokenizer), token_budget, kept):

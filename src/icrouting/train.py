@@ -70,8 +70,7 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end, from where the last checkpoint stands."""
         steps = range(self.step, self.n_steps)
-        first = self.pids.layers[0]
-        with attach(self.model, self.pids) as attachment, late_entry(self.model, first) as entry:
+        with attach(self.model, self.pids) as attachment, late_entry(self.model, self.pids.layers[0]) as entry:
             try:
                 for _ in track(steps, "training", [1] * len(steps), "steps", done=self.step):
                     self._update(self._terms(entry, attachment, [self.queries[row] for row in mine(self._rows())]))
@@ -96,8 +95,7 @@ class Trainer:
         routing = self.router(torch.stack([query.features for query in queries]).to(device))
         attachment.routing = routing.scaled(alpha_scale(self.step, self.n_steps, config.final_alpha_scale))
         logits = entry.next_token_logits(batch.to(device), hidden)
-        texts = [query.text for query in queries]
-        kept = finite_rows(logits.isfinite().all(-1), texts, "logits", config.skip_nan)
+        kept = finite_rows(logits.isfinite().all(-1), [query.text for query in queries], "logits", config.skip_nan)
         if len(kept) < len(queries):  # once more without them: backward, zero times NaN is NaN
             return self._terms(entry, attachment, [queries[row] for row in kept])
         labels = torch.tensor([query.label for query in queries], dtype=torch.long, device=device)
@@ -154,8 +152,7 @@ class Trainer:
             tensors |= {f"optimizer.{index}.{name}": value.clone() for name, value in state.items()}
         metadata = {"step": str(self.step), "log": json.dumps(self.log)}
         save_tensors(self.folder / "training.safetensors", tensors, metadata)
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-        (self.folder / "training.jsonl").write_text(lines)
+        (self.folder / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
 
     def _restore(self, folder: Path) -> None:
         tensors, metadata = load_tensors(folder / "training.safetensors")
