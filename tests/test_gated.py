@@ -208,3 +208,11 @@ def test_the_distance_is_that_of_the_benchmark_which_chose_it(settings, model, t
     states = last_states(model, tokenizer, MIXED)
     whole = -torch.from_numpy(novelty.gaussian({TASK.name: method.known})(states))
     assert torch.allclose(method._distances(states), whole * n / (n - 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("gate", [lambda states: torch.ones(1), lambda states: [float("nan")] * len(states)])
+def test_a_gate_that_gives_no_finite_factor_for_every_prompt_is_refused(gate, settings, model, tokenizer):
+    icr = InContextRouter.from_pretrained(settings.router)
+    prompts = tokenizer(["Review: joy\nSentiment:", "Review: dull plot\nSentiment:"], return_tensors="pt", padding=True)
+    with icr.attached(model, tokenizer, gate=gate), pytest.raises(ValueError, match="a finite factor for each of 2"):
+        model(**prompts)

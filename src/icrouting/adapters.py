@@ -1,5 +1,6 @@
 """Adapters: what peft puts into a frozen model or before its prompts, by contexts that leave no trace."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from icrouting.batches import context_length
+from icrouting.edits import n_seen, read_by
 from icrouting.families import CACHE, decoder_of, device_of
 from icrouting.models import frozen
 
@@ -124,43 +126,35 @@ def _with_prompt(
     base: PreTrainedModel, kwargs: dict[str, Any], n_virtual: int, make: Callable[[int], Any]
 ) -> tuple[dict[str, Any], int]:
     """Returns a decoder's arguments with the soft prompt before them, and the number of tokens that this adds."""
-    ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", CACHE))
-    given = ids if embeds is None else embeds
-    assert given is not None, "a decoder is given tokens or embeddings"
+    given, seen, cache = read_by(kwargs), n_seen(kwargs), kwargs.get(CACHE)
     n_rows, q_len = given.shape[:2]
-    n_seen = cache.get_seq_length() if cache is not None else 0
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if isinstance(cache, StaticCache) or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
-        raise ValueError(
-            "a soft prompt needs a cache that grows and one attention mask [batch, kv_len], got others: leave both to "
-            "the model"
-        )
-    is_counted = positions is None or int(positions.max()) + 1 >= n_seen + q_len
-    if n_seen and (is_counted if mask is None else mask.shape[1] == n_seen + q_len):
+        raise ValueError("a soft prompt needs one attention mask [batch, kv_len] and a cache that grows: give neither")
+    is_counted = positions is None or int(positions.max()) + 1 >= seen + q_len
+    if seen and (is_counted if mask is None else mask.shape[1] == seen + q_len):
         return kwargs, 0  # whoever filled the cache counts what is in it
     if mask is not None:
         kwargs["attention_mask"] = torch.cat([mask.new_ones(n_rows, n_virtual), mask], 1)
     if positions is not None:
         kwargs["position_ids"] = positions + n_virtual
-    if n_seen:
+    if seen:
         return kwargs, 0
-    limit = context_length(base)
-    if limit is not None and n_virtual + q_len > limit:
+    if n_virtual + q_len > (limit := context_length(base) or math.inf):
         raise ValueError(
             f"a prompt of {q_len} tokens behind {n_virtual} virtual ones is longer than the model's context of "
             f"{limit}: shorten it"
         )
     prompt = make(n_rows)
     if isinstance(prompt, Cache):
-        layers: Any = prompt.layers
+        layers: Any = () if cache is None else prompt.layers  # a cache of the caller's, who may go on with it
+        for place, layer in enumerate(layers):
+            kwargs[CACHE].update(layer.keys, layer.values, place)
         kwargs[CACHE] = prompt if cache is None else cache
-        if cache is not None:  # the caller may go on with its own
-            for place, layer in enumerate(layers):
-                cache.update(layer.keys, layer.values, place)
         return kwargs, 0
     if positions is not None:
         first = torch.arange(n_virtual, device=positions.device).expand(n_rows, -1)
         kwargs["position_ids"] = torch.cat([first, kwargs["position_ids"].expand(n_rows, -1)], 1)
-    embeds = decoder_of(base).get_input_embeddings()(ids) if embeds is None else embeds
+    embeds = given if given.is_floating_point() else decoder_of(base).get_input_embeddings()(given)
     kwargs |= {"input_ids": None, "inputs_embeds": torch.cat([prompt.to(embeds), embeds], 1)}
     return kwargs, n_virtual

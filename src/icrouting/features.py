@@ -107,7 +107,10 @@ class Reader:
         with torch.autocast(device.type, enabled=False):
             routing = self.router(features.to(device)).scaled(self.scale)
         if self.gate is not None:
-            routing = routing.scaled(self.gate(states).to(routing.routing_vector)[:, None, None])
+            factors = torch.as_tensor(self.gate(states)).to(routing.routing_vector)
+            if factors.shape != (len(states),) or not factors.isfinite().all():
+                raise ValueError(f"`gate` must give a finite factor for each of {len(states)} prompts, got {factors}")
+            routing = routing.scaled(factors[:, None, None])
         places = torch.tensor([chosen.index(row) for row in rows], device=routing.head_gates.device)
         return Routing(routing.routing_vector[places], routing.head_gates[places])
 

@@ -127,8 +127,7 @@ def difference(records: pd.DataFrame, baseline: pd.DataFrame) -> Estimate:
 def mcnemar(records: pd.DataFrame, baseline: pd.DataFrame) -> float:
     """Returns the two-sided p-value of McNemar's exact test: under no effect every change has either sign alike.
 
-    Where items repeat over seeds, it is the sum of an item's changes that has either sign alike, and weighs by its
-    size; an item won once in three seeds is not as much as one won in all.
+    Where items repeat over seeds, the sum of an item's changes has either sign alike, and weighs by its size.
     """
     changes = paired(records, baseline).groupby("item", sort=False).change.sum().to_numpy(dtype=int)
     law = np.ones(1)  # of the total, from its least value on
@@ -136,8 +135,7 @@ def mcnemar(records: pd.DataFrame, baseline: pd.DataFrame) -> float:
         flips = np.zeros(2 * size * count + 1)
         flips[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
         law = np.convolve(law, flips)
-    is_as_far = np.abs(np.arange(len(law)) - len(law) // 2) >= abs(changes.sum())
-    return min(1.0, float(law[is_as_far].sum()))
+    return min(1.0, float(law[np.abs(np.arange(len(law)) - len(law) // 2) >= abs(changes.sum())].sum()))
 
 
 def holm(p_values: pd.Series) -> pd.Series:

@@ -81,8 +81,9 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
 
 def markdown(summary: Summary, config: Mapping[str, Any]) -> str:
     """Returns the conclusion, the table, its legend, what was cut short, the figures' origin, and what they cost."""
-    said = conclusion.conclusion(summary)
-    return render("report.md.j2", summary=summary, conclusion=said, table=table, config=config)
+    return render(
+        "report.md.j2", summary=summary, conclusion=conclusion.conclusion(summary), table=table, config=config
+    )
 
 
 def render(template: str, **values: object) -> str:

@@ -94,14 +94,12 @@ class Summary:
 
 def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     """Returns the figures of a run, finished or in progress."""
-    if not records:
-        raise ValueError("no records to summarise: the run has not scored an example yet")
     refused = config.get("refused", ())
     open_cells = {(method, task) for method, task, _ in refused}  # also where some of its items had been answered
     cells = metrics.frame(records).groupby(["method", "task"], sort=False)
     by_cell: dict[Any, pd.DataFrame] = {cell: found for cell, found in cells if cell not in open_cells}
     if not by_cell:
-        raise ValueError("no records to summarise: every method was refused on every task that it began")
+        raise ValueError("no records to summarise: no example has been scored yet, or every method was refused")
     kinds = {task["name"]: "source" if task["role"] == "source" else task["group"] for task in config["tasks"]}
     sections = {task: SECTIONS.get(kind, kind) for task, kind in kinds.items()}
     if unknown := sorted({task for _, task in by_cell} - set(sections)):
@@ -168,8 +166,7 @@ def _means(cells: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> pd.DataF
             accuracy, gain = (metrics.mean(members, name).columns(name) for name in ("accuracy", "gain"))
             shares = [found for found in members.gain_by_seed.dropna() if found]
             by_seed = np.mean(shares, axis=0).tolist() if len(set(map(len, shares))) == 1 else []
-            mean = {"kind": "mean", "name": group, "method": method, "gain_by_seed": by_seed}
-            means.append({**mean, **accuracy, **gain})
+            means.append({"kind": "mean", "name": group, "method": method, "gain_by_seed": by_seed, **accuracy, **gain})
     return pd.DataFrame(means).query("accuracy_n > 0")
 
 

@@ -22,6 +22,7 @@ from icrouting.tasks import Example, Task
 WEIGHT_DECAY, WARM_UP, BATCH_SIZE = 1e-3, 0.05, 2
 GRID = [{"lr": lr, "noise": noise} for lr in (1e-2, 3e-3) for noise in (1e-3, 0.0)]  # as published, then others
 FIRST_LAMBDA, FIRST_BETA = 0.1, 1.0
+Scalars = Float[Tensor, "n_branches 2"]
 
 
 class I2CL(Method):
@@ -36,7 +37,7 @@ class I2CL(Method):
     name = "i2cl"
     learned = ("vectors", "scalars", "losses")
     cached = ("vectors", "scalars")
-    scalars: Float[Tensor, "n_branches 2"]
+    scalars: Scalars
 
     def learn(self, rng: np.random.Generator) -> None:
         """Records the vectors and calibrates the scalars."""
@@ -51,9 +52,7 @@ class I2CL(Method):
         """Edits every branch."""
         return self._edited(self.scalars.to(device_of(self.model)))
 
-    def _edited(
-        self, scalars: Float[Tensor, "n_branches 2"], noise: float = 0.0, draws: torch.Generator | None = None
-    ) -> Context:
+    def _edited(self, scalars: Scalars, noise: float = 0.0, draws: torch.Generator | None = None) -> Context:
         vectors = self.vectors.to(scalars.device)
 
         def edit(place: int, output: Tensor) -> Tensor:
