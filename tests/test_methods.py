@@ -245,7 +245,8 @@ def test_i2cl_keeps_the_best_of_four_settings_and_tries_the_published_one_first(
 
 def test_i2cl_works_with_one_demonstration(tokenizer):
     one = Task(TASK.spec, TASK.train[:1], TASK.test)
-    method = fitted(I2CL, tiny.model("llama"), tokenizer, [one])
+    method = fitted(I2CL, tiny.model("llama"), tokenizer, [one], tries=12)
+    assert not method.tried, "nothing to choose on"
     assert torch.isfinite(method.scalars).all()
 
 
@@ -386,8 +387,8 @@ def test_last_tokens_are_found_under_both_paddings_and_behind_a_cache(tokenizer)
     ):
         ids, seen = torch.full((2, q_len), 5), []
         with (
-            last_tokens(model) as positions,
-            edited([layers_of(model)[0]], lambda _, h, seen=seen, at=positions: seen.append(at()) or h),
+            last_tokens(model) as now,
+            edited([layers_of(model)[0]], lambda _, h, seen=seen, now=now: seen.append(now["last"]) or h),
         ):
             cache = None
             if len(mask[0]) > q_len:

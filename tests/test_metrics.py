@@ -123,7 +123,7 @@ def test_mcnemar_seldom_rejects_without_an_effect():
 
 def test_mcnemar_seldom_rejects_where_seeds_move_a_method_about_an_equal_baseline():
     rng, n_rejected, n = np.random.default_rng(13), 0, 200
-    for _ in range(N_SIMULATED):  # a vote per item rejects a fifth of these
+    for _ in range(N_SIMULATED):  # a vote per item rejects a quarter of these
         right = rng.random(n) < 0.8
         theirs = over_seeds(right, 3)
         turned = [np.where(right, rng.random(n) > 0.1, rng.random(n) < 0.4) for _ in range(3)]

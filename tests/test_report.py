@@ -179,8 +179,14 @@ def test_a_cell_that_was_refused_part_way_is_left_open(tmp_path):
     assert cut.line("task", "mr", "few-shot") is None
     assert cut.unfinished == whole.unfinished == []
     assert cut.lines.drop(columns="confusion").equals(whole.lines.drop(columns="confusion"))
-    with pytest.raises(ValueError, match="every method was refused"):
-        summarise(half, fake_config(refused=refused))
+
+
+def test_what_was_finished_before_a_method_was_refused_is_shown():
+    first = [r for r in ICR_LOSES_ON_MR if (r.method, r.task, r.seed) != ("few-shot", "mr", 1)]
+    refused = [["few-shot", "mr", "loss is nan"]]
+    summary, whole = summarise(first, fake_config(refused=refused)), summarise(first, fake_config())
+    assert summary.line("task", "mr", "few-shot").accuracy_n == 30
+    assert summary.unfinished == whole.unfinished == ["few-shot: 30 of 60 predictions on mr"]
 
 
 def test_no_records_are_a_clear_error(tmp_path):

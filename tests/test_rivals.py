@@ -19,7 +19,7 @@ from icrouting.methods.soft_prompts import PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.prompts import Prompt
 from icrouting.scoring import score_options
-from icrouting.storage import save_tensors
+from icrouting.storage import load_tensors, save_tensors
 from icrouting.tasks import Task
 
 TASK = tiny.task("toy", n_test=30)
@@ -161,6 +161,35 @@ def test_a_damaged_folder_is_refused_in_a_sentence(tokenizer, small, tmp_path):
         load_method(tmp_path, model, tokenizer)
 
 
+def test_a_folder_saved_before_checksums_is_taken_up(tokenizer, small, tmp_path):
+    model = tiny.model("llama")
+    method = fitted(TaskVectors, model, tokenizer, small)
+    save_method(method, tmp_path)
+    described = json.loads((tmp_path / "method.json").read_text())
+    del described["tensors_sha256"]
+    (tmp_path / "method.json").write_text(json.dumps(described))
+    assert_same(method, load_method(tmp_path, model, tokenizer))
+
+
+def test_nothing_is_fitted_under_another_method(tokenizer, small, tmp_path):
+    model, (inner,) = tiny.model("llama"), make(["task-vectors"], small)
+    inner.fit(model, tokenizer, [TASK], np.random.default_rng(0), tmp_path / "fit.safetensors")
+    with fitted(TaskVectors, model, tokenizer, small).attached(model, tokenizer, TASK):
+        for step in (lambda: inner.on(TASK), lambda: inner.attached(model, tokenizer, TASK).__enter__()):
+            with pytest.raises(ValueError, match="task-vectors is attached to this model: leave it before"):
+                step()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fit_kept_before_a_setting_was_there_is_taken_up(tokenizer, small, tmp_path, monkeypatch):
+    model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
+    TaskVectors(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    tensors, notes = load_tensors(file)
+    save_tensors(file, tensors, {name: note for name, note in notes.items() if name != "tries"})
+    monkeypatch.setattr(TaskVectors, "learn", lambda *args: pytest.fail("fitted again"))
+    TaskVectors(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+
+
 def test_a_method_fitted_on_each_task_is_attached_as_the_task_s_own(tokenizer, small):
     model, (inner,) = tiny.model("llama"), make(["task-vectors"], small)
     inner.fit(model, tokenizer, [TASK], np.random.default_rng(0))
@@ -228,16 +257,18 @@ def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small, tmp_p
 def test_a_kept_fit_of_another_configuration_is_refused(tokenizer, small, tmp_path):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
     Refit(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
-    with pytest.raises(ValueError, match="was learned with n_queries=8, now with n_queries=9: delete it"):
+    with pytest.raises(ValueError, match="was learned with n_queries=8, now with n_queries=9: put that back"):
         Refit(replace(small, train_rows=9)).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
 
 
 def test_a_kept_fit_of_another_model_or_other_settings_is_refused(tokenizer, small, tmp_path):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
     TaskVectors(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
-    with pytest.raises(ValueError, match="was learned with demos_per_class=2, now with demos_per_class=1: delete it"):
+    with pytest.raises(
+        ValueError, match="was learned with demos_per_class=2, now with demos_per_class=1: put that back"
+    ):
         TaskVectors(replace(small, demos_per_class=1)).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
-    with pytest.raises(ValueError, match=r"was learned with [0-9a-f]{16}, now with [0-9a-f]{16}: delete it"):
+    with pytest.raises(ValueError, match=r"was learned with [0-9a-f]{16}, now with [0-9a-f]{16}: put that back"):
         TaskVectors(small).fit(tiny.model("llama", seed=1), tokenizer, [TASK], np.random.default_rng(0), file)
 
 

@@ -96,7 +96,8 @@ def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
         hidden.clear()
-        if kwargs.get(CACHE) is None and kwargs.get("use_cache") is False:
+        keeps = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+        if kwargs.get(CACHE) is None and not keeps:
             hidden[CACHE] = None  # ours, which the caller must not go on with
         kwargs, n_cut[0] = _with_prompt(base, kwargs, n_virtual, wrapped.get_prompt)
         return (), kwargs
@@ -104,7 +105,7 @@ def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual 
     def after(module: nn.Module, args: tuple, output: Any) -> Any:
         own = output[0][:, n_cut[0] :]
         if isinstance(output, tuple):
-            return (own, *output[1:])
+            return (own, *output[1 + len(hidden) :])
         return type(output)(**{**output, "last_hidden_state": own, **hidden})
 
     with frozen(base), torch.random.fork_rng(), warnings.catch_warnings():

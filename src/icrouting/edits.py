@@ -85,19 +85,18 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 @contextmanager
-def last_tokens(model: nn.Module) -> Iterator[Callable[[], Int[Tensor, "batch"]]]:
-    """Inside, the yielded function gives each row's last attended position among the tokens of this forward."""
-    is_real = [torch.empty(0)]
+def last_tokens(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Inside, the yielded dict has each row's last attended position, "last", and "is_step", both of this forward."""
+    now: dict[str, Any] = {}
 
     def keep(base: nn.Module, args: tuple, kwargs: dict) -> None:
         given = called_with(base, args, kwargs)
-        is_real[0] = attended(read_by(given), given.get("attention_mask"), n_seen(given))
-
-    def positions() -> Int[Tensor, "batch"]:
-        return (is_real[0].long() * torch.arange(is_real[0].shape[1], device=is_real[0].device)).argmax(1)
+        is_real = attended(read_by(given), given.get("attention_mask"), n_seen(given))
+        last = (is_real.long() * torch.arange(is_real.shape[1], device=is_real.device)).argmax(1)
+        now.update(last=last, is_step=is_step(given))
 
     with base_of(model).register_forward_pre_hook(keep, with_kwargs=True):
-        yield positions
+        yield now
 
 
 def called_with(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -161,17 +160,12 @@ def edited_last(model: nn.Module, modules: Sequence[nn.Module], edit: Edit, *, i
         edit: of a module's place in `modules` and the states [batch, hidden_size].
         in_steps: whether tokens that are generated behind a prompt are edited too.
     """
-    now = {"is_step": False}
-
-    def look(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        now["is_step"] = is_step(called_with(decoder, args, kwargs))
-
-    with decoder_of(model).register_forward_pre_hook(look, with_kwargs=True), last_tokens(model) as positions:
+    with last_tokens(model) as now:
 
         def change(place: int, hidden: Tensor) -> Tensor:
             if now["is_step"] and not in_steps:
                 return hidden
-            at = torch.arange(len(hidden), device=hidden.device), positions().to(hidden.device)
+            at = torch.arange(len(hidden), device=hidden.device), now["last"].to(hidden.device)
             hidden = hidden.clone()
             hidden[at] = edit(place, hidden[at])
             return hidden

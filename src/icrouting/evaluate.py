@@ -118,11 +118,10 @@ class Evaluation:
             self._kept.pop(method.name, None)
 
     def _missing(self, method: Method, task: Task, items: Sequence[int], seed: int) -> list[int]:
-        if method.name in self._unfit:
+        missing = [index for index in items if (method.name, task.name, seed, index) not in self._done]
+        if missing and method.name in self._unfit:
             self.refused[method.name, task.name] = self._unfit[method.name]
-        if (method.name, task.name) in self.refused:
-            return []
-        return [index for index in items if (method.name, task.name, seed, index) not in self._done]
+        return [] if (method.name, task.name) in self.refused else missing
 
     def _answer(self, method: Method, task: Task, items: list[int], seed: int) -> None:
         known = {} if method.draws else self._answers[method.name, task.name]

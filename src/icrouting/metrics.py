@@ -1,8 +1,7 @@
 """Metrics: accuracy, macro-F1, paired gains and chance levels with their intervals, from records alone.
 
-All seeds ask the same test items, and a method without randomness then answers them alike each time. So the
-unit of every interval and test is the item: one that was met three times is not three items. They hold for the
-draws that were made; three seeds are too few to estimate how draws differ, so each seed's figures stand beside.
+All seeds ask the same test items, which a method without randomness answers alike. So the unit of every interval
+and test is the item, and they hold for the draws that were made: three are too few to estimate how draws differ.
 `records` is what `frame` makes of them.
 """
 

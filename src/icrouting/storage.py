@@ -60,9 +60,7 @@ def check_same(what: str, kept: str, now: str) -> None:
     if kept != now:
         sides = [set(side.split(", ")) for side in (kept, now)]
         was, is_now = (", ".join(sorted(one - other)) or "nothing" for one, other in (sides, sides[::-1]))
-        raise ValueError(
-            f"{what} was learned with {was}, now with {is_now}: delete it, or put back what it was made with"
-        )
+        raise ValueError(f"{what} was learned with {was}, now with {is_now}: put that back, or delete it and fit anew")
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -59,7 +59,7 @@ class Summary:
         lines: by kind, name and method: accuracy and gain, the paired difference to the baseline; on a task also the
             gain's `direction` (1 or -1 where significant, else 0), `p_holm` corrected over the method's tasks,
             `confusion` counts by label (rows) and prediction, median `seconds` and mean `n_tokens`. `by_seed` is each
-            seed's accuracy, `gain_by_seed` its gain (of a mean, where all tasks have as many seeds). An estimate `x`
+            seed's accuracy, `gain_by_seed` its gain, by seed (of a mean, those of all its tasks). An estimate `x`
             has its interval from `x_low` to `x_high` and its n in `x_n`; one that cannot be had is NaN with n = 0.
         rivals: by method: its paired lead over the headline, the mean over the tasks that both have.
         unfinished: what the records lack, in words; empty for a complete run.
@@ -94,12 +94,14 @@ class Summary:
 
 def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     """Returns the figures of a run, finished or in progress."""
-    refused = config.get("refused", ())
-    open_cells = {(method, task) for method, task, _ in refused}  # also where some of its items had been answered
-    cells = metrics.frame(records).groupby(["method", "task"], sort=False)
-    by_cell: dict[Any, pd.DataFrame] = {cell: found for cell, found in cells if cell not in open_cells}
-    if not by_cell:
-        raise ValueError("no records to summarise: no example has been scored yet, or every method was refused")
+    if not records:
+        raise ValueError("no records to summarise: the run has not scored an example yet")
+    refused, lines = config.get("refused", ()), metrics.frame(records)
+    n_answered = lines.groupby(["method", "task", "seed"]).label.transform("size")
+    is_whole = n_answered == n_answered.groupby(lines.task).transform("max")  # of a refused cell, seeds that are
+    is_open = pd.MultiIndex.from_arrays([lines.method, lines.task]).isin([tuple(cell[:2]) for cell in refused])
+    shown = lines.loc[is_whole | ~is_open]
+    by_cell: dict[Any, pd.DataFrame] = dict(iter(shown.groupby(["method", "task"], sort=False)))
     kinds = {task["name"]: "source" if task["role"] == "source" else task["group"] for task in config["tasks"]}
     sections = {task: SECTIONS.get(kind, kind) for task, kind in kinds.items()}
     if unknown := sorted({task for _, task in by_cell} - set(sections)):
@@ -121,7 +123,7 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
         rows=_rows(groups, sections, fullest),
         lines=pd.concat([cells, _means(cells, groups)]).set_index(["kind", "name", "method"]),
         rivals=_rivals(headline, by_cell),
-        unfinished=_unfinished(methods, list(sections), by_cell, fullest, open_cells),
+        unfinished=_unfinished(methods, list(sections), by_cell, fullest, {(m, task) for m, task, _ in refused}),
         notes=(*config.get("notes", ()), *(f"{m} does not fit {task}: {said}" for m, task, said in refused)),
         origin=ORIGIN.format_map({"dtype": "dtype not kept", **config, "seeds": ", ".join(map(str, config["seeds"]))}),
     )
@@ -152,7 +154,7 @@ def _cell(method: str, task: str, by_cell: Cells) -> dict[str, Any]:
         "seconds": records.seconds.median(),
         "n_tokens": records.n_tokens.mean(),
         "by_seed": records.groupby("seed").right.mean().tolist(),
-        "gain_by_seed": metrics.paired(records, baseline).groupby("seed").change.mean().tolist(),
+        "gain_by_seed": metrics.paired(records, baseline).groupby("seed").change.mean().to_dict(),
         "confusion": metrics.confusion(records).tolist(),
     }
 
@@ -164,8 +166,7 @@ def _means(cells: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> pd.DataF
         for group, tasks in groups.items():
             members = found.set_index("name").reindex(tasks)
             accuracy, gain = (metrics.mean(members, name).columns(name) for name in ("accuracy", "gain"))
-            shares = [found for found in members.gain_by_seed.dropna() if found]
-            by_seed = np.mean(shares, axis=0).tolist() if len(set(map(len, shares))) == 1 else []
+            by_seed = pd.DataFrame([of for of in members.gain_by_seed.dropna() if of]).dropna(axis=1).mean().to_dict()
             means.append({"kind": "mean", "name": group, "method": method, "gain_by_seed": by_seed, **accuracy, **gain})
     return pd.DataFrame(means).query("accuracy_n > 0")
 

@@ -19,7 +19,7 @@ LEGEND = (
 )
 DRAWS = (
     "Intervals and tests are over items, for the draws that were made. How draws differ is in the gains by seed; a "
-    "method that is missing there answers all seeds alike, by one fit or none."
+    "method that is missing there answers all seeds alike, by one fit or none, or has had one so far."
 )
 WIDE = 7  # methods; more are lines rather than columns
 CSV_COLUMNS = (
@@ -50,7 +50,7 @@ def seeds(summary: Summary) -> list[list[str]]:
     lines = []
     for method in summary.methods:
         found = [summary.line("mean", row.name, method.name) for row in groups]
-        gains = [[] if line is None else line.gain_by_seed for line in found]
+        gains = [[] if line is None else line.gain_by_seed.values() for line in found]
         if any(len(set(shares)) > 1 for shares in gains):
             texts = [" ".join(points(share, is_signed=True) for share in shares) or NONE for shares in gains]
             lines.append([label(method.name), *texts])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,12 @@ Scores = Float[Tensor, "n_examples n_options"]
 Context = AbstractContextManager[object]
 _NOTES = {"tried": "[]", "cost": "{}"}
 _attached: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def check_alone(model: nn.Module, name: str) -> None:
+    """ValueError while a method is attached to a model: another would learn under it, or add to it."""
+    if (other := _attached.get(base_of(model))) is not None:
+        raise ValueError(f"{other} is attached to this model: leave it before {name} is fitted or attached")
 
 
 class Method:
@@ -73,6 +80,7 @@ class Method:
         file: Path | None = None,
     ) -> None:
         """Learns, or takes up what an earlier run learned and kept in `file`."""
+        check_alone(model, self.name)
         self.model, self.tokenizer, self.sources, self.file = model, tokenizer, sources, file
         self.entropy = int(rng.integers(2**32))
         self.tried: list[dict[str, Any]] = []
@@ -80,7 +88,7 @@ class Method:
         if file is not None and file.exists():
             tensors, notes = load_tensors(file)
             self.restore(tensors)
-            for name, now in self._made_with().items():
+            for name, now in self._made_with().items():  # an earlier version kept less
                 check_same(str(file), notes.get(name, now), now)
             self.tried, self.cost = (json.loads(notes.get(name, empty)) for name, empty in _NOTES.items())
             return
@@ -101,8 +109,8 @@ class Method:
 
     def _made_with(self) -> dict[str, str]:
         """What a fit that is kept is held against; the router, which a run may take more of, is in `depends_on`."""
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self.settings).items() if name != "router")
-        return {"depends_on": self.depends_on(), "settings": settings, "model": fingerprint(self.model)}
+        settings = {name: f"{name}={value!r}" for name, value in vars(self.settings).items() if name != "router"}
+        return {"depends_on": self.depends_on(), "model": fingerprint(self.model), **settings}
 
     def learn(self, rng: np.random.Generator) -> None:
         """Learns from the training rows of `self.sources`, and chooses on their validation rows."""
@@ -180,18 +188,17 @@ class Method:
 
         ValueError while another method is attached: how two would add up, none of them says.
         """
+        check_alone(model, self.name)
         method = self.on(task)
         if model is not (own := vars(method).get("model", model)):
             check_fitted_on(model, method.name, own.config.name_or_path, fingerprint(own))
-        if (base := base_of(model)) in _attached:
-            raise ValueError(f"{_attached[base]} is attached to this model: leave it before attaching {method.name}")
-        _attached[base] = method.name
         method.model, method.tokenizer = model, tokenizer
+        _attached[base_of(model)] = method.name
         try:
-            with method.applied(task):
+            with torch.compiler.set_stance("force_eager"), method.applied(task):  # compiled graphs do not notice hooks
                 yield method
         finally:
-            del _attached[base]
+            del _attached[base_of(model)]
 
     @property
     def edits_model(self) -> bool:

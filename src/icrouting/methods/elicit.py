@@ -93,12 +93,12 @@ class Elicit(Method):
 
         def add(layer: int, hidden: Tensor) -> Tensor:
             for added, layers in now:
-                rows, at = (layers == layer).nonzero()[:, 0], positions()
+                rows, at = (layers == layer).nonzero()[:, 0], found["last"]
                 hidden = added_at(hidden, rows, at[rows.to(at.device)], added[rows]) if len(rows) else hidden
             return hidden
 
         read = decoder_of(self.model).register_forward_pre_hook(retrieve, with_kwargs=True)
-        with read, last_tokens(self.model) as positions, edited(list(layers_of(self.model)), add):
+        with read, last_tokens(self.model) as found, edited(list(layers_of(self.model)), add):
             yield
 
     def _prompts(self, task: Task, rng: np.random.Generator) -> tuple[list[str], list[str]]:

@@ -45,7 +45,8 @@ class I2CL(Method):
         demos = [(task, demo) for task in self.sources for demo in balanced_demos(task, per_class, rng)]
         shown = [demonstration(*demo) for demo in demos]  # each ends with a newline, where the output is taken
         self.vectors = mean_last_outputs(self.model, self.tokenizer, all_branches_of(self.model), shown)
-        self.choose(GRID, lambda lr, noise: self._calibrated(demos, rng, lr, noise))
+        grid = GRID if all(task.validation for task in self.sources) else GRID[:1]
+        self.choose(grid, lambda lr, noise: self._calibrated(demos, rng, lr, noise))
         self.n_labelled, self.n_trained = len(demos) + self.n_validation, self.scalars.numel()
 
     def applied(self, task: Task) -> Context:

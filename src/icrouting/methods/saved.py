@@ -71,7 +71,7 @@ def load_method(folder: str | Path, model: PreTrainedModel, tokenizer: PreTraine
     folder = Path(folder)
     if not all((folder / name).exists() for name in (CONFIG, TENSORS)):
         raise ValueError(f"{folder} holds no saved method: expected {CONFIG} and {TENSORS}, see `save_method`")
-    found = read(Saved, load_json(folder / CONFIG))
+    found = read(Saved, {"tensors_sha256": _digest(folder), **load_json(folder / CONFIG)})  # new, so not in all
     if found.tensors_sha256 != _digest(folder):
         raise ValueError(f"{folder / TENSORS} is damaged: its sha256 is not the one in {CONFIG}; save the method again")
     check_fitted_on(model, str(folder), found.model, found.fingerprint)
