@@ -96,7 +96,7 @@ def gain(kept, plain, tasks) -> dict[str, object]:
     n_lost = sum(line["gain"] < 0 and p < 0.05 for line, p in zip(lines, corrected, strict=True))
     mean = metrics.mean(pd.DataFrame(lines), "gain")
     found = {name: round(100 * getattr(mean, name), 1) for name in ("value", "low", "high")}
-    if len(seeds := pd.concat(by_seed, axis=1).mean(axis=1)) > 1:
+    if len(seeds := pd.concat(by_seed, axis=1).dropna().mean(axis=1)) > 1:
         found["by seed"] = [round(100 * gain, 1) for gain in seeds]
     return {**found, "significantly below": n_lost}
 

@@ -91,6 +91,19 @@ def test_a_mask_by_position_and_a_static_cache_change_nothing(kind, tokenizer, s
             assert torch.equal(model.generate(**left, **new, cache_implementation="static"), found)
 
 
+def test_a_model_that_was_compiled_before_notices_what_is_attached(tokenizer, small):
+    model = tiny.model("llama")
+    method, given = fitted(TaskVectors, model, tokenizer, small), tiny.prompts(side="right")
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = compiled(**given).logits
+        with method.attached(model, tokenizer, TASK):
+            edited = model(**given).logits
+            assert torch.allclose(compiled(**given).logits, edited, atol=1e-5)
+        assert not torch.allclose(edited, plain, atol=1e-3)
+        assert torch.allclose(compiled(**given).logits, plain, atol=1e-5)
+
+
 @EVERY
 def test_a_fit_is_made_by_its_seed_and_by_no_test_row(kind, tokenizer, small):
     model, spoilt = tiny.model("llama"), [replace(row, fields={"text": "?"}, label=0) for row in TASK.test]

@@ -91,22 +91,22 @@ def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual 
         The soft prompt as a parameter, in float32.
     """
     peft, decoder, n_virtual = load_peft(), decoder_of(base), len(prompt)
-    n_cut, hidden = [0], dict[str, None]()
+    n_cut, withheld = [0], dict[str, None]()
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
-        hidden.clear()
+        withheld.clear()
         keeps = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if kwargs.get(CACHE) is None and not keeps:
-            hidden[CACHE] = None  # ours, which the caller must not go on with
+            withheld[CACHE] = None  # ours, which the caller must not go on with
         kwargs, n_cut[0] = _with_prompt(base, kwargs, n_virtual, wrapped.get_prompt)
         return (), kwargs
 
     def after(module: nn.Module, args: tuple, output: Any) -> Any:
         own = output[0][:, n_cut[0] :]
         if isinstance(output, tuple):
-            return (own, *output[1 + len(hidden) :])
-        return type(output)(**{**output, "last_hidden_state": own, **hidden})
+            return (own, *output[1 + len(withheld) :])
+        return type(output)(**{**output, "last_hidden_state": own, **withheld})
 
     with frozen(base), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what peft asks transformers by an old name

@@ -31,6 +31,14 @@ def read(kind: type[T], values: object) -> T:
     return kind(**{name: getattr(model, name) for name in names})
 
 
+def check_same(what: str, kept: str, now: str) -> None:
+    """ValueError unless two lists of parts are the same; it names those that differ."""
+    if kept != now:
+        sides = [set(side.split(", ")) for side in (kept, now)]
+        was, is_now = (", ".join(sorted(one - other)) or "nothing" for one, other in (sides, sides[::-1]))
+        raise ValueError(f"{what} was learned with {was}, now with {is_now}: put that back, or delete it and fit anew")
+
+
 def in_words(error: ValidationError) -> str:
     """Returns the first thing that pydantic found wrong: the field, what is expected and what came."""
     first = error.errors(include_url=False)[0]

@@ -121,12 +121,10 @@ def is_step(given: dict[str, Any]) -> bool:
     return read_by(given).shape[1] == 1 and n_seen(given) > 0
 
 
-def prompt_tokens(given: dict[str, Any]) -> list[list[int]] | None:
-    """Returns each row's real tokens among a decoder's arguments; None for a generated one."""
+def prompt_tokens(given: dict[str, Any]) -> list[list[int]]:
+    """Returns each row's real tokens among a decoder's arguments."""
     if (input_ids := given.get("input_ids")) is None:
         raise ValueError("this method reads the prompt: give the model `input_ids`, not `inputs_embeds` alone")
-    if is_step(given):
-        return None
     is_real = attended(input_ids, given.get("attention_mask"), n_seen(given))
     return [row[keep].tolist() for row, keep in zip(input_ids, is_real, strict=True)]
 

@@ -55,14 +55,6 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
 
 
-def check_same(what: str, kept: str, now: str) -> None:
-    """ValueError unless two lists of parts are the same; it names those that differ."""
-    if kept != now:
-        sides = [set(side.split(", ")) for side in (kept, now)]
-        was, is_now = (", ".join(sorted(one - other)) or "nothing" for one, other in (sides, sides[::-1]))
-        raise ValueError(f"{what} was learned with {was}, now with {is_now}: put that back, or delete it and fit anew")
-
-
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns tensors and metadata; ValueError names the file if it is damaged.
 

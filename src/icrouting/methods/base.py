@@ -14,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from icrouting.checks import check_same
 from icrouting.config import Settings
 from icrouting.edits import counted_rows
 from icrouting.families import base_of, family_of
 from icrouting.models import check_fitted_on, fingerprint
 from icrouting.prompts import Prompt
 from icrouting.scoring import score_options
-from icrouting.storage import check_same, load_tensors, save_tensors, unshared
+from icrouting.storage import load_tensors, save_tensors, unshared
 from icrouting.tasks import Example, Task
 
 Scores = Float[Tensor, "n_examples n_options"]

@@ -89,7 +89,7 @@ class Elicit(Method):
 
         def retrieve(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             tokens = prompt_tokens(called_with(decoder, args, kwargs))
-            now[:] = [self.retrieved(query_texts(self.tokenizer, tokens))] if tokens else []
+            now[:] = [] if found["is_step"] else [self.retrieved(query_texts(self.tokenizer, tokens))]
 
         def add(layer: int, hidden: Tensor) -> Tensor:
             for added, layers in now:
@@ -97,8 +97,8 @@ class Elicit(Method):
                 hidden = added_at(hidden, rows, at[rows.to(at.device)], added[rows]) if len(rows) else hidden
             return hidden
 
-        read = decoder_of(self.model).register_forward_pre_hook(retrieve, with_kwargs=True)
-        with read, last_tokens(self.model) as found, edited(list(layers_of(self.model)), add):
+        blocks, before = list(layers_of(self.model)), decoder_of(self.model).register_forward_pre_hook
+        with edited(blocks, add), last_tokens(self.model) as found, before(retrieve, with_kwargs=True):
             yield
 
     def _prompts(self, task: Task, rng: np.random.Generator) -> tuple[list[str], list[str]]:

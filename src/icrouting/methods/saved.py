@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.checks import read
+from icrouting.checks import check_same, read
 from icrouting.config import Settings
 from icrouting.methods.base import Method
 from icrouting.methods.regimes import ONCE
 from icrouting.models import check_fitted_on, fingerprint
-from icrouting.storage import check_same, load_json, load_tensors, save_json, save_tensors, unshared
+from icrouting.storage import load_json, load_tensors, save_json, save_tensors, unshared
 from icrouting.tasks import known
 
 CONFIG, TENSORS = "method.json", "method.safetensors"
@@ -71,8 +71,9 @@ def load_method(folder: str | Path, model: PreTrainedModel, tokenizer: PreTraine
     folder = Path(folder)
     if not all((folder / name).exists() for name in (CONFIG, TENSORS)):
         raise ValueError(f"{folder} holds no saved method: expected {CONFIG} and {TENSORS}, see `save_method`")
-    found = read(Saved, {"tensors_sha256": _digest(folder), **load_json(folder / CONFIG)})  # new, so not in all
-    if found.tensors_sha256 != _digest(folder):
+    digest = _digest(folder)
+    found = read(Saved, {"tensors_sha256": digest, **load_json(folder / CONFIG)})  # an earlier version kept none
+    if found.tensors_sha256 != digest:
         raise ValueError(f"{folder / TENSORS} is damaged: its sha256 is not the one in {CONFIG}; save the method again")
     check_fitted_on(model, str(folder), found.model, found.fingerprint)
     kind = known("method", found.method, {kind.name: kind for kind in (*LEARNING, IcrGated)})
