@@ -1,0 +1,111 @@
+"""Tasks on which few-shot prompts help small models much: mappings from word to word, which the sources measure too.
+
+    python benchmarks/mappings.py --model pinned:smollm2-135m --out runs/words-unnamed
+    python benchmarks/mappings.py --model pinned:smollm2-135m --named --out runs/words-named
+
+Hendel et al. and Todd et al. put their vectors into prompts that do not say what is asked ("Q: France", "A:"): so it
+is without `--named`, on the five tasks that everything is fitted on. With it, prompts say what is asked ("Country:
+France", "Capital:"), and five more tasks are unseen. The candidates are the answers of all ten tasks, in both.
+`mappings.json` has the words. One ICR router is fitted, once on the five; "icr-refit" is fitted as it was.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from icrouting import commands, runs
+from icrouting.config import Backbone, FitConfig, Settings
+from icrouting.evaluate import Evaluation
+from icrouting.icr import InContextRouter
+from icrouting.methods import make
+from icrouting.models import fingerprint
+from icrouting.tasks import Example, Task, TaskSpec, rows_digest
+
+WORDS = json.loads(Path(__file__).with_name("mappings.json").read_text(encoding="utf-8"))
+SOURCES = ["capital", "antonym", "past", "plural", "french"]
+GROUPS = dict.fromkeys(SOURCES, "in-domain") | dict.fromkeys(("spanish", "gerund", "comparative"), "near")
+N_TRAIN, N_VALIDATION, N_DEMOS = 30, 10, 10
+UNNAMED = ["task-vectors", "function-vectors", "icv", "i2cl", "icr", "icr-refit"]
+NAMED = ["multi-task-few-shot", "task-vectors", "icr", "task-vectors-once", "i2cl-once", "prefix-tuning-once"]
+# Ten times the usual epochs and rate: thirty queries a task are few steps.
+FIT = FitConfig(
+    n_prompts=N_TRAIN, demos_per_class=N_DEMOS, n_queries=N_TRAIN, epochs=20, lr=1e-3, encoder="pinned:minilm"
+)
+
+
+class Mapping(Task):
+    """A task whose demonstrations are balanced over nothing, since nearly every pair has an answer of its own."""
+
+    @cached_property
+    def train_labels(self) -> np.ndarray:
+        """One class for all rows."""
+        return np.zeros(len(self.train), dtype=int)
+
+
+def mappings(tokenizer, *, named: bool) -> list[Task]:
+    """Returns a task for each list of pairs; of answers that begin with the same token, the first one's are kept."""
+    pairs = {name: [tuple(pair.split()) for pair in words["pairs"].split(", ")] for name, words in WORDS.items()}
+    firsts: dict[int, str] = {}
+    for _, answer in chain(*pairs.values()):
+        firsts.setdefault(tokenizer(f" {answer}", add_special_tokens=False).input_ids[0], answer)
+    kept, tasks = tuple(dict.fromkeys(firsts.values())), []
+    for number, name in enumerate(pairs if named else SOURCES):
+        rows = [Example({"word": word}, (), kept.index(answer)) for word, answer in pairs[name] if answer in kept]
+        order = np.random.default_rng(number).permutation(len(rows))
+        parts = np.split(order, (N_TRAIN, N_TRAIN + N_VALIDATION))
+        train, validation, test = (tuple(rows[i] for i in part) for part in parts)
+        template = WORDS[name]["template"] if named else "Q: {word}\nA:"
+        tasks.append(Mapping(TaskSpec(name, GROUPS.get(name, "far"), template, kept), train, test, validation))
+    return tasks
+
+
+def run(out: Path, model: str, methods: list[str], seeds: list[int], settings: Settings, *, named: bool) -> None:
+    """Evaluates the methods into a run folder and prints the table."""
+    base, tokenizer = commands.load(Backbone(model))
+    tasks, router = mappings(tokenizer, named=named), out / "router"
+    sources = tasks[: len(SOURCES)]
+    if not router.exists():
+        InContextRouter.fit(base, tokenizer, sources, FIT).save_pretrained(router)
+    settings, icr = replace(settings, router=str(router)), InContextRouter.from_pretrained(router)
+    config = runs.RunConfig(
+        model=model,
+        fingerprint=fingerprint(base),
+        dtype=str(base.dtype).removeprefix("torch."),
+        data="benchmarks/mappings.json",
+        rows=rows_digest(tasks),
+        router=icr.digest(),
+        methods=methods,
+        tasks=runs.task_entries(tasks, SOURCES),
+        sources=SOURCES,
+        seeds=seeds,
+        n_test=max(len(task.test) for task in tasks),
+        settings=settings,
+        notes=[
+            f"Word pairs, {len(tasks[0].spec.options)} candidates: the answers of all tasks. Few-shot prompts have "
+            f"{N_DEMOS} demonstrations. ICR learned from {FIT.n_prompts} prompts, {FIT.n_queries} queries a task, "
+            f"{FIT.epochs} epochs at a rate of {FIT.lr}."
+        ],
+    )
+    with runs.claimed(out, config):
+        evaluation = Evaluation(base, tokenizer, make(methods, settings), sources, out / "records.jsonl", out / "fits")
+        evaluation.run(tasks, seeds, config.n_test)
+        commands.finish(out, evaluation, tasks, seeds[-1], icr)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--named", action="store_true")
+    parser.add_argument("--methods", nargs="+", help="beside zero-shot and few-shot")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tries", type=int, default=12)
+    given = parser.parse_args()
+    methods = ["zero-shot", "few-shot", *(given.methods or (NAMED if given.named else UNNAMED))]
+    settings = Settings(demos_per_class=N_DEMOS, tries=given.tries, train_rows=N_TRAIN, encoder="pinned:minilm")
+    run(given.out, given.model, methods, given.seeds, settings, named=given.named)
