@@ -36,6 +36,7 @@ NAMED = ["multi-task-few-shot", "task-vectors", "icr", "task-vectors-once", "i2c
 FIT = FitConfig(
     n_prompts=N_TRAIN, demos_per_class=N_DEMOS, n_queries=N_TRAIN, epochs=20, lr=1e-3, encoder="pinned:minilm"
 )
+SETTINGS = Settings(demos_per_class=N_DEMOS, tries=4, train_rows=N_TRAIN, i2cl_epochs=20, encoder="pinned:minilm")
 
 
 class Mapping(Task):
@@ -64,14 +65,14 @@ def mappings(tokenizer, *, named: bool) -> list[Task]:
     return tasks
 
 
-def run(out: Path, model: str, methods: list[str], seeds: list[int], settings: Settings, *, named: bool) -> None:
+def run(out: Path, model: str, methods: list[str], seeds: list[int], *, named: bool) -> None:
     """Evaluates the methods into a run folder and prints the table."""
     base, tokenizer = commands.load(Backbone(model))
     tasks, router = mappings(tokenizer, named=named), out / "router"
     sources = tasks[: len(SOURCES)]
     if not router.exists():
         InContextRouter.fit(base, tokenizer, sources, FIT).save_pretrained(router)
-    settings, icr = replace(settings, router=str(router)), InContextRouter.from_pretrained(router)
+    settings, icr = replace(SETTINGS, router=str(router)), InContextRouter.from_pretrained(router)
     config = runs.RunConfig(
         model=model,
         fingerprint=fingerprint(base),
@@ -104,8 +105,6 @@ if __name__ == "__main__":
     parser.add_argument("--named", action="store_true")
     parser.add_argument("--methods", nargs="+", help="beside zero-shot and few-shot")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tries", type=int, default=12)
     given = parser.parse_args()
     methods = ["zero-shot", "few-shot", *(given.methods or (NAMED if given.named else UNNAMED))]
-    settings = Settings(demos_per_class=N_DEMOS, tries=given.tries, train_rows=N_TRAIN, encoder="pinned:minilm")
-    run(given.out, given.model, methods, given.seeds, settings, named=given.named)
+    run(given.out, given.model, methods, given.seeds, named=given.named)
