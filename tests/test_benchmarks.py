@@ -2,7 +2,9 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,12 +12,14 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import choose_defaults
 import leave_one_out
+import mappings
 import precision
 import speed
 
 import tiny
 from icrouting import InContextRouter, score_options
 from icrouting.config import FitConfig
+from icrouting.prompts import balanced_demos
 
 CANDIDATES = {
     (module.__name__, name): config
@@ -48,6 +52,24 @@ def test_a_published_router_loads_is_small_and_is_the_one_of_its_table(folder):
 def test_published_figures_name_no_place_of_the_machine_that_made_them():
     for file in (ROUTERS.parent / "benchmarks" / "results").glob("*/*.*"):
         assert not re.search(r"(?<![\w.])/(work|home|root|tmp)/", file.read_text()), file
+
+
+def test_word_mappings_split_apart_keep_answers_that_begin_differently_and_show_ten():
+    def tokenizer(text, **_):
+        return SimpleNamespace(input_ids=[text[:5], text[5:]])
+
+    tasks = mappings.mappings(tokenizer, named=True)
+    kept = tasks[0].spec.options
+    assert len({answer[:4] for answer in kept}) == len(kept)
+    assert [task.name for task in tasks[:5]] == mappings.SOURCES
+    for task in tasks:
+        rows = [(row.fields["word"], task.answer(row)) for row in (*task.train, *task.validation, *task.test)]
+        written = [tuple(pair.split()) for pair in mappings.WORDS[task.name]["pairs"].split(", ")]
+        assert len(dict(rows)) == len(rows)
+        assert set(rows) == {pair for pair in written if pair[1] in kept}
+        assert len(balanced_demos(task, mappings.N_DEMOS, np.random.default_rng(0))) == 10
+    said = {task.prompt(task.train[0]) for task in mappings.mappings(tokenizer, named=False)}
+    assert all(prompt.startswith("Q: ") and prompt.endswith("\nA:") for prompt in said)
 
 
 def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder_folder):
