@@ -31,7 +31,7 @@ SOURCES = ["capital", "antonym", "past", "plural", "french"]
 GROUPS = dict.fromkeys(SOURCES, "in-domain") | dict.fromkeys(("spanish", "gerund", "comparative"), "near")
 N_TRAIN, N_VALIDATION, N_DEMOS = 30, 10, 10
 UNNAMED = ["task-vectors", "function-vectors", "icv", "i2cl", "icr", "icr-refit"]
-NAMED = ["multi-task-few-shot", "task-vectors", "icr", "task-vectors-once", "i2cl-once", "prefix-tuning-once"]
+NAMED = ["multi-task-few-shot", "task-vectors", "icr", "task-vectors-once", "prefix-tuning-once"]
 # Ten times the usual epochs and rate: thirty queries a task are few steps.
 FIT = FitConfig(
     n_prompts=N_TRAIN, demos_per_class=N_DEMOS, n_queries=N_TRAIN, epochs=20, lr=1e-3, encoder="pinned:minilm"
