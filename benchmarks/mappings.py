@@ -86,6 +86,7 @@ def run(out: Path, model: str, methods: list[str], seeds: list[int], *, named: b
     base, tokenizer = commands.load(Backbone(model))
     tasks, router = mappings(tokenizer, named=named), out / "router"
     sources = tasks[: len(SOURCES)]
+    out.mkdir(parents=True, exist_ok=True)
     if not router.exists():
         chosen_router(base, tokenizer, sources, out).save_pretrained(router)
     settings, icr = replace(SETTINGS, router=str(router)), InContextRouter.from_pretrained(router)
