@@ -2,6 +2,7 @@ import csv
 import html as markup
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -229,3 +230,15 @@ def test_in_a_browser_a_run_of_many_methods_does_not_scroll_sideways(tmp_path):
     for width, found in browser.lay_out(page, (1280, 700, 400), tmp_path).items():
         assert found["broken"] == found["clipped"] == 0
         assert found["width"] <= width
+
+
+def test_tasks_of_more_options_than_can_be_read_have_no_confusion_matrix(tmp_path):
+    wide = [replace(r, option_logits=(*r.option_logits, *[-9.0] * 40)) for r in ICR_LOSES_ON_MR]
+    mixed = [many if many.task == "mr" else few for many, few in zip(wide, ICR_LOSES_ON_MR, strict=True)]
+    found = summarise(mixed, fake_config()).cells("icr").confusion
+    assert [task for task, counts in found.items() if not counts] == ["mr"]
+    pages = []
+    for name, some in (("mixed", mixed), ("wide", wide)):
+        report.write(write_run(tmp_path / name, some))
+        pages.append((tmp_path / name / "report.html").read_text())
+    assert ["Confusion matrices of" in page for page in pages] == [True, False]

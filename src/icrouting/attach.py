@@ -1,9 +1,8 @@
 """Attaching routed attention to a loaded model, and leaving it as it was found.
 
-Per routed layer: forward hooks catch queries and keys before rotary embedding; a pre-hook on the attention
-module swaps the cache for a view whose `update` widens keys and values before they are stored; and an
-attention function, registered under a name of ours beside a mask function of the same name, widens the
-query and calls the kernel that the model used before.
+Per routed layer: forward hooks catch queries and keys before rotary embedding; a pre-hook on the attention module swaps
+the cache for a view whose `update` widens keys and values before they are stored; and an attention function, registered
+under a name of ours beside a mask function of the same name, widens the query and calls the model's own kernel.
 """
 
 import sys

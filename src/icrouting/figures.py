@@ -111,8 +111,8 @@ def training(rows: Sequence[Mapping[str, Any]]) -> str:
 
 @in_our_style
 def confusions(summary: Summary, method: str) -> str:
-    """Returns a method's confusion matrices, one a task, as percentages of each label's items."""
-    found = summary.cells(method).confusion
+    """Returns a method's confusion matrices, one a task that has them, as percentages of each label's items."""
+    found = {task: counts for task, counts in summary.cells(method).confusion.items() if counts}
     n_rows = -(-len(found) // 3)
     figure = Figure(figsize=(WIDTH, 0.4 + 1.75 * n_rows))
     for place, (task, confusion) in enumerate(found.items(), start=1):

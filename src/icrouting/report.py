@@ -67,6 +67,7 @@ def write(run_folder: Path) -> Summary:
 def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
     """Returns the page: conclusion, table, pictures and configuration; no scripts, nothing fetched."""
     ordered = sorted(summary.methods, key=lambda method: (method.name != summary.headline, method.name != BASELINE))
+    confused = [method.name for method in ordered if any(summary.cells(method.name).confusion)]
     return render(
         "report.html.j2",
         summary=summary,
@@ -75,7 +76,7 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
         baseline=BASELINE,
         config=config,
         pictures={name: _data_uri(svg) for name, svg in _pictures(summary, config, run_folder).items()},
-        confusions={method.name: _data_uri(figures.confusions(summary, method.name)) for method in ordered},
+        confusions={name: _data_uri(figures.confusions(summary, name)) for name in confused},
     )
 
 

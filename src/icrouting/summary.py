@@ -10,8 +10,8 @@ import pandas as pd
 from icrouting import metrics
 from icrouting.records import Record
 
-BASELINE = "zero-shot"
-HEADLINE = "icr"
+BASELINE, HEADLINE = "zero-shot", "icr"
+MOST_OPTIONS = 30  # of which a confusion matrix can be read
 ORIGIN = "Model {model}, {dtype}, up to {n_test} items a task, seeds {seeds}, {created}, commit {commit}: {command}"
 SECTIONS = {"source": "source", "in-domain": "in-domain, unseen", "near": "near", "far": "far"}
 
@@ -58,9 +58,9 @@ class Summary:
         rows: each section's tasks and their mean, then the means over the unseen and over all tasks.
         lines: by kind, name and method: accuracy and gain, the paired difference to the baseline; on a task also the
             gain's `direction` (1 or -1 where significant, else 0), `p_holm` corrected over the method's tasks,
-            `confusion` counts by label (rows) and prediction, median `seconds` and mean `n_tokens`. `by_seed` is each
-            seed's accuracy, `gain_by_seed` its gain, by seed (of a mean, those of all its tasks). An estimate `x`
-            has its interval from `x_low` to `x_high` and its n in `x_n`; one that cannot be had is NaN with n = 0.
+            `confusion` counts by label (rows) and prediction (of 30 options at most), median `seconds` and mean
+            `n_tokens`. `by_seed` is each seed's accuracy, `gain_by_seed` its gain, by seed (of a mean, those of all
+            tasks). An estimate `x` has its interval from `x_low` to `x_high`, its n in `x_n` (0: none).
         rivals: by method: its paired lead over the headline, the mean over the tasks that both have.
         unfinished: what the records lack, in words; empty for a complete run.
         notes: what the run cut short or subsampled.
@@ -155,7 +155,7 @@ def _cell(method: str, task: str, by_cell: Cells) -> dict[str, Any]:
         "n_tokens": records.n_tokens.mean(),
         "by_seed": records.groupby("seed").right.mean().tolist(),
         "gain_by_seed": metrics.paired(records, baseline).groupby("seed").change.mean().to_dict(),
-        "confusion": metrics.confusion(records).tolist(),
+        "confusion": metrics.confusion(records).tolist() if records.n_options.max() <= MOST_OPTIONS else [],
     }
 
 
