@@ -26,7 +26,7 @@ def run(folders: list[Path], pairs: list[str], out: Path, without: list[str]) ->
     for key, record in {r.key: r for folder in folders for r in records.read(folder / "records.jsonl")}.items():
         by_method.setdefault(key[0], []).append(record)
     groups = {f"{role} tasks": [name for name in roles if roles[name] == role] for role in ("source", "unseen")}
-    groups["all tasks"] = list(roles)
+    groups = {group: names for group, names in groups.items() if names} | {"all tasks": list(roles)}
     if without:
         groups |= {
             f"{group} but {' and '.join(without)}": [name for name in names if name not in without]
