@@ -21,9 +21,6 @@ RUNS = {
     "qwen2.5-coder-0.5b-one-seed": "Qwen2.5-Coder-0.5B, ICR behind a gate, and I2CL",
     "qwen2.5-coder-0.5b-rivals-once": "Qwen2.5-Coder-0.5B, rivals fitted once",
     "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B, all twelve tasks",
-    "smollm2-135m-words-named": "SmolLM2-135M-Instruct, word mappings in prompts that say what is asked",
-    "smollm2-135m-words-unnamed": "SmolLM2-135M-Instruct, word mappings in prompts that do not say what is asked",
-    "qwen2.5-coder-0.5b-words-named": "Qwen2.5-Coder-0.5B, word mappings in prompts that say what is asked",
     "demo": "The demo, SmolLM2-135M-Instruct on seven tasks",
 }
 IN_README = "smollm2-135m"

@@ -13,7 +13,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from icrouting.checks import in_words
 
 T = TypeVar("T")
-
 log = logging.getLogger(__name__)
 
 

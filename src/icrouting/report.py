@@ -14,7 +14,7 @@ import pandas as pd
 from icrouting import conclusion, figures, records, table
 from icrouting.checks import read
 from icrouting.storage import load_json, save_text
-from icrouting.summary import BASELINE, Summary, summarise
+from icrouting.summary import BASELINE, MOST_OPTIONS, Summary, summarise
 from icrouting.table import csv, terminal_table
 
 __all__ = ["csv", "html", "markdown", "summarise", "terminal_table", "write"]
@@ -74,6 +74,7 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
         conclusion=conclusion.conclusion(summary),
         table=table,
         baseline=BASELINE,
+        most_options=MOST_OPTIONS,
         config=config,
         pictures={name: _data_uri(svg) for name, svg in _pictures(summary, config, run_folder).items()},
         confusions={name: _data_uri(figures.confusions(summary, name)) for name in confused},
