@@ -311,7 +311,7 @@ def test_the_untouched_model_reads_equal_prompts_once(tokenizer, tmp_path, monke
 
 
 def test_equal_prompts_with_other_options_are_read_anew(tokenizer, tmp_path):
-    spec = TaskSpec("toy2", "far", TASK.spec.template, ("dull", "joy", "film"))
+    spec = TaskSpec("toy2", "far", TASK.spec.template, ("dull", "joy", "ball"))
     other = Task(spec, TASK.train, TASK.test, TASK.validation)
     evaluation = Evaluation(tiny.model("llama"), tokenizer, make(["zero-shot"], Settings()), [TASK], tmp_path / "r")
     evaluation.run([TASK, other], (0,), 30)  # all items, so that both tasks ask the same prompts

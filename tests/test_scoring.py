@@ -83,7 +83,7 @@ def test_the_rows_behind_a_shared_context_are_few_enough_for_its_cache(tokenizer
 
 def test_options_may_differ_by_prompt_and_missing_ones_lose(tokenizer):
     model = tiny.model("llama")
-    scores = score_options(model, tokenizer, ["the plot:", "a film:"], [["good", "bad"], ["joy", "dull", "weak"]])
+    scores = score_options(model, tokenizer, ["the plot:", "a film:"], [["good", "bad"], ["joy", "dull", "bad"]])
     assert scores.shape == (2, 3)
     assert scores[0, 2] == -torch.inf
     assert torch.isfinite(scores[1]).all()

@@ -11,6 +11,7 @@ from icrouting.encoder import SentenceEncoder, query_texts
 from icrouting.families import CACHE, late_third
 from icrouting.models import load_model, unpack_gguf
 from icrouting.router import Routing
+from icrouting.scoring import option_ids
 from reference import reference_routed
 
 pytestmark = pytest.mark.pinned
@@ -39,6 +40,12 @@ def world():
 def logits_of(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits[inputs["attention_mask"].bool()]
+
+
+def test_an_option_that_this_tokenizer_begins_with_a_bare_space_is_refused(world):
+    _, tokenizer, *_ = world
+    with pytest.raises(ValueError, match="option 'été' begins with a token that is a bare space"):
+        option_ids(tokenizer, "English: summer\nFrench:", ["hiver", "été"])
 
 
 def test_zero_gates_leave_the_logits_unchanged(world):

@@ -47,13 +47,12 @@ def option_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequenc
                 f"such as ':' and without a space (it ends {prompt[-20:]!r})"
             )
         ids.append(tokens[len(prompt_ids)])
-    for position, token in enumerate(ids):
+    for position, (option, token) in enumerate(zip(options, ids, strict=True)):
+        word, twin = str(tokenizer.decode([token])), options[ids.index(token)]
+        if not word.strip():
+            raise ValueError(f"option {option!r} begins with a token that is a bare space: choose another word for it")
         if token in ids[:position]:
-            twin = options[ids.index(token)]
-            raise ValueError(
-                f"options {twin!r} and {options[position]!r} share their first token "
-                f"{tokenizer.decode([token])!r}: choose words that begin differently"
-            )
+            raise ValueError(f"options {twin!r} and {option!r} share their first token {word!r}: let them differ there")
     return ids
 
 
