@@ -83,11 +83,11 @@ def chosen_router(model, tokenizer, sources: list[Task], out: Path) -> InContext
     """Returns the router of the setting that is right on most validation rows; what was tried goes to a file."""
     routers, tried = [], []
     rows = [(task, row) for task in sources for row in task.validation]
+    prompts, options = [task.prompt(row) for task, row in rows], [task.options(row) for task, row in rows]
     for setting in TRIED:
         routers.append(InContextRouter.fit(model, tokenizer, sources, replace(FIT, **setting)))
         with routers[-1].attached(model, tokenizer) as routed:
-            options = [task.options(row) for task, row in rows]
-            scores = routed.score([task.prompt(row) for task, row in rows], options)
+            scores = routed.score(prompts, options)
         hits = scores.argmax(1).numpy() == [row.label for _, row in rows]
         tried.append({**setting, "accuracy": float(hits.mean())})
     save_json(out / "tried-of-icr.json", tried)

@@ -94,6 +94,11 @@ def test_options_with_one_first_token_are_refused(tokenizer):
         option_ids(tokenizer, "the plot:", ["good", "good ball"])
 
 
+def test_an_option_that_begins_with_a_bare_space_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="option 'weak' begins with a token that is a bare space"):
+        option_ids(tokenizer, "a film:", ["joy", "weak"])
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "said"),
     [
