@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -77,6 +78,20 @@ def test_fit_eval_and_report_leave_a_whole_run(world, tmp_path, capsys):
     (tmp_path / "run" / "report.html").unlink()
     cli.main(["report", str(tmp_path / "run")])
     assert (tmp_path / "run" / "report.html").read_text() == page
+
+
+def test_rows_longer_than_the_context_are_left_out_and_said_so(world, tmp_path, capsys):
+    shutil.copytree(world / "data" / "sst2", tmp_path / "data" / "sst2")
+    for split, n in (("train", 1), ("test", 2)):
+        with (tmp_path / "data" / "sst2" / f"{split}.jsonl").open("a") as file:
+            file.writelines("\n" + json.dumps({"text": f"{split} {i} so long" * 600, "label": 1}) for i in range(n))
+    methods = ["--methods", "zero-shot", "icv", "--n-test", "99", "--train-rows", "99"]
+    where = ["--model", str(world / "model"), "--data", str(tmp_path / "data"), *SST2.split()]
+    cli.main(["eval", "--out", str(tmp_path / "run"), *where, *methods, "--demos-per-class", "1"])
+    said = "longer than the model's context of 512 tokens: 1 train, 2 test rows of sst2."
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert said in (tmp_path / "run" / "report.md").read_text()
+    assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == 2 * 3 * 20
 
 
 def test_a_report_goes_to_the_card_of_the_router_that_was_measured_and_no_other(

@@ -146,7 +146,7 @@ def test_a_repeated_routing_keeps_each_query_s_rows_together(n_queries, times, m
     for row in range(n_queries * times):
         assert torch.equal(repeated.routing_vector[row], alpha[row // times])
         assert torch.equal(repeated.head_gates[row], alpha[row // times, :, :1] / 100)
-    again, at_once = repeated.repeated(repeated.n_rows * more), routing.repeated(n_queries * times * more)
+    again, at_once = repeated.repeated(len(repeated.head_gates) * more), routing.repeated(n_queries * times * more)
     assert torch.equal(again.routing_vector, at_once.routing_vector)
     assert torch.equal(again.head_gates, at_once.head_gates)
     if n_rows % n_queries:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from icrouting.catalogue import SPECS
-from icrouting.splits import apart, is_long, make_task, text_key
-from icrouting.tasks import Example
+from icrouting.splits import apart, is_long, make_task, text_key, within
+from icrouting.tasks import Example, Task
 
 SPEC = SPECS["sst2"]
 
@@ -89,6 +89,20 @@ def test_the_last_row_of_a_rare_class_stays_in_training():
     for place in range(5):
         rows = [example(f"row {i}", int(i == place)) for i in range(5)]
         assert {e.label for e in make_task(SPEC, rows, TEST).train} == {0, 1}
+
+
+@pytest.mark.parametrize(("longest", "less"), [(2, 0), (2, 1), (20, 0), (20, 1), (42, 0)])
+def test_rows_longer_than_the_context_are_left_out_whatever_their_length_in_bytes(longest, less, tokenizer):
+    rows = [example("a " * n, n % 2) for n in range(1, 300, 7)]
+    task = Task(SPEC, tuple(rows), tuple(rows[1:]), tuple(rows[:2]))
+    lengths = [len(tokenizer(task.prompt(row)).input_ids) for row in rows]
+    kept, said = within(task, tokenizer, lengths[longest] - less)
+    n_kept = longest + 1 - less
+    assert (kept.train, kept.test) == (tuple(rows[:n_kept]), tuple(rows[1:n_kept]))
+    assert (said == "") == (n_kept == len(rows))
+    assert within(task, tokenizer, None) == (task, "")
+    with pytest.raises(ValueError, match="no test row fits the model's context of 2 tokens"):
+        within(task, tokenizer, 2)
 
 
 def test_apart_equals_comparing_all_pairs():

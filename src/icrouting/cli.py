@@ -163,9 +163,7 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     n_prompts, n_queries, n_test = (6, 60, 24) if quick else (40, 400, 120)
     model, data, sources = Backbone("pinned:smollm2-135m"), "pinned:staicc", ("agnews", "sst2", "trec")
     tasks = (*sources, "sst5", "mr", "subj", "emotion")
-    commands.console.print(
-        f"In-Context Routing on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks"
-    )
+    commands.console.print(f"ICR on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks")
     config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
     commands.fit(out / "router", model, data, sources, config)
     methods, settings = ("zero-shot", "calibration", "few-shot", "icr"), Settings(router=str(out / "router"))

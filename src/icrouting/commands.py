@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from icrouting import fits, inspection, plan, records, report, runs
+from icrouting import fits, inspection, plan, records, report, runs, table
 from icrouting import methods as registry
 from icrouting.artifact import with_results
 from icrouting.batches import context_length, tokenize
@@ -25,6 +25,7 @@ from icrouting.icr import InContextRouter
 from icrouting.models import default_dtype, fingerprint, load_model, load_skeleton
 from icrouting.processes import first_one_first, is_first, wait
 from icrouting.progress import spinner
+from icrouting.splits import within
 from icrouting.storage import load_json, save_json, save_text
 from icrouting.summary import BASELINE
 from icrouting.tasks import Task, load_task, rows_digest
@@ -115,16 +116,17 @@ def evaluate(
     methods = registry.make(method_names, settings)
     names = list(dict.fromkeys([*task_names, *source_names]))
     with first_one_first():  # which may have to download
-        every = dict(zip(names, load_tasks(names, data), strict=True))
+        every = load_tasks(names, data)
         base, tokenizer = load(model)
-    tasks, sources = ([every[name] for name in dict.fromkeys(chosen)] for chosen in (task_names, source_names))
+    every, left = zip(*(within(task, tokenizer, context_length(base)) for task in every), strict=True)
+    tasks, sources = ([every[names.index(n)] for n in dict.fromkeys(chosen)] for chosen in (task_names, source_names))
     icr = InContextRouter.from_pretrained(settings.router) if settings.router else None
     config = runs.RunConfig(
         model=str(model),
         fingerprint=fingerprint(base),
         dtype=str(base.dtype).removeprefix("torch."),
         data=data,
-        rows=rows_digest(list(every.values())),
+        rows=rows_digest(every),
         router=icr.digest() if icr else None,
         methods=[method.name for method in methods],
         tasks=runs.task_entries(tasks, [task.name for task in sources]),
@@ -132,12 +134,11 @@ def evaluate(
         seeds=list(dict.fromkeys(seeds)),
         n_test=n_test,
         settings=settings,
-        notes=_router_cuts(icr),
+        notes=[*_router_cuts(icr), *filter(None, left)],
     )
     with runs.claimed(out, config):
         evaluation = Evaluation(base, tokenizer, methods, sources, out / "records.jsonl", out / "fits")
-        evaluation.run(tasks, seeds, n_test)
-        wait()
+        evaluation.run(tasks, seeds, n_test)  # ends when all processes have ended theirs
         if is_first():
             finish(out, evaluation, tasks, seeds[-1], icr)
 
@@ -194,7 +195,7 @@ def show(run: Path, card: Path | None = None) -> None:
         icr.save_pretrained(card)
         file = card / "README.md"
         save_text(file, with_results(file.read_text(encoding="utf-8"), (run / "report.md").read_text("utf-8")))
-    console.print(report.terminal_table(summary))
+    console.print(table.terminal_table(summary))
     console.print(Panel(Text(conclusion(summary)), title="in short"))
     console.print(f"report: {run / 'report.html'}", soft_wrap=True, markup=False)
 

@@ -14,11 +14,6 @@ def entropy(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
-def label_loss(logits: Float[Tensor, "batch vocab"], targets: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
-    """Returns the cross-entropy of the answers' tokens over the whole vocabulary, as in the paper."""
-    return torch.nn.functional.cross_entropy(logits, targets)
-
-
 def option_loss(
     logits: Float[Tensor, "batch vocab"], option_ids: Int[Tensor, "batch n_options"], labels: Int[Tensor, "batch"]
 ) -> Float[Tensor, ""]:

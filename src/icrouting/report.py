@@ -15,9 +15,6 @@ from icrouting import conclusion, figures, records, table
 from icrouting.checks import read
 from icrouting.storage import load_json, save_text
 from icrouting.summary import BASELINE, MOST_OPTIONS, Summary, summarise
-from icrouting.table import csv, terminal_table
-
-__all__ = ["csv", "html", "markdown", "summarise", "terminal_table", "write"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def write(run_folder: Path) -> Summary:
     values = {"conclusion": conclusion.conclusion(summary), **asdict(summary)}
     texts = {
         "summary.json": json.dumps(values, indent=1, ensure_ascii=False, default=_objects),
-        "report.csv": csv(summary),
+        "report.csv": table.csv(summary),
         "report.md": markdown(summary, config),
         "report.html": html(summary, config, run_folder),
     }

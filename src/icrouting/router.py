@@ -26,24 +26,17 @@ class Routing:
     routing_vector: Float[Tensor, "batch n_layers rank"]
     head_gates: Float[Tensor, "batch n_layers n_heads"]
 
-    @property
-    def n_rows(self) -> int:
-        """Number of queries."""
-        return self.routing_vector.shape[0]
-
     def scaled(self, strength: float | Tensor) -> "Routing":
         """The same routing with alpha multiplied by `strength`."""
         return Routing(self.routing_vector * strength, self.head_gates)
 
     def repeated(self, n_rows: int) -> "Routing":
         """The same routing for rows that are a multiple of the queries, each one's side by side (beams, samples)."""
-        if n_rows == self.n_rows:
+        times, over = divmod(n_rows, n_queries := len(self.routing_vector))
+        if over:
+            raise ValueError(f"the routing is for {n_queries} queries: expected a multiple of rows, got {n_rows}")
+        if times == 1:
             return self
-        if n_rows % self.n_rows:
-            raise ValueError(
-                f"the batch has {n_rows} rows but the routing is for {self.n_rows} queries: expected a multiple"
-            )
-        times = n_rows // self.n_rows
         return Routing(self.routing_vector.repeat_interleave(times, 0), self.head_gates.repeat_interleave(times, 0))
 
 

@@ -3,8 +3,10 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from icrouting.tasks import Example, Task, TaskSpec
 
@@ -41,6 +43,25 @@ def make_task(spec: TaskSpec, train: Sequence[Example], test: Sequence[Example])
             f"{sorted(labels)}: add rows of another class"
         )
     return Task(spec, tuple(kept), tuple(test), validation, len(train) - len(kept) - len(validation))
+
+
+def within(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[Task, str]:
+    """Returns a task without rows whose own prompt is longer than `limit` tokens, and a line on them, if there are any.
+
+    ValueError if nothing is left to test.
+    """
+
+    def fits(row: Example) -> bool:
+        text = task.prompt(row)  # a token takes a byte or more, but for two before the text
+        return limit is None or len(text.encode()) + 2 <= limit or len(tokenizer(text).input_ids) <= limit
+
+    rows = {split: vars(task)[split] for split in ("train", "validation", "test")}
+    kept = {split: tuple(filter(fits, own)) for split, own in rows.items()}
+    if not kept["test"]:
+        raise ValueError(f"task {task.name!r}: no test row fits the model's context of {limit} tokens: shorten them")
+    left = [f"{n} {split}" for split in rows if (n := len(rows[split]) - len(kept[split]))]
+    said = f"Left out, as longer than the model's context of {limit} tokens: {', '.join(left)} rows of {task.name}."
+    return replace(task, **kept), said if left else ""
 
 
 def apart(rows: Sequence[Example], held: Sequence[Example]) -> list[Example]:

@@ -182,9 +182,7 @@ def _rows(
 ) -> list[Row]:
     """The table's lines, without the means of groups that repeat the tasks of an earlier one."""
     levels = {
-        task: Row(
-            "task", task, sections[task], 1, len(set(most["index"])), metrics.chance(most), metrics.majority(most)
-        )
+        task: Row("task", task, sections[task], 1, most.item.nunique(), metrics.chance(most), metrics.majority(most))
         for task, most in fullest.items()
     }
     rows, seen = [], set()

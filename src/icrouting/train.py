@@ -104,7 +104,7 @@ class Trainer:
         if config.ce_scope == "options":
             ce = losses.option_loss(logits, option_ids, labels)
         else:
-            ce = losses.label_loss(logits, option_ids.gather(1, labels[:, None])[:, 0])
+            ce = torch.nn.functional.cross_entropy(logits, option_ids.gather(1, labels[:, None])[:, 0])
         plain_entropy = torch.tensor([query.state.entropy for query in queries], device=device)
         return {
             "ce": ce,

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_sc
 from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.edits import TOKEN_BUDGET
 from icrouting.families import decoder_of, device_of
-from icrouting.losses import label_loss
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered
 from icrouting.models import frozen
@@ -151,4 +150,4 @@ def lesson_loss(logits: Float[Tensor, "batch vocab"], lessons: Lessons, rows: li
     teacher = torch.stack([lessons.teacher[row] for row in rows]).to(logits.device).float().log_softmax(-1)
     mimicry = nn.functional.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean", log_target=True)
     targets = torch.tensor([lessons.labels[row] for row in rows], device=logits.device)
-    return mimicry + W_LABEL * label_loss(logits, targets)
+    return mimicry + W_LABEL * nn.functional.cross_entropy(logits, targets)

@@ -69,12 +69,8 @@ def synergy(
     |Za^T Zm|^2 = <Za Za^T, Zm Zm^T>, of n_rows squared.
     """
     n_rows, hidden_size = attention.shape
-    za, zm = (_standardised(view) for view in (attention, mlp))
+    centred = [view - view.mean(0) for view in (attention, mlp)]
+    za, zm = (view / (view.square().mean(0) + 1e-12).sqrt() for view in centred)
     diagonal = (za * zm).mean(0)
     off_diagonal = ((za @ za.T) * (zm @ zm.T)).sum() / n_rows**2 - diagonal.square().sum()
     return ((1 - diagonal).square().sum() + OFF_DIAGONAL * off_diagonal) / hidden_size
-
-
-def _standardised(view: Float[Tensor, "n_rows hidden_size"]) -> Float[Tensor, "n_rows hidden_size"]:
-    centred = view - view.mean(0)
-    return centred / (centred.square().mean(0) + 1e-12).sqrt()
