@@ -10,7 +10,8 @@ from transformers import FalconH1Config
 import tiny
 from icrouting import records
 from icrouting.batches import pad, tokenize
-from icrouting.edits import edited, last_of, last_token_variants, last_tokens, recorded
+from icrouting.calls import answering
+from icrouting.edits import edited, last_of, last_token_variants, recorded
 from icrouting.evaluate import Evaluation
 from icrouting.families import CACHE, FAMILIES, branches_of, layers_of
 from icrouting.methods import Settings, make
@@ -387,8 +388,8 @@ def test_last_tokens_are_found_under_both_paddings_and_behind_a_cache(tokenizer)
     ):
         ids, seen = torch.full((2, q_len), 5), []
         with (
-            last_tokens(model) as now,
-            edited([layers_of(model)[0]], lambda _, h, seen=seen, now=now: seen.append(now["last"]) or h),
+            answering(model, in_steps=False) as now,
+            edited([layers_of(model)[0]], lambda _, h, seen=seen, now=now: seen.append(now.positions) or h),
         ):
             cache = None
             if len(mask[0]) > q_len:
@@ -401,6 +402,7 @@ def test_last_tokens_are_found_under_both_paddings_and_behind_a_cache(tokenizer)
 
 def test_edits_leave_no_hook_behind_after_an_exception():
     model = tiny.model("llama")
-    with pytest.raises(RuntimeError), recorded(list(layers_of(model))), last_tokens(model):
+    with pytest.raises(RuntimeError), recorded(list(layers_of(model))), answering(model, in_steps=True):
         raise RuntimeError
+    assert "generate" not in vars(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

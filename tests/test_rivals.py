@@ -1,6 +1,7 @@
 """The shared matrix: fit, apply, leave, save, load, same result, for every method that learns over the family table."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,13 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny
+from icrouting.families import CACHE
 from icrouting.fits import fit_costs
 from icrouting.methods import LEARNING, Method, Settings, make
 from icrouting.methods.controls import Refit
+from icrouting.methods.elicit import Elicit
+from icrouting.methods.function_vectors import FunctionVectors
+from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.probes import ProbeEncoder
 from icrouting.methods.regimes import ONCE
 from icrouting.methods.saved import load_method, save_method
@@ -89,6 +94,40 @@ def test_a_mask_by_position_and_a_static_cache_change_nothing(kind, tokenizer, s
                 model.generate(**left, **new, cache_implementation="static")
         else:
             assert torch.equal(model.generate(**left, **new, cache_implementation="static"), found)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"use_cache": False},
+        {"prefill_chunk_size": 4},
+        {"prefill_chunk_size": 1},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_beams": 2, "use_cache": False},
+    ],
+    ids=str,
+)
+def test_a_prompt_is_the_same_however_generation_runs_it(kind, way, tokenizer, small):
+    model = tiny.model("llama")
+    given = tokenizer("Review: good good good\nSentiment: good good good\nReview: good", return_tensors="pt")
+    new = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    with fitted(kind, model, tokenizer, small).attached(model, tokenizer, TASK), torch.no_grad():
+        expected = model.generate(**given, **new, num_beams=way.get("num_beams", 1))
+        assert torch.equal(model.generate(**given, **new, **way), expected)
+
+
+@pytest.mark.parametrize("kind", [TaskVectors, Elicit, IterativeVectors, FunctionVectors])
+def test_generated_tokens_are_left_alone_but_by_function_vectors(kind, tokenizer, small):
+    model, token = tiny.model("llama"), torch.tensor([[7]])
+    method, given = fitted(kind, model, tokenizer, small), tokenizer(prompts()[0], return_tensors="pt")
+    mask, found = torch.ones(1, given.input_ids.shape[1] + 1, dtype=torch.long), []
+    for context in (method.attached(model, tokenizer, TASK), nullcontext()):
+        with torch.no_grad(), method.attached(model, tokenizer, TASK):
+            cache = model(**given, use_cache=True)[CACHE]
+        with torch.no_grad(), context:
+            found.append(model(input_ids=token, attention_mask=mask, **{CACHE: cache}).logits)
+    assert torch.equal(*found) == (kind is not FunctionVectors)
 
 
 def test_a_model_that_was_compiled_before_notices_what_is_attached(tokenizer, small):
@@ -326,8 +365,8 @@ def test_a_decoder_inside_a_model_of_images_is_changed_or_refused_in_a_sentence(
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(config).eval()
     plain = scores(model, tokenizer, prompts())
-    if kind.name in ("elicit", "prefix-tuning", "prompt-tuning"):  # they read tokens or one mask, and get neither
-        with pytest.raises(ValueError, match=r"input_ids|one attention mask"):
+    if issubclass(kind, PromptTuning):  # one attention mask is not what it gets
+        with pytest.raises(ValueError, match="one attention mask"):
             fitted(kind, model, tokenizer, small).applied(TASK).__enter__()
     else:
         with fitted(kind, model, tokenizer, small).attached(model, tokenizer, TASK):

@@ -403,7 +403,7 @@ def from_embeddings(bench, through_generate=False):
 ONE, ALL = (0,), (0, 1, 2)
 EMBEDS = "a routed model needs `input_ids` to be routed by, got `inputs_embeds` alone"
 UNKNOWN = "this cache is unknown here: it was filled outside `attached`, or is a copy"
-PACKED = "a routed model cannot batch continuously, which packs all prompts into one row"
+PACKED = "an attached model cannot batch continuously, which packs all prompts into one row"
 TO_HUB = "transformers moved them to repositories of the hub, whose code is not looked at here"
 FLASH = "wired up; its kernels need an accelerator"
 

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from icrouting.batches import context_length
-from icrouting.edits import n_seen, read_by
+from icrouting.calls import n_seen, read_by
 from icrouting.families import CACHE, decoder_of, device_of
 from icrouting.models import frozen
 
@@ -142,10 +142,7 @@ def _with_prompt(
     if seen:
         return kwargs, 0
     if n_virtual + q_len > (limit := context_length(base) or math.inf):
-        raise ValueError(
-            f"a prompt of {q_len} tokens behind {n_virtual} virtual ones is longer than the model's context of "
-            f"{limit}: shorten it"
-        )
+        raise ValueError(f"{q_len} tokens behind {n_virtual} virtual ones exceed the context of {limit}: shorten them")
     prompt = make(n_rows)
     if isinstance(prompt, Cache):
         layers: Any = () if cache is None else prompt.layers  # a cache of the caller's, who may go on with it

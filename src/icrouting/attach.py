@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from icrouting.attention import project, widen_key, widen_query, widen_value
+from icrouting.calls import hooked
 from icrouting.families import attention_of, base_of, check_layers, dims_of, family_of
 from icrouting.pids import PIDs
 from icrouting.probe import attention_function
@@ -157,12 +158,6 @@ def routed_kernel(model: PreTrainedModel) -> AbstractContextManager[None]:
     return attention_function(model, alias, _attention_function(original), masks=original)
 
 
-def _refuse_packing(*args: Any, **kwargs: Any) -> None:
-    raise ValueError(
-        "a routed model cannot batch continuously, which packs all prompts into one row: pad them and use `generate`"
-    )
-
-
 @contextmanager
 def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
     """Inside, the layers of `pids` are routed by the yielded attachment's `routing`.
@@ -189,7 +184,5 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
             stack.callback(_routed.pop, attention)
             stack.enter_context(attention.register_forward_pre_hook(layer.swap_cache, with_kwargs=True))
         stack.enter_context(routed_kernel(base))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled graphs do not notice hooks
-        vars(base)["init_continuous_batching"] = _refuse_packing  # `generate_batch` goes through it
-        stack.callback(vars(base).pop, "init_continuous_batching")
+        stack.enter_context(hooked(base))
         yield attachment

@@ -1,7 +1,6 @@
 """Edits: reading and changing what a decoder's blocks and branches give, by hooks that leave no trace."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from icrouting.batches import Batch, attended, by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.calls import answering, called_with, read_by
 from icrouting.families import CACHE, base_of, decoder_of, device_of
 from icrouting.scoring import after_prefix, next_token_logits, run_prefix
 
@@ -84,51 +84,6 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
         yield rows
 
 
-@contextmanager
-def last_tokens(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Inside, the yielded dict has each row's last attended position, "last", and "is_step", both of this forward."""
-    now: dict[str, Any] = {}
-
-    def keep(base: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = called_with(base, args, kwargs)
-        is_real = attended(read_by(given), given.get("attention_mask"), n_seen(given))
-        last = (is_real.long() * torch.arange(is_real.shape[1], device=is_real.device)).argmax(1)
-        now.update(last=last, is_step=is_step(given))
-
-    with base_of(model).register_forward_pre_hook(keep, with_kwargs=True):
-        yield now
-
-
-def called_with(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a module's call by name."""
-    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    return given | given.pop("kwargs", {})
-
-
-def read_by(given: dict[str, Any]) -> Tensor:
-    """Returns the token ids, or else the embeddings, among a decoder's arguments."""
-    return given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-
-
-def n_seen(given: dict[str, Any]) -> int:
-    """Returns the tokens in the cache among a decoder's arguments."""
-    cache = given.get(CACHE, given.get("past_key_values"))
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def is_step(given: dict[str, Any]) -> bool:
-    """Returns whether a decoder is given one token behind a cache, which was generated."""
-    return read_by(given).shape[1] == 1 and n_seen(given) > 0
-
-
-def prompt_tokens(given: dict[str, Any]) -> list[list[int]]:
-    """Returns each row's real tokens among a decoder's arguments."""
-    if (input_ids := given.get("input_ids")) is None:
-        raise ValueError("this method reads the prompt: give the model `input_ids`, not `inputs_embeds` alone")
-    is_real = attended(input_ids, given.get("attention_mask"), n_seen(given))
-    return [row[keep].tolist() for row, keep in zip(input_ids, is_real, strict=True)]
-
-
 def last_of(hidden: Tensor, positions: Int[Tensor, "batch"]) -> Float[Tensor, "batch hidden_size"]:
     """Returns each row's hidden state at its position; some families' branches give all rows in one line."""
     rows = hidden.reshape(len(positions), -1, hidden.shape[-1])
@@ -150,20 +105,18 @@ def added_at(
 
 @contextmanager
 def edited_last(model: nn.Module, modules: Sequence[nn.Module], edit: Edit, *, in_steps: bool = True) -> Iterator[None]:
-    """Inside, each row's state at its last token, of those that a module gives, is what `edit` makes of it.
+    """Inside, the states at the prompts' last tokens, of those that a module gives, are what `edit` makes of them.
 
     Args:
         model: the decoder.
         modules: some of its blocks or branches.
-        edit: of a module's place in `modules` and the states [batch, hidden_size].
+        edit: of a module's place in `modules` and the states [n_tokens, hidden_size].
         in_steps: whether tokens that are generated behind a prompt are edited too.
     """
-    with last_tokens(model) as now:
+    with answering(model, in_steps=in_steps) as now:
 
         def change(place: int, hidden: Tensor) -> Tensor:
-            if now["is_step"] and not in_steps:
-                return hidden
-            at = torch.arange(len(hidden), device=hidden.device), now["last"].to(hidden.device)
+            at = now.rows.to(hidden.device), now.positions.to(hidden.device)
             hidden = hidden.clone()
             hidden[at] = edit(place, hidden[at])
             return hidden

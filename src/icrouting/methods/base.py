@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from icrouting.calls import hooked
 from icrouting.checks import check_same
 from icrouting.config import Settings
 from icrouting.edits import counted_rows
@@ -196,7 +196,7 @@ class Method:
         method.model, method.tokenizer = model, tokenizer
         _attached[base_of(model)] = method.name
         try:
-            with torch.compiler.set_stance("force_eager"), method.applied(task):  # compiled graphs do not notice hooks
+            with hooked(base_of(model)), method.applied(task):
                 yield method
         finally:
             del _attached[base_of(model)]

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from icrouting.edits import added_at, called_with, edited, last_tokens, mean_last_outputs, prompt_tokens
+from icrouting.calls import answering
+from icrouting.edits import added_at, edited, mean_last_outputs
 from icrouting.encoder import SentenceEncoder, load_encoder, query_texts
-from icrouting.families import decoder_of, layers_of
+from icrouting.families import layers_of
 from icrouting.methods.base import Method
 from icrouting.methods.task_vectors import sweep
 from icrouting.prompts import episodes, few_shot
@@ -85,20 +85,18 @@ class Elicit(Method):
     @contextmanager
     def applied(self, task: Task) -> Iterator[None]:
         """Adds at each row's last token what its tokens retrieve, but in no step of a generation."""
-        now: list[tuple[Tensor, Tensor]] = []
-
-        def retrieve(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            tokens = prompt_tokens(called_with(decoder, args, kwargs))
-            now[:] = [] if found["is_step"] else [self.retrieved(query_texts(self.tokenizer, tokens))]
+        kept: list[tuple[Tensor, Tensor]] = []
 
         def add(layer: int, hidden: Tensor) -> Tensor:
-            for added, layers in now:
-                rows, at = (layers == layer).nonzero()[:, 0], found["last"]
-                hidden = added_at(hidden, rows, at[rows.to(at.device)], added[rows]) if len(rows) else hidden
+            if layer == 0:
+                kept[:] = [self.retrieved(query_texts(self.tokenizer, now.prompts()))] if len(now.rows) else []
+            for added, layers in kept:
+                rows = (layers == layer).nonzero()[:, 0]
+                at = now.positions[rows.to(now.positions.device)]
+                hidden = added_at(hidden, rows, at, added[rows]) if len(rows) else hidden
             return hidden
 
-        blocks, before = list(layers_of(self.model)), decoder_of(self.model).register_forward_pre_hook
-        with edited(blocks, add), last_tokens(self.model) as found, before(retrieve, with_kwargs=True):
+        with answering(self.model, in_steps=False) as now, edited(list(layers_of(self.model)), add):
             yield
 
     def _prompts(self, task: Task, rng: np.random.Generator) -> tuple[list[str], list[str]]:

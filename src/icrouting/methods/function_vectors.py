@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import context_length, tokenize
 from icrouting.edits import edited_inputs, edited_last, last_outputs, last_token_variants
-from icrouting.families import attention_of, branches_of, device_of, dims_of, layers_of, output_of
+from icrouting.families import attention_of, branches_of, decoder_of, device_of, dims_of, layers_of, output_of
 from icrouting.methods.base import Context, Method
 from icrouting.progress import track
 from icrouting.prompts import episodes, few_shot
@@ -128,11 +128,12 @@ def written(
     its weight may be stored in any way. Differs: a norm behind it scales each channel as it does for all heads.
     """
     n_heads, parts = means.shape[1], []
+    scale = getattr(decoder_of(model).config, "residual_multiplier", 1.0)  # Granite's
     shown = torch.cat([torch.eye(n_heads), torch.zeros(1, n_heads), torch.ones(1, n_heads)])[..., None]  # and all
     for layer, projection in enumerate(_projections(model)):
         mixed = projection((shown * means[layer]).flatten(1).to(device_of(projection), model.dtype))
         part, branch = mixed[:-2].float() - mixed[-2].float(), branches_of(model, layer)[0]
         if branch is not attention_of(model, layer):
             part = part * (branch(mixed[-1:]).float() / mixed[-1:].float()).nan_to_num()
-        parts.append(part.cpu())
+        parts.append(scale * part.cpu())
     return torch.stack(parts)

@@ -85,7 +85,7 @@ class IterativeVectors(Method):
             vector = self.strength * self.vectors[0, layer]
             return (states.float() + vector.to(states.device)).to(states.dtype)
 
-        return edited_last(self.model, all_branches_of(self.model)[::2], add)
+        return edited_last(self.model, all_branches_of(self.model)[::2], add, in_steps=False)
 
 
 def _episode(
