@@ -31,6 +31,14 @@ def test_validation_is_a_seeded_fifth_that_no_other_split_knows():
     assert len(make_task(SPEC, TRAIN * 1 + [example(f"x {i}", i % 2) for i in range(900)], TEST).validation) == 100
 
 
+def test_no_slice_holds_a_piece_of_a_test_row_or_of_another_task_s():
+    tested = [example(f"so it is that {row.fields['text']} after all") for row in TRAIN[:20]]
+    other = [example(row.fields["text"].upper(), 1) for row in TRAIN[20:40]]
+    task = make_task(SPEC, TRAIN, [*TEST, *tested], other)
+    assert {*texts(task.train), *texts(task.validation)} == set(texts(TRAIN[40:]))
+    assert (len(task.validation), task.n_dropped) == (12, 40)
+
+
 def test_the_validation_slice_of_a_sorted_file_has_both_labels():
     task = make_task(SPEC, sorted(TRAIN, key=lambda e: e.label), TEST)
     assert {e.label for e in task.validation} == {0, 1}

@@ -34,6 +34,17 @@ def test_a_task_reads_its_rows_and_fills_its_template(tmp_path):
     assert task.answer(task.test[0]) == "negative"
 
 
+def test_phrases_of_other_tasks_test_rows_in_the_folder_are_left_out(tmp_path):
+    rows = [{"text": f"a long phrase with number {i} in it", "label": i % 2} for i in range(20)]
+    write(tmp_path, rows)
+    write(tmp_path, [{"text": "quite another sentence of some words", "label": 0}], split="test")
+    assert load_task("sst2", tmp_path).n_dropped == 0
+    write(tmp_path, [{"text": f"so , {row['text']} !", "label": 1} for row in rows[:6]], "mr", "test")
+    task = load_task("sst2", tmp_path)
+    assert task.n_dropped == 6
+    assert {row.fields["text"] for row in (*task.train, *task.validation)} == {row["text"] for row in rows[6:]}
+
+
 def test_multiple_choice_lists_its_choices_and_letters():
     spec = SPECS["csqa"]
     example = tiny.Example({"question": "where?"}, ("here", "there", "nowhere"), 2)

@@ -17,3 +17,4 @@ HUB = {name: entry["hub"] for name, entry in _ENTRIES.items() if "hub" in entry}
 STAICC = {name: entry["staicc"] for name, entry in _ENTRIES.items() if "staicc" in entry}
 MAX_TRAIN = {name: entry.get("max_train", 6000) for name, entry in _ENTRIES.items()}
 MAX_TEST = 2000
+APART_FROM = {name: entry.get("apart_from", ()) for name, entry in _ENTRIES.items()}

@@ -189,9 +189,7 @@ def show(run: Path, card: Path | None = None) -> None:
     if card is not None:
         icr, measured = InContextRouter.from_pretrained(card), load_json(run / "config.json").get("router")
         if measured != icr.digest():
-            raise ValueError(
-                f"{run} measured router {measured}, {card} holds router {icr.digest()}: nothing is recorded"
-            )
+            raise ValueError(f"{run} measured router {measured}, {card} holds {icr.digest()}: nothing is recorded")
         icr.save_pretrained(card)
         file = card / "README.md"
         save_text(file, with_results(file.read_text(encoding="utf-8"), (run / "report.md").read_text("utf-8")))

@@ -142,9 +142,7 @@ def late_third(n_layers: int) -> tuple[int, ...]:
 def check_layers(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
     """Returns `layers`; ValueError unless they are ascending indices into `n_layers` layers."""
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= n_layers:
-        raise ValueError(
-            f"routed layers must be ascending indices below {n_layers}, with at least one; got {list(layers)}"
-        )
+        raise ValueError(f"routed layers must be ascending indices below {n_layers}, one or more; got {list(layers)}")
     return layers
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from icrouting.catalogue import HUB, MAX_TEST, MAX_TRAIN, SPECS
+from icrouting.catalogue import APART_FROM, HUB, MAX_TEST, MAX_TRAIN, SPECS
 from icrouting.rows import parse_row
-from icrouting.splits import apart, make_task
+from icrouting.splits import make_task
 from icrouting.tasks import Example, Task, TaskSpec
 
 _PARQUET = "refs/convert/parquet"
@@ -28,12 +28,11 @@ def read_task(spec: TaskSpec, mirror: Path | None = None) -> Task:
             f"task {spec.name!r} has no dataset id ({', '.join(HUB)} have): give a folder that holds "
             f"{spec.name}/train.jsonl and {spec.name}/test.jsonl"
         )
-    source, rng = HUB[spec.name], np.random.default_rng(_SEED)
+    rng = np.random.default_rng(_SEED)
     train = _sample(_read(spec, "train", mirror), MAX_TRAIN[spec.name], rng)
     test = _sample(_read(spec, "test", mirror), MAX_TEST, rng)
-    for other in source.get("apart_from", ()):
-        train = apart(train, _read(SPECS[other], "test", mirror))
-    return make_task(spec, train, test)
+    held = [row for other in APART_FROM[spec.name] for row in _read(SPECS[other], "test", mirror)]
+    return make_task(spec, train, test, held)
 
 
 def _sample(rows: list[Example], n: int, rng: np.random.Generator) -> list[Example]:

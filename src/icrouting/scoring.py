@@ -1,10 +1,12 @@
 """Scoring: the logit of every option at the next position, batched and safe under padding (section 5)."""
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 
 import torch
@@ -17,6 +19,7 @@ from icrouting.families import CACHE, base_of, device_of
 from icrouting.prompts import Prompt
 
 TOKEN_BUDGET = 2048
+_say_once = lru_cache(None)(logging.getLogger(__name__).warning)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ def option_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequenc
                 f"such as ':' and without a space (it ends {prompt[-20:]!r})"
             )
         ids.append(tokens[len(prompt_ids)])
+        if len(tokens) > len(prompt_ids) + 1:
+            _say_once(f"option {option!r} is several tokens, and known by its first, {tokenizer.decode(ids[-1:])!r}")
     for position, (option, token) in enumerate(zip(options, ids, strict=True)):
         word, twin = str(tokenizer.decode([token])), options[ids.index(token)]
         if not word.strip():

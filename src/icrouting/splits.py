@@ -19,23 +19,25 @@ _WORD = re.compile(r"\S*[^\W_]\S*")
 _NOT_KEY = bytes(set(range(128)) - set(b"abcdefghijklmnopqrstuvwxyz0123456789"))
 
 
-def make_task(spec: TaskSpec, train: Sequence[Example], test: Sequence[Example]) -> Task:
-    """Returns a task whose validation and test rows are unknown to its training rows.
+def make_task(
+    spec: TaskSpec, train: Sequence[Example], test: Sequence[Example], others: Sequence[Example] = ()
+) -> Task:
+    """Returns a task whose splits know nothing of one another, nor training and validation rows of `others`.
 
     A fifth of the training rows, at most 100, become the validation slice, by a seeded draw. Training rows
     that repeat one another or a held-back row (case, spacing and punctuation ignored), or that hold or lie
     inside one of five words or more, are left out and counted in `n_dropped`. ValueError if one class alone is left.
     """
     unique = list({_row_key(example): example for example in reversed(train)}.values())[::-1]
-    tested = {_row_key(example) for example in test}
+    free = {id(example) for example in apart(unique, [*test, *others])}
     order = np.random.default_rng(_SEED).permutation(len(unique))
-    candidates = [int(i) for i in order if _row_key(unique[i]) not in tested]
+    candidates = [int(i) for i in order if id(unique[i]) in free]
     if len(unique) < _FEW:  # none of a class's few rows may be its last
         firsts = {example.label: i for i, example in reversed(list(enumerate(unique)))}
         candidates = [i for i in candidates if i not in firsts.values()]
     chosen = set(candidates[: min(N_VALIDATION, len(unique) // 5)])
     validation = tuple(unique[i] for i in sorted(chosen))
-    kept = apart([example for i, example in enumerate(unique) if i not in chosen], [*validation, *test])
+    kept = apart([row for i, row in enumerate(unique) if id(row) in free and i not in chosen], validation)
     labels = {example.label for example in kept}
     if len(labels) < 2:
         raise ValueError(

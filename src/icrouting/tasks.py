@@ -141,4 +141,7 @@ def load_task(name: str | TaskSpec, data: str | Path) -> Task:
     folder = Path(data) / spec.name
     if not folder.is_dir():
         raise ValueError(f"task {spec.name!r}: expected a folder {folder} with train.jsonl and test.jsonl")
-    return splits.make_task(spec, *(rows.read_rows(folder / f"{split}.jsonl", spec) for split in ("train", "test")))
+    train, test = (rows.read_rows(folder / f"{split}.jsonl", spec) for split in ("train", "test"))
+    others = [(Path(data) / name / "test.jsonl", name) for name in catalogue.APART_FROM.get(spec.name, ())]
+    held = [row for file, name in others if file.exists() for row in rows.read_rows(file, catalogue.SPECS[name])]
+    return splits.make_task(spec, train, test, held)
