@@ -37,7 +37,7 @@ def paper_terms(model, given, trainer, queries):
     logits = model(**inputs).logits[rows, batch.last].float()
     targets = torch.tensor([query.option_ids[query.label] for query in queries], device=logits.device)
     return {
-        "ce": losses.label_loss(logits, targets),
+        "ce": torch.nn.functional.cross_entropy(logits, targets),
         "conf": losses.confidence_loss(logits, losses.entropy(plain)),
         "spar": losses.sparsity_loss(routing.routing_vector, trainer.config.deepest_weight),
         "gate": losses.gate_loss(routing.head_gates),
