@@ -88,7 +88,7 @@ def test_rows_longer_than_the_context_are_left_out_and_said_so(world, tmp_path, 
     methods = ["--methods", "zero-shot", "icv", "--n-test", "99", "--train-rows", "99"]
     where = ["--model", str(world / "model"), "--data", str(tmp_path / "data"), *SST2.split()]
     cli.main(["eval", "--out", str(tmp_path / "run"), *where, *methods, "--demos-per-class", "1"])
-    said = "longer than the model's context of 512 tokens: 1 train, 2 test rows of sst2."
+    said = "longer than 488 tokens: 1 train, 2 test rows of sst2."
     assert said in " ".join(capsys.readouterr().out.split())
     assert said in (tmp_path / "run" / "report.md").read_text()
     assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == 2 * 3 * 20

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from icrouting.catalogue import SPECS
-from icrouting.splits import apart, is_long, make_task, text_key, within
+from icrouting.splits import SPARE, apart, is_long, make_task, text_key, within
 from icrouting.tasks import Example, Task
 
 SPEC = SPECS["sst2"]
@@ -31,12 +31,21 @@ def test_validation_is_a_seeded_fifth_that_no_other_split_knows():
     assert len(make_task(SPEC, TRAIN * 1 + [example(f"x {i}", i % 2) for i in range(900)], TEST).validation) == 100
 
 
+@pytest.mark.parametrize(
+    ("n", "n_pieces", "n_kept", "n_held"), [(100, 75, 20, 5), (100, 80, 16, 4), (1000, 900, 80, 20)]
+)
+def test_a_fifth_of_what_is_left_is_for_validation(n, n_pieces, n_kept, n_held):
+    rows = [example(f"row {i} is one of quite a few words", i % 2) for i in range(n)]
+    task = make_task(SPEC, rows, [example(f"so then {row.fields['text']} it is") for row in rows[:n_pieces]])
+    assert (len(task.train), len(task.validation), task.n_dropped) == (n_kept, n_held, n_pieces)
+
+
 def test_no_slice_holds_a_piece_of_a_test_row_or_of_another_task_s():
     tested = [example(f"so it is that {row.fields['text']} after all") for row in TRAIN[:20]]
     other = [example(row.fields["text"].upper(), 1) for row in TRAIN[20:40]]
     task = make_task(SPEC, TRAIN, [*TEST, *tested], other)
     assert {*texts(task.train), *texts(task.validation)} == set(texts(TRAIN[40:]))
-    assert (len(task.validation), task.n_dropped) == (12, 40)
+    assert (len(task.validation), task.n_dropped) == (4, 40)
 
 
 def test_the_validation_slice_of_a_sorted_file_has_both_labels():
@@ -104,13 +113,13 @@ def test_rows_longer_than_the_context_are_left_out_whatever_their_length_in_byte
     rows = [example("a " * n, n % 2) for n in range(1, 300, 7)]
     task = Task(SPEC, tuple(rows), tuple(rows[1:]), tuple(rows[:2]))
     lengths = [len(tokenizer(task.prompt(row)).input_ids) for row in rows]
-    kept, said = within(task, tokenizer, lengths[longest] - less)
+    kept, said = within(task, tokenizer, lengths[longest] - less + SPARE)
     n_kept = longest + 1 - less
     assert (kept.train, kept.test) == (tuple(rows[:n_kept]), tuple(rows[1:n_kept]))
     assert (said == "") == (n_kept == len(rows))
     assert within(task, tokenizer, None) == (task, "")
-    with pytest.raises(ValueError, match="no test row fits the model's context of 2 tokens"):
-        within(task, tokenizer, 2)
+    assert within(task, tokenizer, SPARE + 2) == (task, ""), "nothing would be left"
+    assert within(task, tokenizer, lengths[0] + SPARE) == (task, ""), "one label would be left"
 
 
 def test_apart_equals_comparing_all_pairs():

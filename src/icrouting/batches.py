@@ -45,7 +45,7 @@ def attended(read: Shaped[Tensor, "batch q_len *width"], mask: Any, n_seen: int 
     q_len = read.shape[1]
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values())))
-    if mask is None:
+    if mask is None or (mask.ndim == 4 and mask.shape[-1] < n_seen + q_len):  # a static cache's, of a window's width
         return torch.ones(read.shape[:2], dtype=torch.bool, device=read.device)
     if mask.ndim == 4:  # [batch, 1, q_len, kv_len]: a token is real if any token sees it
         seen = mask if mask.dtype == torch.bool else mask == 0

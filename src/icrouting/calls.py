@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,30 @@ def asked(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     return next((value for value in given if isinstance(value, Tensor)), None)
 
 
+@dataclass
+class _Run:
+    """One `generate`: its prompt, how many tokens that has with those before it in a cache, and the cache it fills."""
+
+    input_ids: Tensor | None
+    mask: Tensor | None
+    n_prompt: int
+    cache: object
+
+    def reads(self, given: dict[str, Any], cache: object) -> bool:
+        """Whether a forward inside is one of its own; others may have another cache, or another prompt without one."""
+        self.cache = self.cache if self.cache is not None else cache  # the first forward is its own
+        if cache is not None:
+            return cache is self.cache
+        ids = given.get("input_ids")
+        return ids is None or self.input_ids is None or _goes_on(ids, self.input_ids)
+
+
+def _goes_on(ids: Int[Tensor, "n_rows q_len"], prompt: Int[Tensor, "n_prompts n_tokens"]) -> bool:
+    """Whether rows begin with the prompts, each one's side by side."""
+    times, over = divmod(len(ids), len(prompt))
+    return not over and torch.equal(ids[:, : prompt.shape[1]], prompt.repeat_interleave(times, 0).to(ids.device))
+
+
 class Answering:
     """Which tokens answer in the forward that runs: `rows` and `positions`, one each; comes from `answering`."""
 
@@ -45,34 +70,47 @@ class Answering:
     positions: Int[Tensor, "n_tokens"]
 
     def __init__(self, in_steps: bool):
-        self._in_steps, self._given, self._asked = in_steps, {}, {}
+        self._in_steps, self._given = in_steps, {}
+        self._runs: list[_Run] = []
+        self._run: _Run | None = None
 
     def prompts(self) -> list[list[int]]:
-        """Returns the tokens of every row's prompt."""
-        given = self._asked or self._given
-        if (input_ids := given.get("input_ids")) is None:
+        """Returns the tokens of every row's prompt, without those that an earlier call put into the cache."""
+        given, run = self._given, self._run
+        input_ids, mask = (run.input_ids, run.mask) if run else (given.get("input_ids"), given.get("attention_mask"))
+        if input_ids is None:
             raise ValueError("this method reads the prompt: give the model `input_ids`, not `inputs_embeds` alone")
-        is_real = attended(input_ids, given.get("attention_mask"), 0 if self._asked else n_seen(given))
+        is_real = attended(input_ids, mask, run.n_prompt - input_ids.shape[1] if run else n_seen(given))
         lists = [row[keep].tolist() for row, keep in zip(input_ids, is_real, strict=True)]
-        return [tokens for tokens in lists for _ in range(len(read_by(self._given)) // len(lists))]  # beams
+        return [tokens for tokens in lists for _ in range(len(read_by(given)) // len(lists))]  # beams
 
     def generate(self, plain_generate: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls `plain_generate` and remembers its prompt meanwhile."""
-        if self._asked or (input_ids := asked(args, kwargs)) is None:
+        ids, mask, seen = asked(args, kwargs), kwargs.get("attention_mask"), n_seen(kwargs)
+        read = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else ids
+        if read is None:
             return plain_generate(*args, **kwargs)
-        self._asked = {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
+        n_tokens = read.shape[1] + (seen if read.shape[1] <= seen else 0)  # all of them, or those behind the cache
+        n_prompt = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else n_tokens
+        run = _Run(ids, mask, n_prompt, kwargs.get(CACHE, kwargs.get("past_key_values")))
+        outer = self._runs[-1] if self._runs else None
+        if outer and ids is not None and outer.input_ids is not None and _goes_on(ids, outer.input_ids):  # it drafts
+            run = replace(outer, cache=run.cache)
+        self._runs.append(run)
         try:
             return plain_generate(*args, **kwargs)
         finally:
-            self._asked = {}
+            self._runs.pop()
 
     def before(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Finds the tokens."""
         given = self._given = called_with(base, args, kwargs)
         seen, q_len = n_seen(given), read_by(given).shape[1]
         is_real = attended(read_by(given), given.get("attention_mask"), seen)
+        run, cache = self._runs[-1] if self._runs else None, given.get(CACHE, given.get("past_key_values"))
+        self._run = run if run and run.reads(given, cache) else None
         is_step = q_len == 1 and seen > 0
-        n_prompt = self._asked["input_ids"].shape[1] if self._asked else seen + (0 if is_step else q_len)
+        n_prompt = self._run.n_prompt if self._run else seen + (0 if is_step else q_len)
         chosen, end = torch.zeros_like(is_real), n_prompt - seen
         if 0 < end <= q_len:
             last = (is_real[:, :end].long() * torch.arange(end, device=is_real.device)).argmax(1)
@@ -90,24 +128,32 @@ def answering(model: nn.Module, *, in_steps: bool) -> Iterator[Answering]:
     """
     base, now = base_of(model), Answering(in_steps)
     plain_generate: Callable = base.generate  # pyright: ignore[reportAssignmentType]
-    # On the instance alone, so that deleting it uncovers the class's own.
-    vars(base)["generate"] = partial(now.generate, plain_generate)
+    with (
+        replaced(base, generate=partial(now.generate, plain_generate)),
+        base.register_forward_pre_hook(now.before, with_kwargs=True),
+    ):
+        yield now
+
+
+@contextmanager
+def replaced(model: nn.Module, **methods: Callable) -> Iterator[None]:
+    """Inside, a model has other methods, on the instance alone; then it has again what it had."""
+    found = {name: vars(model)[name] for name in methods if name in vars(model)}
+    vars(model).update(methods)
     try:
-        with base.register_forward_pre_hook(now.before, with_kwargs=True):
-            yield now
+        yield
     finally:
-        del vars(base)["generate"]
+        for name in methods:
+            vars(model).pop(name, None)
+        vars(model).update(found)
 
 
 @contextmanager
 def hooked(base: PreTrainedModel) -> Iterator[None]:
     """Inside, a model runs uncompiled, since compiled graphs do not notice hooks, and does not batch continuously."""
-    vars(base)["init_continuous_batching"] = _refuse_packing  # `generate_batch` goes through it
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        vars(base).pop("init_continuous_batching", None)
+    # `generate_batch` goes through it
+    with replaced(base, init_continuous_batching=_refuse_packing), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _refuse_packing(*args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from transformers import Cache
 
 from icrouting.attach import Attachment, attach
 from icrouting.batches import attended, context_length, tokenize
-from icrouting.calls import asked, called_with, n_seen
+from icrouting.calls import asked, called_with, n_seen, replaced
 from icrouting.effect import describe, run_both, warn_if_nothing
 from icrouting.families import CACHE, base_of, decoder_of, layers_of
 from icrouting.features import Reader
@@ -186,7 +186,5 @@ def rerouted(reader: Reader, pids: PIDs) -> Iterator[list[list[int]]]:
         stack.callback(decoder.register_forward_hook(rerouter.after_forward).remove)
         base = base_of(model)
         plain_generate: Callable = base.generate  # pyright: ignore[reportAssignmentType]
-        # On the instance alone, so that deleting it uncovers the class's own.
-        vars(base)["generate"] = partial(rerouter.generate, plain_generate)
-        stack.callback(vars(base).pop, "generate")
+        stack.enter_context(replaced(base, generate=partial(rerouter.generate, plain_generate)))
         yield rerouter.last

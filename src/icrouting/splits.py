@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from icrouting.tasks import Example, Task, TaskSpec
 
 N_VALIDATION = 100
+SPARE = 24  # of a model's context, for what methods put around a prompt: virtual tokens, an answer
 _SEED = 0
 _FEW = 50
 # A phrase shorter than this, in words, is common property ("a good film") and says nothing of its source.
@@ -33,9 +34,9 @@ def make_task(
     order = np.random.default_rng(_SEED).permutation(len(unique))
     candidates = [int(i) for i in order if id(unique[i]) in free]
     if len(unique) < _FEW:  # none of a class's few rows may be its last
-        firsts = {example.label: i for i, example in reversed(list(enumerate(unique)))}
+        firsts = {unique[i].label: i for i in sorted(candidates, reverse=True)}
         candidates = [i for i in candidates if i not in firsts.values()]
-    chosen = set(candidates[: min(N_VALIDATION, len(unique) // 5)])
+    chosen = set(candidates[: min(N_VALIDATION, len(free) // 5)])
     validation = tuple(unique[i] for i in sorted(chosen))
     kept = apart([row for i, row in enumerate(unique) if id(row) in free and i not in chosen], validation)
     labels = {example.label for example in kept}
@@ -48,22 +49,23 @@ def make_task(
 
 
 def within(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[Task, str]:
-    """Returns a task without rows whose own prompt is longer than `limit` tokens, and a line on them, if there are any.
+    """Returns a task without rows whose prompt leaves less than `SPARE` of `limit` tokens, and a line on them, if any.
 
-    ValueError if nothing is left to test.
+    A task that would lose all rows of a split or of a training label is left as it is: methods say what is too long.
     """
 
     def fits(row: Example) -> bool:
         text = task.prompt(row)  # a token takes a byte or more, but for two before the text
-        return limit is None or len(text.encode()) + 2 <= limit or len(tokenizer(text).input_ids) <= limit
+        return room is None or len(text.encode()) + 2 <= room or len(tokenizer(text).input_ids) <= room
 
+    room = None if limit is None else limit - SPARE
     rows = {split: vars(task)[split] for split in ("train", "validation", "test")}
     kept = {split: tuple(filter(fits, own)) for split, own in rows.items()}
-    if not kept["test"]:
-        raise ValueError(f"task {task.name!r}: no test row fits the model's context of {limit} tokens: shorten them")
     left = [f"{n} {split}" for split in rows if (n := len(rows[split]) - len(kept[split]))]
-    said = f"Left out, as longer than the model's context of {limit} tokens: {', '.join(left)} rows of {task.name}."
-    return replace(task, **kept), said if left else ""
+    labels = [{row.label for row in of["train"]} for of in (rows, kept)]
+    if not left or labels[0] != labels[1] or any(rows[split] and not kept[split] for split in rows):
+        return task, ""
+    return replace(task, **kept), f"Left out, as longer than {room} tokens: {', '.join(left)} rows of {task.name}."
 
 
 def apart(rows: Sequence[Example], held: Sequence[Example]) -> list[Example]:

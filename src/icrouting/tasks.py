@@ -142,6 +142,7 @@ def load_task(name: str | TaskSpec, data: str | Path) -> Task:
     if not folder.is_dir():
         raise ValueError(f"task {spec.name!r}: expected a folder {folder} with train.jsonl and test.jsonl")
     train, test = (rows.read_rows(folder / f"{split}.jsonl", spec) for split in ("train", "test"))
-    others = [(Path(data) / name / "test.jsonl", name) for name in catalogue.APART_FROM.get(spec.name, ())]
-    held = [row for file, name in others if file.exists() for row in rows.read_rows(file, catalogue.SPECS[name])]
+    others = catalogue.APART_FROM.get(spec.name, ()) if spec in catalogue.SPECS.values() else ()
+    files = [(Path(data) / other / "test.jsonl", catalogue.SPECS[other]) for other in others]
+    held = [row for file, other in files if file.exists() for row in rows.read_rows(file, other)]
     return splits.make_task(spec, train, test, held)

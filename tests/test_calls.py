@@ -1,0 +1,136 @@
+"""Generation under methods that edit prompts' last tokens, beside plain calls, token by token, of the same model."""
+
+import types
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from transformers import StoppingCriteria
+
+import tiny
+from icrouting.batches import attended
+from icrouting.calls import hooked, replaced
+from icrouting.families import CACHE
+from icrouting.methods import Settings
+from icrouting.methods.elicit import Elicit
+from icrouting.methods.function_vectors import FunctionVectors
+from icrouting.methods.iterative_vectors import IterativeVectors
+from icrouting.methods.task_vectors import TaskVectors
+
+TASK = tiny.task("toy", n_test=30)
+NEW = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+KINDS = pytest.mark.parametrize("kind", [TaskVectors, FunctionVectors, Elicit, IterativeVectors])
+
+
+def fitted(kind, model, tokenizer, encoder_folder):
+    settings = Settings(demos_per_class=2, tries=1, train_rows=8, encoder=str(encoder_folder))
+    method = kind(settings)
+    method.fit(model, tokenizer, [TASK], np.random.default_rng(0))
+    return method
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, return_tensors="pt").input_ids
+
+
+def slowly(model, ids, cache=None, n=5):
+    """Greedy tokens by plain calls: the prompt, then one token at a time."""
+    tokens = []
+    for _ in range(n):
+        output = model(input_ids=ids, use_cache=True, **{CACHE: cache})
+        cache, ids = output[CACHE], output.logits[:, -1:].argmax(-1)
+        tokens.append(ids)
+    return torch.cat(tokens, 1)
+
+
+@KINDS
+@pytest.mark.parametrize("text", ["Review: good\nSentiment:", " bad"])
+def test_a_prompt_behind_a_cache_may_be_given_without_what_is_in_it(kind, text, tokenizer, encoder_folder):
+    model, before, new = tiny.model("llama"), ids_of(tokenizer, "Review: a long and bad one"), ids_of(tokenizer, text)
+    method, found = fitted(kind, model, tokenizer, encoder_folder), []
+    with torch.no_grad():
+        for give in ("slowly", "new ids", "all ids"):
+            cache, n = model(before, use_cache=True)[CACHE], before.shape[1] + new.shape[1]
+            with method.attached(model, tokenizer, TASK):
+                if give == "slowly":
+                    found.append(slowly(model, new, cache))
+                    continue
+                ids, mask = new if give == "new ids" else torch.cat([before, new], 1), torch.ones(1, n).long()
+                output = model.generate(ids, attention_mask=mask, **NEW, **{CACHE: cache})
+                found.append(output[:, ids.shape[1] :])
+    if new.shape[1] > 1:  # in a plain call one token behind a cache counts as generated
+        assert torch.equal(found[0], found[1])
+    if kind is not Elicit:  # it retrieves by what it is given
+        assert torch.equal(found[1], found[2])
+
+
+@KINDS
+def test_other_prompts_that_run_meanwhile_are_read_as_themselves(kind, tokenizer, encoder_folder):
+    model, prompt, other = (
+        tiny.model("llama"),
+        ids_of(tokenizer, "Review: good\nSentiment:"),
+        ids_of(tokenizer, "bad , bad"),
+    )
+
+    class Asks(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append((model(other).logits, model.generate(other, **NEW), slowly(model, other)))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    seen = []
+    with torch.no_grad(), fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
+        expected = model(other).logits, model.generate(other, **NEW), slowly(model, other)
+        alone = model.generate(prompt, **NEW)
+        assert torch.equal(model.generate(prompt, **NEW, stopping_criteria=[Asks()]), alone)
+        assert torch.equal(slowly(model, prompt), alone[:, prompt.shape[1] :])
+    assert len(seen) == 5
+    for found in seen:
+        assert all(torch.equal(one, same) for one, same in zip(found, expected, strict=True))
+
+
+@KINDS
+def test_guidance_reads_its_other_prompt_as_one(kind, tokenizer, encoder_folder):
+    model, prompt, other = (
+        tiny.model("llama"),
+        ids_of(tokenizer, "Review: good\nSentiment:"),
+        ids_of(tokenizer, "bad , bad"),
+    )
+    with torch.no_grad(), fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
+        found = model.generate(prompt, negative_prompt_ids=other, guidance_scale=2.0, **NEW)[:, prompt.shape[1] :]
+        outputs = [model(input_ids=ids, use_cache=True) for ids in (prompt, other)]
+        for step in range(5):
+            wanted, unwanted = (output.logits[:, -1].log_softmax(-1) for output in outputs)
+            token = (2.0 * (wanted - unwanted) + unwanted).argmax(-1)[:, None]
+            assert token.item() == found[0, step].item()
+            outputs = [model(input_ids=token, use_cache=True, **{CACHE: output[CACHE]}) for output in outputs]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "llama"])
+@pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 4}], ids=str)
+def test_a_static_cache_is_edited_beyond_a_window_too(family, more, tokenizer, encoder_folder):
+    model, prompt = tiny.model(family), ids_of(tokenizer, "Review: a long and bad one , and good , and bad\nSentiment:")
+    for kind in (FunctionVectors, TaskVectors):
+        with torch.no_grad(), fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
+            expected = model.generate(prompt, **NEW)
+            assert torch.equal(model.generate(prompt, **NEW, cache_implementation="static", **more), expected)
+
+
+def test_a_mask_of_a_window_s_width_hides_no_token_of_the_pass():
+    assert attended(torch.zeros(2, 1), torch.ones(2, 1, 1, 7, dtype=torch.bool), n_seen=19).all()
+    assert attended(torch.zeros(2, 1), torch.ones(2, 1, 1, 20, dtype=torch.bool), n_seen=19).shape == (2, 1)
+
+
+def test_a_model_gets_back_what_stood_in_place_of_its_methods(tokenizer, encoder_folder):
+    model = tiny.model("llama")
+    own = model.generate = types.MethodType(lambda self, *args, **kwargs: "own", model)
+    with fitted(TaskVectors, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
+        assert model.generate(torch.tensor([[5]])) == "own"
+    assert vars(model)["generate"] is own
+    with hooked(model), hooked(model), replaced(model, generate=len):
+        pass
+    assert vars(model)["generate"] is own
+    assert "init_continuous_batching" not in vars(model)
+    with pytest.raises(RuntimeError), replaced(model, generate=len), nullcontext():
+        raise RuntimeError
+    assert vars(model)["generate"] is own
