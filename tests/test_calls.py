@@ -17,6 +17,7 @@ from icrouting.methods.elicit import Elicit
 from icrouting.methods.function_vectors import FunctionVectors
 from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.task_vectors import TaskVectors
+from icrouting.scoring import option_ids
 
 TASK = tiny.task("toy", n_test=30)
 NEW = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -44,6 +45,12 @@ def slowly(model, ids, cache=None, n=5):
     return torch.cat(tokens, 1)
 
 
+def stepped(model, ids):
+    """The logits of one token behind a prompt's cache."""
+    cache = model(input_ids=ids, use_cache=True)[CACHE]
+    return model(input_ids=torch.tensor([[7]]), use_cache=True, **{CACHE: cache}).logits
+
+
 @KINDS
 @pytest.mark.parametrize("text", ["Review: good\nSentiment:", " bad"])
 def test_a_prompt_behind_a_cache_may_be_given_without_what_is_in_it(kind, text, tokenizer, encoder_folder):
@@ -69,18 +76,18 @@ def test_a_prompt_behind_a_cache_may_be_given_without_what_is_in_it(kind, text, 
 def test_other_prompts_that_run_meanwhile_are_read_as_themselves(kind, tokenizer, encoder_folder):
     model, prompt, other = (
         tiny.model("llama"),
-        ids_of(tokenizer, "Review: good\nSentiment:"),
-        ids_of(tokenizer, "bad , bad"),
+        ids_of(tokenizer, "Review: good good good\nSentiment:"),
+        ids_of(tokenizer, "bad"),
     )
 
     class Asks(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
-            seen.append((model(other).logits, model.generate(other, **NEW), slowly(model, other)))
+            seen.append((model(other).logits, model.generate(other, **NEW), stepped(model, other)))
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     seen = []
     with torch.no_grad(), fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
-        expected = model(other).logits, model.generate(other, **NEW), slowly(model, other)
+        expected = model(other).logits, model.generate(other, **NEW), stepped(model, other)
         alone = model.generate(prompt, **NEW)
         assert torch.equal(model.generate(prompt, **NEW, stopping_criteria=[Asks()]), alone)
         assert torch.equal(slowly(model, prompt), alone[:, prompt.shape[1] :])
@@ -134,3 +141,17 @@ def test_a_model_gets_back_what_stood_in_place_of_its_methods(tokenizer, encoder
     with pytest.raises(RuntimeError), replaced(model, generate=len), nullcontext():
         raise RuntimeError
     assert vars(model)["generate"] is own
+
+
+def test_continuous_batching_is_refused_under_a_rival(tokenizer, encoder_folder):
+    model = tiny.model("llama")
+    method = fitted(TaskVectors, model, tokenizer, encoder_folder)
+    with method.attached(model, tokenizer, TASK), pytest.raises(ValueError, match="cannot batch continuously"):
+        model.init_continuous_batching()
+
+
+def test_an_option_of_several_tokens_is_named_once(tokenizer, caplog):
+    option = next(word for word in ("good , good", "good and") if len(tokenizer(f" {word}").input_ids) > 2)
+    for _ in range(2):
+        option_ids(tokenizer, "Review: good\nSentiment:", [option, "bad"])
+    assert sum(f"option {option!r} is several tokens" in record.getMessage() for record in caplog.records) == 1

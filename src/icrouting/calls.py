@@ -27,10 +27,14 @@ def read_by(given: dict[str, Any]) -> Tensor:
     return given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
 
 
+def cache_of(given: dict[str, Any]) -> Any:
+    """Returns the cache among the arguments of a decoder or of `generate`, under either of its names."""
+    return given.get(CACHE, given.get("past_key_values"))
+
+
 def n_seen(given: dict[str, Any]) -> int:
-    """Returns the tokens in the cache among the arguments of a decoder or of `generate`."""
-    cache = given.get(CACHE, given.get("past_key_values"))
-    return 0 if cache is None else int(cache.get_seq_length())
+    """Returns the tokens in that cache."""
+    return 0 if (cache := cache_of(given)) is None else int(cache.get_seq_length())
 
 
 def asked(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -48,13 +52,13 @@ class _Run:
     n_prompt: int
     cache: object
 
-    def reads(self, given: dict[str, Any], cache: object) -> bool:
+    def reads(self, given: dict[str, Any]) -> bool:
         """Whether a forward inside is one of its own; others may have another cache, or another prompt without one."""
+        cache = cache_of(given)
         self.cache = self.cache if self.cache is not None else cache  # the first forward is its own
         if cache is not None:
             return cache is self.cache
-        ids = given.get("input_ids")
-        return ids is None or self.input_ids is None or _goes_on(ids, self.input_ids)
+        return (ids := given.get("input_ids")) is None or self.input_ids is None or _goes_on(ids, self.input_ids)
 
 
 def _goes_on(ids: Int[Tensor, "n_rows q_len"], prompt: Int[Tensor, "n_prompts n_tokens"]) -> bool:
@@ -92,7 +96,7 @@ class Answering:
             return plain_generate(*args, **kwargs)
         n_tokens = read.shape[1] + (seen if read.shape[1] <= seen else 0)  # all of them, or those behind the cache
         n_prompt = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else n_tokens
-        run = _Run(ids, mask, n_prompt, kwargs.get(CACHE, kwargs.get("past_key_values")))
+        run = _Run(ids, mask, n_prompt, cache_of(kwargs))
         outer = self._runs[-1] if self._runs else None
         if outer and ids is not None and outer.input_ids is not None and _goes_on(ids, outer.input_ids):  # it drafts
             run = replace(outer, cache=run.cache)
@@ -107,8 +111,7 @@ class Answering:
         given = self._given = called_with(base, args, kwargs)
         seen, q_len = n_seen(given), read_by(given).shape[1]
         is_real = attended(read_by(given), given.get("attention_mask"), seen)
-        run, cache = self._runs[-1] if self._runs else None, given.get(CACHE, given.get("past_key_values"))
-        self._run = run if run and run.reads(given, cache) else None
+        self._run = self._runs[-1] if self._runs and self._runs[-1].reads(given) else None
         is_step = q_len == 1 and seen > 0
         n_prompt = self._run.n_prompt if self._run else seen + (0 if is_step else q_len)
         chosen, end = torch.zeros_like(is_real), n_prompt - seen
@@ -150,13 +153,10 @@ def replaced(model: nn.Module, **methods: Callable) -> Iterator[None]:
 
 @contextmanager
 def hooked(base: PreTrainedModel) -> Iterator[None]:
-    """Inside, a model runs uncompiled, since compiled graphs do not notice hooks, and does not batch continuously."""
-    # `generate_batch` goes through it
+    """Inside, a model runs uncompiled, as compiled graphs do not notice hooks, and refuses `generate_batch`."""
     with replaced(base, init_continuous_batching=_refuse_packing), torch.compiler.set_stance("force_eager"):
         yield
 
 
 def _refuse_packing(*args: Any, **kwargs: Any) -> None:
-    raise ValueError(
-        "an attached model cannot batch continuously, which packs all prompts into one row: pad them and use `generate`"
-    )
+    raise ValueError("an attached model cannot batch continuously, which packs all prompts into one row: pad them")

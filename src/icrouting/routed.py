@@ -13,7 +13,7 @@ from transformers import Cache
 
 from icrouting.attach import Attachment, attach
 from icrouting.batches import attended, context_length, tokenize
-from icrouting.calls import asked, called_with, n_seen, replaced
+from icrouting.calls import asked, cache_of, called_with, n_seen, replaced
 from icrouting.effect import describe, run_both, warn_if_nothing
 from icrouting.families import CACHE, base_of, decoder_of, layers_of
 from icrouting.features import Reader
@@ -104,8 +104,8 @@ class _Rerouter:
         """Calls `plain_generate` with one routing for all of its forwards: the cache's, or the prompt's."""
         if self._held is not None or self._generating is not None:  # it drafts for itself: a draft is no prompt
             return plain_generate(*args, **kwargs)
-        input_ids, cache = asked(args, kwargs), kwargs.get(CACHE, kwargs.get("past_key_values"))
-        if cache is not None and n_seen(kwargs) > 0:
+        input_ids, cache = asked(args, kwargs), cache_of(kwargs)
+        if n_seen(kwargs) > 0:
             self._held = self._of_cache.get(cache)
         elif input_ids is not None:
             self._generating = _Prompt(input_ids, attended(input_ids, kwargs.get("attention_mask")), cache)
@@ -118,11 +118,11 @@ class _Rerouter:
         if self._is_reading:
             return
         given = called_with(decoder, args, kwargs)
-        cache = given.get(CACHE, given.get("past_key_values"))
+        cache = cache_of(given)
         self._pending = None
         if self._held is not None:
             self._use(self._held, cache)
-        elif self._generating is None and cache is not None and n_seen(given) > 0:
+        elif self._generating is None and n_seen(given) > 0:
             if cache not in self._of_cache:
                 raise ValueError(
                     "this cache is unknown here: it was filled outside `attached`, or is a copy; "
