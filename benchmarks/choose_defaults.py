@@ -84,11 +84,11 @@ class Items:
             started = time.monotonic()
             with late_entry(model, pids.layers[0]) as entry:
                 if router is None:
-                    logits = entry.next_token_logits(batch, hidden)
+                    logits = entry(batch, hidden)
                 else:
                     with attach(model, pids) as attachment:
                         attachment.routing = router(self.features[rows]).scaled(scale)
-                        logits = entry.next_token_logits(batch, hidden)
+                        logits = entry(batch, hidden)
             seconds = (time.monotonic() - started) / len(rows)
             for row, line in zip(rows, logits, strict=True):
                 scores = tuple(line[self.ids[row]].tolist())

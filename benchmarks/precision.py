@@ -151,7 +151,7 @@ def score(model, tokenizer, icr, task, indices, runs, spreads):
                     attachment = stack.enter_context(attach(model, icr.pids))
                     attachment.routing = Routing(routing.routing_vector[rows], routing.head_gates[rows])
                 entry = stack.enter_context(late_entry(model, first))
-                logits = entry.next_token_logits(*pad_states([states[row] for row in rows], pad_id))
+                logits = entry(*pad_states([states[row] for row in rows], pad_id))
             found |= {(name, indices[row]): logits[place][ids[row]] for place, row in enumerate(rows)}
     return found
 

@@ -10,16 +10,20 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import abstained
 import choose_defaults
+import leads
 import leave_one_out
 import mappings
 import precision
 import speed
 
 import tiny
-from icrouting import InContextRouter, score_options
+from fake_run import fake_config, fake_records, record
+from icrouting import InContextRouter, records, score_options
 from icrouting.config import FitConfig
 from icrouting.prompts import balanced_demos
+from icrouting.storage import load_json, save_json
 
 CANDIDATES = {
     (module.__name__, name): config
@@ -125,3 +129,33 @@ def test_the_precision_of_columns_is_measured_on_the_routing_that_is_in_use(toke
     assert off["split"] < off["cast"] / 5
     assert 1e-5 < off["cast"] < float((plain - expected).abs().max())
     assert all(torch.allclose(found["unrouted", i], plain[row], atol=1e-5) for row, i in enumerate(items))
+
+
+def test_leads_pair_the_records_of_two_runs_and_refuse_runs_of_other_rows(tmp_path):
+    shares = {"icr": 0.5, "zero-shot": 0.2}, {"icv": 0.3}
+    for folder, own, rows in zip("abc", (*shares, {"icv": 0.3}), ("1", "1", "2"), strict=True):
+        (tmp_path / folder).mkdir()
+        tasks = fake_config()["tasks"]
+        kept = fake_records({(method, task["name"]): own[method] for method in own for task in tasks})
+        records.append(tmp_path / folder / "records.jsonl", kept)
+        save_json(tmp_path / folder / "config.json", fake_config(rows=rows))
+    out = tmp_path / "leads.json"
+    leads.run([tmp_path / "a", tmp_path / "b"], ["icv/icr", "icr/zero-shot"], out, ["mr"])
+    found = load_json(out)["leads"]
+    groups = ("source tasks", "unseen tasks", "all tasks", "unseen tasks but mr", "all tasks but mr")
+    assert {key: lead["value"] for key, lead in found.items()} == {
+        **{f"icv over icr, {group}": -20.0 for group in groups},
+        **{f"icr over zero-shot, {group}": 30.0 for group in groups},
+    }
+    assert found["icv over icr, all tasks"]["by seed"] == [-20.0, -20.0]
+    with pytest.raises(SystemExit, match="differ in rows"):
+        leads.run([tmp_path / "a", tmp_path / "c"], ["icv/icr"], out, [])
+
+
+def test_a_prompt_counts_as_left_alone_where_its_logits_are_zero_shots_to_the_bit(tmp_path):
+    plain = [record(index, method="zero-shot") for index in range(4)]
+    own = [record(index, method="elicit-once", option_logits=(0.25, -1.5 + 1e-7 * index)) for index in range(3)]
+    other = [record(index, method="icv-once") for index in range(4)]
+    records.append(tmp_path / "records.jsonl", [*plain, *own, *other])
+    abstained.run(tmp_path, "elicit-once", tmp_path / "out.json")
+    assert load_json(tmp_path / "out.json")["left alone"] == {"mr": {"seed 0": "1 of 3"}}

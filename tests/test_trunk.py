@@ -31,7 +31,7 @@ def test_a_pass_from_the_trunk_equals_a_whole_pass(family, first):
         attachment.routing = routing
         expected = next_token_logits(model, batch)
         with late_entry(model, first) as entry:
-            got = entry.next_token_logits(batch, hidden)
+            got = entry(batch, hidden)
     assert (got - expected).abs().max() <= 1e-4
 
 
@@ -50,7 +50,7 @@ def test_only_the_layers_from_the_first_routed_one_run():
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda module, args, index=index: ran.append(index))
     with late_entry(model, FIRST) as entry:
-        entry.next_token_logits(batch, hidden)
+        entry(batch, hidden)
     assert ran == [3, 4]
 
 

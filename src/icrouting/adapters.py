@@ -35,14 +35,9 @@ def injected(
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Inside, peft's LoRA stands around some modules; then these are back in their places.
 
-    Args:
-        base: the transformers model.
-        targets: full names of the modules.
-        alpha: alpha of Hu et al.; the update is alpha / 32 * B A.
-        adapter: A and B by name, which are put in; or a seed of a new A, to be trained with dropout.
-
-    Yields:
-        A and B of every module by peft's names, in float32.
+    `targets` are their full names; the update is alpha / 32 * B A (Hu et al.). `adapter` holds A and B by name, which
+    are put in; or it seeds a new A, to be trained with dropout. Yields A and B of every module by peft's names, in
+    float32.
     """
     peft, seed = load_peft(), adapter if isinstance(adapter, int) else None
     originals = {name: base.get_submodule(name) for name in targets}
@@ -82,13 +77,8 @@ def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual 
     model that others hold without them. They stand before padding on the left, as in peft, so a sliding window
     that is shorter than padding and prompt together reaches fewer of them there.
 
-    Args:
-        base: the transformers model.
-        kind: peft's configuration of the soft prompt.
-        prompt: embeddings, or keys and values of all layers in peft's order.
-
-    Yields:
-        The soft prompt as a parameter, in float32.
+    `kind` is peft's configuration of the soft prompt: embeddings, or keys and values of all layers in peft's order.
+    Yields it as a parameter, in float32.
     """
     peft, decoder, n_virtual = load_peft(), decoder_of(base), len(prompt)
     n_cut, withheld = [0], dict[str, None]()

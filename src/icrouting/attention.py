@@ -27,12 +27,9 @@ def widen_query(
     z_query: Float[Tensor, "batch q_len rank"],
     weights: Float[Tensor, "batch n_heads 1 rank"],
 ) -> Float[Tensor, "batch n_heads q_len wide"]:
-    """Returns [Q_h, gamma_h * alpha * z_q / scaling].
+    """Returns [Q_h, z_q * weights], weights being gamma_h * alpha / scaling, one row per batch row.
 
-    Args:
-        query: what the attention function received, after rotary embedding.
-        z_query: projected queries.
-        weights: gamma_h * alpha / scaling, one row per batch row.
+    `query` is what the attention function received, after rotary embedding; `z_query` are projected queries.
     """
     return torch.cat([query, (z_query[:, None] * weights).to(query.dtype)], dim=-1)
 

@@ -94,16 +94,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: in
 
 
 def finite_rows(is_finite: Bool[Tensor, "batch"], texts: Sequence[str], what: str, skip: bool) -> list[int]:
-    """Returns the rows of a batch whose values are finite; the texts of the others are named.
-
-    Raises:
-        ValueError: there are others, and `skip` does not say to leave them out.
-    """
+    """Returns the rows of a batch whose values are finite; ValueError names others, unless `skip` leaves them out."""
     odd = [text for text, fine in zip(texts, is_finite.tolist(), strict=True) if not fine]
     if odd:
-        named = (
-            f"NaN or infinity in the {what} of {len(odd)} of a batch's {len(texts)} prompts (one ends {odd[0][-60:]!r})"
-        )
+        named = f"NaN or infinity in the {what} of {len(odd)} of {len(texts)} prompts (one ends {odd[0][-60:]!r})"
         if not skip:
             raise ValueError(f"{named}: load the model in float32 or bfloat16, or leave such prompts out (skip_nan)")
         log.warning("left out: %s", named)

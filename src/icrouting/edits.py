@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.cache_utils import DynamicLayer
 
 from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.calls import answering, called_with, read_by
+from icrouting.calls import Answering, answering, called_with, read_by
 from icrouting.families import CACHE, base_of, decoder_of, device_of
 from icrouting.scoring import after_prefix, next_token_logits, run_prefix
 
@@ -90,39 +90,33 @@ def last_of(hidden: Tensor, positions: Int[Tensor, "batch"]) -> Float[Tensor, "b
     return rows[torch.arange(len(rows), device=hidden.device), positions.to(hidden.device)]
 
 
-def added_at(
-    hidden: Float[Tensor, "batch q_len hidden_size"],
-    rows: Int[Tensor, "n_places"],
-    positions: Int[Tensor, "n_places"],
-    vectors: Float[Tensor, "*n_places hidden_size"],
-) -> Float[Tensor, "batch q_len hidden_size"]:
-    """Returns hidden states with vectors, one a place or one for all, added at places, in float32; no place twice."""
-    rows, positions = rows.to(hidden.device), positions.to(hidden.device)
-    changed = hidden.clone()
-    changed[rows, positions] = (hidden[rows, positions].float() + vectors.to(hidden.device)).to(hidden.dtype)
-    return changed
+def added(states: Float[Tensor, "*n_states hidden_size"], vectors: Tensor) -> Float[Tensor, "*n_states hidden_size"]:
+    """Returns states with vectors added in float32, one to each state or one to all."""
+    return (states.float() + vectors.to(states.device)).to(states.dtype)
 
 
 @contextmanager
-def edited_last(model: nn.Module, modules: Sequence[nn.Module], edit: Edit, *, in_steps: bool = True) -> Iterator[None]:
+def edited_last(
+    model: nn.Module, modules: Sequence[nn.Module], edit: Edit, *, in_steps: bool = True
+) -> Iterator[Answering]:
     """Inside, the states at the prompts' last tokens, of those that a module gives, are what `edit` makes of them.
 
-    Args:
-        model: the decoder.
-        modules: some of its blocks or branches.
-        edit: of a module's place in `modules` and the states [n_tokens, hidden_size].
-        in_steps: whether tokens that are generated behind a prompt are edited too.
+    It gets a module's place in `modules`, some of the decoder's blocks or branches, and the states [n_tokens,
+    hidden_size]; `in_steps` says whether tokens that are generated behind a prompt are edited too. Yields which those
+    tokens are.
     """
     with answering(model, in_steps=in_steps) as now:
 
         def change(place: int, hidden: Tensor) -> Tensor:
             at = now.rows.to(hidden.device), now.positions.to(hidden.device)
+            if (states := edit(place, given := hidden[at])) is given:
+                return hidden
             hidden = hidden.clone()
-            hidden[at] = edit(place, hidden[at])
+            hidden[at] = states
             return hidden
 
         with edited(modules, change):
-            yield
+            yield now
 
 
 @torch.no_grad()
@@ -135,15 +129,8 @@ def last_outputs(
 ) -> tuple[list[Float[Tensor, "n_texts width"]], Int[Tensor, "n_texts"]]:
     """Returns what each module gives at the last token of every text, and the likeliest token after it.
 
-    Args:
-        model: the decoder.
-        tokenizer: its tokenizer.
-        modules: blocks, branches or projections; each may have a width of its own.
-        texts: what the model reads.
-        by: `edited_inputs` returns what the modules are given instead.
-
-    Returns:
-        States per module, in float32, and token ids, all on the CPU.
+    The states are a tensor per module (blocks, branches or projections; each may have a width of its own), in float32
+    and, like the token ids, on the CPU. By `edited_inputs` they are what the modules are given instead.
     """
     token_lists, likeliest = tokenize(tokenizer, texts, context_length(model)), torch.zeros(len(texts)).long()
     found: list[list[Tensor]] = [[torch.empty(0)] * len(texts) for _ in modules]

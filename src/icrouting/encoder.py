@@ -20,9 +20,8 @@ MAX_TOKENS = 512
 class SentenceEncoder:
     """A frozen sentence encoder, mean-pooled and scaled to unit variance per feature.
 
-    Args:
-        name: "pinned:minilm", a hub id or a local folder in the layout of sentence-transformers.
-        device: where it runs; it is small, so the processor will do.
+    `name` is "pinned:minilm", a hub id or a local folder in the layout of sentence-transformers; it is small, so the
+    processor will do as its `device`.
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):

@@ -151,20 +151,9 @@ class Evaluation:
         started = time.monotonic()
         scores = method.adjusted(task, examples, scores)
         seconds += (time.monotonic() - started) / len(prompts)
-        return [
-            Record(
-                method=method.name,
-                task=task.name,
-                seed=seed,
-                index=index,
-                label=example.label,
-                prediction=int(row.argmax()),
-                option_logits=tuple(row[: len(chosen)].tolist()),
-                n_tokens=length,
-                seconds=seconds,
-            )
-            for index, example, chosen, row, length in zip(indices, examples, options, scores, n_tokens, strict=True)
-        ]
+        logits = [tuple(row[: len(chosen)].tolist()) for row, chosen in zip(scores, options, strict=True)]
+        found = zip(indices, [row.label for row in examples], scores.argmax(1).tolist(), logits, n_tokens, strict=True)
+        return [Record(method.name, task.name, seed, *one, seconds) for one in found]
 
     def _scores(
         self, method: Method, task: Task, prompts: list[Prompt], options: list[tuple[str, ...]]

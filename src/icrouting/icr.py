@@ -125,15 +125,9 @@ class InContextRouter(ModelHubMixin):
     ) -> "InContextRouter":
         """Returns a saved router; reads nothing but its config.json and its model.safetensors.
 
-        The mixin's own would read config.json unchecked first.
-
-        Args:
-            name: a folder, or a hub id.
-            revision: branch, tag or commit, for a hub id.
-            token: access token, for a hub id; None takes the one you are logged in with.
-
-        Raises:
-            ValueError: nothing is there, or it is damaged, of a newer format, or of wrong shapes.
+        The mixin's own would read config.json unchecked first. `name` is a folder or a hub id; of the latter,
+        `revision` is a branch, tag or commit, and `token` gives access (None: the one you are logged in with).
+        ValueError if nothing is there, or it is damaged, of a newer format, or of wrong shapes.
         """
         folder = artifact.locate(str(name), revision, token)
         return cls(*artifact.load(folder), folder)

@@ -60,15 +60,10 @@ def inspect_prompt(
     options: Sequence[str] | None = None,
     strength: float = 1.0,
 ) -> Inspection:
-    """Returns what a router does to one prompt; the model is as found afterwards.
+    """Returns what a router does to one prompt; the model, which it was fitted on, is as found afterwards.
 
-    Args:
-        icr: the router.
-        model: the base model that it was fitted on.
-        tokenizer: its tokenizer.
-        prompt: ends right before the space and the answer ("Sentiment:").
-        options: at least two answers to choose from; None looks at the likeliest tokens alone.
-        strength: factor on the routing vector.
+    The prompt ends right before the space and the answer ("Sentiment:"). `options` are two answers to choose from or
+    more; None looks at the likeliest tokens alone. `strength` is a factor on the routing vector.
     """
     if options is not None and len(options) < 2:
         raise ValueError(f"expected at least two options or none, got {list(options)}")

@@ -13,11 +13,8 @@ from icrouting.tasks import Example, Task
 class Prompt:
     """What a model reads: `context + query`, ending right before the space and the answer.
 
-    The two are kept apart because many prompts share one context, which then needs computing only once.
-
-    Attributes:
-        context: demonstrations, each followed by a newline; empty for zero-shot.
-        query: the zero-shot prompt of the example in question.
+    `context` holds demonstrations, each followed by a newline, and is empty for zero-shot; `query` is the zero-shot
+    prompt. They are kept apart because many prompts share one context, which then needs computing only once.
     """
 
     context: str
@@ -37,13 +34,8 @@ def demonstration(task: Task, example: Example) -> str:
 def balanced_demos(task: Task, per_class: int, rng: np.random.Generator, exclude: Sequence[int] = ()) -> list[Example]:
     """Returns `per_class` training examples of every class, shuffled (paper, section 2).
 
-    A class with fewer examples gives all it has; multiple-choice tasks are balanced over the letters.
-
-    Args:
-        task: the task to draw from.
-        per_class: demonstrations per class.
-        rng: source of the draw.
-        exclude: indices of training examples that must not be drawn (the queries themselves).
+    A class with fewer examples gives all it has; multiple-choice tasks are balanced over the letters. Training examples
+    whose indices are in `exclude` (the queries themselves) are not drawn.
     """
     order = rng.permutation(len(task.train))
     labels, allowed = task.train_labels[order], ~np.isin(order, exclude)

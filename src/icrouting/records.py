@@ -20,16 +20,10 @@ log = logging.getLogger(__name__)
 class Record:
     """One prediction of one method on one test item.
 
-    Attributes:
-        method: the method's name.
-        task: the task's name.
-        seed: the run's seed, of the demonstrations and fits; all seeds ask the same items.
-        index: the item's position in the task's test split.
-        label: index of the right option.
-        prediction: index of the option with the highest logit.
-        option_logits: one logit per option, at the next position.
-        n_tokens: prompt tokens, demonstrations included.
-        seconds: wall time of this item's share of its batch.
+    `seed` is that of demonstrations and fits (all seeds ask the same items), `index` the item's position in the task's
+    test split; `label` and `prediction` are the right option and the one with the highest of `option_logits`, which
+    are those at the next position; `n_tokens` counts the prompt's, demonstrations included; `seconds` is wall time of
+    this item's share of its batch.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")

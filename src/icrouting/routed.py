@@ -37,11 +37,9 @@ class Routed:
     def score(
         self, prompts: Sequence[str], options: Sequence[str] | Sequence[Sequence[str]]
     ) -> Float[Tensor, "n_prompts n_options"]:
-        """Returns each option's logit at the position after each prompt.
+        """Returns each option's logit at the position after each prompt; options are for all prompts or a list each.
 
-        Args:
-            prompts: zero-shot prompts, ending right before the space and the answer ("Sentiment:").
-            options: the answers to choose from, for all prompts or one list per prompt.
+        Zero-shot prompts end right before the space and the answer ("Sentiment:").
         """
         scores = score_options(self.reader.model, self.reader.tokenizer, prompts, options)
         self.last[:] = tokenize(self.reader.tokenizer, prompts)
@@ -54,10 +52,8 @@ class Routed:
     def effect(self, prompts: Sequence[str] | None = None) -> str:
         """Returns in one line of numbers what routing does to prompts; warns when that is numerically nothing.
 
-        Each prompt is run twice, alone, on the `eager` kernel.
-
-        Args:
-            prompts: None takes those that were routed or scored last; a plain call at strength 0 is not seen.
+        Each prompt is run twice, alone, on the `eager` kernel. None takes those that were routed or scored last; a
+        plain call at strength 0 is not seen.
         """
         reader, model = self.reader, self.reader.model
         found = self.last if prompts is None else tokenize(reader.tokenizer, prompts, context_length(model))

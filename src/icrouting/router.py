@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from icrouting.pids import PIDs
 
@@ -48,24 +48,18 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self,
-        n_features: int,
-        n_layers: int,
-        n_heads: int,
-        rank: int,
-        hidden_width: int,
-        generator: torch.Generator | None = None,
+        self, n_features: int, n_layers: int, n_heads: int, rank: int, hidden_width: int, rng: Generator | None = None
     ):
         super().__init__()
         self.n_layers = n_layers
         self.alpha = _perceptron(n_features, hidden_width, n_layers * rank)
         self.gamma = _perceptron(n_features, hidden_width, n_layers * n_heads)
-        if generator is None:  # the weights are loaded
+        if rng is None:  # the weights are loaded
             return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
-                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(module.weight, -bound, bound, generator=rng)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.alpha[-1].weight)  # pyright: ignore[reportArgumentType]
 

@@ -18,10 +18,8 @@ T = TypeVar("T")
 class Example:
     """One labelled test or training item.
 
-    Attributes:
-        fields: the texts that fill the template, by name.
-        choices: the answers to choose from, where every item brings its own; else empty.
-        label: index into the task's options.
+    `fields` are the texts that fill the template, by name; `choices` the answers to choose from, where every item
+    brings its own (else empty); `label` is an index into the task's options.
     """
 
     fields: Mapping[str, str]
@@ -57,14 +55,10 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class Task:
-    """A task's spec and its rows.
+    """A task's spec, how it reads, and its rows.
 
-    Attributes:
-        spec: how it reads.
-        train: what methods learn from and draw demonstrations from.
-        test: what they are measured on.
-        validation: what they make their choices on.
-        n_dropped: training rows left out because they repeat one another or a held-back row.
+    Methods learn and draw demonstrations from `train`, choose on `validation` and are measured on `test`. `n_dropped`
+    counts training rows left out because they repeat one another or a held-back row.
     """
 
     spec: TaskSpec

@@ -94,7 +94,7 @@ class Trainer:
         batch, hidden = pad_states([query.state for query in queries], self.pad_id)
         routing = self.router(torch.stack([query.features for query in queries]).to(device))
         attachment.routing = routing.scaled(alpha_scale(self.step, self.n_steps, config.final_alpha_scale))
-        logits = entry.next_token_logits(batch.to(device), hidden)
+        logits = entry(batch.to(device), hidden)
         kept = finite_rows(logits.isfinite().all(-1), [query.text for query in queries], "logits", config.skip_nan)
         if len(kept) < len(queries):  # once more without them: backward, zero times NaN is NaN
             return self._terms(entry, attachment, [queries[row] for row in kept])

@@ -6,7 +6,7 @@ every epoch, so it is kept, and training runs the layers from `first` on.
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,6 +27,7 @@ from icrouting.storage import load_tensors, save_tensors
 
 TOKEN_BUDGET = 4096
 TRUNK_FILE = "trunk.bin"
+LateEntry = Callable[[Batch, Float[Tensor, "batch q_len hidden_size"]], Float[Tensor, "batch vocab"]]
 
 
 @dataclass(frozen=True)
@@ -177,37 +178,28 @@ class _Checkpointed(nn.Module):
         return self.layer._gradient_checkpointing_func(self.layer, *args, **kwargs)  # pyright: ignore[reportCallIssue]
 
 
-class LateEntry:
-    """A model whose trunk is bridged: a forward starts from kept hidden states."""
-
-    def __init__(self, model: PreTrainedModel, entry: _PassThrough | None):
-        self._model = model
-        self._entry = entry
-
-    def next_token_logits(
-        self, batch: Batch, hidden: Float[Tensor, "batch q_len hidden_size"]
-    ) -> Float[Tensor, "batch vocab"]:
-        """Returns the logits after each row's last token, given what enters the first routed layer."""
-        if self._entry is not None:
-            self._entry.states = hidden.to(device_of(self._model))
-        return next_token_logits(self._model, batch)
-
-
 @contextmanager
 def late_entry(model: PreTrainedModel, first: int) -> Iterator[LateEntry]:
     """Inside, the layers below `first` are bridged; the model's own forward builds masks and rotary tables.
 
-    With `first` = 0 there is no trunk and every pass is a whole one.
+    What is yielded returns the logits after each row's last token, given a batch and the states that enter layer
+    `first`. With `first` = 0 there is no trunk and every pass is a whole one.
     """
     layers = layers_of(model)
     kept = list(layers)
     bridges = [_PassThrough() for _ in kept[:first]]
     late = [_Checkpointed(lay) if getattr(lay, "gradient_checkpointing", False) else lay for lay in kept[first:]]
+
+    def logits_of(batch: Batch, hidden: Float[Tensor, "batch q_len hidden_size"]) -> Float[Tensor, "batch vocab"]:
+        for bridge in bridges[:1]:
+            bridge.states = hidden.to(device_of(model))
+        return next_token_logits(model, batch)
+
     with ExitStack() as stack:
         for index, stand_in in enumerate([*bridges, *late]):
             stack.callback(layers.__setitem__, index, kept[index])
             layers[index] = stand_in
-        yield LateEntry(model, bridges[0] if bridges else None)
+        yield logits_of
 
 
 def pad_states(states: Sequence[TrunkState], pad_id: int) -> tuple[Batch, Tensor]:

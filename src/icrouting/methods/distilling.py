@@ -30,13 +30,10 @@ Edits = Callable[[Float[Tensor, "n_places hidden_size"], Float[Tensor, "n_places
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a student is taught, by training row.
+    """What a student is taught, by training row: zero-shot prompt, token that the right answer begins with, teacher.
 
-    Attributes:
-        token_lists: the zero-shot prompts.
-        labels: the token with which the right answer begins.
-        teacher: log-probabilities of the next token behind demonstrations, [vocab] each, in float16 and off the
-            accelerator: 100 MB for 1000 rows and a vocabulary of 50,000.
+    `teacher` holds log-probabilities of the next token behind demonstrations, [vocab] each, in float16 and off the
+    accelerator: 100 MB for 1000 rows and a vocabulary of 50,000.
     """
 
     token_lists: list[list[int]]

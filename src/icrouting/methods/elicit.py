@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from icrouting.calls import answering
-from icrouting.edits import added_at, edited, mean_last_outputs
+from icrouting.edits import added, edited_last, mean_last_outputs
 from icrouting.encoder import SentenceEncoder, load_encoder, query_texts
 from icrouting.families import layers_of
 from icrouting.methods.base import Method
@@ -79,24 +78,22 @@ class Elicit(Method):
             likely = same_task(self.head, load_encoder(self.settings.encoder)(texts), self.features)
         top = likely.topk(N_TOP)
         layers = nn.functional.one_hot(self.layers[top.indices], self.states.shape[1]).sum(1).argmax(1)
-        added = self.weight * self.states[top.indices, layers[:, None]].mean(1)
-        return added, layers.masked_fill(top.values[:, 0] < self.threshold, -1)
+        vectors = self.weight * self.states[top.indices, layers[:, None]].mean(1)
+        return vectors, layers.masked_fill(top.values[:, 0] < self.threshold, -1)
 
     @contextmanager
     def applied(self, task: Task) -> Iterator[None]:
         """Adds at each row's last token what its tokens retrieve, but in no step of a generation."""
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: list[Tensor] = []
 
-        def add(layer: int, hidden: Tensor) -> Tensor:
-            if layer == 0:
-                kept[:] = [self.retrieved(query_texts(self.tokenizer, now.prompts()))] if len(now.rows) else []
-            for added, layers in kept:
-                rows = (layers == layer).nonzero()[:, 0]
-                at = now.positions[rows.to(now.positions.device)]
-                hidden = added_at(hidden, rows, at, added[rows]) if len(rows) else hidden
-            return hidden
+        def add(layer: int, states: Tensor) -> Tensor:
+            if layer == 0 and len(states):
+                kept[:] = self.retrieved(query_texts(self.tokenizer, now.prompts()))
+            if not len(states) or not (is_here := kept[1] == layer).any():
+                return states
+            return torch.where(is_here.to(states.device)[:, None], added(states, kept[0]), states)
 
-        with answering(self.model, in_steps=False) as now, edited(list(layers_of(self.model)), add):
+        with edited_last(self.model, list(layers_of(self.model)), add, in_steps=False) as now:
             yield
 
     def _prompts(self, task: Task, rng: np.random.Generator) -> tuple[list[str], list[str]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import context_length, pad, tokenize
-from icrouting.edits import added_at, edited, edited_last, recorded
+from icrouting.edits import added, edited, edited_last, recorded
 from icrouting.families import all_branches_of, decoder_of, device_of, layers_of
 from icrouting.methods.base import Context, Method
 from icrouting.progress import track
@@ -80,12 +80,8 @@ class IterativeVectors(Method):
 
     def applied(self, task: Task) -> Context:
         """Adds the query's vectors at each row's last token, in float32."""
-
-        def add(layer: int, states: Tensor) -> Tensor:
-            vector = self.strength * self.vectors[0, layer]
-            return (states.float() + vector.to(states.device)).to(states.dtype)
-
-        return edited_last(self.model, all_branches_of(self.model)[::2], add, in_steps=False)
+        vectors, attention = self.strength * self.vectors[0], all_branches_of(self.model)[::2]
+        return edited_last(self.model, attention, lambda layer, h: added(h, vectors[layer]), in_steps=False)
 
 
 def _episode(
@@ -112,10 +108,11 @@ def outputs_at(
     model: PreTrainedModel, episode: Episode, vectors: Float[Tensor, "n_rows n_layers hidden_size"]
 ) -> Float[Tensor, "n_positions n_layers hidden_size"]:
     """Returns what attention gives at an episode's io positions, with their rows' vectors added there."""
-    rows, positions = torch.zeros(len(episode.rows), dtype=torch.long), torch.tensor(episode.positions)
 
     def add(layer: int, output: Tensor) -> Tensor:
-        return added_at(output, rows, positions, vectors[episode.rows, layer])
+        changed = output.clone()
+        changed[0, episode.positions] = added(output[0, episode.positions], vectors[episode.rows, layer])
+        return changed
 
     # What is read includes what was added: hooks run in the order in which they came.
     with edited(attention := all_branches_of(model)[::2], add), recorded(attention) as outputs:

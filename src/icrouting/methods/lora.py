@@ -88,7 +88,7 @@ class LoraBlock(Method):
                 def logits_of(states: list[TrunkState]) -> Tensor:
                     dropouts.train(torch.is_grad_enabled())
                     batch, hidden = pad_states(states, pad_id_of(self.tokenizer))
-                    return entry.next_token_logits(batch.to(device_of(base)), hidden)
+                    return entry(batch.to(device_of(base)), hidden)
 
                 tune(list(adapter.values()), rows, held, logits_of, lr=lr, n_epochs=self._n_epochs(), rng=rng)
             scale = {name: alpha / RANK if ".lora_B." in name else 1.0 for name in adapter}

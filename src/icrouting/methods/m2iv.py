@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icrouting.batches import Batch
-from icrouting.edits import edited, last_of, recorded
+from icrouting.edits import added, edited, last_of, recorded
 from icrouting.families import all_branches_of
 from icrouting.methods.base import Context
 from icrouting.methods.distilling import BATCH_SIZE, Distilled, Lessons, distilled, lessons_of
@@ -54,10 +54,7 @@ class M2IV(Distilled):
             return distilled(self, lessons, len(branches), self._edited, lr=lr, epochs=epochs, seed=seed, extra=extra)
 
     def _edited(self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]) -> Context:
-        def add(place: int, output: Tensor) -> Tensor:
-            return (output.float() + (strengths[place] * vectors[place]).to(output.device)).to(output.dtype)
-
-        return edited(all_branches_of(self.model), add)
+        return edited(all_branches_of(self.model), lambda place, h: added(h, strengths[place] * vectors[place]))
 
 
 def synergy(

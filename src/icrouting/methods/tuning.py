@@ -44,17 +44,10 @@ def tune(
 ) -> None:
     """Trains parameters in place on the cross-entropy of the answers over the vocabulary.
 
-    AdamW without weight decay, batches of 4, 5 % of linear warm-up and linear decay.
-
-    Args:
-        parameters: what is trained.
-        rows: what `logits_of` reads of each training row, and the row's answer.
-        held: the same of held-back rows. If there are any, training ends once the loss on them has not fallen for
-            three epochs, and the parameters are those of its least value.
-        logits_of: gives the logits at the rows' last position; gradients are on in training alone.
-        lr: largest learning rate.
-        n_epochs: passes over the rows, at most.
-        rng: draws their order.
+    AdamW without weight decay, batches of 4, 5 % of linear warm-up to `lr` and linear decay. A row is what `logits_of`
+    reads of it, and its answer; that gives the logits at rows' last position, with gradients in training alone. If
+    rows are `held` back, training ends before `n_epochs` once the loss on them has not fallen for three, and the
+    parameters are those of its least value.
     """
     n_steps = n_epochs * math.ceil(len(rows) / BATCH_SIZE)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
