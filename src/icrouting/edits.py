@@ -109,10 +109,8 @@ def edited_last(
 
         def change(place: int, hidden: Tensor) -> Tensor:
             at = now.rows.to(hidden.device), now.positions.to(hidden.device)
-            if (states := edit(place, given := hidden[at])) is given:
-                return hidden
             hidden = hidden.clone()
-            hidden[at] = states
+            hidden[at] = edit(place, hidden[at])
             return hidden
 
         with edited(modules, change):
