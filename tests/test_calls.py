@@ -74,11 +74,8 @@ def test_a_prompt_behind_a_cache_may_be_given_without_what_is_in_it(kind, text, 
 
 @KINDS
 def test_other_prompts_that_run_meanwhile_are_read_as_themselves(kind, tokenizer, encoder_folder):
-    model, prompt, other = (
-        tiny.model("llama"),
-        ids_of(tokenizer, "Review: good good good\nSentiment:"),
-        ids_of(tokenizer, "bad"),
-    )
+    model = tiny.model("llama")
+    prompt, other = (ids_of(tokenizer, text) for text in ("Review: good good good\nSentiment:", "bad"))
 
     class Asks(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -98,11 +95,8 @@ def test_other_prompts_that_run_meanwhile_are_read_as_themselves(kind, tokenizer
 
 @KINDS
 def test_guidance_reads_its_other_prompt_as_one(kind, tokenizer, encoder_folder):
-    model, prompt, other = (
-        tiny.model("llama"),
-        ids_of(tokenizer, "Review: good\nSentiment:"),
-        ids_of(tokenizer, "bad , bad"),
-    )
+    model = tiny.model("llama")
+    prompt, other = (ids_of(tokenizer, text) for text in ("Review: good\nSentiment:", "bad , bad"))
     with torch.no_grad(), fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
         found = model.generate(prompt, negative_prompt_ids=other, guidance_scale=2.0, **NEW)[:, prompt.shape[1] :]
         outputs = [model(input_ids=ids, use_cache=True) for ids in (prompt, other)]

@@ -11,7 +11,7 @@ import tiny
 from icrouting import records
 from icrouting.batches import pad, tokenize
 from icrouting.calls import answering
-from icrouting.edits import edited, last_of, last_token_variants, recorded
+from icrouting.edits import added, edited, last_of, last_token_variants, recorded
 from icrouting.evaluate import Evaluation
 from icrouting.families import CACHE, FAMILIES, branches_of, layers_of
 from icrouting.methods import Settings, make
@@ -406,3 +406,11 @@ def test_edits_leave_no_hook_behind_after_an_exception():
         raise RuntimeError
     assert "generate" not in vars(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_vectors_are_added_in_float32_and_rounded_once():
+    states, vectors = torch.full((2, 3), 256.0).bfloat16(), torch.tensor([1.001, 1.0, 3.0])
+    found = added(states, vectors)  # bfloat16 steps by 2 there: 257.001 is nearer to 258, where a rounded 1 ties to 256
+    assert found.dtype == torch.bfloat16
+    assert found.tolist() == [[258.0, 256.0, 260.0]] * 2
+    assert added(states, vectors.expand(2, 3)).equal(found)

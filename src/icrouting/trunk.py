@@ -191,8 +191,8 @@ def late_entry(model: PreTrainedModel, first: int) -> Iterator[LateEntry]:
     late = [_Checkpointed(lay) if getattr(lay, "gradient_checkpointing", False) else lay for lay in kept[first:]]
 
     def logits_of(batch: Batch, hidden: Float[Tensor, "batch q_len hidden_size"]) -> Float[Tensor, "batch vocab"]:
-        for bridge in bridges[:1]:
-            bridge.states = hidden.to(device_of(model))
+        if bridges:
+            bridges[0].states = hidden.to(device_of(model))
         return next_token_logits(model, batch)
 
     with ExitStack() as stack:
