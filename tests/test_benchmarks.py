@@ -5,12 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import abstained
+import answers
 import choose_defaults
 import leads
 import leave_one_out
@@ -20,7 +22,7 @@ import speed
 
 import tiny
 from fake_run import fake_config, fake_records, record
-from icrouting import InContextRouter, records, score_options
+from icrouting import InContextRouter, records, report, score_options
 from icrouting.config import FitConfig
 from icrouting.prompts import balanced_demos
 from icrouting.storage import load_json, save_json
@@ -159,3 +161,25 @@ def test_a_prompt_counts_as_left_alone_where_its_logits_are_zero_shots_to_the_bi
     records.append(tmp_path / "records.jsonl", [*plain, *own, *other])
     abstained.run(tmp_path, "elicit-once", tmp_path / "out.json")
     assert load_json(tmp_path / "out.json")["left alone"] == {"mr": {"seed 0": "1 of 3"}}
+
+
+def test_a_run_made_again_of_its_kept_answers_reports_what_it_did_and_goes_on(tmp_path):
+    kept = fake_records({(m, t["name"]): 0.6 for m in ("zero-shot", "icr") for t in fake_config()["tasks"]})
+    ragged = [record(index, method="icr", seed=2, is_right=index % 3 > 0) for index in (29, 4)]
+    lines = [*kept, *ragged]
+    for name in ("run", "out"):
+        (tmp_path / name).mkdir()
+        save_json(tmp_path / name / "config.json", fake_config())
+    records.append(tmp_path / "run" / "records.jsonl", lines)
+    answers.keep(tmp_path / "run", tmp_path / "out")
+    answers.restore(tmp_path / "out", tmp_path / "again")
+    again = {one.key: one for one in records.read(tmp_path / "again" / "records.jsonl")}
+    fields = ("label", "prediction", "n_tokens", "seconds")
+    assert {key: [getattr(one, name) for name in fields] for key, one in again.items()} == {
+        one.key: [getattr(one, name) for name in fields] for one in lines
+    }
+    pages = [report.write(tmp_path / name).lines for name in ("run", "again")]
+    pd.testing.assert_frame_equal(*pages)
+    assert (tmp_path / "run" / "report.csv").read_text() == (tmp_path / "again" / "report.csv").read_text()
+    with pytest.raises(SystemExit, match="already"):
+        answers.restore(tmp_path / "out", tmp_path / "run")
