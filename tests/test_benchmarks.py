@@ -23,6 +23,7 @@ import speed
 import tiny
 from fake_run import fake_config, fake_records, record
 from icrouting import InContextRouter, records, report, score_options
+from icrouting.conclusion import MINUS
 from icrouting.config import FitConfig
 from icrouting.prompts import balanced_demos
 from icrouting.storage import load_json, save_json
@@ -58,6 +59,33 @@ def test_a_published_router_loads_is_small_and_is_the_one_of_its_table(folder):
 def test_published_figures_name_no_place_of_the_machine_that_made_them():
     for file in (ROUTERS.parent / "benchmarks" / "results").glob("*/*.*"):
         assert not re.search(r"(?<![\w.])/(work|home|root|tmp)/", file.read_text()), file
+
+
+def intervals(content):
+    """The figures with an interval somewhere in a JSON file."""
+    if isinstance(content, dict) and {"value", "low", "high"} <= content.keys():
+        yield tuple(round(content[name], 1) for name in ("value", "low", "high"))
+    elif isinstance(content, dict | list):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from intervals(part)
+
+
+def test_every_interval_that_the_documents_name_is_a_published_figure():
+    results, number = ROUTERS.parent / "benchmarks" / "results", rf"[+{MINUS}-]?\d+\.\d"
+    published = {found for file in results.rglob("*.json") for found in intervals(json.loads(file.read_text()))}
+    for file in results.rglob("report.csv"):
+        lines = pd.read_csv(file)
+        for name in ("accuracy", "gain"):
+            ends = lines[[name, f"{name}_low", f"{name}_high"]].dropna().to_numpy() * 100
+            published |= {tuple(line) for line in (ends.round(1) + 0.0).tolist()}
+    published |= {(-value, -high, -low) for value, low, high in published}  # what one gains the other loses
+    said = re.compile(rf"({number})[^()\d]{{0,60}}?[(;]\s?(?:[^()\d]{{0,20}}?; )?({number}) to ({number})")
+    for page, least in (("docs/who-wins.md", 140), ("README.md", 3)):
+        text = (ROUTERS.parent / page).read_text()
+        found = [tuple(float(part.replace(MINUS, "-")) for part in match) for match in said.findall(text)]
+        assert len(found) >= least
+        # "loses 2.2 (0.5 to 3.9)" and "2.2 behind (0.5 to 3.9)" are told by their words, not by a sign
+        assert not [line for line in found if line not in published]
 
 
 class Syllables:
