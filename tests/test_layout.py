@@ -59,7 +59,7 @@ def test_files_and_functions_stay_small(file):
 
 def test_the_whole_stays_small():
     """The aim is 6,000 lines; this is where the whole stands, so that it can only shrink."""
-    assert sum(len(file.read_text().splitlines()) for file in FILES) <= 9045
+    assert sum(len(file.read_text().splitlines()) for file in FILES) <= 9043
 
 
 def test_importing_the_package_does_no_work():

@@ -15,9 +15,8 @@ from transformers.cache_utils import DynamicLayer
 from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.calls import Answering, answering, called_with, read_by
 from icrouting.families import CACHE, base_of, decoder_of, device_of
-from icrouting.scoring import after_prefix, next_token_logits, run_prefix
+from icrouting.scoring import TOKEN_BUDGET, after_prefix, next_token_logits, run_prefix
 
-TOKEN_BUDGET = 4096
 PREFIX_BUDGET, MOST_VARIANTS = 8192, 256  # tokens of a prefix times the rows behind it; variants side by side
 Edit = Callable[[int, Tensor], Tensor]
 Editor = Callable[[Sequence[nn.Module], Edit], AbstractContextManager[None]]

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.edits import TOKEN_BUDGET
 from icrouting.families import decoder_of, device_of
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered
 from icrouting.models import frozen
 from icrouting.progress import track
 from icrouting.prompts import balanced_demos, few_shot
-from icrouting.scoring import next_token_logits
+from icrouting.scoring import TOKEN_BUDGET, next_token_logits
 from icrouting.tasks import Task
 
 FIRST_STD, FIRST_STRENGTH = 0.01, 0.1
