@@ -33,4 +33,5 @@ icr eval --model "$model" ${router:+--router "$router"} --data "${DATA:-../share
 if [ -n "${PUBLISH_AS:-}" ]; then
     mkdir -p "benchmarks/results/$PUBLISH_AS"
     cp "$out"/{config.json,report.md,report.csv,tried.csv} "benchmarks/results/$PUBLISH_AS"
+    python benchmarks/answers.py keep "$out" "benchmarks/results/$PUBLISH_AS"
 fi
