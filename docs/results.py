@@ -31,8 +31,9 @@ Made from [`benchmarks/results`](../benchmarks/results) by `python docs/results.
 commit, seeds and what was cut short. The twelve-task runs come from
 [`twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in [`routers`](../routers);
 the rivals' and the controls' runs come from [`rivals.sh`](../benchmarks/recipes/rivals.sh), and
-[who wins where](who-wins.md) reads them. Where an `answers.json` lies beside a run's figures, it holds what every method
-chose on every item: `python benchmarks/answers.py restore` makes the run of it again, to be paired with others or gone on with.
+[who wins where](who-wins.md) reads them. Where an `answers.json` lies
+beside a run's figures, it holds what every method chose on every item: `python benchmarks/answers.py restore` makes
+the run of it again, to be paired with others or gone on with.
 """
 
 
