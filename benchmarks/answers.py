@@ -6,7 +6,8 @@
 `keep` writes answers.json: by method, task and seed one digit an item, the option that was chosen ("." where there is
 none yet). `restore` makes config.json and records.jsonl, which `icr eval` goes on with (more seeds, more methods),
 `icr report` shows and benchmarks/leads.py reads. Accuracies, gains and tests come out as they were; of the rest,
-logits are not kept (NaN), and seconds and tokens are a cell's median and mean.
+logits are not kept (NaN), and seconds and tokens are a cell's median and mean; a run that goes on knows what its new
+fits cost, not what the old ones did.
 """
 
 import argparse
