@@ -1,4 +1,4 @@
-"""A run's answers in a few kilobytes, to be published with its figures, and the run that is made of them again.
+"""A run's answers in one small file, to be published with its figures, and the run that is made of them again.
 
     python benchmarks/answers.py keep runs/rivals-in-domain benchmarks/results/smollm2-135m-rivals-in-domain
     python benchmarks/answers.py restore benchmarks/results/smollm2-135m-rivals-in-domain runs/rivals-in-domain

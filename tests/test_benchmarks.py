@@ -191,7 +191,7 @@ def test_a_prompt_counts_as_left_alone_where_its_logits_are_zero_shots_to_the_bi
     assert load_json(tmp_path / "out.json")["left alone"] == {"mr": {"seed 0": "1 of 3"}}
 
 
-def test_a_run_made_again_of_its_kept_answers_reports_what_it_did_and_goes_on(tmp_path):
+def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(tmp_path):
     kept = fake_records({(m, t["name"]): 0.6 for m in ("zero-shot", "icr") for t in fake_config()["tasks"]})
     ragged = [record(index, method="icr", seed=2, is_right=index % 3 > 0) for index in (29, 4)]
     lines = [*kept, *ragged]
