@@ -25,16 +25,13 @@ DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def keep(run: Path, out: Path) -> None:
-    found = records.read(run / "records.jsonl")
     asked: dict[str, dict[int, Record]] = {}
     cells: dict[tuple[str, str, int], dict[int, Record]] = {}
-    for record in found:
+    for record in records.read(run / "records.jsonl"):
         asked.setdefault(record.task, {})[record.index] = record
         cells.setdefault((record.method, record.task, record.seed), {})[record.index] = record
     tasks, answers = {}, {}
     for task, items in asked.items():
-        items = dict(sorted(items.items()))
-        asked[task] = items
         tasks[task] = {
             "items": " ".join(map(str, items)),
             "labels": "".join(DIGITS[record.label] for record in items.values()),

@@ -18,7 +18,7 @@ from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, 
 from icrouting.families import CACHE, base_of, device_of
 from icrouting.prompts import Prompt
 
-TOKEN_BUDGET = 2048
+TOKEN_BUDGET = 2048  # a prompt of more than half of it runs alone, and so without a mask
 _say_once = lru_cache(None)(logging.getLogger(__name__).warning)
 
 
