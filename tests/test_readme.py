@@ -61,6 +61,18 @@ def test_tables_are_those_of_the_committed_runs():
     assert "| mean all |" in README
 
 
+def test_the_picture_of_who_wins_is_drawn_from_the_committed_runs():
+    import sys
+
+    sys.path.append(str(ROOT / "docs"))
+    import who_wins
+
+    assert who_wins.drawn() == who_wins.digest(), "run python docs/who_wins.py"
+    lines = who_wins.gains().set_index(["mark", "place", "name", "method"]).gain
+    assert lines.index.is_unique
+    assert {mark for mark, *_ in lines.index} == set(who_wins.KINDS)
+
+
 @pytest.mark.parametrize("place", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
 def test_every_place_that_the_readme_links_exists(place):
     assert (ROOT / place).exists()
