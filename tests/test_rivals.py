@@ -10,6 +10,9 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny
+from icrouting import fitting
+from icrouting.attach import attach
+from icrouting.config import FitConfig
 from icrouting.families import CACHE
 from icrouting.fits import fit_costs
 from icrouting.methods import LEARNING, Method, Settings, make
@@ -231,6 +234,26 @@ def test_nothing_is_fitted_under_another_method(tokenizer, small, tmp_path):
             with pytest.raises(ValueError, match="task-vectors is attached to this model: leave it before"):
                 step()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_router_and_a_rival_are_never_on_one_model_at_once(tokenizer, small):
+    model, config = tiny.model("llama"), FitConfig(n_prompts=6, n_queries=6, encoder=small.encoder)
+    rival, before = fitted(TaskVectors, model, tokenizer, small), scores(model, tokenizer, prompts())
+    steps = (
+        lambda: fitting.fit(model, tokenizer, [TASK], config),
+        lambda: attach(model, tiny.pids(model)).__enter__(),
+    )
+    with rival.attached(model, tokenizer, TASK):
+        under = scores(model, tokenizer, prompts())
+        for step in steps:
+            with pytest.raises(ValueError, match="task-vectors is attached to this model: leave it before icr is"):
+                step()
+        assert torch.equal(scores(model, tokenizer, prompts()), under)
+    with attach(model, tiny.pids(model)), pytest.raises(ValueError, match="icr is attached to this model"):
+        rival.attached(model, tokenizer, TASK).__enter__()
+    assert torch.equal(scores(model, tokenizer, prompts()), before)
+    with rival.attached(model, tokenizer, TASK):  # nothing holds the model any more
+        assert torch.equal(scores(model, tokenizer, prompts()), under)
 
 
 def test_a_fit_kept_before_a_setting_was_there_is_taken_up(tokenizer, small, tmp_path, monkeypatch):

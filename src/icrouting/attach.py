@@ -50,15 +50,13 @@ class RoutedLayer:
         """Keys and values of the current tokens, widened."""
         states = self.store["key"]
         self.key_directions = _moved(self.key_directions, states.device)
-        z_key = project(states, self.key_directions.to(states.device))
-        return widen_key(key, z_key), widen_value(value, self.rank)
+        return widen_key(key, project(states, self.key_directions.to(states.device))), widen_value(value, self.rank)
 
     def widen_queries(self, query: Tensor, weights: Tensor) -> Tensor:
         """Queries of the current tokens, widened by weights with a row for each of theirs."""
         states = self.store["query"]
         self.query_directions = _moved(self.query_directions, states.device)
-        z_query = project(states, self.query_directions.to(states.device))
-        return widen_query(query, z_query, weights)
+        return widen_query(query, project(states, self.query_directions.to(states.device)), weights)
 
     def swap_cache(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the attention module: puts a view that widens what is stored in its cache's place."""
@@ -184,5 +182,5 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
             stack.callback(_routed.pop, attention)
             stack.enter_context(attention.register_forward_pre_hook(layer.swap_cache, with_kwargs=True))
         stack.enter_context(routed_kernel(base))
-        stack.enter_context(hooked(base))
+        stack.enter_context(hooked(base, "icr"))
         yield attachment

@@ -1,6 +1,7 @@
 """Calls: what a decoder, or its `generate`, was given, and which of those tokens answer the prompt."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 
 from icrouting.batches import attended
 from icrouting.families import CACHE, base_of
+
+_held: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def called_with(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -151,11 +154,23 @@ def replaced(model: nn.Module, **methods: Callable) -> Iterator[None]:
         vars(model).update(found)
 
 
+def check_alone(model: nn.Module, name: str) -> None:
+    """ValueError while another method is attached to a model: it would be learned under, or added to."""
+    other = _held.get(base_of(model))
+    if other is not None and not (name == "icr" and other.startswith(name)):  # the router of a method that routes
+        raise ValueError(f"{other} is attached to this model: leave it before {name} is fitted or attached")
+
+
 @contextmanager
-def hooked(base: PreTrainedModel) -> Iterator[None]:
-    """Inside, a model runs uncompiled, as compiled graphs do not notice hooks, and refuses `generate_batch`."""
-    with replaced(base, init_continuous_batching=_refuse_packing), torch.compiler.set_stance("force_eager"):
-        yield
+def hooked(base: PreTrainedModel, name: str) -> Iterator[None]:
+    """Inside, a model is one method's alone, refuses `generate_batch`, and runs uncompiled: graphs notice no hooks."""
+    check_alone(base, name)
+    _held.setdefault(base, name)
+    try:
+        with replaced(base, init_continuous_batching=_refuse_packing), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _held.pop(base, None)  # a router's context ends with that of the method that routes
 
 
 def _refuse_packing(*args: Any, **kwargs: Any) -> None:

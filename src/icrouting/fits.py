@@ -18,9 +18,8 @@ def fit_costs(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
     An in-domain method has a fit for every task and seed, a train-once method one for every seed.
     """
-    costs = pd.DataFrame(
-        [{"method": name, **notes["cost"]} for name, _, notes in _kept(folder, names) if notes["cost"]]
-    )
+    kept = _kept(folder, names)
+    costs = pd.DataFrame([{"method": name, **notes["cost"]} for name, _, notes in kept if notes["cost"]])
     if costs.empty:
         return []
     grouped = costs.groupby("method", sort=False)

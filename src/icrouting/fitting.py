@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import context_length, finite_rows, pad_id_of, tokenize
+from icrouting.calls import check_alone
 from icrouting.capture import capture_last_tokens
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.families import check_layers, device_of, dims_of, family_of, late_third
@@ -52,6 +53,7 @@ def fit(
     """
     if not tasks:
         raise ValueError("a fit needs at least one source task, got none")
+    check_alone(model, "icr")
     family_of(model)
     dims, device = dims_of(model), device_of(model)
     layers = check_layers(config.layers or late_third(dims.n_layers), dims.n_layers)

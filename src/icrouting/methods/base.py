@@ -2,7 +2,6 @@
 
 import json
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.calls import hooked
+from icrouting.calls import check_alone, hooked
 from icrouting.checks import check_same
 from icrouting.config import Settings
 from icrouting.edits import counted_rows
@@ -27,13 +26,6 @@ from icrouting.tasks import Example, Task
 Scores = Float[Tensor, "n_examples n_options"]
 Context = AbstractContextManager[object]
 _NOTES = {"tried": "[]", "cost": "{}"}
-_attached: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-
-
-def check_alone(model: nn.Module, name: str) -> None:
-    """ValueError while a method is attached to a model: another would learn under it, or add to it."""
-    if (other := _attached.get(base_of(model))) is not None:
-        raise ValueError(f"{other} is attached to this model: leave it before {name} is fitted or attached")
 
 
 class Method:
@@ -194,12 +186,8 @@ class Method:
         if model is not (own := vars(method).get("model", model)):
             check_fitted_on(model, method.name, own.config.name_or_path, fingerprint(own))
         method.model, method.tokenizer = model, tokenizer
-        _attached[base_of(model)] = method.name
-        try:
-            with hooked(base_of(model)), method.applied(task):
-                yield method
-        finally:
-            del _attached[base_of(model)]
+        with hooked(base_of(model), method.name), method.applied(task):
+            yield method
 
     @property
     def edits_model(self) -> bool:

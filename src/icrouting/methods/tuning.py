@@ -25,10 +25,8 @@ def answered(
     """Returns every row's zero-shot prompt as tokens, with the token that its right option begins with."""
     texts = [task.prompt(row) for task, row in pairs]
     token_lists = tokenize(tokenizer, texts, context_length(model)) if texts else []
-    ids = [
-        option_ids(tokenizer, text, task.options(row))[row.label]
-        for text, (task, row) in zip(texts, pairs, strict=True)
-    ]
+    asked = zip(texts, pairs, strict=True)
+    ids = [option_ids(tokenizer, text, task.options(row))[row.label] for text, (task, row) in asked]
     return list(zip(token_lists, ids, strict=True))
 
 
