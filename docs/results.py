@@ -34,6 +34,10 @@ the rivals' and the controls' runs come from [`rivals.sh`](../benchmarks/recipes
 [who wins where](who-wins.md) reads them. Where an `answers.json` lies
 beside a run's figures, it holds what every method chose on every item: `python benchmarks/answers.py restore` makes
 the run of it again, to be paired with others or gone on with.
+
+The paper's tables: its table 1 (twelve tasks) is the first table here, and for rivals that are taken over to unseen
+tasks the one of rivals fitted once; its table 2 (vectors fitted on each in-domain task) and the LoRA of its table 8 are
+the source columns of the tables fitted on each task; its table 11 (numbers kept, cost of a fit) is under rivals' tables.
 """
 
 

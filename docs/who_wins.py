@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "who-wins.svg"
 # By kind of mark its colour, its shape, and the runs that it is drawn from, with how methods' names end there.
 KINDS = {
-    "no fit, or one for all tasks (three seeds)": ("#000000", "o", {"smollm2-135m": ""}),
+    "no fit, or one router (few-shot: three draws)": ("#000000", "o", {"smollm2-135m": ""}),
     "fitted once on the source tasks (three seeds)": ("#0072B2", "D", {"smollm2-135m-rivals-once": "-once"}),
     "fitted on each task (a seed each)": (
         "#D55E00",
@@ -46,8 +46,8 @@ def gains() -> pd.DataFrame:
 
 
 def digest() -> str:
-    """Returns what the picture names its figures by."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files())).hexdigest()[:16]
+    """Returns what the picture names its figures, and how they are drawn, by."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in (Path(__file__), *files()))).hexdigest()[:16]
 
 
 def drawn() -> str:

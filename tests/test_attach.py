@@ -174,7 +174,7 @@ def test_a_second_attach_to_a_routed_model_is_refused_and_harmless():
     model = tiny.model("llama")
     with attach(model, tiny.pids(model)):
         before = state_of(model)
-        with pytest.raises(ValueError, match="routed already"), attach(model, tiny.pids(model)):
+        with pytest.raises(ValueError, match="icr is attached to this model"), attach(model, tiny.pids(model)):
             pass
         assert state_of(model) == before
 

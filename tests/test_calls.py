@@ -128,7 +128,7 @@ def test_a_model_gets_back_what_stood_in_place_of_its_methods(tokenizer, encoder
     with fitted(TaskVectors, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
         assert model.generate(torch.tensor([[5]])) == "own"
     assert vars(model)["generate"] is own
-    with hooked(model, "icr-gated"), hooked(model, "icr"), replaced(model, generate=len):
+    with hooked(model, "icr"), hooked(model, "icr-gated"), replaced(model, generate=len):
         pass
     assert vars(model)["generate"] is own
     assert "init_continuous_batching" not in vars(model)

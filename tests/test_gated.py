@@ -1,6 +1,7 @@
 """ICR behind a gate: like ICR on prompts that are like its training queries, like nothing on others."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +189,31 @@ def test_what_is_taken_up_anew_is_what_counts(settings, model, tokenizer, tmp_pa
     method.fit(model, tokenizer, [again], np.random.default_rng(1), file)
     rows = [state[None] for state in last_states(model, tokenizer, MIXED)]
     assert torch.equal(method._distances(torch.cat(rows)), other._distances(torch.cat(rows)))
+
+
+@pytest.mark.parametrize("outer", ["icr", "icr-gated"])
+def test_nothing_joins_what_routes_and_a_refusal_leaves_it_in_force(outer, settings, model, tokenizer):
+    gated, router = fitted(settings, model, tokenizer), InContextRouter.from_pretrained(settings.router)
+    (icr,), plain = make(["icr"], settings), scores(model, tokenizer)
+    attached = {
+        "icr": lambda: router.attached(model, tokenizer),
+        "icr-gated": lambda: gated.attached(model, tokenizer, TASK),
+    }
+    inner = (
+        *attached.values(),
+        lambda: icr.attached(model, tokenizer, TASK),
+        lambda: nullcontext(InContextRouter.fit(model, tokenizer, [TASK], router.description.fit)),
+        lambda: nullcontext(fitted(settings, model, tokenizer)),
+    )
+    with attached[outer]():
+        routed = scores(model, tokenizer)
+        for join in inner:
+            with pytest.raises(ValueError, match=f"{outer} is attached to this model"), join():
+                pass
+        assert torch.equal(scores(model, tokenizer), routed)
+    assert torch.equal(scores(model, tokenizer), plain)
+    with icr.attached(model, tokenizer, TASK):  # and holds it no longer
+        pass
 
 
 def test_every_seed_has_a_gate_of_its_own(settings, model, tokenizer, tmp_path):

@@ -523,7 +523,7 @@ WAYS = (
         "Routers",
         "two routers on one model at once",
         routes_one_model_twice_at_once,
-        "the model is routed already: leave the first `attached` before entering another",
+        "icr is attached to this model: leave it before icr is fitted or attached",
     ),
     Way("Models", "a LoRA, in peft's wrapper", routes_a_lora, note="on the queries, keys and values that it makes"),
     Way("Models", "a router fitted with a LoRA in place", fits_on_a_lora),

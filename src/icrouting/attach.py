@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from icrouting.attention import project, widen_key, widen_query, widen_value
-from icrouting.calls import hooked
+from icrouting.calls import check_alone, hooked
 from icrouting.families import attention_of, base_of, check_layers, dims_of, family_of
 from icrouting.pids import PIDs
 from icrouting.probe import attention_function
@@ -163,6 +163,7 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
     On leaving, also by an exception, hooks and attention implementation are as they were.
     """
     base, family, dims = base_of(model), family_of(model), dims_of(model)
+    check_alone(base, "icr")
     check_layers(pids.layers, dims.n_layers)
     expected = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
     found = pids.query_pids.shape[1], pids.key_pids.shape[1]
@@ -175,8 +176,6 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
     with ExitStack() as stack:
         for position, index in enumerate(pids.layers):
             attention = attention_of(model, index)
-            if attention in _routed:
-                raise ValueError("the model is routed already: leave the first `attached` before entering another")
             store = stack.enter_context(watched(attention, family, dims))
             _routed[attention] = layer = RoutedLayer(attachment, position, pids, store)
             stack.callback(_routed.pop, attention)

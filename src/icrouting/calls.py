@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from icrouting.batches import attended
 from icrouting.families import CACHE, base_of
 
-_held: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_held: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
 def called_with(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -155,22 +155,23 @@ def replaced(model: nn.Module, **methods: Callable) -> Iterator[None]:
 
 
 def check_alone(model: nn.Module, name: str) -> None:
-    """ValueError while another method is attached to a model: it would be learned under, or added to."""
-    other = _held.get(base_of(model))
-    if other is not None and not (name == "icr" and other.startswith(name)):  # the router of a method that routes
+    """ValueError while a method is attached to a model: another would learn under it, or add to it."""
+    if (other := _held.get(base_of(model))) is not None:
         raise ValueError(f"{other} is attached to this model: leave it before {name} is fitted or attached")
 
 
 @contextmanager
 def hooked(base: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, a model is one method's alone, refuses `generate_batch`, and runs uncompiled: graphs notice no hooks."""
-    check_alone(base, name)
-    _held.setdefault(base, name)
+    """Inside, a model is a method's alone, refuses `generate_batch`, and runs uncompiled: graphs notice no hooks.
+
+    To be entered once its hooks are in place, which may hold the model themselves, as a router's do.
+    """
+    before, _held[base] = _held.get(base), name
     try:
         with replaced(base, init_continuous_batching=_refuse_packing), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        _held.pop(base, None)  # a router's context ends with that of the method that routes
+        _held[base] = before
 
 
 def _refuse_packing(*args: Any, **kwargs: Any) -> None:

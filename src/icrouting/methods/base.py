@@ -186,7 +186,7 @@ class Method:
         if model is not (own := vars(method).get("model", model)):
             check_fitted_on(model, method.name, own.config.name_or_path, fingerprint(own))
         method.model, method.tokenizer = model, tokenizer
-        with hooked(base_of(model), method.name), method.applied(task):
+        with method.applied(task), hooked(base_of(model), method.name):
             yield method
 
     @property
