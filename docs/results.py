@@ -37,7 +37,7 @@ the run of it again, to be paired with others or gone on with.
 
 The paper's tables: its table 1 (twelve tasks) is the first table here, and for rivals that are taken over to unseen
 tasks the one of rivals fitted once; its table 2 (vectors fitted on each in-domain task) and the LoRA of its table 8 are
-the source columns of the tables fitted on each task; its table 11 (numbers kept, cost of a fit) is under rivals' tables.
+the source columns of the tables fitted on each task; its table 11 (numbers kept, cost of a fit) is under rivals'.
 """
 
 
