@@ -1,7 +1,9 @@
 import ast
 import importlib
+import io
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -58,8 +60,21 @@ def test_files_and_functions_stay_small(file):
 
 
 def test_the_whole_stays_small():
-    """The aim is 6,000 lines; this is where the whole stands, so that it can only shrink."""
-    assert sum(len(file.read_text().splitlines()) for file in FILES) <= 9043
+    """The aim is 6,000 lines; this is where the whole stands, so that it can only shrink. Its code alone is below."""
+    assert sum(len(file.read_text().splitlines()) for file in FILES) <= 9030
+    assert sum(map(n_code_lines, FILES)) < 6000
+
+
+def n_code_lines(file):
+    """The lines of a file that hold code: no docstring, no comment, not empty."""
+    text, lines = file.read_text(), set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.string.strip() and token.type != tokenize.COMMENT:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
 
 
 def test_importing_the_package_does_no_work():

@@ -39,12 +39,8 @@ class RoutedLayer:
     """What one attention module needs while it is routed."""
 
     def __init__(self, attachment: "Attachment", position: int, pids: PIDs, store: dict[str, Tensor]):
-        self.attachment = attachment
-        self.position = position
-        self.rank = pids.rank
-        self.query_directions = pids.query_directions()[position]
-        self.key_directions = pids.key_directions()[position]
-        self.store = store
+        self.attachment, self.position, self.rank, self.store = attachment, position, pids.rank, store
+        self.query_directions, self.key_directions = pids.query_directions()[position], pids.key_directions()[position]
 
     def widen_cached(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the current tokens, widened."""

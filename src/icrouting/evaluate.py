@@ -69,13 +69,9 @@ class Evaluation:
         Methods take turns on each chunk of items, so that a slow spell of the machine meets all of them. A
         method that refuses a task (ValueError) is left out there, and `refused` says why.
         """
+        chosen = [(task, draw_items(task, n_test)) for task in tasks]
+        jobs = [(task, items[at : at + CHUNK]) for task, items in chosen for at in range(0, len(items), CHUNK)]
         for seed in seeds:
-            jobs = [
-                (task, items[start : start + CHUNK])
-                for task in tasks
-                for items in [draw_items(task, n_test)]
-                for start in range(0, len(items), CHUNK)
-            ]
             missing = [any(self._missing(method, *job, seed) for method in self.methods) for job in jobs]
             if any(joined(missing)):
                 self._fit_together(seed, tasks)

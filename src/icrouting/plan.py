@@ -166,10 +166,8 @@ def _texts(
     """Every task's prompts and queries, drawn as the fit draws them: up to the sample they are the same ones."""
 
     def measured(texts: list[str], count: int, limit: float) -> Texts:
-        if tokenizer is None:
-            lengths = [len(text) / CHARS_PER_TOKEN for text in texts]
-        else:
-            lengths = [len(tokens) for tokens in tokenize(tokenizer, texts)]
+        reckoned = [len(text) / CHARS_PER_TOKEN for text in texts]
+        lengths = [len(tokens) for tokens in tokenize(tokenizer, texts)] if tokenizer else reckoned
         lengths, scale = np.minimum(lengths, limit), count / len(texts)
         return Texts(count, round(lengths.sum() * scale), round((lengths**2).sum() * scale), math.ceil(lengths.max()))
 

@@ -19,8 +19,7 @@ def parse_row(row: object, spec: TaskSpec) -> Example:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     needed = [*spec.slots, "label", *([] if spec.options else ["choices"])]
-    missing = [name for name in needed if name not in row]
-    if missing:
+    if missing := [name for name in needed if name not in row]:
         raise ValueError(f"task {spec.name!r} needs the fields {needed}, missing here: {missing}")
     for name in spec.slots:
         if not isinstance(row[name], str) or not row[name].strip():
