@@ -15,14 +15,22 @@ ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "who-wins.svg"
 # By kind of mark its colour, its shape, and the runs that it is drawn from, with how methods' names end there.
 KINDS = {
-    "no fit, or one router (few-shot: three draws)": ("#000000", "o", {"smollm2-135m": ""}),
+    "no fit, or one router (few-shot: 3 draws)": ("#000000", "o", {"smollm2-135m": ""}),
     "fitted once on the source tasks (three seeds)": ("#0072B2", "D", {"smollm2-135m-rivals-once": "-once"}),
-    "fitted on each task (a seed each)": (
+    "fitted on each task (left: three seeds; right: one each)": (
         "#D55E00",
         "s",
-        {"smollm2-135m-rivals-in-domain": "", "smollm2-135m-rivals-in-domain-seed-1": ""},
+        {
+            "smollm2-135m-rivals-in-domain-sources": "",
+            "smollm2-135m-rivals-in-domain": "",
+            "smollm2-135m-rivals-in-domain-seed-1": "",
+        },
     ),
 }
+# Their source tasks are in the pooled run.
+UNSEEN_ALONE = ("smollm2-135m-rivals-in-domain", "smollm2-135m-rivals-in-domain-seed-1")
+# How far above its method's line a mark is drawn: the pooled run's where the upper one of a seed is.
+OFFSETS = dict(zip(KINDS, ((0,), (0.22,), (-0.04, -0.04, -0.3)), strict=True))
 NOT_FITTED = ("icr", "few-shot", "multi-task-few-shot", "calibration")
 PANELS = {"source": "the five source tasks", "unseen": "the other seven tasks"}
 
@@ -38,7 +46,8 @@ def gains() -> pd.DataFrame:
     for kind, (_, _, runs) in KINDS.items():
         for place, (run, ending) in enumerate(runs.items()):
             lines = pd.read_csv(ROOT / "benchmarks" / "results" / run / "report.csv").query("kind == 'mean'")
-            lines = lines[lines.name.isin(PANELS) & lines.gain.notna() & lines.method.str.endswith(ending)]
+            panels = ["unseen"] if run in UNSEEN_ALONE else list(PANELS)
+            lines = lines[lines.name.isin(panels) & lines.gain.notna() & lines.method.str.endswith(ending)]
             method = lines.method.str.removesuffix(ending) if ending else lines.method
             is_drawn = method.isin(NOT_FITTED) == (kind == next(iter(KINDS)))
             found.append(lines.assign(method=method, mark=kind, place=place)[is_drawn])
@@ -61,12 +70,11 @@ def draw() -> Figure:
     methods = means.sort_values().index.tolist()
     figure = Figure(figsize=(8.2, 0.9 + 0.33 * len(methods)))
     panels = figure.subplots(1, 2, sharey=True)
-    offsets = dict(zip([(kind, n) for kind in KINDS for n in range(2)], (0, 0, 0.22, 0.22, -0.04, -0.3), strict=True))
     for axes, (name, title) in zip(panels, PANELS.items(), strict=True):
         axes.axvline(0, color="#888888", linewidth=1, zorder=1)
         for line in lines[lines.name == name].itertuples():
             colour, shape, _ = KINDS[line.mark]
-            height = methods.index(line.method) + offsets[line.mark, line.place]
+            height = methods.index(line.method) + OFFSETS[line.mark][line.place]
             axes.plot([100 * line.gain_low, 100 * line.gain_high], [height] * 2, color=colour, linewidth=1.2)
             axes.plot(100 * line.gain, height, shape, color=colour, markersize=4)
         axes.set(title=title, xlabel="points above zero-shot")
