@@ -14,7 +14,7 @@ RUNS = {
     "smollm2-135m-rivals-once": "SmolLM2-135M-Instruct, every rival fitted once on the five source tasks",
     "smollm2-135m-rivals-in-domain": "SmolLM2-135M-Instruct, every rival fitted on each task",
     "smollm2-135m-rivals-in-domain-seed-1": "SmolLM2-135M-Instruct, every rival fitted on each task, a second seed",
-    "smollm2-135m-rivals-in-domain-sources": "SmolLM2-135M-Instruct, every rival fitted on each source task, three seeds",
+    "smollm2-135m-rivals-in-domain-sources": "SmolLM2-135M-Instruct, rivals fitted on each source task, three seeds",
     "smollm2-135m-gated": "SmolLM2-135M-Instruct, ICR behind a gate",
     "smollm2-135m-controls-once": "SmolLM2-135M-Instruct, ICR and its controls at the rivals' budget",
     "smollm2-135m-probes": "SmolLM2-135M-Instruct, ICR beside linear probes with as many rows as queries",

@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import abstained
 import answers
 import choose_defaults
+import heads
 import leads
 import leave_one_out
 import mappings
@@ -211,3 +212,12 @@ def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(tmp_path):
     assert (tmp_path / "run" / "report.csv").read_text() == (tmp_path / "again" / "report.csv").read_text()
     with pytest.raises(SystemExit, match="already"):
         answers.restore(tmp_path / "out", tmp_path / "run")
+
+
+def test_heads_are_compared_by_rank():
+    effects, right = torch.arange(30.0).view(3, 10), torch.tensor([True, False, True])
+    fit = {"effects": effects, "right": right, "vector": torch.tensor([1.0, 0.0])}
+    other = {"effects": effects.flip(0, 1), "right": ~right, "vector": torch.tensor([1.0, 1.0])}
+    same, turned = heads.compared(fit, fit), heads.compared(fit, other)
+    assert list(same.values()) == [0, 20, 1.0, 0.0, 1.0]
+    assert list(turned.values()) == [3, 10, -1.0, 15.0, 0.707]
