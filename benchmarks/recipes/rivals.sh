@@ -14,7 +14,7 @@
 #         "zero-shot calibration icr task-vectors function-vectors icv elicit iterative-vectors i2cl live m2iv lora-block
 #         lora-head lora-block-more prefix-tuning prompt-tuning probe-hidden probe-encoder"
 # Linear probes with as many rows as the router has seen queries:
-#     benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/probes 100 12 1000 10 0 \
+#     benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/probes 500 12 1000 10 0 \
 #         "zero-shot icr probe-hidden probe-encoder"
 # Killed and started again it goes on; more seeds and methods may be asked for later. The small sizes are what two
 # CPU cores do in two hours.
