@@ -1,10 +1,11 @@
 """How far the heads that Function Vectors choose hang on rounding: a run's fit beside the same draws in float32.
 
     python benchmarks/heads.py --run runs/rivals-in-domain-sources --task trec --seed 0 --data ../shared/data \
-        --out runs/heads/float32 --others runs/heads/old/fits/function-vectors-seed0-trec.safetensors
+        --out runs/heads/float32 --others runs/heads/old runs/heads/float32-asked
 
-The fit in float32 takes about ten minutes of a core, is kept in `--out`, and can be put into another run's `fits`, to
-be asked there. `--others` are further fits of these draws, of earlier versions say. Writes heads.json.
+The fit in float32 takes about ten minutes of a core and is kept in `--out`, which must hold no other fit; put into
+another run's `fits`, it can be asked there. `--others` are further runs with a fit of these draws: an earlier commit's,
+or the one in float32, asked in bfloat16. Writes heads.json, with each run's accuracy on the task.
 """
 
 import argparse
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from icrouting import methods as registry
+from icrouting import records
 from icrouting.config import Settings
 from icrouting.methods.function_vectors import TOP_HEADS
-from icrouting.models import load_model
+from icrouting.models import check_fitted_on, load_model
 from icrouting.runs import commit
-from icrouting.storage import load_json, load_tensors, save_json
+from icrouting.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks import load_task
 
 NAME = "function-vectors"
@@ -30,14 +32,27 @@ NAME = "function-vectors"
 
 def refit(run: Path, task: str, seed: int, data: str, out: Path) -> Path:
     """Returns the file of a fit in float32 with the settings and draws of a run's."""
-    config = load_json(run / "config.json")
+    config, file = load_json(run / "config.json"), out / f"{NAME}-seed{seed}-{task}.safetensors"
+    if file.exists() and load_tensors(file)[1].get("dtype") != "float32":
+        raise SystemExit(f"{file} is another fit: choose another folder with --out")
     settings = Settings(**{name: config[name] for name in vars(Settings()) if name != "router"})
     model, tokenizer = load_model(config["model"], dtype=torch.float32)
+    check_fitted_on(model, str(run), config["model"], config["fingerprint"])
     loaded, (method,) = load_task(task, data), registry.make([NAME], settings)
     rng = np.random.default_rng([seed, zlib.crc32(NAME.encode())])
     method.fit(model, tokenizer, [loaded], rng, out / f"{NAME}-seed{seed}.safetensors")
     method.on(loaded)
-    return out / f"{NAME}-seed{seed}-{task}.safetensors"
+    tensors, notes = load_tensors(file)
+    save_tensors(file, tensors, {**notes, "dtype": "float32"})
+    return file
+
+
+def asked(run: Path, task: str, seed: int) -> dict[str, object]:
+    """Returns how many percent of a task's items a run's fit is right on, and where that was found."""
+    config, found = load_json(run / "config.json"), records.read(run / "records.jsonl")
+    right = [r.label == r.prediction for r in found if (r.method, r.task, r.seed) == (NAME, task, seed)]
+    accuracy = round(100 * sum(right) / len(right), 1)
+    return {"accuracy": accuracy, "items": len(right), "dtype": config["dtype"], "begun at commit": config["commit"]}
 
 
 def compared(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
@@ -54,13 +69,15 @@ def compared(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, floa
 
 
 def main(run: Path, task: str, seed: int, data: str, out: Path, others: list[Path]) -> None:
-    files = [refit(run, task, seed, data, out), run / "fits" / f"{NAME}-seed{seed}-{task}.safetensors", *others]
-    names = ["float32", "run", *(f"other {i}" for i in range(1, len(others) + 1))]
+    runs = {each.name: each for each in (run, *others)}
+    kept = [each / "fits" / f"{NAME}-seed{seed}-{task}.safetensors" for each in runs.values()]
+    files, names = [refit(run, task, seed, data, out), *kept], ["float32", *runs]
     fits = [load_tensors(file)[0] for file in files]
     ranked = [fit["effects"].flatten().sort(descending=True).values for fit in fits]
     gap = {name: round(float(r[TOP_HEADS[0] - 1] - r[TOP_HEADS[0]]), 6) for name, r in zip(names, ranked, strict=True)}
     pairs = {f"{names[i]} and {names[j]}": compared(fits[i], fits[j]) for i, j in combinations(range(len(fits)), 2)}
     found = {"effect of the last head chosen less the next one's": gap, **pairs}
+    found |= {f"{name}, asked": asked(each, task, seed) for name, each in runs.items()}
     save_json(out / "heads.json", {"command": f"python {' '.join(sys.argv)}", "commit": commit(), "found": found})
     for name, values in found.items():
         print(f"{name}: {values}")

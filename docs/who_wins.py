@@ -17,7 +17,7 @@ PICTURE = ROOT / "docs" / "who-wins.svg"
 KINDS = {
     "no fit, or one router (few-shot: 3 draws)": ("#000000", "o", {"smollm2-135m": ""}),
     "fitted once on the source tasks (three seeds)": ("#0072B2", "D", {"smollm2-135m-rivals-once": "-once"}),
-    "fitted on each task (left: three seeds; right: one each)": (
+    "fitted on each task (left: 3 seeds; right: 2, a square each)": (
         "#D55E00",
         "s",
         {
@@ -27,9 +27,9 @@ KINDS = {
         },
     ),
 }
-# Their source tasks are in the pooled run.
+# On the source tasks the pooled run is drawn, whose first seed was fitted anew.
 UNSEEN_ALONE = ("smollm2-135m-rivals-in-domain", "smollm2-135m-rivals-in-domain-seed-1")
-# How far above its method's line a mark is drawn: the pooled run's where the upper one of a seed is.
+# How far above its method's line each run's mark is drawn; the pooled run and the first seed's are in different panels.
 OFFSETS = dict(zip(KINDS, ((0,), (0.22,), (-0.04, -0.04, -0.3)), strict=True))
 NOT_FITTED = ("icr", "few-shot", "multi-task-few-shot", "calibration")
 PANELS = {"source": "the five source tasks", "unseen": "the other seven tasks"}

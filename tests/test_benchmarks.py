@@ -218,6 +218,9 @@ def test_heads_are_compared_by_rank():
     effects, right = torch.arange(30.0).view(3, 10), torch.tensor([True, False, True])
     fit = {"effects": effects, "right": right, "vector": torch.tensor([1.0, 0.0])}
     other = {"effects": effects.flip(0, 1), "right": ~right, "vector": torch.tensor([1.0, 1.0])}
+    first = effects.flatten().clone()
+    first[[*range(5), *range(15, 20)]] = first[[*range(15, 20), *range(5)]]  # five come among the first twenty
     same, turned = heads.compared(fit, fit), heads.compared(fit, other)
+    assert heads.compared(fit, {**fit, "effects": first.view(3, 10)})["heads in common of 20"] == 15
     assert list(same.values()) == [0, 20, 1.0, 0.0, 1.0]
     assert list(turned.values()) == [3, 10, -1.0, 15.0, 0.707]

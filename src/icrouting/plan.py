@@ -167,7 +167,7 @@ def _texts(
 
     def measured(texts: list[str], count: int, limit: float) -> Texts:
         reckoned = [len(text) / CHARS_PER_TOKEN for text in texts]
-        lengths = [len(tokens) for tokens in tokenize(tokenizer, texts)] if tokenizer else reckoned
+        lengths = reckoned if tokenizer is None else [len(tokens) for tokens in tokenize(tokenizer, texts)]
         lengths, scale = np.minimum(lengths, limit), count / len(texts)
         return Texts(count, round(lengths.sum() * scale), round((lengths**2).sum() * scale), math.ceil(lengths.max()))
 

@@ -123,7 +123,7 @@ def inside(inner: Sequence[str], outer: Sequence[str]) -> list[set[int]]:
     for text in outer:
         hits: set[int] = set()
         for start in range(len(text) - width + 1):
-            alike = starting.get(text[start : start + width], ())
-            hits.update(i for i in alike if text.startswith(inner[i], start))
+            if alike := starting.get(text[start : start + width]):
+                hits.update(i for i in alike if text.startswith(inner[i], start))
         found.append(hits)
     return found

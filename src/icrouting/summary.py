@@ -191,7 +191,8 @@ def _rows(
         if scored and tasks not in seen:
             members = [row for row in scored if row.section == group]
             section, n_items = group if members else "", sum(row.n_items for row in scored)
-            chance, majority = np.mean([(row.chance, row.majority) for row in scored], axis=0).tolist()
+            chance = float(np.mean([row.chance for row in scored]))
+            majority = float(np.mean([row.majority for row in scored]))
             rows += [*members, Row("mean", group, section, len(tasks), n_items, chance, majority)]
         seen.add(tasks)
     return rows
