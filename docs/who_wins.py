@@ -17,7 +17,7 @@ PICTURE = ROOT / "docs" / "who-wins.svg"
 KINDS = {
     "no fit, or one router (few-shot: 3 draws)": ("#000000", "o", {"smollm2-135m": ""}),
     "fitted once on the source tasks (three seeds)": ("#0072B2", "D", {"smollm2-135m-rivals-once": "-once"}),
-    "fitted on each task (left: 3 seeds; right: 2, a square each)": (
+    "fitted on each task (left: 3 seeds; right: 2)": (
         "#D55E00",
         "s",
         {
