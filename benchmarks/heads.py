@@ -3,24 +3,23 @@
     python benchmarks/heads.py --run runs/rivals-in-domain-sources --task trec --seed 0 --data ../shared/data \
         --out runs/heads/float32 --others runs/heads/old runs/heads/float32-asked
 
-The fit in float32 takes about ten minutes of a core and is kept in `--out`, which must hold no other fit; put into
+The fit in float32 takes about ten minutes of a core and is kept in `--out`'s `fits`, which must hold no other; put into
 another run's `fits`, it can be asked there. `--others` are further runs with a fit of these draws: an earlier commit's,
 or the one in float32, asked in bfloat16. Writes heads.json, with each run's accuracy on the task.
 """
 
 import argparse
 import sys
-import zlib
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from icrouting import methods as registry
 from icrouting import records
 from icrouting.config import Settings
+from icrouting.evaluate import Evaluation
 from icrouting.methods.function_vectors import TOP_HEADS
 from icrouting.models import check_fitted_on, load_model
 from icrouting.runs import commit
@@ -32,15 +31,14 @@ NAME = "function-vectors"
 
 def refit(run: Path, task: str, seed: int, data: str, out: Path) -> Path:
     """Returns the file of a fit in float32 with the settings and draws of a run's."""
-    config, file = load_json(run / "config.json"), out / f"{NAME}-seed{seed}-{task}.safetensors"
+    config, file = load_json(run / "config.json"), out / "fits" / f"{NAME}-seed{seed}-{task}.safetensors"
     if file.exists() and load_tensors(file)[1].get("dtype") != "float32":
         raise SystemExit(f"{file} is another fit: choose another folder with --out")
     settings = Settings(**{name: config[name] for name in vars(Settings()) if name != "router"})
     model, tokenizer = load_model(config["model"], dtype=torch.float32)
     check_fitted_on(model, str(run), config["model"], config["fingerprint"])
     loaded, (method,) = load_task(task, data), registry.make([NAME], settings)
-    rng = np.random.default_rng([seed, zlib.crc32(NAME.encode())])
-    method.fit(model, tokenizer, [loaded], rng, out / f"{NAME}-seed{seed}.safetensors")
+    Evaluation(model, tokenizer, [method], [loaded], out / "records.jsonl", out / "fits").fit(seed)
     method.on(loaded)
     tensors, notes = load_tensors(file)
     save_tensors(file, tensors, {**notes, "dtype": "float32"})

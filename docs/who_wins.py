@@ -13,26 +13,27 @@ from icrouting.conclusion import label
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "who-wins.svg"
-# By kind of mark its colour, its shape, and the runs that it is drawn from, with how methods' names end there.
+PANELS = {"source": "the five source tasks", "unseen": "the other seven tasks"}
+# By kind of mark its colour, its shape, and the runs that it is drawn from: how methods' names end there, how far above
+# a method's line its mark is drawn, and in which panels. On the source tasks that is the run of three seeds.
 KINDS = {
-    "no fit, or one router (few-shot: 3 draws)": ("#000000", "o", {"smollm2-135m": ""}),
-    "fitted once on the source tasks (three seeds)": ("#0072B2", "D", {"smollm2-135m-rivals-once": "-once"}),
+    "no fit, or one router (few-shot: 3 draws)": ("#000000", "o", {"smollm2-135m": ("", 0, PANELS)}),
+    "fitted once on the source tasks (three seeds)": (
+        "#0072B2",
+        "D",
+        {"smollm2-135m-rivals-once": ("-once", 0.22, PANELS)},
+    ),
     "fitted on each task (left: 3 seeds; right: 2)": (
         "#D55E00",
         "s",
         {
-            "smollm2-135m-rivals-in-domain-sources": "",
-            "smollm2-135m-rivals-in-domain": "",
-            "smollm2-135m-rivals-in-domain-seed-1": "",
+            "smollm2-135m-rivals-in-domain-sources": ("", -0.04, ["source"]),
+            "smollm2-135m-rivals-in-domain": ("", -0.04, ["unseen"]),
+            "smollm2-135m-rivals-in-domain-seed-1": ("", -0.3, ["unseen"]),
         },
     ),
 }
-# On the source tasks the pooled run is drawn, whose first seed was fitted anew.
-UNSEEN_ALONE = ("smollm2-135m-rivals-in-domain", "smollm2-135m-rivals-in-domain-seed-1")
-# How far above its method's line each run's mark is drawn; the pooled run and the first seed's are in different panels.
-OFFSETS = dict(zip(KINDS, ((0,), (0.22,), (-0.04, -0.04, -0.3)), strict=True))
 NOT_FITTED = ("icr", "few-shot", "multi-task-few-shot", "calibration")
-PANELS = {"source": "the five source tasks", "unseen": "the other seven tasks"}
 
 
 def files() -> list[Path]:
@@ -41,16 +42,15 @@ def files() -> list[Path]:
 
 
 def gains() -> pd.DataFrame:
-    """Returns a line for each mark: its kind, place among its kind's runs, group, method, and gain in points."""
+    """Returns a line for each mark: its kind, run, height above its method's line, group, method, and gain."""
     found = []
     for kind, (_, _, runs) in KINDS.items():
-        for place, (run, ending) in enumerate(runs.items()):
+        for run, (ending, height, panels) in runs.items():
             lines = pd.read_csv(ROOT / "benchmarks" / "results" / run / "report.csv").query("kind == 'mean'")
-            panels = ["unseen"] if run in UNSEEN_ALONE else list(PANELS)
             lines = lines[lines.name.isin(panels) & lines.gain.notna() & lines.method.str.endswith(ending)]
             method = lines.method.str.removesuffix(ending) if ending else lines.method
             is_drawn = method.isin(NOT_FITTED) == (kind == next(iter(KINDS)))
-            found.append(lines.assign(method=method, mark=kind, place=place)[is_drawn])
+            found.append(lines.assign(method=method, mark=kind, run=run, height=height)[is_drawn])
     return pd.concat(found)
 
 
@@ -74,7 +74,7 @@ def draw() -> Figure:
         axes.axvline(0, color="#888888", linewidth=1, zorder=1)
         for line in lines[lines.name == name].itertuples():
             colour, shape, _ = KINDS[line.mark]
-            height = methods.index(line.method) + OFFSETS[line.mark][line.place]
+            height = methods.index(line.method) + line.height
             axes.plot([100 * line.gain_low, 100 * line.gain_high], [height] * 2, color=colour, linewidth=1.2)
             axes.plot(100 * line.gain, height, shape, color=colour, markersize=4)
         axes.set(title=title, xlabel="points above zero-shot")

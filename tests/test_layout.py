@@ -62,7 +62,7 @@ def test_files_and_functions_stay_small(file):
 
 def test_the_whole_stays_small():
     """The aim is 6,000 lines; this is where the whole stands, so that it can only shrink. Its code alone is below."""
-    assert sum(len(file.read_text().splitlines()) for file in FILES) <= 9031
+    assert sum(len(file.read_text().splitlines()) for file in FILES) <= 9030
     assert sum(map(n_code_lines, FILES)) < 6000
 
 

@@ -68,7 +68,7 @@ def test_the_picture_of_who_wins_is_drawn_from_the_committed_runs():
     import who_wins
 
     assert who_wins.drawn() == who_wins.digest(), "run python docs/who_wins.py"
-    lines = who_wins.gains().set_index(["mark", "place", "name", "method"]).gain
+    lines = who_wins.gains().set_index(["mark", "run", "name", "method"]).gain
     assert lines.index.is_unique
     assert {mark for mark, *_ in lines.index} == set(who_wins.KINDS)
 

@@ -13,6 +13,8 @@
 #     benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/rivals-in-domain 100 1 30 5 0 \
 #         "zero-shot calibration icr task-vectors function-vectors icv elicit iterative-vectors i2cl live m2iv lora-block
 #         lora-head lora-block-more prefix-tuning prompt-tuning probe-hidden probe-encoder"
+# On the five source tasks alone, as the paper fits these, with the same methods and another OUT:
+#     TASKS="agnews csqa sst2 trec piqa" benchmarks/recipes/rivals.sh ... runs/rivals-in-domain-sources 500 1 30 5 "0 1 2" ...
 # Linear probes with as many rows as the router has seen queries:
 #     benchmarks/recipes/rivals.sh pinned:smollm2-135m routers/smollm2-135m runs/probes 500 12 1000 10 0 \
 #         "zero-shot icr probe-hidden probe-encoder"
@@ -26,7 +28,7 @@ methods=${9:-"zero-shot calibration icr task-vectors-once function-vectors-once 
     prefix-tuning-once prompt-tuning-once"}
 sources="agnews sst2 trec csqa piqa"
 icr eval --model "$model" ${router:+--router "$router"} --data "${DATA:-../shared/data}" --sources $sources \
-    --tasks $sources sst5 mr mrpc cb copa creak ai2scie --methods $methods --n-test "$n_test" \
+    --tasks ${TASKS:-$sources sst5 mr mrpc cb copa creak ai2scie} --methods $methods --n-test "$n_test" \
     --tries "$tries" --train-rows "$train_rows" --train-epochs "$train_epochs" --i2cl-epochs 20 \
     --encoder pinned:minilm --seeds $seeds --out "$out"
 # PUBLISH_AS=name keeps the figures in the repository; then `python docs/results.py`.

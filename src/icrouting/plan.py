@@ -166,9 +166,8 @@ def _texts(
     """Every task's prompts and queries, drawn as the fit draws them: up to the sample they are the same ones."""
 
     def measured(texts: list[str], count: int, limit: float) -> Texts:
-        reckoned = [len(text) / CHARS_PER_TOKEN for text in texts]
-        lengths = reckoned if tokenizer is None else [len(tokens) for tokens in tokenize(tokenizer, texts)]
-        lengths, scale = np.minimum(lengths, limit), count / len(texts)
+        read, per_token = (texts, CHARS_PER_TOKEN) if tokenizer is None else (tokenize(tokenizer, texts), 1)
+        lengths, scale = np.minimum([len(each) / per_token for each in read], limit), count / len(texts)
         return Texts(count, round(lengths.sum() * scale), round((lengths**2).sum() * scale), math.ceil(lengths.max()))
 
     prompts, queries, limit = {}, {}, float(min(config.max_tokens, context_length(model) or config.max_tokens))
