@@ -1,6 +1,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,14 @@ def test_prompts_are_counted_as_the_rows_allow_and_a_sample_stands_for_all(token
         assert counts[0] == counts[1] == counts[2]
         tokens = [sum(texts.tokens for texts in getattr(of, kind).values()) for of in (whole, sampled)]
         assert tokens[1] == pytest.approx(tokens[0], rel=0.2)
+
+
+def test_without_a_tokenizer_tokens_are_reckoned_from_characters():
+    config = replace(SMALL, max_tokens=1000)
+    found = planned(tiny.model("llama"), config=config, sample=100).queries
+    for task in TASKS:
+        n_chars = sum(len(task.prompt(row)) for row in task.train)
+        assert found[task.name].tokens == pytest.approx(n_chars / 3.8, abs=0.5)
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
