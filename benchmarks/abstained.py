@@ -11,7 +11,7 @@ from pathlib import Path
 
 from icrouting import records
 from icrouting.runs import commit
-from icrouting.storage import save_json
+from icrouting.runtime.storage import save_json
 from icrouting.summary import BASELINE
 
 

@@ -19,7 +19,7 @@ from statistics import fmean, median
 from icrouting import records
 from icrouting.records import Record
 from icrouting.runs import commit
-from icrouting.storage import load_json, save_json
+from icrouting.runtime.storage import load_json, save_json
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 

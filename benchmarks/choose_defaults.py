@@ -22,7 +22,6 @@ import torch
 from icrouting import fitting, records, report
 from icrouting.attach import attach
 from icrouting.batches import pad_id_of, tokenize
-from icrouting.catalogue import PAPER_TASKS
 from icrouting.config import PAPER, FitConfig
 from icrouting.families import dims_of, late_third
 from icrouting.features import features_of
@@ -30,9 +29,10 @@ from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
 from icrouting.records import Record
 from icrouting.router import Router
+from icrouting.runtime.storage import load_tensors
 from icrouting.scoring import option_ids
-from icrouting.storage import load_tensors
-from icrouting.tasks import load_task
+from icrouting.tasks.catalogue import PAPER_TASKS
+from icrouting.tasks.load import load_task
 from icrouting.train import Trainer
 from icrouting.trunk import late_entry, pad_states, run_trunk
 

@@ -19,8 +19,8 @@ from icrouting.config import FitConfig
 from icrouting.families import late_third
 from icrouting.models import load_model
 from icrouting.runs import commit
-from icrouting.storage import load_json, load_tensors, save_json, save_tensors
-from icrouting.tasks import load_task
+from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
+from icrouting.tasks.load import load_task
 
 SHARED = (1, 2, 4, 8)
 BASE = FitConfig(n_prompts=24, seed=0)

@@ -24,8 +24,8 @@ from icrouting.features import Features, features_of
 from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
 from icrouting.runs import commit
-from icrouting.storage import load_tensors, save_json, save_tensors
-from icrouting.tasks import load_task
+from icrouting.runtime.storage import load_tensors, save_json, save_tensors
+from icrouting.tasks.load import load_task
 
 CONFIG = FitConfig(
     basis="pca", lr=1e-4, ce_scope="options", batch_size=8, n_prompts=20, n_queries=250, epochs=2, seed=loo.SEED

@@ -22,8 +22,9 @@ from icrouting import records
 from icrouting.icr import InContextRouter
 from icrouting.models import load_model
 from icrouting.runs import commit
-from icrouting.storage import load_json, save_json
-from icrouting.tasks import Example, Task, load_task
+from icrouting.runtime.storage import load_json, save_json
+from icrouting.tasks.load import load_task
+from icrouting.tasks.task import Example, Task
 
 MODEL, ONE_FORMAT, SEED = "pinned:smollm2-135m", "routers/smollm2-135m", 0
 OTHER_WORDS = {

@@ -17,8 +17,8 @@ from novelty import gain
 
 from icrouting import records
 from icrouting.runs import commit
-from icrouting.storage import load_json, save_json
-from icrouting.tasks import load_task
+from icrouting.runtime.storage import load_json, save_json
+from icrouting.tasks.load import load_task
 
 
 def last_line(task, row) -> str:

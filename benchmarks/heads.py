@@ -23,8 +23,8 @@ from icrouting.evaluate import Evaluation
 from icrouting.methods.function_vectors import TOP_HEADS
 from icrouting.models import check_fitted_on, load_model
 from icrouting.runs import commit
-from icrouting.storage import load_json, load_tensors, save_json, save_tensors
-from icrouting.tasks import load_task
+from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
+from icrouting.tasks.load import load_task
 
 NAME = "function-vectors"
 

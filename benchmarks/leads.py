@@ -13,7 +13,7 @@ from novelty import gain
 
 from icrouting import records
 from icrouting.runs import commit
-from icrouting.storage import load_json, save_json
+from icrouting.runtime.storage import load_json, save_json
 
 
 def run(folders: list[Path], pairs: list[str], out: Path, without: list[str]) -> None:

@@ -25,11 +25,11 @@ from icrouting.families import dims_of, late_third
 from icrouting.features import features_of
 from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
-from icrouting.prompts import extraction_prompts
 from icrouting.router import Router
 from icrouting.runs import commit
-from icrouting.storage import save_json
-from icrouting.tasks import load_task
+from icrouting.runtime.storage import save_json
+from icrouting.tasks.load import load_task
+from icrouting.tasks.prompts import extraction_prompts
 from icrouting.train import Trainer
 
 TASKS, N_VALIDATION, SEED = ("agnews", "sst2", "trec"), 100, 42

@@ -25,8 +25,8 @@ from icrouting.evaluate import Evaluation
 from icrouting.icr import InContextRouter
 from icrouting.methods import make
 from icrouting.models import fingerprint
-from icrouting.storage import save_json
-from icrouting.tasks import Example, Task, TaskSpec, rows_digest
+from icrouting.runtime.storage import save_json
+from icrouting.tasks.task import Example, Task, TaskSpec, rows_digest
 
 WORDS = json.loads(Path(__file__).with_name("mappings.json").read_text(encoding="utf-8"))
 SOURCES = ["capital", "antonym", "past", "plural", "french"]

@@ -51,7 +51,7 @@ def world(n_rows):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from icrouting.models import folder_of
-    from icrouting.tasks import load_task
+    from icrouting.tasks.load import load_task
 
     tokenizer = AutoTokenizer.from_pretrained(folder_of("pinned:smollm2-135m"))
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     from icrouting.runs import commit
-    from icrouting.storage import save_json
+    from icrouting.runtime.storage import save_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/memory.json"))

@@ -26,8 +26,8 @@ from icrouting.features import features_of
 from icrouting.icr import InContextRouter
 from icrouting.models import load_model
 from icrouting.runs import commit
-from icrouting.storage import load_json, save_json
-from icrouting.tasks import load_task
+from icrouting.runtime.storage import load_json, save_json
+from icrouting.tasks.load import load_task
 from icrouting.trunk import entering_states
 
 N_BANK, N_FRESH, CHUNK = 200, 60, 32

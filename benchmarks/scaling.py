@@ -24,7 +24,7 @@ from icrouting.fitting import extract, training_queries
 from icrouting.models import load_model
 from icrouting.plan import Plan, plan_fit
 from icrouting.router import Router
-from icrouting.tasks import load_task
+from icrouting.tasks.load import load_task
 from icrouting.train import Trainer
 
 MODEL = "pinned:smollm2-135m"

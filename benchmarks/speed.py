@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from icrouting.families import dims_of, late_third
 from icrouting.models import load_model
 from icrouting.pids import PIDs
-from icrouting.tasks import load_task
+from icrouting.tasks.load import load_task
 
 PARTS = {
     "scoring": speed_passes.scoring,

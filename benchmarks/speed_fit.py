@@ -17,9 +17,9 @@ from icrouting.features import features_of
 from icrouting.icr import InContextRouter
 from icrouting.models import load_model
 from icrouting.pids import QKMoments
-from icrouting.prompts import extraction_prompts
 from icrouting.router import Router
 from icrouting.scoring import option_ids
+from icrouting.tasks.prompts import extraction_prompts
 from icrouting.train import Query, Trainer, alpha_scale
 from icrouting.trunk import TrunkState, run_trunk
 

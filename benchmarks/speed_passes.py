@@ -22,11 +22,11 @@ from icrouting.families import CACHE, attention_of, device_of, dims_of
 from icrouting.features import Reader, features_of
 from icrouting.pids import PIDs
 from icrouting.probe import attention_function
-from icrouting.prompts import balanced_demos, few_shot
 from icrouting.routed import rerouted
 from icrouting.router import Router
 from icrouting.scoring import KeptContext, next_token_logits, score_options
-from icrouting.tasks import Task
+from icrouting.tasks.prompts import balanced_demos, few_shot
+from icrouting.tasks.task import Task
 from icrouting.trunk import entering_states
 
 RANK = 8

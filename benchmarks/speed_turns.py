@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from icrouting.runs import commit
-from icrouting.storage import load_json, save_json
+from icrouting.runtime.storage import load_json, save_json
 
 Calls = Mapping[str, Callable[[], object]]
 SHORTEST, LONG = 0.2, 2.0  # seconds; shorter calls than the one are repeated within a turn

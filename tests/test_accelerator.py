@@ -12,8 +12,8 @@ from icrouting.attach import attach
 from icrouting.families import CACHE
 from icrouting.methods import LEARNING
 from icrouting.models import load_model
-from icrouting.prompts import Prompt
 from icrouting.scoring import score_options
+from icrouting.tasks.prompts import Prompt
 from reference import reference_routed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no accelerator here")

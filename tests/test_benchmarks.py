@@ -24,10 +24,10 @@ import speed
 import tiny
 from fake_run import fake_config, fake_records, record
 from icrouting import InContextRouter, records, report, score_options
-from icrouting.conclusion import MINUS
 from icrouting.config import FitConfig
-from icrouting.prompts import balanced_demos
-from icrouting.storage import load_json, save_json
+from icrouting.runtime.pages import MINUS
+from icrouting.runtime.storage import load_json, save_json
+from icrouting.tasks.prompts import balanced_demos
 
 CANDIDATES = {
     (module.__name__, name): config

@@ -3,7 +3,8 @@ import re
 import pytest
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records
-from icrouting.conclusion import conclusion, points
+from icrouting.conclusion import conclusion
+from icrouting.runtime.pages import points
 from icrouting.summary import summarise
 
 

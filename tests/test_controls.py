@@ -8,15 +8,16 @@ import torch
 from accelerate import DistributedType
 
 import tiny
-from icrouting import fitting, processes
+from icrouting import fitting
 from icrouting.config import FitConfig
 from icrouting.evaluate import Evaluation
 from icrouting.features import features_of
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, controls, make
-from icrouting.prompts import Prompt
 from icrouting.router import Router
+from icrouting.runtime import processes
 from icrouting.scoring import option_ids, score_options
+from icrouting.tasks.prompts import Prompt
 from icrouting.train import Trainer
 
 TASK = tiny.task("toy", n_test=30)

@@ -14,8 +14,8 @@ from icrouting.methods import Settings
 from icrouting.methods import distilling as d
 from icrouting.methods.live import Live, turned
 from icrouting.methods.m2iv import M2IV, synergy
-from icrouting.prompts import few_shot
 from icrouting.scoring import next_token_logits, option_ids, score_options
+from icrouting.tasks.prompts import few_shot
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("others", n_test=30)
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")

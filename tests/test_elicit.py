@@ -13,7 +13,7 @@ from icrouting.methods.elicit import Elicit
 from icrouting.methods.task_vectors import sweep
 from icrouting.retriever import same_task, train_head
 from icrouting.scoring import option_ids, score_options
-from icrouting.tasks import Task, TaskSpec
+from icrouting.tasks.task import Task, TaskSpec
 
 TASK = tiny.task("toy")
 NEWS, ROWS = TaskSpec("news", "far", "News: {text}\nTopic:", ("joy", "dull")), tiny.task("others")

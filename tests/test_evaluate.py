@@ -17,8 +17,8 @@ from icrouting.families import layers_of
 from icrouting.methods import METHODS, Settings, make
 from icrouting.methods.prompting import ZeroShot
 from icrouting.methods.regimes import regimes
-from icrouting.prompts import Prompt
-from icrouting.tasks import Task
+from icrouting.tasks.prompts import Prompt
+from icrouting.tasks.task import Task
 
 TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
 

@@ -12,7 +12,7 @@ from fake_run import fake_config, fake_records
 from icrouting.fits import fit_costs, write_tried
 from icrouting.methods import Settings, make
 from icrouting.report import markdown
-from icrouting.storage import save_tensors
+from icrouting.runtime.storage import save_tensors
 from icrouting.summary import summarise
 
 TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]

@@ -9,8 +9,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import formats
 
-from icrouting.catalogue import SPECS
-from icrouting.tasks import Example, Task
+from icrouting.tasks.catalogue import SPECS
+from icrouting.tasks.task import Example, Task
 
 SOURCES = ("agnews", "sst2", "trec", "csqa", "piqa")
 

@@ -14,9 +14,9 @@ from icrouting.edits import edited_inputs, last_outputs, recorded
 from icrouting.families import FAMILIES, attention_of, branches_of, dims_of, layers_of, output_of
 from icrouting.methods import Settings, function_vectors, make
 from icrouting.methods.function_vectors import FunctionVectors, indirect_effects, written
-from icrouting.prompts import Prompt, few_shot
 from icrouting.scoring import next_token_logits, option_ids, score_options
-from icrouting.tasks import Example, Task, TaskSpec
+from icrouting.tasks.prompts import Prompt, few_shot
+from icrouting.tasks.task import Example, Task, TaskSpec
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")

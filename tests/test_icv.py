@@ -12,8 +12,8 @@ from icrouting.edits import last_outputs, mean_last_outputs, recorded
 from icrouting.families import branches_of, layers_of
 from icrouting.methods import Settings, icv
 from icrouting.methods.icv import FORMS, ICV, icv_direction, turned
-from icrouting.prompts import Prompt, few_shot
 from icrouting.scoring import next_token_logits, option_ids, score_options
+from icrouting.tasks.prompts import Prompt, few_shot
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")

@@ -9,8 +9,8 @@ from icrouting.edits import edited, recorded
 from icrouting.families import all_branches_of, branches_of, layers_of
 from icrouting.methods import Settings
 from icrouting.methods.iterative_vectors import IterativeVectors, _episode, extract, outputs_at
-from icrouting.prompts import episodes
 from icrouting.scoring import option_ids, score_options
+from icrouting.tasks.prompts import episodes
 
 TASK = tiny.task("toy")
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")

@@ -17,9 +17,9 @@ from icrouting.families import CACHE, FAMILIES, branches_of, layers_of
 from icrouting.methods import Settings, make
 from icrouting.methods.i2cl import I2CL
 from icrouting.methods.task_vectors import TaskVectors, sweep
-from icrouting.prompts import Prompt
 from icrouting.scoring import next_token_logits, option_ids, score_options
-from icrouting.tasks import Example, Task, TaskSpec
+from icrouting.tasks.prompts import Prompt
+from icrouting.tasks.task import Example, Task, TaskSpec
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")

@@ -13,7 +13,7 @@ from icrouting.evaluate import Evaluation
 from icrouting.families import decoder_of
 from icrouting.methods import Settings, make
 from icrouting.methods.probes import STRENGTHS, ProbeEncoder, ProbeHidden, logistic_regression
-from icrouting.tasks import Example, Task, TaskSpec
+from icrouting.tasks.task import Example, Task, TaskSpec
 
 TASK = tiny.task("toy", n_test=30)
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from icrouting import cli, evaluate, fitting, models, processes, records
+from icrouting import cli, evaluate, fitting, models, records
 from icrouting.icr import InContextRouter
+from icrouting.runtime import processes
 from test_cli import world  # noqa: F401
 from test_kill import table
 

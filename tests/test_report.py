@@ -10,9 +10,10 @@ import pytest
 import browser
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records, many_methods
 from icrouting import records, report
-from icrouting.conclusion import conclusion, points
+from icrouting.conclusion import conclusion
 from icrouting.figures import confusions
 from icrouting.report import summarise
+from icrouting.runtime.pages import points
 from icrouting.table import marks
 
 ROUTING = {

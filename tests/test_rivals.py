@@ -25,10 +25,10 @@ from icrouting.methods.regimes import ONCE
 from icrouting.methods.saved import load_method, save_method
 from icrouting.methods.soft_prompts import PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
-from icrouting.prompts import Prompt
+from icrouting.runtime.storage import load_tensors, save_tensors
 from icrouting.scoring import score_options
-from icrouting.storage import load_tensors, save_tensors
-from icrouting.tasks import Task
+from icrouting.tasks.prompts import Prompt
+from icrouting.tasks.task import Task
 
 TASK = tiny.task("toy", n_test=30)
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import tiny
-from icrouting.prompts import Prompt, balanced_demos, few_shot
 from icrouting.scoring import option_ids, score_options
+from icrouting.tasks.prompts import Prompt, balanced_demos, few_shot
 
 CLOSE = 1e-4
 

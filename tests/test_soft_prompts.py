@@ -16,8 +16,8 @@ from icrouting.families import CACHE, decoder_of, dims_of
 from icrouting.methods import Settings
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.tuning import answered
-from icrouting.prompts import Prompt
 from icrouting.scoring import score_options
+from icrouting.tasks.prompts import Prompt
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from icrouting.catalogue import SPECS
-from icrouting.splits import SPARE, apart, is_long, make_task, text_key, within
-from icrouting.tasks import Example, Task
+from icrouting.tasks.catalogue import SPECS
+from icrouting.tasks.splits import SPARE, apart, is_long, make_task, text_key, within
+from icrouting.tasks.task import Example, Task
 
 SPEC = SPECS["sst2"]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from icrouting import assets, catalogue, splits, staicc
-from icrouting.tasks import Task, TaskSpec
+from icrouting.runtime import wheels
+from icrouting.tasks import catalogue, splits, staicc
+from icrouting.tasks.task import Task, TaskSpec
 
 
 class Evil:
@@ -48,7 +49,7 @@ def count_inside(inner: set[str], outer: set[str]) -> int:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that stands in for the wheel's."""
-    monkeypatch.setattr(assets, "fetch", lambda name: tmp_path)
+    monkeypatch.setattr(wheels, "fetch", lambda name: tmp_path)
     return tmp_path
 
 
@@ -71,7 +72,7 @@ def reviews(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def pinned_folder() -> Path:
     try:
-        return assets.fetch("staicc")
+        return wheels.fetch("staicc")
     except ConnectionError as error:
         pytest.skip(f"the pinned wheel is not at hand: {error}")
 

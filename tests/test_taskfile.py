@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from icrouting import cli
-from icrouting.tasks import load_task
+from icrouting.tasks.load import load_task
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
 

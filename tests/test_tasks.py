@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import tiny
-from icrouting.catalogue import PAPER_TASKS, SPECS
-from icrouting.prompts import balanced_demos, extraction_prompts, few_shot
-from icrouting.tasks import Task, load_task, rows_digest
+from icrouting.tasks.catalogue import PAPER_TASKS, SPECS
+from icrouting.tasks.load import load_task
+from icrouting.tasks.prompts import balanced_demos, extraction_prompts, few_shot
+from icrouting.tasks.task import Task, rows_digest
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside the checkout")

@@ -30,7 +30,7 @@ from transformers import (
 from icrouting.families import dims_of
 from icrouting.pids import PIDs
 from icrouting.router import Routing
-from icrouting.tasks import Example, Task, TaskSpec
+from icrouting.tasks.task import Example, Task, TaskSpec
 
 VOCAB = 311
 # Every axis has a size of its own, so that swapped axes cannot pass.

@@ -11,10 +11,21 @@ if TYPE_CHECKING:
     from icrouting.icr import InContextRouter
     from icrouting.models import load_model
     from icrouting.scoring import score_options
-    from icrouting.tasks import Example, Task, TaskSpec, load_task
+    from icrouting.tasks.load import load_task
+    from icrouting.tasks.task import Example, Task, TaskSpec
 
-# The lightest first.
-_HOMES = ("tasks", "config", "models", "scoring", "icr")
+# Which room each public name is imported from.
+_ROOMS = {
+    "PAPER": "config",
+    "Example": "tasks.task",
+    "FitConfig": "config",
+    "InContextRouter": "icr",
+    "Task": "tasks.task",
+    "TaskSpec": "tasks.task",
+    "load_model": "models",
+    "load_task": "tasks.load",
+    "score_options": "scoring",
+}
 
 __all__ = [
     "PAPER",
@@ -32,5 +43,5 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'icrouting' has no attribute {name!r}")
-    rooms = (import_module(f"icrouting.{home}") for home in _HOMES)
-    return next(getattr(room, name) for room in rooms if name in vars(room))
+    room = import_module(f"icrouting.{_ROOMS[name]}")
+    return getattr(room, name)

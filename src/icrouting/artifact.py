@@ -20,15 +20,15 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from icrouting.checks import first_line, read
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.families import check_layers, decoder_of, dims_of
 from icrouting.features import Features
 from icrouting.models import fingerprint
 from icrouting.pids import PIDs
 from icrouting.router import Router
-from icrouting.storage import load_json, load_tensors, save_json, save_tensors
-from icrouting.tasks import Task, rows_digest
+from icrouting.runtime.checks import first_line, read
+from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
+from icrouting.tasks.task import Task, rows_digest
 
 FORMAT_VERSION = 1
 _MEANING = {

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import context_length, finite_rows, pad_id_of, tokenize
 from icrouting.families import attention_of, decoder_of, dims_of, family_of
-from icrouting.prompts import Prompt
 from icrouting.scoring import after_prefix, by_context
 from icrouting.sites import watched
+from icrouting.tasks.prompts import Prompt
 
 TOKEN_BUDGET = 4096
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from icrouting.catalogue import PAPER_TASKS
 from icrouting.config import Backbone, FitConfig, Settings
+from icrouting.tasks.catalogue import PAPER_TASKS
 
 BACKBONE, DEFAULTS, SETTINGS = Backbone(), FitConfig(), Settings()
 # The paper's tasks that the hub holds: the five in-domain ones first.

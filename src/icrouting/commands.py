@@ -23,12 +23,13 @@ from icrouting.evaluate import Evaluation
 from icrouting.families import device_of
 from icrouting.icr import InContextRouter
 from icrouting.models import default_dtype, fingerprint, load_model, load_skeleton
-from icrouting.processes import first_one_first, is_first, wait
-from icrouting.progress import spinner
-from icrouting.splits import within
-from icrouting.storage import load_json, save_json, save_text
+from icrouting.runtime.processes import first_one_first, is_first, wait
+from icrouting.runtime.progress import spinner
+from icrouting.runtime.storage import load_json, save_json, save_text
 from icrouting.summary import BASELINE
-from icrouting.tasks import Task, load_task, rows_digest
+from icrouting.tasks.load import load_task
+from icrouting.tasks.splits import within
+from icrouting.tasks.task import Task, rows_digest
 from icrouting.trunk import TRUNK_FILE
 
 console = Console()

@@ -1,9 +1,8 @@
 """Conclusion: the sentence at the head of a report, losses included."""
 
 from icrouting.metrics import Estimate
+from icrouting.runtime.pages import points
 from icrouting.summary import BASELINE, Summary
-
-MINUS = "\N{MINUS SIGN}"
 
 
 def conclusion(summary: Summary) -> str:
@@ -20,12 +19,6 @@ def conclusion(summary: Summary) -> str:
 def label(method: str) -> str:
     """The name that readers see."""
     return method.upper() if method == "icr" else method
-
-
-def points(share: float, is_signed: bool = False) -> str:
-    """A share in percentage points: 0.5612 reads 56.1; with a true minus sign, never -0.0."""
-    rounded = round(share * 100, 1) + 0.0
-    return (f"{rounded:+.1f}" if is_signed else f"{rounded:.1f}").replace("-", MINUS)
 
 
 def span(estimate: Estimate) -> str:

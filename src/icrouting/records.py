@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
-from icrouting.checks import in_words
+from icrouting.runtime.storage import read_lines
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -97,22 +97,3 @@ def read(path: Path) -> list[Record]:
     if n_repeated := len(records) - len(unique):
         log.info("%s: left out %d repeated records", path, n_repeated)
     return list(unique.values())
-
-
-def read_lines(path: Path, kind: type[T]) -> list[T]:
-    """Returns what the lines of a JSONL file hold; ValueError names the file, the line and what does not fit.
-
-    A last line without its newline was cut by a kill and is dropped; no file reads as no lines.
-    """
-    if not path.exists():
-        return []
-    *lines, rest = path.read_bytes().split(b"\n")
-    if rest:
-        log.info("%s: dropped a last line that was cut short after %d bytes", path, len(rest))
-    parse, found = TypeAdapter(kind).validate_json, []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append(parse(line))
-        except ValidationError as error:
-            raise ValueError(f"{path}:{number}: {in_words(error)}") from error
-    return found

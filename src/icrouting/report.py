@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 
 from icrouting import conclusion, figures, records, table
-from icrouting.checks import read
-from icrouting.storage import load_json, save_text
+from icrouting.runtime.checks import read
+from icrouting.runtime.pages import points, render
+from icrouting.runtime.storage import load_json, read_lines, save_text
 from icrouting.summary import BASELINE, MOST_OPTIONS, Summary, summarise
+
+_FILTERS = {"points": points, "label": conclusion.label, "json": json.dumps}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
     confused = [method.name for method in ordered if any(summary.cells(method.name).confusion)]
     return render(
         "report.html.j2",
+        _FILTERS,
         summary=summary,
         conclusion=conclusion.conclusion(summary),
         table=table,
@@ -81,18 +84,8 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
 def markdown(summary: Summary, config: Mapping[str, Any]) -> str:
     """Returns the conclusion, the table, its legend, what was cut short, the figures' origin, and what they cost."""
     return render(
-        "report.md.j2", summary=summary, conclusion=conclusion.conclusion(summary), table=table, config=config
+        "report.md.j2", _FILTERS, summary=summary, conclusion=conclusion.conclusion(summary), table=table, config=config
     )
-
-
-def render(template: str, **values: object) -> str:
-    """Returns a page: one of our templates filled with values, which are escaped where it is HTML."""
-    loader, strict = jinja2.PackageLoader("icrouting", ""), jinja2.StrictUndefined
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(points=conclusion.points, label=conclusion.label, json=json.dumps)
-    return environment.get_template(template).render(**values)
 
 
 def _objects(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -116,7 +109,7 @@ def _pictures(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> 
         mean = {part: np.mean([task[part] for task in tasks.values()], axis=0) for part in parts}
         pictures["routing"] = figures.routing(layers, {"mean over tasks": mean})
         pictures["routing_by_task"] = figures.routing(layers, tasks)
-    if steps := records.read_lines(run_folder / "training.jsonl", dict):
+    if steps := read_lines(run_folder / "training.jsonl", dict):
         pictures["training"] = figures.training(steps)
     return pictures
 

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from icrouting import records
-from icrouting.checks import check
 from icrouting.config import Settings
-from icrouting.locks import locked
-from icrouting.processes import agree, first_one_first, is_first
 from icrouting.routed import Routed
-from icrouting.storage import load_json, save_json
-from icrouting.tasks import Task
+from icrouting.runtime.checks import check
+from icrouting.runtime.locks import locked
+from icrouting.runtime.processes import agree, first_one_first, is_first
+from icrouting.runtime.storage import load_json, save_json
+from icrouting.tasks.task import Task
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
 _GROWING = ("methods", "seeds", "n_test", "router", "notes")

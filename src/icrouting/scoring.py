@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.families import CACHE, base_of, device_of
-from icrouting.prompts import Prompt
+from icrouting.tasks.prompts import Prompt
 
 TOKEN_BUDGET = 2048  # a prompt of more than half of it runs alone, and so without a mask
 _say_once = lru_cache(None)(logging.getLogger(__name__).warning)

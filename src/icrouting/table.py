@@ -9,7 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from icrouting.conclusion import label, points
+from icrouting.conclusion import label
+from icrouting.runtime.pages import points
 from icrouting.summary import BASELINE, Method, Row, Summary
 
 ABOVE, BELOW, AT_CHANCE, NONE = "▲", "▼", "≈", "\N{EN DASH}"

@@ -17,10 +17,10 @@ from icrouting.batches import finite_rows
 from icrouting.config import FitConfig
 from icrouting.families import device_of
 from icrouting.pids import PIDs
-from icrouting.processes import is_first, mine, total
-from icrouting.progress import track
 from icrouting.router import Router
-from icrouting.storage import load_tensors, save_tensors
+from icrouting.runtime.processes import is_first, mine, total
+from icrouting.runtime.progress import track
+from icrouting.runtime.storage import load_tensors, save_tensors
 from icrouting.trunk import LateEntry, TrunkState, late_entry, pad_states
 
 CHECKPOINT_EVERY = 25

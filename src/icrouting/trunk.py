@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from icrouting.batches import Batch, by_length, pad
 from icrouting.families import decoder_of, device_of, layers_of
 from icrouting.losses import entropy
-from icrouting.processes import decided, is_first, mine, total, wait
-from icrouting.progress import track
+from icrouting.runtime.processes import decided, is_first, mine, total, wait
+from icrouting.runtime.progress import track
+from icrouting.runtime.storage import load_tensors, save_tensors
 from icrouting.scoring import next_token_logits
-from icrouting.storage import load_tensors, save_tensors
 
 TOKEN_BUDGET = 4096
 TRUNK_FILE = "trunk.bin"

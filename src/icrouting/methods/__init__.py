@@ -20,7 +20,7 @@ from icrouting.methods.regimes import regimes
 from icrouting.methods.routing import Icr, IcrGated
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
-from icrouting.tasks import known
+from icrouting.runtime.checks import known
 
 LEARNING: tuple[type[Method], ...] = (
     *(TaskVectors, FunctionVectors, ICV, Elicit, IterativeVectors),

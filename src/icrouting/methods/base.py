@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.calls import check_alone, hooked
-from icrouting.checks import check_same
 from icrouting.config import Settings
 from icrouting.edits import counted_rows
 from icrouting.families import base_of, family_of
 from icrouting.models import check_fitted_on, fingerprint
-from icrouting.prompts import Prompt
+from icrouting.runtime.checks import check_same
+from icrouting.runtime.storage import load_tensors, save_tensors, unshared
 from icrouting.scoring import score_options
-from icrouting.storage import load_tensors, save_tensors, unshared
-from icrouting.tasks import Example, Task
+from icrouting.tasks.prompts import Prompt
+from icrouting.tasks.task import Example, Task
 
 Scores = Float[Tensor, "n_examples n_options"]
 Context = AbstractContextManager[object]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from icrouting.methods.base import Method, Scores
 from icrouting.scoring import score_options
-from icrouting.tasks import Example, Task
+from icrouting.tasks.task import Example, Task
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 

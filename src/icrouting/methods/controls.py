@@ -15,10 +15,10 @@ from icrouting.features import Reader, features_of
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
 from icrouting.pids import PIDs
-from icrouting.processes import alone
 from icrouting.routed import rerouted
 from icrouting.router import Router
-from icrouting.tasks import Task
+from icrouting.runtime.processes import alone
+from icrouting.tasks.task import Task
 
 
 class Refit(Method):

@@ -16,10 +16,10 @@ from icrouting.families import decoder_of, device_of
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered
 from icrouting.models import frozen
-from icrouting.progress import track
-from icrouting.prompts import balanced_demos, few_shot
+from icrouting.runtime.progress import track
 from icrouting.scoring import TOKEN_BUDGET, next_token_logits
-from icrouting.tasks import Task
+from icrouting.tasks.prompts import balanced_demos, few_shot
+from icrouting.tasks.task import Task
 
 FIRST_STD, FIRST_STRENGTH = 0.01, 0.1
 STRENGTH_LR, WEIGHT_DECAY, WARM_UP, CLIP, BATCH_SIZE, W_LABEL = 1e-2, 1e-3, 0.1, 1.0, 16, 0.5

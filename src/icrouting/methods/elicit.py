@@ -13,9 +13,9 @@ from icrouting.encoder import SentenceEncoder, load_encoder, query_texts
 from icrouting.families import layers_of
 from icrouting.methods.base import Method
 from icrouting.methods.task_vectors import sweep
-from icrouting.prompts import episodes, few_shot
 from icrouting.retriever import same_task, train_head
-from icrouting.tasks import Task
+from icrouting.tasks.prompts import episodes, few_shot
+from icrouting.tasks.task import Task
 
 N_PROMPTS, N_TOP, N_ROWS = 10, 10, 100
 GRID = [{"weight": weight, "recall": recall} for weight in (2.0, 1.0, 0.5) for recall in (0.8, 0.7, 0.9)]

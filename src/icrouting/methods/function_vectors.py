@@ -14,10 +14,10 @@ from icrouting.batches import context_length, tokenize
 from icrouting.edits import edited_inputs, edited_last, last_outputs, last_token_variants
 from icrouting.families import attention_of, branches_of, decoder_of, device_of, dims_of, layers_of, output_of
 from icrouting.methods.base import Context, Method
-from icrouting.progress import track
-from icrouting.prompts import episodes, few_shot
+from icrouting.runtime.progress import track
 from icrouting.scoring import option_ids
-from icrouting.tasks import Example, Task
+from icrouting.tasks.prompts import episodes, few_shot
+from icrouting.tasks.task import Example, Task
 
 log = logging.getLogger(__name__)
 N_PROMPTS, N_SHUFFLED, MIN_RIGHT = 100, 25, 20

@@ -14,10 +14,10 @@ from icrouting.families import all_branches_of, device_of
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered
 from icrouting.models import frozen
-from icrouting.progress import track
-from icrouting.prompts import balanced_demos, demonstration
+from icrouting.runtime.progress import track
 from icrouting.scoring import next_token_logits
-from icrouting.tasks import Example, Task
+from icrouting.tasks.prompts import balanced_demos, demonstration
+from icrouting.tasks.task import Example, Task
 
 WEIGHT_DECAY, WARM_UP, BATCH_SIZE = 1e-3, 0.05, 2
 GRID = [{"lr": lr, "noise": noise} for lr in (1e-2, 3e-3) for noise in (1e-3, 0.0)]  # as published, then others

@@ -12,8 +12,8 @@ from torch.nn.functional import cosine_similarity, normalize
 from icrouting.edits import edited, last_outputs
 from icrouting.families import base_of, branches_of, decoder_of, layers_of
 from icrouting.methods.base import Context, Method
-from icrouting.prompts import balanced_demos, demonstration, few_shot
-from icrouting.tasks import Example, Task
+from icrouting.tasks.prompts import balanced_demos, demonstration, few_shot
+from icrouting.tasks.task import Example, Task
 
 STRENGTHS = (0.1, 0.05, 0.02, 0.2)  # the published README's first
 Demos = Sequence[tuple[Task, Example]]

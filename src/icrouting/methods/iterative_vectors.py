@@ -14,10 +14,10 @@ from icrouting.batches import context_length, pad, tokenize
 from icrouting.edits import added, edited, edited_last, recorded
 from icrouting.families import all_branches_of, decoder_of, device_of, layers_of
 from icrouting.methods.base import Context, Method
-from icrouting.progress import track
-from icrouting.prompts import demonstration, episodes
+from icrouting.runtime.progress import track
 from icrouting.scoring import next_token_logits
-from icrouting.tasks import Example, Task
+from icrouting.tasks.prompts import demonstration, episodes
+from icrouting.tasks.task import Example, Task
 
 N_EPISODES, REFRESH, SHOTS = 200, 10, 1
 # The default of the published code first; its own grid has .1, .3, .5, .7 and .9 for both.

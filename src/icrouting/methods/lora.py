@@ -13,8 +13,8 @@ from icrouting.batches import pad_id_of
 from icrouting.families import base_of, device_of, layers_of
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered, tune
-from icrouting.prompts import balanced_demos
-from icrouting.tasks import Example, Task
+from icrouting.tasks.prompts import balanced_demos
+from icrouting.tasks.task import Example, Task
 from icrouting.trunk import TrunkState, entering_states, late_entry, pad_states
 
 EPOCHS = 20

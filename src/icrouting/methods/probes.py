@@ -15,7 +15,7 @@ from icrouting.encoder import load_encoder, query_texts
 from icrouting.families import base_of, device_of
 from icrouting.methods.base import Method, Scores
 from icrouting.methods.regimes import ONCE
-from icrouting.tasks import Example, Task
+from icrouting.tasks.task import Example, Task
 
 STRENGTHS = (1.0, 0.1, 10.0, 0.01, 100.0, 1e-3, 1e-4)  # scikit-learn's default C first
 

@@ -5,8 +5,8 @@ import zlib
 import numpy as np
 
 from icrouting.methods.base import Method
-from icrouting.prompts import Prompt, balanced_demos, few_shot
-from icrouting.tasks import Example, Task
+from icrouting.tasks.prompts import Prompt, balanced_demos, few_shot
+from icrouting.tasks.task import Example, Task
 
 
 class ZeroShot(Method):

@@ -8,7 +8,7 @@ import numpy as np
 
 from icrouting.config import Settings
 from icrouting.methods.base import Method
-from icrouting.tasks import Task
+from icrouting.tasks.task import Task
 
 ONCE = "-once"
 

@@ -14,7 +14,7 @@ from icrouting.edits import last_outputs
 from icrouting.families import layers_of
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
-from icrouting.tasks import Task
+from icrouting.tasks.task import Task
 
 N_ROWS, N_KNOWN, FEWEST, SHUT_OUT, SHRINKAGE = 260, 200, 26, 0.01, 0.1
 

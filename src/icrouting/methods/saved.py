@@ -7,13 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.checks import check_same, read
 from icrouting.config import Settings
 from icrouting.methods.base import Method
 from icrouting.methods.regimes import ONCE
 from icrouting.models import check_fitted_on, fingerprint
-from icrouting.storage import load_json, load_tensors, save_json, save_tensors, unshared
-from icrouting.tasks import known
+from icrouting.runtime.checks import check_same, known, read
+from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors, unshared
 
 CONFIG, TENSORS = "method.json", "method.safetensors"
 

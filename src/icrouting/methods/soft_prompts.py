@@ -16,7 +16,7 @@ from icrouting.families import CACHE, base_of, decoder_of, device_of
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered, tune
 from icrouting.scoring import next_token_logits
-from icrouting.tasks import Task
+from icrouting.tasks.task import Task
 
 
 class PromptTuning(Method):

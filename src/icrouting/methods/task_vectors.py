@@ -12,9 +12,9 @@ from icrouting.batches import context_length, tokenize
 from icrouting.edits import edited_last, last_token_variants, mean_last_outputs
 from icrouting.families import layers_of
 from icrouting.methods.base import Context, Method
-from icrouting.prompts import balanced_demos, few_shot
 from icrouting.scoring import option_ids
-from icrouting.tasks import Example, Task
+from icrouting.tasks.prompts import balanced_demos, few_shot
+from icrouting.tasks.task import Example, Task
 
 N_DUMMIES = 2
 

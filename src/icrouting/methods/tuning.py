@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from icrouting.batches import context_length, tokenize
-from icrouting.progress import track
+from icrouting.runtime.progress import track
 from icrouting.scoring import option_ids
-from icrouting.tasks import Example, Task
+from icrouting.tasks.task import Example, Task
 
 T = TypeVar("T")
 BATCH_SIZE, HELD_BATCH_SIZE, WARM_UP, PATIENCE = 4, 16, 0.05, 3

@@ -6,9 +6,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NoReturn
 
-from icrouting.rows import read_rows
-from icrouting.splits import make_task
-from icrouting.tasks import Task, TaskSpec
+from icrouting.tasks.rows import read_rows
+from icrouting.tasks.splits import make_task
+from icrouting.tasks.task import Task, TaskSpec
 
 _KINDS = {"name": str, "group": str, "template": str, "options": list, "words": dict, "splits": dict}
 

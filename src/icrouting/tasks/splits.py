@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from icrouting.tasks import Example, Task, TaskSpec
+from icrouting.tasks.task import Example, Task, TaskSpec
 
 N_VALIDATION = 100
 SPARE = 24  # of a model's context, for what methods put around a prompt: virtual tokens, an answer

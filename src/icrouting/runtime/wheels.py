@@ -11,14 +11,14 @@ import zipfile
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from icrouting.progress import spinner
-from icrouting.tasks import known
+from icrouting.runtime.checks import known
+from icrouting.runtime.progress import spinner
 
 log = logging.getLogger(__name__)
 
 # By name, as wheels.toml says.
 WHEELS: dict[str, dict[str, str]] = tomllib.loads(
-    resources.files("icrouting").joinpath("wheels.toml").read_text(encoding="utf-8")
+    resources.files("icrouting.runtime").joinpath("wheels.toml").read_text(encoding="utf-8")
 )
 
 

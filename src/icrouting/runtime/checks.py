@@ -1,6 +1,8 @@
 """Checks: values held against the types and bounds that their class declares, and what is wrong in one line."""
 
+import difflib
 import json
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
@@ -57,3 +59,12 @@ def first_line(error: Exception) -> str:
 def _model_of(kind: type) -> type[BaseModel]:
     fields: dict[str, Any] = {name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()}
     return create_model(kind.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
+
+
+def known(kind: str, name: str, among: Mapping[str, T]) -> T:
+    """Returns what a name stands for; ValueError with near matches, or all that is known, if it stands for nothing."""
+    if name in among:
+        return among[name]
+    near = difflib.get_close_matches(name, among, n=3)
+    said = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(among))}"
+    raise ValueError(f"unknown {kind} {name!r}: {said}")

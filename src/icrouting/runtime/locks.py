@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from icrouting.processes import first_one_first, here, is_first
+from icrouting.runtime.processes import first_one_first, here, is_first
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
 
-from icrouting.checks import first_line
+from icrouting.runtime.checks import first_line
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from itertools import cycle, islice
 
 import numpy as np
 
-from icrouting.tasks import Example, Task
+from icrouting.tasks.task import Example, Task
 
 
 @dataclass(frozen=True)

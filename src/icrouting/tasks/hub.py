@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from icrouting.catalogue import APART_FROM, HUB, MAX_TEST, MAX_TRAIN, SPECS
-from icrouting.rows import parse_row
-from icrouting.splits import make_task
-from icrouting.tasks import Example, Task, TaskSpec
+from icrouting.tasks.catalogue import APART_FROM, HUB, MAX_TEST, MAX_TRAIN, SPECS
+from icrouting.tasks.rows import parse_row
+from icrouting.tasks.splits import make_task
+from icrouting.tasks.task import Example, Task, TaskSpec
 
 _PARQUET = "refs/convert/parquet"
 _SEED = 0

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from icrouting import assets
-from icrouting.catalogue import MAX_TEST, MAX_TRAIN, SPECS, STAICC
-from icrouting.rows import parse_row
-from icrouting.splits import apart, inside, is_long, make_task, text_key
-from icrouting.tasks import Example, Task, TaskSpec
+from icrouting.runtime import wheels
+from icrouting.tasks.catalogue import MAX_TEST, MAX_TRAIN, SPECS, STAICC
+from icrouting.tasks.rows import parse_row
+from icrouting.tasks.splits import apart, inside, is_long, make_task, text_key
+from icrouting.tasks.task import Example, Task, TaskSpec
 
 _SEED = 0
 # Sentences dealt to SST-2: as many for testing as in its official test split, about, and enough for
@@ -47,7 +47,7 @@ def read_task(spec: TaskSpec) -> Task:
             f"the pinned data 'pinned:staicc' holds {', '.join(STAICC)}, got task {spec.name!r}: give "
             f'data="folder", a folder with {spec.name}/train.jsonl and {spec.name}/test.jsonl'
         )
-    folder = assets.fetch("staicc")
+    folder = wheels.fetch("staicc")
     rows = _read_rows(folder, spec)
     rng = np.random.default_rng(_SEED)
     if spec.name == "sst2":

@@ -7,7 +7,7 @@ import string
 from collections.abc import Iterator
 from pathlib import Path
 
-from icrouting.tasks import Example, TaskSpec
+from icrouting.tasks.task import Example, TaskSpec
 
 
 def parse_row(row: object, spec: TaskSpec) -> Example:

@@ -1,12 +1,19 @@
 """Files that are at every moment the old one or the new one, and say plainly when they are damaged."""
 
 import json
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, contiguous_format
+
+from icrouting.runtime.checks import in_words
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def save_text(file: Path, text: str) -> None:
@@ -66,3 +73,22 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: value.clone() for name, value in load_file(file).items()}, metadata
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it and what it held is made anew") from error
+
+
+def read_lines(path: Path, kind: type[T]) -> list[T]:
+    """Returns what the lines of a JSONL file hold; ValueError names the file, the line and what does not fit.
+
+    A last line without its newline was cut by a kill and is dropped; no file reads as no lines.
+    """
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        log.info("%s: dropped a last line that was cut short after %d bytes", path, len(rest))
+    parse, found = TypeAdapter(kind).validate_json, []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(parse(line))
+        except ValidationError as error:
+            raise ValueError(f"{path}:{number}: {in_words(error)}") from error
+    return found

@@ -3,9 +3,9 @@
 import tomllib
 from importlib import resources
 
-from icrouting.tasks import TaskSpec
+from icrouting.tasks.task import TaskSpec
 
-_ENTRIES = tomllib.loads(resources.files("icrouting").joinpath("catalogue.toml").read_text(encoding="utf-8"))
+_ENTRIES = tomllib.loads(resources.files("icrouting.tasks").joinpath("catalogue.toml").read_text(encoding="utf-8"))
 
 SPECS = {
     name: TaskSpec(name, entry["group"], entry["template"], tuple(entry.get("options", ())), entry.get("words", {}))

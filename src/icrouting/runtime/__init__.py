@@ -1,0 +1,1 @@
+"""Runtime: what knows nothing of models: processes, locks, files, checks, pages."""

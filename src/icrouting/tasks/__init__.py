@@ -1,0 +1,1 @@
+"""Tasks: labelled rows and the prompts made of them."""
