@@ -21,20 +21,21 @@ import torch
 
 from icrouting import fitting, records, report
 from icrouting.attach import attach
-from icrouting.batches import pad_id_of, tokenize
 from icrouting.config import PAPER, FitConfig
-from icrouting.families import dims_of, late_third
+from icrouting.decoder.batches import pad_id_of, tokenize
+from icrouting.decoder.families import dims_of, late_third
+from icrouting.decoder.loading import load_model
+from icrouting.decoder.partial import late_entry
+from icrouting.decoder.scoring import option_ids
 from icrouting.features import features_of
-from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
 from icrouting.records import Record
 from icrouting.router import Router
 from icrouting.runtime.storage import load_tensors
-from icrouting.scoring import option_ids
 from icrouting.tasks.catalogue import PAPER_TASKS
 from icrouting.tasks.load import load_task
 from icrouting.train import Trainer
-from icrouting.trunk import late_entry, pad_states, run_trunk
+from icrouting.trunk import pad_states, run_trunk
 
 N_PROMPTS, N_QUERIES, N_TEST, N_VALIDATION, SEED = 60, 400, 200, 100, 42
 # Every candidate stands here whole, so that a change of the defaults leaves what their names say.

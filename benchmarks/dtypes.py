@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from speed_turns import Rows, Stopwatch
 
-from icrouting.batches import Batch, pad
-from icrouting.models import load_model
-from icrouting.scoring import last_position_only, next_token_logits
+from icrouting.decoder.batches import Batch, pad
+from icrouting.decoder.loading import load_model
+from icrouting.decoder.passes import last_position_only, next_token_logits
 
 OUT = Path(__file__).parent / "results" / "speed" / "dtypes.json"
 SHAPES = {"scoring": ((1, 64), (8, 64), (4, 256), (1, 1024)), "descent": ((2, 64), (4, 128))}

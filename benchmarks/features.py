@@ -17,11 +17,11 @@ from choose_defaults import Items
 from novelty import gain
 
 from icrouting import fitting, records
-from icrouting.batches import pad_id_of
 from icrouting.config import FitConfig
-from icrouting.families import late_third
+from icrouting.decoder.batches import pad_id_of
+from icrouting.decoder.families import late_third
+from icrouting.decoder.loading import load_model
 from icrouting.features import Features, features_of
-from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
 from icrouting.runs import commit
 from icrouting.runtime.storage import load_tensors, save_json, save_tensors

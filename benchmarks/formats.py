@@ -19,8 +19,8 @@ import numpy as np
 from novelty import gain
 
 from icrouting import records
+from icrouting.decoder.loading import load_model
 from icrouting.icr import InContextRouter
-from icrouting.models import load_model
 from icrouting.runs import commit
 from icrouting.runtime.storage import load_json, save_json
 from icrouting.tasks.load import load_task

@@ -19,9 +19,10 @@ from torch import Tensor
 from icrouting import methods as registry
 from icrouting import records
 from icrouting.config import Settings
+from icrouting.decoder.identity import check_fitted_on
+from icrouting.decoder.loading import load_model
 from icrouting.evaluate import Evaluation
 from icrouting.methods.function_vectors import TOP_HEADS
-from icrouting.models import check_fitted_on, load_model
 from icrouting.runs import commit
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks.load import load_task

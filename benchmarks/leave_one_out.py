@@ -18,12 +18,12 @@ import torch
 from choose_defaults import Items
 
 from icrouting import fitting, records
-from icrouting.batches import pad_id_of
 from icrouting.capture import capture_last_tokens
 from icrouting.config import FitConfig
-from icrouting.families import dims_of, late_third
+from icrouting.decoder.batches import pad_id_of
+from icrouting.decoder.families import dims_of, late_third
+from icrouting.decoder.loading import load_model
 from icrouting.features import features_of
-from icrouting.models import load_model
 from icrouting.pids import QKMoments, fit_pids
 from icrouting.router import Router
 from icrouting.runs import commit

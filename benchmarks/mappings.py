@@ -21,10 +21,10 @@ import numpy as np
 
 from icrouting import commands, runs
 from icrouting.config import Backbone, FitConfig, Settings
+from icrouting.decoder.identity import fingerprint
 from icrouting.evaluate import Evaluation
 from icrouting.icr import InContextRouter
 from icrouting.methods import make
-from icrouting.models import fingerprint
 from icrouting.runtime.storage import save_json
 from icrouting.tasks.task import Example, Task, TaskSpec, rows_digest
 

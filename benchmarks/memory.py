@@ -50,7 +50,7 @@ def world(n_rows):
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from icrouting.models import folder_of
+    from icrouting.decoder.loading import folder_of
     from icrouting.tasks.load import load_task
 
     tokenizer = AutoTokenizer.from_pretrained(folder_of("pinned:smollm2-135m"))
@@ -66,9 +66,9 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
     import torch
 
     from icrouting import fitting
-    from icrouting.batches import pad_id_of
     from icrouting.config import HIDDEN, FitConfig
-    from icrouting.families import dims_of
+    from icrouting.decoder.batches import pad_id_of
+    from icrouting.decoder.families import dims_of
     from icrouting.features import features_of
     from icrouting.router import Router
     from icrouting.train import Trainer

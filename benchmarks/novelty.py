@@ -21,14 +21,14 @@ import torch
 from tqdm import tqdm
 
 from icrouting import metrics, records
-from icrouting.batches import pad_id_of, tokenize
+from icrouting.decoder.batches import pad_id_of, tokenize
+from icrouting.decoder.loading import load_model
+from icrouting.decoder.partial import entering_states
 from icrouting.features import features_of
 from icrouting.icr import InContextRouter
-from icrouting.models import load_model
 from icrouting.runs import commit
 from icrouting.runtime.storage import load_json, save_json
 from icrouting.tasks.load import load_task
-from icrouting.trunk import entering_states
 
 N_BANK, N_FRESH, CHUNK = 200, 60, 32
 SHUT_OUT = (0.01, 0.05, 0.1, 0.25)

@@ -23,16 +23,17 @@ import torch
 from icrouting import InContextRouter, metrics, records
 from icrouting.attach import RoutedLayer, attach
 from icrouting.attention import project
-from icrouting.batches import by_length, pad_id_of, tokenize
+from icrouting.decoder.batches import by_length, pad_id_of, tokenize
+from icrouting.decoder.loading import load_model
+from icrouting.decoder.partial import late_entry
+from icrouting.decoder.scoring import option_ids
 from icrouting.evaluate import draw_items
-from icrouting.models import load_model
 from icrouting.router import Routing
 from icrouting.runs import commit
 from icrouting.runtime.storage import save_json
-from icrouting.scoring import option_ids
 from icrouting.tasks.catalogue import PAPER_TASKS
 from icrouting.tasks.load import load_task
-from icrouting.trunk import late_entry, pad_states, run_trunk
+from icrouting.trunk import pad_states, run_trunk
 
 ROUTER = Path(__file__).parents[1] / "routers" / "smollm2-135m"
 LENGTHS = 2048

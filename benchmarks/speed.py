@@ -17,8 +17,8 @@ from speed_passes import RANK, World
 from speed_turns import Rows, Stopwatch, draw
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from icrouting.families import dims_of, late_third
-from icrouting.models import load_model
+from icrouting.decoder.families import dims_of, late_third
+from icrouting.decoder.loading import load_model
 from icrouting.pids import PIDs
 from icrouting.tasks.load import load_task
 

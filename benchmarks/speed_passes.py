@@ -15,19 +15,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from icrouting.attach import attach
 from icrouting.attention import project
-from icrouting.batches import pad, tokenize
 from icrouting.capture import captured
 from icrouting.config import HIDDEN
-from icrouting.families import CACHE, attention_of, device_of, dims_of
+from icrouting.decoder.batches import pad, tokenize
+from icrouting.decoder.families import CACHE, attention_of, device_of, dims_of
+from icrouting.decoder.kernels import attention_function
+from icrouting.decoder.partial import entering_states
+from icrouting.decoder.passes import KeptContext, next_token_logits
+from icrouting.decoder.scoring import score_options
 from icrouting.features import Reader, features_of
 from icrouting.pids import PIDs
-from icrouting.probe import attention_function
 from icrouting.routed import rerouted
 from icrouting.router import Router
-from icrouting.scoring import KeptContext, next_token_logits, score_options
 from icrouting.tasks.prompts import balanced_demos, few_shot
 from icrouting.tasks.task import Task
-from icrouting.trunk import entering_states
 
 RANK = 8
 

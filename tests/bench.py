@@ -8,11 +8,11 @@ from transformers import DynamicCache
 import tiny
 from icrouting import artifact
 from icrouting.config import FitConfig
-from icrouting.families import CACHE, base_of
+from icrouting.decoder.families import CACHE, base_of
+from icrouting.decoder.partial import entering_states
 from icrouting.features import features_of
 from icrouting.icr import InContextRouter
 from icrouting.router import Router, Routing
-from icrouting.trunk import entering_states
 from reference import reference_routed
 
 # fp32 round-off of logits of size 10 through five layers

@@ -9,10 +9,10 @@ import test_rivals
 import tiny
 from icrouting import FitConfig, InContextRouter
 from icrouting.attach import attach
-from icrouting.families import CACHE
+from icrouting.decoder.families import CACHE
+from icrouting.decoder.loading import load_model
+from icrouting.decoder.scoring import score_options
 from icrouting.methods import LEARNING
-from icrouting.models import load_model
-from icrouting.scoring import score_options
 from icrouting.tasks.prompts import Prompt
 from reference import reference_routed
 

@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 import tiny
 from icrouting.attach import attach
-from icrouting.families import CACHE, attention_of
+from icrouting.decoder.families import CACHE, attention_of
 from icrouting.router import Routing
 from reference import reference_routed
 

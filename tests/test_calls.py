@@ -9,15 +9,15 @@ import torch
 from transformers import StoppingCriteria
 
 import tiny
-from icrouting.batches import attended
-from icrouting.calls import hooked, replaced
-from icrouting.families import CACHE
+from icrouting.decoder.batches import attended
+from icrouting.decoder.families import CACHE
+from icrouting.decoder.hold import hooked, replaced
+from icrouting.decoder.scoring import option_ids
 from icrouting.methods import Settings
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.function_vectors import FunctionVectors
 from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.task_vectors import TaskVectors
-from icrouting.scoring import option_ids
 
 TASK = tiny.task("toy", n_test=30)
 NEW = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}

@@ -10,14 +10,14 @@ import torch
 import tiny
 from icrouting import artifact, cli, commands
 from icrouting import evaluate as evaluate_module
-from icrouting.models import load_model
+from icrouting.decoder.loading import load_model
 from icrouting.trunk import TRUNK_FILE
 
 
 @pytest.fixture
 def in_float32(monkeypatch):
     """A tiny router trained for seconds moves less than bfloat16 rounds, of which we warn."""
-    monkeypatch.setattr("icrouting.models.default_dtype", lambda: torch.float32)
+    monkeypatch.setattr("icrouting.decoder.loading.default_dtype", lambda: torch.float32)
 
 
 @pytest.fixture(scope="module")

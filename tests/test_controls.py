@@ -10,13 +10,13 @@ from accelerate import DistributedType
 import tiny
 from icrouting import fitting
 from icrouting.config import FitConfig
+from icrouting.decoder.scoring import option_ids, score_options
 from icrouting.evaluate import Evaluation
 from icrouting.features import features_of
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, controls, make
 from icrouting.router import Router
 from icrouting.runtime import processes
-from icrouting.scoring import option_ids, score_options
 from icrouting.tasks.prompts import Prompt
 from icrouting.train import Trainer
 
@@ -196,7 +196,7 @@ def test_directions_get_the_gradient_of_a_finite_difference(config, tokenizer):
 
     def loss():
         from icrouting.attach import attach
-        from icrouting.trunk import late_entry
+        from icrouting.decoder.partial import late_entry
 
         with attach(model, trainer.pids) as attachment, late_entry(model, 3) as entry:
             return trainer._terms(entry, attachment, queries[:5])["ce"]

@@ -7,14 +7,16 @@ import pytest
 import torch
 
 import tiny
-from icrouting.batches import pad
-from icrouting.edits import last_of, recorded
-from icrouting.families import all_branches_of, branches_of, layers_of
+from icrouting.decoder.batches import pad
+from icrouting.decoder.families import all_branches_of, branches_of, layers_of
+from icrouting.decoder.hooks import recorded
+from icrouting.decoder.passes import next_token_logits
+from icrouting.decoder.scoring import option_ids, score_options
+from icrouting.decoder.states import last_of
 from icrouting.methods import Settings
 from icrouting.methods import distilling as d
 from icrouting.methods.live import Live, turned
 from icrouting.methods.m2iv import M2IV, synergy
-from icrouting.scoring import next_token_logits, option_ids, score_options
 from icrouting.tasks.prompts import few_shot
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("others", n_test=30)

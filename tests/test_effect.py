@@ -3,8 +3,8 @@ import torch
 
 import tiny
 from icrouting.config import HIDDEN
+from icrouting.decoder.passes import next_token_logits
 from icrouting.effect import run_both
-from icrouting.scoring import next_token_logits
 from inspected import LAYERS, OPTIONS, prompts, sharp_router
 
 # fp32 round-off between kernels on logits of size 30

@@ -11,9 +11,9 @@ from filelock import FileLock
 
 import tiny
 from icrouting import cli, evaluate, records, runs
-from icrouting.edits import edited
+from icrouting.decoder.families import layers_of
+from icrouting.decoder.hooks import edited
 from icrouting.evaluate import Evaluation, draw_items
-from icrouting.families import layers_of
 from icrouting.methods import METHODS, Settings, make
 from icrouting.methods.prompting import ZeroShot
 from icrouting.methods.regimes import regimes

@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 import tiny
 from icrouting.attach import attach
-from icrouting.families import CACHE, FAMILIES, decoder_of
+from icrouting.decoder.families import CACHE, FAMILIES, decoder_of
 from icrouting.router import Routing
 from reference import reference_routed
 from test_attach import logits_of, no_routing, routed_logits, state_of

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 import tiny
-from icrouting import edits
-from icrouting.batches import pad, tokenize
-from icrouting.edits import edited_inputs, last_outputs, recorded
-from icrouting.families import FAMILIES, attention_of, branches_of, dims_of, layers_of, output_of
+from icrouting.decoder import states
+from icrouting.decoder.batches import pad, tokenize
+from icrouting.decoder.families import FAMILIES, attention_of, branches_of, dims_of, layers_of, output_of
+from icrouting.decoder.hooks import edited_inputs, recorded
+from icrouting.decoder.passes import next_token_logits
+from icrouting.decoder.scoring import option_ids, score_options
+from icrouting.decoder.states import last_outputs
 from icrouting.methods import Settings, function_vectors, make
 from icrouting.methods.function_vectors import FunctionVectors, indirect_effects, written
-from icrouting.scoring import next_token_logits, option_ids, score_options
 from icrouting.tasks.prompts import Prompt, few_shot
 from icrouting.tasks.task import Example, Task, TaskSpec
 
@@ -116,8 +118,8 @@ def test_a_head_patched_with_its_own_output_has_no_effect(family, tokenizer):
 def test_effects_from_the_cache_equal_those_of_whole_prompts_patched_head_by_head(
     family, budget, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(edits, "PREFIX_BUDGET", budget)
-    monkeypatch.setattr(edits, "MOST_VARIANTS", budget // 100)
+    monkeypatch.setattr(states, "PREFIX_BUDGET", budget)
+    monkeypatch.setattr(states, "MOST_VARIANTS", budget // 100)
     model = model_of(family) if budget >= 1000 else tiny.model(family, "eager")
     prompts = [(few_shot_text(2), 11), (few_shot_text(1), 40)]
     shape = (5, dims_of(model).n_heads, output_of(model, 0).weight.shape[0 if family == "gpt2" else 1])

@@ -15,12 +15,12 @@ import novelty
 
 import tiny
 from icrouting.config import FitConfig
+from icrouting.decoder.families import decoder_of
+from icrouting.decoder.scoring import score_options
 from icrouting.evaluate import Evaluation
-from icrouting.families import decoder_of
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, make
 from icrouting.methods.saved import load_method, save_method
-from icrouting.scoring import score_options
 
 TASK = tiny.task("toy", n_test=30)
 FIRST = 3

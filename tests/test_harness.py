@@ -11,14 +11,14 @@ import torch
 import tiny
 from icrouting.attach import attach
 from icrouting.config import HIDDEN, FitConfig
-from icrouting.families import dims_of
+from icrouting.decoder.families import dims_of
+from icrouting.decoder.loading import load_model
+from icrouting.decoder.partial import entering_states
 from icrouting.features import Reader, features_of
 from icrouting.icr import InContextRouter
-from icrouting.models import load_model
 from icrouting.routed import rerouted
 from icrouting.router import Router
 from icrouting.runtime import wheels
-from icrouting.trunk import entering_states
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it")
 

@@ -8,16 +8,17 @@ import torch
 
 import tiny
 from icrouting.config import HIDDEN, FitConfig
+from icrouting.decoder.partial import entering_states, late_entry
+from icrouting.decoder.scoring import score_options
 from icrouting.encoder import load_encoder
 from icrouting.features import features_of
 from icrouting.fitting import training_queries
 from icrouting.icr import InContextRouter
 from icrouting.router import Router, Routing
 from icrouting.runtime.locks import locked
-from icrouting.scoring import score_options
 from icrouting.tasks.prompts import Prompt
 from icrouting.train import Query, Trainer, alpha_scale
-from icrouting.trunk import entering_states, late_entry, run_trunk
+from icrouting.trunk import run_trunk
 
 LAYERS = (3, 4)
 

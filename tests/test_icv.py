@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import tiny
-from icrouting.batches import pad, tokenize
-from icrouting.edits import last_outputs, mean_last_outputs, recorded
-from icrouting.families import branches_of, layers_of
+from icrouting.decoder.batches import pad, tokenize
+from icrouting.decoder.families import branches_of, layers_of
+from icrouting.decoder.hooks import recorded
+from icrouting.decoder.passes import next_token_logits
+from icrouting.decoder.scoring import option_ids, score_options
+from icrouting.decoder.states import last_outputs, mean_last_outputs
 from icrouting.methods import Settings, icv
 from icrouting.methods.icv import FORMS, ICV, icv_direction, turned
-from icrouting.scoring import next_token_logits, option_ids, score_options
 from icrouting.tasks.prompts import Prompt, few_shot
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
@@ -193,7 +195,7 @@ def test_source_tasks_are_pooled_and_none_is_refused(tokenizer):
 
 
 def test_last_outputs_stand_in_the_order_of_the_texts(tokenizer, monkeypatch):
-    monkeypatch.setattr("icrouting.edits.TOKEN_BUDGET", 40)
+    monkeypatch.setattr("icrouting.decoder.states.TOKEN_BUDGET", 40)
     model, texts = tiny.model("llama"), prompts_of(7)
     blocks = list(layers_of(model))
     found, likeliest = last_outputs(model, tokenizer, blocks, texts)

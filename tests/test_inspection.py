@@ -6,8 +6,8 @@ import torch
 import browser
 import tiny
 from icrouting import inspection
+from icrouting.decoder.scoring import score_options
 from icrouting.inspection import inspect_prompt
-from icrouting.scoring import score_options
 from inspected import OPTIONS, prompts, sharp_router
 
 # fp32 round-off between kernels on logits of size 30

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import tiny
-from icrouting.edits import edited, recorded
-from icrouting.families import all_branches_of, branches_of, layers_of
+from icrouting.decoder.families import all_branches_of, branches_of, layers_of
+from icrouting.decoder.hooks import edited, recorded
+from icrouting.decoder.scoring import option_ids, score_options
 from icrouting.methods import Settings
 from icrouting.methods.iterative_vectors import IterativeVectors, _episode, extract, outputs_at
-from icrouting.scoring import option_ids, score_options
 from icrouting.tasks.prompts import episodes
 
 TASK = tiny.task("toy")

@@ -9,8 +9,8 @@ from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Phi3Config
 import tiny
 from icrouting.attach import attach
 from icrouting.attention import project, widen_key, widen_query, widen_value
-from icrouting.batches import by_length, pad
-from icrouting.families import CACHE
+from icrouting.decoder.batches import by_length, pad
+from icrouting.decoder.families import CACHE
 from icrouting.router import Routing
 from reference import reference_routed
 

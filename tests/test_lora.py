@@ -11,13 +11,14 @@ from torch import nn
 
 import tiny
 from icrouting.adapters import RANK, injected
-from icrouting.batches import pad, pad_id_of
-from icrouting.families import layers_of
+from icrouting.decoder.batches import pad, pad_id_of
+from icrouting.decoder.families import layers_of
+from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.passes import next_token_logits
+from icrouting.decoder.scoring import score_options
 from icrouting.methods import Settings
 from icrouting.methods.lora import GRID, LoraBlock, LoraBlockMore, LoraHead
 from icrouting.methods.tuning import PATIENCE, answered, tune
-from icrouting.models import fingerprint
-from icrouting.scoring import next_token_logits, score_options
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")

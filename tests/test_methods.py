@@ -9,15 +9,17 @@ from transformers import FalconH1Config
 
 import tiny
 from icrouting import records
-from icrouting.batches import pad, tokenize
-from icrouting.calls import answering
-from icrouting.edits import added, edited, last_of, last_token_variants, recorded
+from icrouting.decoder.answering import answering
+from icrouting.decoder.batches import pad, tokenize
+from icrouting.decoder.families import CACHE, FAMILIES, branches_of, layers_of
+from icrouting.decoder.hooks import added, edited, recorded
+from icrouting.decoder.passes import next_token_logits
+from icrouting.decoder.scoring import option_ids, score_options
+from icrouting.decoder.states import last_of, last_token_variants
 from icrouting.evaluate import Evaluation
-from icrouting.families import CACHE, FAMILIES, branches_of, layers_of
 from icrouting.methods import Settings, make
 from icrouting.methods.i2cl import I2CL
 from icrouting.methods.task_vectors import TaskVectors, sweep
-from icrouting.scoring import next_token_logits, option_ids, score_options
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Example, Task, TaskSpec
 

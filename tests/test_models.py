@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import tiny
+from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.loading import default_dtype, load_model
 from icrouting.encoder import SentenceEncoder
-from icrouting.models import default_dtype, fingerprint, load_model
 
 
 def test_a_saved_model_loads_frozen_with_a_padding_token(tmp_path):
@@ -58,7 +59,7 @@ def test_what_fails_without_a_word_is_said_by_its_name(said, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(said)
 
-    monkeypatch.setattr("icrouting.models.AutoTokenizer.from_pretrained", fail)
+    monkeypatch.setattr("icrouting.decoder.loading.AutoTokenizer.from_pretrained", fail)
     with pytest.raises(ValueError, match=r"cannot load model 'any'.*; OSError$"):
         load_model("any")
     monkeypatch.setattr("icrouting.encoder.SentenceTransformer", fail)

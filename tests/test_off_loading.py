@@ -6,10 +6,11 @@ import torch
 
 import tiny
 from icrouting.config import HIDDEN, FitConfig, Settings
+from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.loading import load_model
 from icrouting.evaluate import Evaluation
 from icrouting.icr import InContextRouter
 from icrouting.methods import make
-from icrouting.models import fingerprint, load_model
 from icrouting.records import read
 
 # fp32 round-off; the same kernels run on the same numbers

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import tiny
 from icrouting import PAPER, FitConfig, InContextRouter, cli, commands, plan
 from icrouting.config import Backbone
-from icrouting.families import decoder_of, dims_of, family_of, late_third
-from icrouting.models import load_skeleton
+from icrouting.decoder.families import decoder_of, dims_of, family_of, late_third
+from icrouting.decoder.loading import load_skeleton
 from icrouting.pids import QKMoments
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "recipes"

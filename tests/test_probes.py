@@ -8,9 +8,9 @@ from sklearn.preprocessing import StandardScaler
 
 import tiny
 from icrouting import records
+from icrouting.decoder.families import decoder_of
 from icrouting.encoder import load_encoder
 from icrouting.evaluate import Evaluation
-from icrouting.families import decoder_of
 from icrouting.methods import Settings, make
 from icrouting.methods.probes import STRENGTHS, ProbeEncoder, ProbeHidden, logistic_regression
 from icrouting.tasks.task import Example, Task, TaskSpec

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from icrouting import cli, evaluate, fitting, models, records
+from icrouting import cli, evaluate, fitting, records
+from icrouting.decoder import loading
 from icrouting.icr import InContextRouter
 from icrouting.runtime import processes
 from test_cli import world  # noqa: F401
@@ -34,7 +35,7 @@ def child(rank, n, port, arguments, dtype):
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     fitting.BLOCK, fitting.SAVE_EVERY_SECONDS, evaluate.CHUNK = 5, 0.0, 3
-    models.default_dtype = lambda: dtype
+    loading.default_dtype = lambda: dtype
     cli.main(arguments)
 
 

@@ -13,7 +13,8 @@ import tiny
 from icrouting import fitting
 from icrouting.attach import attach
 from icrouting.config import FitConfig
-from icrouting.families import CACHE
+from icrouting.decoder.families import CACHE
+from icrouting.decoder.scoring import score_options
 from icrouting.fits import fit_costs
 from icrouting.methods import LEARNING, Method, Settings, make
 from icrouting.methods.controls import Refit
@@ -26,7 +27,6 @@ from icrouting.methods.saved import load_method, save_method
 from icrouting.methods.soft_prompts import PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.runtime.storage import load_tensors, save_tensors
-from icrouting.scoring import score_options
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Task
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import tiny
-from icrouting.scoring import option_ids, score_options
+from icrouting.decoder.scoring import option_ids, score_options
 from icrouting.tasks.prompts import Prompt, balanced_demos, few_shot
 
 CLOSE = 1e-4

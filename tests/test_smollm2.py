@@ -6,12 +6,12 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from icrouting.attach import attach
+from icrouting.decoder.families import CACHE, late_third
+from icrouting.decoder.loading import load_model, unpack_gguf
+from icrouting.decoder.scoring import option_ids
 from icrouting.encoder import SentenceEncoder, query_texts
-from icrouting.families import CACHE, late_third
-from icrouting.models import load_model, unpack_gguf
 from icrouting.router import Routing
 from icrouting.runtime import wheels
-from icrouting.scoring import option_ids
 from reference import reference_routed
 
 pytestmark = pytest.mark.pinned

@@ -12,11 +12,11 @@ from transformers import DynamicCache
 
 import tiny
 from icrouting.adapters import in_front
-from icrouting.families import CACHE, decoder_of, dims_of
+from icrouting.decoder.families import CACHE, decoder_of, dims_of
+from icrouting.decoder.scoring import score_options
 from icrouting.methods import Settings
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.tuning import answered
-from icrouting.scoring import score_options
 from icrouting.tasks.prompts import Prompt
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from icrouting.families import dims_of
+from icrouting.decoder.families import dims_of
 from icrouting.pids import PIDs
 from icrouting.router import Routing
 from icrouting.tasks.task import Example, Task, TaskSpec

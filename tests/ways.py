@@ -15,12 +15,13 @@ import tiny
 from bench import CLOSE, MATTERS, Bench, rows_of
 from icrouting.attach import attach
 from icrouting.config import FitConfig
-from icrouting.families import CACHE
+from icrouting.decoder.families import CACHE
+from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.partial import late_entry
 from icrouting.icr import InContextRouter
-from icrouting.models import fingerprint
 from icrouting.router import Router
 from icrouting.train import Query, Trainer
-from icrouting.trunk import late_entry, run_trunk
+from icrouting.trunk import run_trunk
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from icrouting.config import PAPER, FitConfig
+    from icrouting.decoder.loading import load_model
+    from icrouting.decoder.scoring import score_options
     from icrouting.icr import InContextRouter
-    from icrouting.models import load_model
-    from icrouting.scoring import score_options
     from icrouting.tasks.load import load_task
     from icrouting.tasks.task import Example, Task, TaskSpec
 
@@ -22,9 +22,9 @@ _ROOMS = {
     "InContextRouter": "icr",
     "Task": "tasks.task",
     "TaskSpec": "tasks.task",
-    "load_model": "models",
+    "load_model": "decoder.loading",
     "load_task": "tasks.load",
-    "score_options": "scoring",
+    "score_options": "decoder.scoring",
 }
 
 __all__ = [

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.pytorch_utils import Conv1D
 
-from icrouting.batches import context_length
-from icrouting.calls import n_seen, read_by
-from icrouting.families import CACHE, decoder_of, device_of
-from icrouting.models import frozen
+from icrouting.decoder.batches import context_length
+from icrouting.decoder.calls import n_seen, read_by
+from icrouting.decoder.families import CACHE, decoder_of, device_of
+from icrouting.decoder.hold import frozen
 
 RANK, DROPOUT = 32, 0.05
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from icrouting.config import HIDDEN, FitConfig
-from icrouting.families import check_layers, decoder_of, dims_of
+from icrouting.decoder.families import check_layers, decoder_of, dims_of
+from icrouting.decoder.identity import fingerprint
 from icrouting.features import Features
-from icrouting.models import fingerprint
 from icrouting.pids import PIDs
 from icrouting.router import Router
 from icrouting.runtime.checks import first_line, read

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, finite_rows, pad_id_of, tokenize
-from icrouting.families import attention_of, decoder_of, dims_of, family_of
-from icrouting.scoring import after_prefix, by_context
-from icrouting.sites import watched
+from icrouting.decoder.batches import context_length, finite_rows, pad_id_of, tokenize
+from icrouting.decoder.families import attention_of, decoder_of, dims_of, family_of
+from icrouting.decoder.passes import after_prefix, by_context
+from icrouting.decoder.sites import watched
 from icrouting.tasks.prompts import Prompt
 
 TOKEN_BUDGET = 4096

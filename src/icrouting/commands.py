@@ -16,13 +16,14 @@ from transformers.utils.logging import disable_progress_bar
 from icrouting import fits, inspection, plan, records, report, runs, table
 from icrouting import methods as registry
 from icrouting.artifact import with_results
-from icrouting.batches import context_length, tokenize
 from icrouting.conclusion import conclusion
 from icrouting.config import Backbone, FitConfig, Settings
+from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.families import device_of
+from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.loading import default_dtype, load_model, load_skeleton
 from icrouting.evaluate import Evaluation
-from icrouting.families import device_of
 from icrouting.icr import InContextRouter
-from icrouting.models import default_dtype, fingerprint, load_model, load_skeleton
 from icrouting.runtime.processes import first_one_first, is_first, wait
 from icrouting.runtime.progress import spinner
 from icrouting.runtime.storage import load_json, save_json, save_text

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from icrouting.attach import routed_kernel
-from icrouting.batches import pad
-from icrouting.families import attention_of, base_of, device_of
+from icrouting.decoder.batches import pad
+from icrouting.decoder.families import attention_of, base_of, device_of
+from icrouting.decoder.passes import next_token_logits
 from icrouting.router import Routing
-from icrouting.scoring import next_token_logits
 
 # A routing far too weak for bfloat16 still moved the logits of SmolLM2 by 2.4 units of the largest one's last place.
 ROUNDING_IN_ULP = 4

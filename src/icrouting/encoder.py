@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from icrouting.models import weights_digest
+from icrouting.decoder.identity import weights_digest
 from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting import records
-from icrouting.batches import tokenize
+from icrouting.decoder.batches import tokenize
+from icrouting.decoder.passes import KeptContext
+from icrouting.decoder.scoring import score_options
 from icrouting.methods import Method
 from icrouting.records import Record
 from icrouting.runtime.processes import here, joined, mine, wait
 from icrouting.runtime.progress import track
-from icrouting.scoring import KeptContext, score_options
 from icrouting.summary import BASELINE
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Task

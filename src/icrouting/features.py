@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import pad_id_of
 from icrouting.config import HIDDEN
+from icrouting.decoder.batches import pad_id_of
+from icrouting.decoder.families import decoder_of, device_of
+from icrouting.decoder.partial import entering_states
 from icrouting.encoder import load_encoder, query_texts
-from icrouting.families import decoder_of, device_of
 from icrouting.router import Router, Routing
-from icrouting.trunk import entering_states
 
 Gate = Callable[[Sequence[Tensor]], Float[Tensor, "batch"]]
 Scale = tuple[Float[Tensor, "n_features"], Float[Tensor, "n_features"]]

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, finite_rows, pad_id_of, tokenize
-from icrouting.calls import check_alone
 from icrouting.capture import capture_last_tokens
 from icrouting.config import HIDDEN, FitConfig
-from icrouting.families import check_layers, device_of, dims_of, family_of, late_third
+from icrouting.decoder.batches import context_length, finite_rows, pad_id_of, tokenize
+from icrouting.decoder.families import check_layers, device_of, dims_of, family_of, late_third
+from icrouting.decoder.hold import check_alone, frozen
+from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.scoring import option_ids
 from icrouting.features import Features, Scale, features_of
-from icrouting.models import fingerprint, frozen
 from icrouting.pids import PIDs, QKMoments, fit_pids
 from icrouting.router import Router
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, decided, first_one_first, here, mine, total
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
-from icrouting.scoring import option_ids
 from icrouting.tasks.prompts import extraction_prompts
 from icrouting.tasks.task import Task, rows_digest
 from icrouting.train import Query, Trainer

@@ -15,11 +15,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 
-from icrouting.batches import pad
-from icrouting.families import CACHE
+from icrouting.decoder.batches import pad
+from icrouting.decoder.families import CACHE
+from icrouting.decoder.loading import folder_of
+from icrouting.decoder.passes import last_position_only
 from icrouting.icr import InContextRouter
-from icrouting.models import folder_of
-from icrouting.scoring import last_position_only
 
 try:
     registry, huggingface = (import_module(f"lm_eval.{name}") for name in ("api.registry", "models.huggingface"))

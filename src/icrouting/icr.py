@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from icrouting import artifact, fitting
 from icrouting.artifact import Description, model_card
 from icrouting.config import FitConfig
-from icrouting.families import base_of, device_of
+from icrouting.decoder.families import base_of, device_of
+from icrouting.decoder.identity import check_fitted_on
 from icrouting.features import Gate, Reader, features_of
-from icrouting.models import check_fitted_on
 from icrouting.pids import PIDs
 from icrouting.routed import Routed, rerouted
 from icrouting.router import Router

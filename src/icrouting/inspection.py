@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, tokenize
+from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.scoring import option_ids
 from icrouting.effect import Passes, describe, run_both
 from icrouting.icr import InContextRouter
 from icrouting.router import Routing
 from icrouting.runtime.pages import points, render
-from icrouting.scoring import option_ids
 
 N_TOP = 10
 _FILTERS = {"points": points}

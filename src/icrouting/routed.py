@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from icrouting.attach import Attachment, attach
-from icrouting.batches import attended, context_length, tokenize
-from icrouting.calls import asked, cache_of, called_with, n_seen, replaced
+from icrouting.decoder.batches import attended, context_length, tokenize
+from icrouting.decoder.calls import asked, cache_of, called_with, n_seen
+from icrouting.decoder.families import CACHE, base_of, decoder_of, layers_of
+from icrouting.decoder.hold import replaced
+from icrouting.decoder.partial import entering_of
+from icrouting.decoder.scoring import score_options
 from icrouting.effect import describe, run_both, warn_if_nothing
-from icrouting.families import CACHE, base_of, decoder_of, layers_of
 from icrouting.features import Reader
 from icrouting.pids import PIDs
 from icrouting.router import Routing
-from icrouting.scoring import score_options
-from icrouting.trunk import entering_of
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,16 @@ from transformers import PreTrainedModel
 
 from icrouting import losses
 from icrouting.attach import Attachment, attach
-from icrouting.batches import finite_rows
 from icrouting.config import FitConfig
-from icrouting.families import device_of
+from icrouting.decoder.batches import finite_rows
+from icrouting.decoder.families import device_of
+from icrouting.decoder.partial import LateEntry, late_entry
 from icrouting.pids import PIDs
 from icrouting.router import Router
 from icrouting.runtime.processes import is_first, mine, total
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors
-from icrouting.trunk import LateEntry, TrunkState, late_entry, pad_states
+from icrouting.trunk import TrunkState, pad_states
 
 CHECKPOINT_EVERY = 25
 _TERMS = ("ce", "conf", "spar", "gate")

@@ -6,28 +6,27 @@ every epoch, so it is kept, and training runs the layers from `first` on.
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from icrouting.batches import Batch, by_length, pad
-from icrouting.families import decoder_of, device_of, layers_of
+from icrouting.decoder.batches import Batch, by_length, pad
+from icrouting.decoder.families import decoder_of, device_of
+from icrouting.decoder.partial import TOKEN_BUDGET, _entering
+from icrouting.decoder.passes import next_token_logits
 from icrouting.losses import entropy
 from icrouting.runtime.processes import decided, is_first, mine, total, wait
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors
-from icrouting.scoring import next_token_logits
 
-TOKEN_BUDGET = 4096
 TRUNK_FILE = "trunk.bin"
-LateEntry = Callable[[Batch, Float[Tensor, "batch q_len hidden_size"]], Float[Tensor, "batch vocab"]]
 
 
 @dataclass(frozen=True)
@@ -41,46 +40,6 @@ class TrunkState:
     tokens: list[int]
     hidden: Tensor
     entropy: float
-
-
-class _Reached(Exception):
-    """The first routed layer is reached, and nothing behind it is needed."""
-
-
-@torch.no_grad()
-def entering_states(
-    model: PreTrainedModel, token_lists: Sequence[Sequence[int]], first: int, pad_id: int
-) -> list[Float[Tensor, "q_len hidden_size"]]:
-    """Returns what enters layer `first` for every prompt; the layers from there on do not run."""
-    entered: list[Tensor] = [torch.empty(0)] * len(token_lists)
-    decoder = decoder_of(model)
-    with _entering(model, first, stop=True) as entering:
-        for group in by_length(token_lists, TOKEN_BUDGET):
-            batch = pad([token_lists[i] for i in group], pad_id).to(device_of(model))
-            with suppress(_Reached):
-                decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
-            for row, hidden in zip(group, entering.pop(), strict=True):
-                entered[row] = hidden[: len(token_lists[row])]
-    return entered
-
-
-@contextmanager
-def _entering(model: PreTrainedModel, first: int, *, stop: bool) -> Iterator[list[Tensor]]:
-    """Inside, every pass appends what enters layer `first`, and ends there with `stop`."""
-    entering: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        entering.append(entering_of(args, kwargs))
-        if stop:
-            raise _Reached
-
-    with layers_of(model)[first].register_forward_pre_hook(keep, with_kwargs=True):
-        yield entering
-
-
-def entering_of(args: tuple, kwargs: dict) -> Float[Tensor, "batch q_len hidden_size"]:
-    """Returns the hidden states among a layer's arguments."""
-    return args[0] if args else kwargs["hidden_states"]
 
 
 @torch.no_grad()
@@ -156,50 +115,6 @@ def _allocate(file: Path, n_bytes: int) -> None:
         )
     with file.open("wb") as stream:
         stream.truncate(n_bytes)
-
-
-class _PassThrough(nn.Module):
-    """Stands in for a trunk layer: hands on what it got or, where it holds states, those."""
-
-    states: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden_states if self.states is None else self.states
-
-
-class _Checkpointed(nn.Module):
-    """Stands in for a layer with activation checkpointing, which transformers heeds in training mode alone."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        return self.layer._gradient_checkpointing_func(self.layer, *args, **kwargs)  # pyright: ignore[reportCallIssue]
-
-
-@contextmanager
-def late_entry(model: PreTrainedModel, first: int) -> Iterator[LateEntry]:
-    """Inside, the layers below `first` are bridged; the model's own forward builds masks and rotary tables.
-
-    What is yielded returns the logits after each row's last token, given a batch and the states that enter layer
-    `first`. With `first` = 0 there is no trunk and every pass is a whole one.
-    """
-    layers = layers_of(model)
-    kept = list(layers)
-    bridges = [_PassThrough() for _ in kept[:first]]
-    late = [_Checkpointed(lay) if getattr(lay, "gradient_checkpointing", False) else lay for lay in kept[first:]]
-
-    def logits_of(batch: Batch, hidden: Float[Tensor, "batch q_len hidden_size"]) -> Float[Tensor, "batch vocab"]:
-        if bridges:
-            bridges[0].states = hidden.to(device_of(model))
-        return next_token_logits(model, batch)
-
-    with ExitStack() as stack:
-        for index, stand_in in enumerate([*bridges, *late]):
-            stack.callback(layers.__setitem__, index, kept[index])
-            layers[index] = stand_in
-        yield logits_of
 
 
 def pad_states(states: Sequence[TrunkState], pad_id: int) -> tuple[Batch, Tensor]:

@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.calls import check_alone, hooked
 from icrouting.config import Settings
-from icrouting.edits import counted_rows
-from icrouting.families import base_of, family_of
-from icrouting.models import check_fitted_on, fingerprint
+from icrouting.decoder.families import base_of, family_of
+from icrouting.decoder.hold import check_alone, hooked
+from icrouting.decoder.hooks import counted_rows
+from icrouting.decoder.identity import check_fitted_on, fingerprint
+from icrouting.decoder.scoring import score_options
 from icrouting.runtime.checks import check_same
 from icrouting.runtime.storage import load_tensors, save_tensors, unshared
-from icrouting.scoring import score_options
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Example, Task
 

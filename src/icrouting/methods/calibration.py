@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icrouting.decoder.scoring import score_options
 from icrouting.methods.base import Method, Scores
-from icrouting.scoring import score_options
 from icrouting.tasks.task import Example, Task
 
 CONTENT_FREE = ("N/A", "[MASK]", "")

@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from icrouting import fitting
 from icrouting.config import Basis, FitConfig, Settings
-from icrouting.families import device_of, dims_of
+from icrouting.decoder.families import device_of, dims_of
 from icrouting.features import Reader, features_of
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method

@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.families import decoder_of, device_of
+from icrouting.decoder.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.decoder.families import decoder_of, device_of
+from icrouting.decoder.hold import frozen
+from icrouting.decoder.passes import TOKEN_BUDGET, next_token_logits
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered
-from icrouting.models import frozen
 from icrouting.runtime.progress import track
-from icrouting.scoring import TOKEN_BUDGET, next_token_logits
 from icrouting.tasks.prompts import balanced_demos, few_shot
 from icrouting.tasks.task import Task
 

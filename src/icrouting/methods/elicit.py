@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from icrouting.edits import added, edited_last, mean_last_outputs
+from icrouting.decoder.families import layers_of
+from icrouting.decoder.hooks import added, edited_last
+from icrouting.decoder.states import mean_last_outputs
 from icrouting.encoder import SentenceEncoder, load_encoder, query_texts
-from icrouting.families import layers_of
 from icrouting.methods.base import Method
 from icrouting.methods.task_vectors import sweep
 from icrouting.retriever import same_task, train_head

@@ -10,12 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, tokenize
-from icrouting.edits import edited_inputs, edited_last, last_outputs, last_token_variants
-from icrouting.families import attention_of, branches_of, decoder_of, device_of, dims_of, layers_of, output_of
+from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.families import attention_of, branches_of, decoder_of, device_of, dims_of, layers_of, output_of
+from icrouting.decoder.hooks import edited_inputs, edited_last
+from icrouting.decoder.scoring import option_ids
+from icrouting.decoder.states import last_outputs, last_token_variants
 from icrouting.methods.base import Context, Method
 from icrouting.runtime.progress import track
-from icrouting.scoring import option_ids
 from icrouting.tasks.prompts import episodes, few_shot
 from icrouting.tasks.task import Example, Task
 

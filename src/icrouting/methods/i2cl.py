@@ -8,14 +8,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from icrouting.batches import pad, pad_id_of
-from icrouting.edits import edited, mean_last_outputs
-from icrouting.families import all_branches_of, device_of
+from icrouting.decoder.batches import pad, pad_id_of
+from icrouting.decoder.families import all_branches_of, device_of
+from icrouting.decoder.hold import frozen
+from icrouting.decoder.hooks import edited
+from icrouting.decoder.passes import next_token_logits
+from icrouting.decoder.states import mean_last_outputs
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered
-from icrouting.models import frozen
 from icrouting.runtime.progress import track
-from icrouting.scoring import next_token_logits
 from icrouting.tasks.prompts import balanced_demos, demonstration
 from icrouting.tasks.task import Example, Task
 

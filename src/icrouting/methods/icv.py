@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from icrouting.edits import edited, last_outputs
-from icrouting.families import base_of, branches_of, decoder_of, layers_of
+from icrouting.decoder.families import base_of, branches_of, decoder_of, layers_of
+from icrouting.decoder.hooks import edited
+from icrouting.decoder.states import last_outputs
 from icrouting.methods.base import Context, Method
 from icrouting.tasks.prompts import balanced_demos, demonstration, few_shot
 from icrouting.tasks.task import Example, Task

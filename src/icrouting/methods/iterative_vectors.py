@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, pad, tokenize
-from icrouting.edits import added, edited, edited_last, recorded
-from icrouting.families import all_branches_of, decoder_of, device_of, layers_of
+from icrouting.decoder.batches import context_length, pad, tokenize
+from icrouting.decoder.families import all_branches_of, decoder_of, device_of, layers_of
+from icrouting.decoder.hooks import added, edited, edited_last, recorded
+from icrouting.decoder.passes import next_token_logits
 from icrouting.methods.base import Context, Method
 from icrouting.runtime.progress import track
-from icrouting.scoring import next_token_logits
 from icrouting.tasks.prompts import demonstration, episodes
 from icrouting.tasks.task import Example, Task
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icrouting.edits import edited
-from icrouting.families import layers_of
+from icrouting.decoder.families import layers_of
+from icrouting.decoder.hooks import edited
 from icrouting.methods.base import Context
 from icrouting.methods.distilling import Distilled, distilled, lessons_of
 

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from icrouting.adapters import RANK, injected, load_peft
-from icrouting.batches import pad_id_of
-from icrouting.families import base_of, device_of, layers_of
+from icrouting.decoder.batches import pad_id_of
+from icrouting.decoder.families import base_of, device_of, layers_of
+from icrouting.decoder.partial import entering_states, late_entry
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered, tune
 from icrouting.tasks.prompts import balanced_demos
 from icrouting.tasks.task import Example, Task
-from icrouting.trunk import TrunkState, entering_states, late_entry, pad_states
+from icrouting.trunk import TrunkState, pad_states
 
 EPOCHS = 20
 # The paper names neither. Alphas over the rank are powers of two, so folding the scale into B loses nothing.

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icrouting.batches import Batch
-from icrouting.edits import added, edited, last_of, recorded
-from icrouting.families import all_branches_of
+from icrouting.decoder.batches import Batch
+from icrouting.decoder.families import all_branches_of
+from icrouting.decoder.hooks import added, edited, recorded
+from icrouting.decoder.states import last_of
 from icrouting.methods.base import Context
 from icrouting.methods.distilling import BATCH_SIZE, Distilled, Lessons, distilled, lessons_of
 

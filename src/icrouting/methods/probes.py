@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from icrouting.batches import context_length, tokenize
-from icrouting.edits import edited_inputs, last_outputs
+from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.families import base_of, device_of
+from icrouting.decoder.hooks import edited_inputs
+from icrouting.decoder.states import last_outputs
 from icrouting.encoder import load_encoder, query_texts
-from icrouting.families import base_of, device_of
 from icrouting.methods.base import Method, Scores
 from icrouting.methods.regimes import ONCE
 from icrouting.tasks.task import Example, Task

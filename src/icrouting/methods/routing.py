@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icrouting.config import Settings
-from icrouting.edits import last_outputs
-from icrouting.families import layers_of
+from icrouting.decoder.families import layers_of
+from icrouting.decoder.states import last_outputs
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
 from icrouting.tasks.task import Task

@@ -8,11 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.batches import context_length, tokenize
-from icrouting.edits import edited_last, last_token_variants, mean_last_outputs
-from icrouting.families import layers_of
+from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.families import layers_of
+from icrouting.decoder.hooks import edited_last
+from icrouting.decoder.scoring import option_ids
+from icrouting.decoder.states import last_token_variants, mean_last_outputs
 from icrouting.methods.base import Context, Method
-from icrouting.scoring import option_ids
 from icrouting.tasks.prompts import balanced_demos, few_shot
 from icrouting.tasks.task import Example, Task
 

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
-from icrouting.batches import context_length, tokenize
+from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.scoring import option_ids
 from icrouting.runtime.progress import track
-from icrouting.scoring import option_ids
 from icrouting.tasks.task import Example, Task
 
 T = TypeVar("T")

@@ -9,17 +9,16 @@ must hold for the queries and the keys of every layer, whatever the family's rot
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from icrouting.sites import Dims, Family, Site, watched
+from icrouting.decoder.kernels import attention_function
+from icrouting.decoder.sites import Dims, Family, Site, watched
 
 # More rows than one, also where there is a single key head, or some factor would fit anything.
 _BATCH, _LENGTH = 5, 3
@@ -27,24 +26,6 @@ _BATCH, _LENGTH = 5, 3
 _MIN_TOLERANCE, _TOLERANCE_IN_ULP = 1e-4, 4
 
 _received: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
-
-
-@contextmanager
-def attention_function(model: PreTrainedModel, name: str, function: Callable, masks: str) -> Iterator[None]:
-    """Inside, the model's attention modules call `function`, with the masks of the kernel `masks`."""
-    original = model.config._attn_implementation
-    assert original is not None, "transformers gives every loaded model an attention implementation"
-    AttentionInterface.register(name, function)
-    # Without a mask function of the same name transformers would drop the mask silently.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
-    with ExitStack() as stack:
-        stack.callback(model.set_attn_implementation, original)
-        model.set_attn_implementation(name)
-        if model.config._attn_implementation != name:
-            raise ValueError(
-                f"{type(model).__name__} does not let its attention implementation be changed, so it cannot be routed"
-            )
-        yield
 
 
 def _recording_attention(

@@ -1,7 +1,5 @@
-"""Calls: what a decoder, or its `generate`, was given, and which of those tokens answer the prompt."""
+"""Answering: which tokens of a forward pass answer a prompt."""
 
-import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,39 +9,11 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from icrouting.batches import attended
-from icrouting.families import CACHE, base_of
-
-_held: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
-
-
-def called_with(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a module's call by name."""
-    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    return given | given.pop("kwargs", {})
-
-
-def read_by(given: dict[str, Any]) -> Tensor:
-    """Returns the token ids, or else the embeddings, among a decoder's arguments."""
-    return given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-
-
-def cache_of(given: dict[str, Any]) -> Any:
-    """Returns the cache among the arguments of a decoder or of `generate`, under either of its names."""
-    return given.get(CACHE, given.get("past_key_values"))
-
-
-def n_seen(given: dict[str, Any]) -> int:
-    """Returns the tokens in that cache."""
-    return 0 if (cache := cache_of(given)) is None else int(cache.get_seq_length())
-
-
-def asked(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """Returns the token ids among the arguments of `generate`."""
-    given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
-    return next((value for value in given if isinstance(value, Tensor)), None)
+from icrouting.decoder.batches import attended
+from icrouting.decoder.calls import asked, cache_of, called_with, n_seen, read_by
+from icrouting.decoder.families import base_of
+from icrouting.decoder.hold import replaced
 
 
 @dataclass
@@ -139,40 +109,3 @@ def answering(model: nn.Module, *, in_steps: bool) -> Iterator[Answering]:
         base.register_forward_pre_hook(now.before, with_kwargs=True),
     ):
         yield now
-
-
-@contextmanager
-def replaced(model: nn.Module, **methods: Callable) -> Iterator[None]:
-    """Inside, a model has other methods, on the instance alone; then it has again what it had."""
-    found = {name: vars(model)[name] for name in methods if name in vars(model)}
-    vars(model).update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            vars(model).pop(name, None)
-        vars(model).update(found)
-
-
-def check_alone(model: nn.Module, name: str) -> None:
-    """ValueError while a method is attached to a model: another would learn under it, or add to it."""
-    if (other := _held.get(base_of(model))) is not None:
-        raise ValueError(f"{other} is attached to this model: leave it before {name} is fitted or attached")
-
-
-@contextmanager
-def hooked(base: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, a model is a method's alone, refuses `generate_batch`, and runs uncompiled: graphs notice no hooks.
-
-    To be entered once its hooks are in place, which may hold the model themselves, as a router's do.
-    """
-    before, _held[base] = _held.get(base), name
-    try:
-        with replaced(base, init_continuous_batching=_refuse_packing), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        _held[base] = before
-
-
-def _refuse_packing(*args: Any, **kwargs: Any) -> None:
-    raise ValueError("an attached model cannot batch continuously, which packs all prompts into one row: pad them")

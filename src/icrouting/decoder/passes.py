@@ -1,25 +1,22 @@
-"""Scoring: the logit of every option at the next position, batched and safe under padding (section 5)."""
+"""Passes: next-token logits of padded batches, behind contexts that are computed once."""
 
 import copy
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel
 
-from icrouting.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.families import CACHE, base_of, device_of
+from icrouting.decoder.batches import Batch, by_length, pad
+from icrouting.decoder.families import CACHE, base_of, device_of
 from icrouting.tasks.prompts import Prompt
 
 TOKEN_BUDGET = 2048  # a prompt of more than half of it runs alone, and so without a mask
-_say_once = lru_cache(None)(logging.getLogger(__name__).warning)
 
 
 @dataclass(frozen=True)
@@ -34,31 +31,6 @@ class KeptContext:
         """Keys and values held, over all layers."""
         held = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
         return sum(tensor.numel() for tensor in held if tensor is not None)
-
-
-def option_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]) -> list[int]:
-    """Returns the token with which each option, after a space, goes on from this very prompt.
-
-    An option of several tokens is known by its first.
-    """
-    prompt_ids, *option_lists = tokenizer([prompt, *(f"{prompt} {option}" for option in options)]).input_ids
-    ids = []
-    for option, tokens in zip(options, option_lists, strict=True):
-        if tokens[: len(prompt_ids)] != prompt_ids or len(tokens) == len(prompt_ids):
-            raise ValueError(
-                f"the prompt's last token merges with the option {option!r}: end the prompt with a character "
-                f"such as ':' and without a space (it ends {prompt[-20:]!r})"
-            )
-        ids.append(tokens[len(prompt_ids)])
-        if len(tokens) > len(prompt_ids) + 1:
-            _say_once(f"option {option!r} is several tokens, and known by its first, {tokenizer.decode(ids[-1:])!r}")
-    for position, (option, token) in enumerate(zip(options, ids, strict=True)):
-        word, twin = str(tokenizer.decode([token])), options[ids.index(token)]
-        if not word.strip():
-            raise ValueError(f"option {option!r} begins with a token that is a bare space: choose another word for it")
-        if token in ids[:position]:
-            raise ValueError(f"options {twin!r} and {option!r} share their first token {word!r}: let them differ there")
-    return ids
 
 
 @contextmanager
@@ -86,50 +58,6 @@ def next_token_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "ba
     with last_position_only(model, batch.attention_mask):
         output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
     return output.logits.float()
-
-
-@torch.no_grad()
-def score_options(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Prompt],
-    options: Sequence[str] | Sequence[Sequence[str]],
-    *,
-    token_budget: int = TOKEN_BUDGET,
-    kept: dict[str, KeptContext] | None = None,
-) -> Float[Tensor, "n_prompts n_options"]:
-    """Returns each option's logit at the position after each prompt; -inf ends rows with fewer options than others.
-
-    Prompts that share a non-empty `Prompt.context` have it computed once; the scores are the same.
-
-    Args:
-        model: the decoder; routed only where no context is shared, since a routed cache cannot be copied.
-        tokenizer: its tokenizer.
-        prompts: texts, or `Prompt`s, each ending right before the space and the answer.
-        options: the answers to choose from, for all prompts or one list per prompt.
-        token_budget: padded tokens per forward pass, and as many cached ones.
-        kept: contexts that earlier calls computed with this very model; those computed now join them.
-    """
-    prompts = [Prompt("", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    per_prompt = _options_per_prompt(options, len(prompts))
-    token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], context_length(model))
-    ids = [option_ids(tokenizer, p.query, chosen) for p, chosen in zip(prompts, per_prompt, strict=True)]
-    scores = torch.full((len(prompts), max(map(len, ids), default=0)), -torch.inf)
-    for cache, batch in by_context(model, prompts, token_lists, pad_id_of(tokenizer), token_budget, kept):
-        logits = after_prefix(model, cache, batch) if cache is not None else next_token_logits(model, batch)
-        for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
-            scores[row, : len(ids[row])] = row_logits[ids[row]]
-    return scores
-
-
-def _options_per_prompt(options: Sequence[str] | Sequence[Sequence[str]], n: int) -> list[Sequence[str]]:
-    shared = [option for option in options if isinstance(option, str)]
-    per_prompt: list[Sequence[str]] = [shared] * n if shared else [list(chosen) for chosen in options]
-    if len(per_prompt) != n or (shared and len(shared) != len(options)):
-        raise ValueError(f"expected one list of options, or one per prompt ({n}), got {len(options)} entries")
-    if any(len(chosen) < 2 for chosen in per_prompt):
-        raise ValueError("expected at least two options for every prompt")
-    return per_prompt
 
 
 def by_context(

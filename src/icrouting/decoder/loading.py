@@ -5,17 +5,12 @@ import shutil
 import tempfile
 import uuid
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.utils import align_module_device
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.families import base_of
 from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
 from icrouting.runtime.processes import here
@@ -138,48 +133,3 @@ def unpack_gguf(file: Path) -> Path:
         except OSError:  # another process was first
             assert (folder / "config.json").exists(), f"cannot move the unpacked model to {folder}"
     return folder
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Returns 16 hex digits that identify a model's architecture and weights.
-
-    A strided sample of every weight, rounded to bfloat16, so that the same checkpoint loaded as float32 or
-    as bfloat16, with or without LoRA around it, gives the same digits.
-    """
-    return weights_digest(base_of(model))
-
-
-def check_fitted_on(model: nn.Module, what: str, name: str | None, expected: str) -> None:
-    """ValueError unless a model's fingerprint is the one `expected` of model `name`, on which `what` was fitted."""
-    if (found := fingerprint(model)) != expected:
-        raise ValueError(
-            f"{what} was fitted on {name!r} (fingerprint {expected}), this model is "
-            f"{base_of(model).config.name_or_path!r} ({found}): load the base model it was fitted on, or fit anew"
-        )
-
-
-def weights_digest(module: nn.Module) -> str:
-    """Returns 16 hex digits that identify a module's weights."""
-    tied = getattr(module, "all_tied_weights_keys", {})  # off-loaded ones are no longer one object
-    names = [name for name, _ in module.named_parameters() if "lora_" not in name and name not in tied]
-    samples = {}
-    for prefix, owner in module.named_modules():
-        with align_module_device(owner):  # brings off-loaded weights in
-            for name, weight in owner.named_parameters(prefix, recurse=False):
-                flat = weight.detach().reshape(-1)
-                sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
-                samples[name] = f"{tuple(weight.shape)}{sample.tolist()}"
-    weights = sorted((name.replace(".base_layer", ""), samples[name]) for name in names)
-    return hashlib.sha256("".join(f"{name}{sample}" for name, sample in weights).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is in evaluation mode and takes no gradients; then both are as they were found."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-        for parameter in model.parameters():
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
-        model.eval().requires_grad_(False)
-        yield

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from icrouting.probe import agrees, has_sites
-from icrouting.sites import Dims, Family, Site, fused_key, fused_query, head_major, interleaved, token_major
+from icrouting.decoder.probe import agrees, has_sites
+from icrouting.decoder.sites import Dims, Family, Site, fused_key, fused_query, head_major, interleaved, token_major
 
 # What transformers calls a cache, in calls and in outputs: the first name since 5.24, the second before.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"

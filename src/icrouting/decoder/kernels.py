@@ -1,0 +1,25 @@
+"""Kernels: a model's attention function, exchanged for another."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+
+@contextmanager
+def attention_function(model: PreTrainedModel, name: str, function: Callable, masks: str) -> Iterator[None]:
+    """Inside, the model's attention modules call `function`, with the masks of the kernel `masks`."""
+    original = model.config._attn_implementation
+    assert original is not None, "transformers gives every loaded model an attention implementation"
+    AttentionInterface.register(name, function)
+    # Without a mask function of the same name transformers would drop the mask silently.
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
+    with ExitStack() as stack:
+        stack.callback(model.set_attn_implementation, original)
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise ValueError(
+                f"{type(model).__name__} does not let its attention implementation be changed, so it cannot be routed"
+            )
+        yield
