@@ -20,17 +20,17 @@ import numpy as np
 import torch
 
 from icrouting import fitting, records, report
-from icrouting.attach import attach
 from icrouting.config import PAPER, FitConfig
 from icrouting.decoder.batches import pad_id_of, tokenize
-from icrouting.decoder.families import dims_of, late_third
+from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import late_entry
 from icrouting.decoder.scoring import option_ids
-from icrouting.features import features_of
-from icrouting.pids import QKMoments, fit_pids
 from icrouting.records import Record
-from icrouting.router import Router
+from icrouting.routing.attach import attach
+from icrouting.routing.features import features_of
+from icrouting.routing.pids import QKMoments, fit_pids, late_third
+from icrouting.routing.router import Router
 from icrouting.runtime.storage import load_tensors
 from icrouting.tasks.catalogue import PAPER_TASKS
 from icrouting.tasks.load import load_task

@@ -16,8 +16,8 @@ import torch
 
 from icrouting import fitting
 from icrouting.config import FitConfig
-from icrouting.decoder.families import late_third
 from icrouting.decoder.loading import load_model
+from icrouting.routing.pids import late_third
 from icrouting.runs import commit
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks.load import load_task

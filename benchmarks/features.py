@@ -19,10 +19,9 @@ from novelty import gain
 from icrouting import fitting, records
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import pad_id_of
-from icrouting.decoder.families import late_third
 from icrouting.decoder.loading import load_model
-from icrouting.features import Features, features_of
-from icrouting.pids import QKMoments, fit_pids
+from icrouting.routing.features import Features, features_of
+from icrouting.routing.pids import QKMoments, fit_pids, late_third
 from icrouting.runs import commit
 from icrouting.runtime.storage import load_tensors, save_json, save_tensors
 from icrouting.tasks.load import load_task

@@ -21,11 +21,11 @@ from icrouting import fitting, records
 from icrouting.capture import capture_last_tokens
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import pad_id_of
-from icrouting.decoder.families import dims_of, late_third
+from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
-from icrouting.features import features_of
-from icrouting.pids import QKMoments, fit_pids
-from icrouting.router import Router
+from icrouting.routing.features import features_of
+from icrouting.routing.pids import QKMoments, fit_pids, late_third
+from icrouting.routing.router import Router
 from icrouting.runs import commit
 from icrouting.runtime.storage import save_json
 from icrouting.tasks.load import load_task

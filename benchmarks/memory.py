@@ -69,8 +69,8 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
     from icrouting.config import HIDDEN, FitConfig
     from icrouting.decoder.batches import pad_id_of
     from icrouting.decoder.families import dims_of
-    from icrouting.features import features_of
-    from icrouting.router import Router
+    from icrouting.routing.features import features_of
+    from icrouting.routing.router import Router
     from icrouting.train import Trainer
 
     model, tokenizer, task = world(max(size, 1000))

@@ -24,8 +24,8 @@ from icrouting import metrics, records
 from icrouting.decoder.batches import pad_id_of, tokenize
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import entering_states
-from icrouting.features import features_of
 from icrouting.icr import InContextRouter
+from icrouting.routing.features import features_of
 from icrouting.runs import commit
 from icrouting.runtime.storage import load_json, save_json
 from icrouting.tasks.load import load_task

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from icrouting import InContextRouter, metrics, records
-from icrouting.attach import RoutedLayer, attach
-from icrouting.attention import project
 from icrouting.decoder.batches import by_length, pad_id_of, tokenize
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import late_entry
 from icrouting.decoder.scoring import option_ids
 from icrouting.evaluate import draw_items
-from icrouting.router import Routing
+from icrouting.routing.attach import RoutedLayer, attach
+from icrouting.routing.attention import project
+from icrouting.routing.router import Routing
 from icrouting.runs import commit
 from icrouting.runtime.storage import save_json
 from icrouting.tasks.catalogue import PAPER_TASKS

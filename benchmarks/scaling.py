@@ -18,12 +18,13 @@ import psutil
 import torch
 
 from icrouting.config import HIDDEN, FitConfig
-from icrouting.decoder.families import dims_of, late_third
+from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
-from icrouting.features import features_of
 from icrouting.fitting import extract, training_queries
 from icrouting.plan import Plan, plan_fit
-from icrouting.router import Router
+from icrouting.routing.features import features_of
+from icrouting.routing.pids import late_third
+from icrouting.routing.router import Router
 from icrouting.tasks.load import load_task
 from icrouting.train import Trainer
 

@@ -17,9 +17,9 @@ from speed_passes import RANK, World
 from speed_turns import Rows, Stopwatch, draw
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from icrouting.decoder.families import dims_of, late_third
+from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
-from icrouting.pids import PIDs
+from icrouting.routing.pids import PIDs, late_third
 from icrouting.tasks.load import load_task
 
 PARTS = {

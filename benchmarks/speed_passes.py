@@ -13,8 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from icrouting.attach import attach
-from icrouting.attention import project
 from icrouting.capture import captured
 from icrouting.config import HIDDEN
 from icrouting.decoder.batches import pad, tokenize
@@ -23,10 +21,13 @@ from icrouting.decoder.kernels import attention_function
 from icrouting.decoder.partial import entering_states
 from icrouting.decoder.passes import KeptContext, next_token_logits
 from icrouting.decoder.scoring import score_options
-from icrouting.features import Reader, features_of
-from icrouting.pids import PIDs
-from icrouting.routed import rerouted
-from icrouting.router import Router
+from icrouting.routing.attach import attach
+from icrouting.routing.attention import project
+from icrouting.routing.features import features_of
+from icrouting.routing.pids import PIDs
+from icrouting.routing.reader import Reader
+from icrouting.routing.rerouting import rerouted
+from icrouting.routing.router import Router
 from icrouting.tasks.prompts import balanced_demos, few_shot
 from icrouting.tasks.task import Task
 

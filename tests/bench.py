@@ -6,13 +6,13 @@ import torch
 from transformers import DynamicCache
 
 import tiny
-from icrouting import artifact
 from icrouting.config import FitConfig
 from icrouting.decoder.families import CACHE, base_of
 from icrouting.decoder.partial import entering_states
-from icrouting.features import features_of
 from icrouting.icr import InContextRouter
-from icrouting.router import Router, Routing
+from icrouting.routing import artifact
+from icrouting.routing.features import features_of
+from icrouting.routing.router import Router, Routing
 from reference import reference_routed
 
 # fp32 round-off of logits of size 10 through five layers

@@ -8,11 +8,11 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 import test_rivals
 import tiny
 from icrouting import FitConfig, InContextRouter
-from icrouting.attach import attach
 from icrouting.decoder.families import CACHE
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.scoring import score_options
 from icrouting.methods import LEARNING
+from icrouting.routing.attach import attach
 from icrouting.tasks.prompts import Prompt
 from reference import reference_routed
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from icrouting import artifact
-from icrouting.artifact import with_results
 from icrouting.config import FitConfig
-from icrouting.features import features_of
 from icrouting.icr import InContextRouter
-from icrouting.router import Router
+from icrouting.routing import artifact
+from icrouting.routing.artifact import with_results
+from icrouting.routing.features import features_of
+from icrouting.routing.router import Router
 from local_hub import COMMIT, local_hub
 
 

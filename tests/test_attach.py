@@ -5,9 +5,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import tiny
-from icrouting.attach import attach
 from icrouting.decoder.families import CACHE, attention_of
-from icrouting.router import Routing
+from icrouting.routing.attach import attach
+from icrouting.routing.router import Routing
 from reference import reference_routed
 
 FAMILIES = list(tiny.CONFIGS)

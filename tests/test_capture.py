@@ -5,7 +5,8 @@ from transformers import AutoModelForCausalLM, GPTJConfig
 
 import tiny
 from icrouting.capture import capture_last_tokens, captured
-from icrouting.decoder.families import attention_of, dims_of, late_third
+from icrouting.decoder.families import attention_of, dims_of
+from icrouting.routing.pids import late_third
 from icrouting.tasks.prompts import Prompt, extraction_prompts
 
 LAYERS = (2, 4)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import tiny
-from icrouting import artifact, cli, commands
+from icrouting import cli, commands
 from icrouting import evaluate as evaluate_module
 from icrouting.decoder.loading import load_model
+from icrouting.routing import artifact
 from icrouting.trunk import TRUNK_FILE
 
 

@@ -12,10 +12,10 @@ from icrouting import fitting
 from icrouting.config import FitConfig
 from icrouting.decoder.scoring import option_ids, score_options
 from icrouting.evaluate import Evaluation
-from icrouting.features import features_of
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, controls, make
-from icrouting.router import Router
+from icrouting.routing.features import features_of
+from icrouting.routing.router import Router
 from icrouting.runtime import processes
 from icrouting.tasks.prompts import Prompt
 from icrouting.train import Trainer
@@ -81,7 +81,7 @@ def scores_under(method, prompts=PROMPTS):
 
 def routing_under(method, prompts=PROMPTS):
     """What the model is routed by, as it is seen by the routed layers."""
-    from icrouting.features import Reader
+    from icrouting.routing.reader import Reader
 
     seen, of_states = [], Reader.of_states
     with pytest.MonkeyPatch.context() as patch:
@@ -195,8 +195,8 @@ def test_directions_get_the_gradient_of_a_finite_difference(config, tokenizer):
     trainer = Trainer(model, router.adopt(pids), router, queries, config, 1)
 
     def loss():
-        from icrouting.attach import attach
         from icrouting.decoder.partial import late_entry
+        from icrouting.routing.attach import attach
 
         with attach(model, trainer.pids) as attachment, late_entry(model, 3) as entry:
             return trainer._terms(entry, attachment, queries[:5])["ce"]

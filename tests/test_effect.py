@@ -4,7 +4,7 @@ import torch
 import tiny
 from icrouting.config import HIDDEN
 from icrouting.decoder.passes import next_token_logits
-from icrouting.effect import run_both
+from icrouting.routing.effect import run_both
 from inspected import LAYERS, OPTIONS, prompts, sharp_router
 
 # fp32 round-off between kernels on logits of size 30
@@ -89,7 +89,7 @@ def test_the_model_is_as_found_also_after_an_exception(world, monkeypatch):
             raise RuntimeError
         return next_token_logits(model, batch)
 
-    monkeypatch.setattr("icrouting.effect.next_token_logits", interrupted)
+    monkeypatch.setattr("icrouting.routing.effect.next_token_logits", interrupted)
     with pytest.raises(RuntimeError):
         both(world, prompts()[0])
     assert ran == ["eager", "icrouting_eager"]

@@ -8,11 +8,11 @@ import tiny
 from icrouting.decoder.families import CACHE, layers_of
 from icrouting.decoder.hooks import edited, recorded
 from icrouting.decoder.scoring import option_ids, score_options
-from icrouting.encoder import load_encoder
 from icrouting.methods import Settings, elicit
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.task_vectors import sweep
 from icrouting.retriever import same_task, train_head
+from icrouting.routing.encoder import load_encoder
 from icrouting.tasks.task import Task, TaskSpec
 
 TASK = tiny.task("toy")

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 import tiny
-from icrouting.attach import attach
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import entering_states
-from icrouting.features import Reader, features_of
 from icrouting.icr import InContextRouter
-from icrouting.routed import rerouted
-from icrouting.router import Router
+from icrouting.routing.attach import attach
+from icrouting.routing.features import features_of
+from icrouting.routing.reader import Reader
+from icrouting.routing.rerouting import rerouted
+from icrouting.routing.router import Router
 from icrouting.runtime import wheels
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it")

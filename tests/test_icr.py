@@ -10,11 +10,11 @@ import tiny
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.partial import entering_states, late_entry
 from icrouting.decoder.scoring import score_options
-from icrouting.encoder import load_encoder
-from icrouting.features import features_of
 from icrouting.fitting import training_queries
 from icrouting.icr import InContextRouter
-from icrouting.router import Router, Routing
+from icrouting.routing.encoder import load_encoder
+from icrouting.routing.features import features_of
+from icrouting.routing.router import Router, Routing
 from icrouting.runtime.locks import locked
 from icrouting.tasks.prompts import Prompt
 from icrouting.train import Query, Trainer, alpha_scale
@@ -209,7 +209,7 @@ def test_queries_keep_their_own_features_and_the_end_of_a_long_prompt(config, mo
 @pytest.mark.parametrize("ce_scope", ["options", "vocabulary"])
 def test_a_step_takes_the_four_terms_of_the_paper(ce_scope, config, model, tokenizer):
     """The second step's terms against a slow recomputation from whole prompts, with 2 and 5 options."""
-    from icrouting.attach import attach
+    from icrouting.routing.attach import attach
 
     config = dataclasses.replace(config, ce_scope=ce_scope, batch_size=3, epochs=1, w_conf=0.3, w_spar=0.2, w_gate=0.1)
     generator, pids = torch.Generator().manual_seed(0), tiny.pids(model)

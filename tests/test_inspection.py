@@ -5,9 +5,9 @@ import torch
 
 import browser
 import tiny
-from icrouting import inspection
 from icrouting.decoder.scoring import score_options
-from icrouting.inspection import inspect_prompt
+from icrouting.routing import inspection
+from icrouting.routing.inspection import inspect_prompt
 from inspected import OPTIONS, prompts, sharp_router
 
 # fp32 round-off between kernels on logits of size 30
@@ -22,9 +22,10 @@ def world(tokenizer, encoder_folder):
         return model, tokenizer, sharp_router(model, tokenizer, encoder_folder, monkeypatch)
 
 
-def look(world, prompt, *more):
+def look(world, prompt, options=None, strength=1.0):
     model, tokenizer, icr = world
-    return inspect_prompt(icr, model, tokenizer, prompt, *more)
+    with icr.attached(model, tokenizer, strength=strength) as routed:
+        return inspect_prompt(routed, prompt, options)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
 
 import tiny
-from icrouting.attach import attach
-from icrouting.attention import project, widen_key, widen_query, widen_value
 from icrouting.decoder.batches import by_length, pad
 from icrouting.decoder.families import CACHE
-from icrouting.router import Routing
+from icrouting.routing.attach import attach
+from icrouting.routing.attention import project, widen_key, widen_query, widen_value
+from icrouting.routing.router import Routing
 from reference import reference_routed
 
 # fp32 round-off of logits of size 10 through four layers

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import tiny
-from icrouting import artifact
-from icrouting.attach import attach
 from icrouting.config import FitConfig
-from icrouting.features import features_of
 from icrouting.icr import InContextRouter
-from icrouting.router import Router
+from icrouting.routing import artifact
+from icrouting.routing.attach import attach
+from icrouting.routing.features import features_of
+from icrouting.routing.router import Router
 from test_attach import logits_of
 from test_families import ALL, model_of
 

@@ -6,7 +6,7 @@ import torch
 import tiny
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.loading import default_dtype, load_model
-from icrouting.encoder import SentenceEncoder
+from icrouting.routing.encoder import SentenceEncoder
 
 
 def test_a_saved_model_loads_frozen_with_a_padding_token(tmp_path):
@@ -62,7 +62,7 @@ def test_what_fails_without_a_word_is_said_by_its_name(said, monkeypatch):
     monkeypatch.setattr("icrouting.decoder.loading.AutoTokenizer.from_pretrained", fail)
     with pytest.raises(ValueError, match=r"cannot load model 'any'.*; OSError$"):
         load_model("any")
-    monkeypatch.setattr("icrouting.encoder.SentenceTransformer", fail)
+    monkeypatch.setattr("icrouting.routing.encoder.SentenceTransformer", fail)
     with pytest.raises(ValueError, match=r"cannot load the sentence encoder 'any'.*; OSError$"):
         SentenceEncoder("any")
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from icrouting import artifact
 from icrouting.icr import InContextRouter
+from icrouting.routing import artifact
 from test_artifact import folder  # noqa: F401
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

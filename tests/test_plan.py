@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import tiny
 from icrouting import PAPER, FitConfig, InContextRouter, cli, commands, plan
 from icrouting.config import Backbone
-from icrouting.decoder.families import decoder_of, dims_of, family_of, late_third
+from icrouting.decoder.families import decoder_of, dims_of, family_of
 from icrouting.decoder.loading import load_skeleton
-from icrouting.pids import QKMoments
+from icrouting.routing.pids import QKMoments, late_third
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "recipes"
 # In billions, as their makers publish them.

@@ -9,10 +9,10 @@ from sklearn.preprocessing import StandardScaler
 import tiny
 from icrouting import records
 from icrouting.decoder.families import decoder_of
-from icrouting.encoder import load_encoder
 from icrouting.evaluate import Evaluation
 from icrouting.methods import Settings, make
 from icrouting.methods.probes import STRENGTHS, ProbeEncoder, ProbeHidden, logistic_regression
+from icrouting.routing.encoder import load_encoder
 from icrouting.tasks.task import Example, Task, TaskSpec
 
 TASK = tiny.task("toy", n_test=30)

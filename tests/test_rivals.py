@@ -11,7 +11,6 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny
 from icrouting import fitting
-from icrouting.attach import attach
 from icrouting.config import FitConfig
 from icrouting.decoder.families import CACHE
 from icrouting.decoder.scoring import score_options
@@ -26,6 +25,7 @@ from icrouting.methods.regimes import ONCE
 from icrouting.methods.saved import load_method, save_method
 from icrouting.methods.soft_prompts import PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
+from icrouting.routing.attach import attach
 from icrouting.runtime.storage import load_tensors, save_tensors
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Task

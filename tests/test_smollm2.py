@@ -5,12 +5,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from icrouting.attach import attach
-from icrouting.decoder.families import CACHE, late_third
+from icrouting.decoder.families import CACHE
 from icrouting.decoder.loading import load_model, unpack_gguf
 from icrouting.decoder.scoring import option_ids
-from icrouting.encoder import SentenceEncoder, query_texts
-from icrouting.router import Routing
+from icrouting.routing.attach import attach
+from icrouting.routing.encoder import SentenceEncoder, query_texts
+from icrouting.routing.pids import late_third
+from icrouting.routing.router import Routing
 from icrouting.runtime import wheels
 from reference import reference_routed
 

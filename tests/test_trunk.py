@@ -7,10 +7,10 @@ import torch
 
 import tiny
 from icrouting import trunk
-from icrouting.attach import attach
 from icrouting.decoder.partial import late_entry
 from icrouting.decoder.passes import next_token_logits
 from icrouting.losses import entropy
+from icrouting.routing.attach import attach
 from icrouting.trunk import pad_states, run_trunk
 
 FIRST = 3

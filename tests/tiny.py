@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from icrouting.decoder.families import dims_of
-from icrouting.pids import PIDs
-from icrouting.router import Routing
+from icrouting.routing.pids import PIDs
+from icrouting.routing.router import Routing
 from icrouting.tasks.task import Example, Task, TaskSpec
 
 VOCAB = 311

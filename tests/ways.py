@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Quan
 
 import tiny
 from bench import CLOSE, MATTERS, Bench, rows_of
-from icrouting.attach import attach
 from icrouting.config import FitConfig
 from icrouting.decoder.families import CACHE
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.partial import late_entry
 from icrouting.icr import InContextRouter
-from icrouting.router import Router
+from icrouting.routing.attach import attach
+from icrouting.routing.router import Router
 from icrouting.train import Query, Trainer
 from icrouting.trunk import run_trunk
 

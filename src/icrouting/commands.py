@@ -13,9 +13,8 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from icrouting import fits, inspection, plan, records, report, runs, table
+from icrouting import fits, plan, records, report, runs, table
 from icrouting import methods as registry
-from icrouting.artifact import with_results
 from icrouting.conclusion import conclusion
 from icrouting.config import Backbone, FitConfig, Settings
 from icrouting.decoder.batches import context_length, tokenize
@@ -24,6 +23,9 @@ from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.loading import default_dtype, load_model, load_skeleton
 from icrouting.evaluate import Evaluation
 from icrouting.icr import InContextRouter
+from icrouting.routing import inspection
+from icrouting.routing.artifact import with_results
+from icrouting.routing.routed import routing_summary
 from icrouting.runtime.processes import first_one_first, is_first, wait
 from icrouting.runtime.progress import spinner
 from icrouting.runtime.storage import load_json, save_json, save_text
@@ -178,7 +180,7 @@ def finish(out: Path, evaluation: Evaluation, tasks: Sequence[Task], seed: int, 
     fits.write_tried(out / "fits", config["methods"], out / "tried.csv")
     if icr is not None:
         with icr.attached(evaluation.model, evaluation.tokenizer) as routed:
-            save_json(out / "routing.json", runs.routing_summary(routed, icr.pids.layers, tasks))
+            save_json(out / "routing.json", routing_summary(routed, icr.pids.layers, tasks))
         if icr.folder is not None and (curve := icr.folder / "fit" / "training.jsonl").exists():
             shutil.copyfile(curve, out / "training.jsonl")
     show(out)
@@ -229,7 +231,8 @@ def inspect(
 ) -> None:
     """Prints what a router does to one prompt and writes it as a page."""
     icr = InContextRouter.from_pretrained(router)
-    seen = inspection.inspect_prompt(icr, *load(model), prompt, options, strength)
+    with icr.attached(*load(model), strength=strength) as routed:
+        seen = inspection.inspect_prompt(routed, prompt, options)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_text(out, inspection.html(seen, f"{model}, router {router} ({icr.digest()})"))
     console.print(f"{inspection.text(seen)}\npage: {out}", soft_wrap=True, markup=False, highlight=False)

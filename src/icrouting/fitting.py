@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting.capture import capture_last_tokens
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.batches import context_length, finite_rows, pad_id_of, tokenize
-from icrouting.decoder.families import check_layers, device_of, dims_of, family_of, late_third
+from icrouting.decoder.families import device_of, dims_of, family_of
 from icrouting.decoder.hold import check_alone, frozen
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.scoring import option_ids
-from icrouting.features import Features, Scale, features_of
-from icrouting.pids import PIDs, QKMoments, fit_pids
-from icrouting.router import Router
+from icrouting.routing.features import Features, Scale, features_of
+from icrouting.routing.pids import PIDs, QKMoments, check_layers, fit_pids, late_third
+from icrouting.routing.router import Router
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, decided, first_one_first, here, mine, total
 from icrouting.runtime.progress import track

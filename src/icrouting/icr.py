@@ -11,15 +11,18 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from icrouting import artifact, fitting
-from icrouting.artifact import Description, model_card
+from icrouting import fitting
 from icrouting.config import FitConfig
 from icrouting.decoder.families import base_of, device_of
 from icrouting.decoder.identity import check_fitted_on
-from icrouting.features import Gate, Reader, features_of
-from icrouting.pids import PIDs
-from icrouting.routed import Routed, rerouted
-from icrouting.router import Router
+from icrouting.routing import artifact
+from icrouting.routing.artifact import Description, model_card
+from icrouting.routing.features import features_of
+from icrouting.routing.pids import PIDs
+from icrouting.routing.reader import Gate, Reader
+from icrouting.routing.rerouting import rerouted
+from icrouting.routing.routed import Routed
+from icrouting.routing.router import Router
 from icrouting.tasks.task import Task
 
 
@@ -106,7 +109,7 @@ class InContextRouter(ModelHubMixin):
         reader = Reader(model, tokenizer, features, self.router, self.pids.layers[0], scale, gate)
         # Exact in every dtype at strength 0: wider heads round differently below float32.
         with rerouted(reader, self.pids) if strength else nullcontext([]) as last:
-            yield Routed(reader, self.pids.layers, last)
+            yield Routed(reader, self.pids.layers, strength, last)
 
     def digest(self) -> str:
         """Returns 16 hex digits that identify the router's weights."""

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting.capture import TOKEN_BUDGET
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.batches import context_length, tokenize
-from icrouting.decoder.families import check_layers, decoder_of, dims_of, late_third
+from icrouting.decoder.families import decoder_of, dims_of
+from icrouting.routing.pids import check_layers, late_third
 from icrouting.tasks.prompts import extraction_prompts
 from icrouting.tasks.task import Task
 

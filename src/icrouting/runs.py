@@ -14,7 +14,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from icrouting import records
 from icrouting.config import Settings
-from icrouting.routed import Routed
 from icrouting.runtime.checks import check
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, first_one_first, is_first
@@ -148,15 +147,3 @@ def commit() -> str:
 def add_to_config(folder: Path, **entries: object) -> None:
     """Adds entries to a run's configuration."""
     save_json(folder / "config.json", {**load_json(folder / "config.json"), **entries})
-
-
-def routing_summary(routed: Routed, layers: Sequence[int], tasks: Sequence[Task], n_items: int = 50) -> dict[str, Any]:
-    """Returns what a router decides on each task: its mean head gates and mean |alpha|, for the report."""
-    found = {}
-    for task in tasks:
-        routing = routed.routing([task.prompt(example) for example in task.test[:n_items]])
-        found[task.name] = {
-            "head_gates": routing.head_gates.mean(0).tolist(),
-            "routing_vector_abs": routing.routing_vector.abs().mean(0).tolist(),
-        }
-    return {"layers": list(layers), "tasks": found}

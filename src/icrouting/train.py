@@ -12,13 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from icrouting import losses
-from icrouting.attach import Attachment, attach
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import finite_rows
 from icrouting.decoder.families import device_of
 from icrouting.decoder.partial import LateEntry, late_entry
-from icrouting.pids import PIDs
-from icrouting.router import Router
+from icrouting.routing.attach import Attachment, attach
+from icrouting.routing.pids import PIDs
+from icrouting.routing.router import Router
 from icrouting.runtime.processes import is_first, mine, total
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors

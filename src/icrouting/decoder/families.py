@@ -134,18 +134,6 @@ def dims_of(model: nn.Module) -> Dims:
     )
 
 
-def late_third(n_layers: int) -> tuple[int, ...]:
-    """The layers the paper routes by default: the last third (section 3)."""
-    return tuple(range(n_layers // 3 * 2, n_layers))
-
-
-def check_layers(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
-    """Returns `layers`; ValueError unless they are ascending indices into `n_layers` layers."""
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= n_layers:
-        raise ValueError(f"routed layers must be ascending indices below {n_layers}, one or more; got {list(layers)}")
-    return layers
-
-
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's first parameter that is not off-loaded."""
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))

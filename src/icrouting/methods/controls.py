@@ -11,12 +11,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from icrouting import fitting
 from icrouting.config import Basis, FitConfig, Settings
 from icrouting.decoder.families import device_of, dims_of
-from icrouting.features import Reader, features_of
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
-from icrouting.pids import PIDs
-from icrouting.routed import rerouted
-from icrouting.router import Router
+from icrouting.routing.features import features_of
+from icrouting.routing.pids import PIDs
+from icrouting.routing.reader import Reader
+from icrouting.routing.rerouting import rerouted
+from icrouting.routing.router import Router
 from icrouting.runtime.processes import alone
 from icrouting.tasks.task import Task
 

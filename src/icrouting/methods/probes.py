@@ -13,9 +13,9 @@ from icrouting.decoder.batches import context_length, tokenize
 from icrouting.decoder.families import base_of, device_of
 from icrouting.decoder.hooks import edited_inputs
 from icrouting.decoder.states import last_outputs
-from icrouting.encoder import load_encoder, query_texts
 from icrouting.methods.base import Method, Scores
 from icrouting.methods.regimes import ONCE
+from icrouting.routing.encoder import load_encoder, query_texts
 from icrouting.tasks.task import Example, Task
 
 STRENGTHS = (1.0, 0.1, 10.0, 0.01, 100.0, 1e-3, 1e-4)  # scikit-learn's default C first

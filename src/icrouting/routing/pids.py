@@ -152,3 +152,15 @@ def _described(columns: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Ten
     floor = torch.finfo(torch.float32).eps * total.sqrt()
     # Contiguous, as a loaded file's are: kernels may round by the layout.
     return columns.float().contiguous(), torch.maximum(variance.sqrt(), floor).float(), (variance / total).float()
+
+
+def late_third(n_layers: int) -> tuple[int, ...]:
+    """The layers the paper routes by default: the last third (section 3)."""
+    return tuple(range(n_layers // 3 * 2, n_layers))
+
+
+def check_layers(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
+    """Returns `layers`; ValueError unless they are ascending indices into `n_layers` layers."""
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= n_layers:
+        raise ValueError(f"routed layers must be ascending indices below {n_layers}, one or more; got {list(layers)}")
+    return layers

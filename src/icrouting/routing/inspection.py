@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.decoder.batches import context_length, tokenize
 from icrouting.decoder.scoring import option_ids
-from icrouting.effect import Passes, describe, run_both
-from icrouting.icr import InContextRouter
-from icrouting.router import Routing
+from icrouting.routing.effect import Passes, describe, run_both
+from icrouting.routing.routed import Routed
+from icrouting.routing.router import Routing
 from icrouting.runtime.pages import points, render
 
 N_TOP = 10
@@ -53,32 +52,26 @@ class Inspection:
         return describe([self.passes], self.routing)
 
 
-def inspect_prompt(
-    icr: InContextRouter,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    options: Sequence[str] | None = None,
-    strength: float = 1.0,
-) -> Inspection:
-    """Returns what a router does to one prompt; the model, which it was fitted on, is as found afterwards.
+def inspect_prompt(routed: Routed, prompt: str, options: Sequence[str] | None = None) -> Inspection:
+    """Returns what a router does to one prompt, inside `InContextRouter.attached`.
 
     The prompt ends right before the space and the answer ("Sentiment:"). `options` are two answers to choose from or
-    more; None looks at the likeliest tokens alone. `strength` is a factor on the routing vector.
+    more; None looks at the likeliest tokens alone.
     """
+    model, tokenizer = routed.reader.model, routed.reader.tokenizer
     if options is not None and len(options) < 2:
         raise ValueError(f"expected at least two options or none, got {list(options)}")
     (token_ids,) = tokenize(tokenizer, [prompt], context_length(model))
     chosen = option_ids(tokenizer, prompt, options) if options else []
-    with icr.attached(model, tokenizer, strength=strength) as routed:
-        passes, routing = run_both(model, token_ids, icr.pids.layers), routed.routing([prompt])
+    passes = run_both(model, token_ids, routed.layers)
+    routing = routed.routing([prompt])
     probabilities = passes.logits.softmax(-1)
     top = probabilities.amax(0).topk(min(N_TOP, probabilities.shape[-1])).indices.tolist()
     tokens, top_texts = ([str(tokenizer.decode([token])) for token in ids] for ids in (token_ids, top))
     likeliest = _candidates(top_texts, passes.logits[:, top], probabilities[:, top])
     among = passes.logits[:, chosen]
     listed = _candidates(options or [], among, among.softmax(-1))
-    return Inspection(strength, tokens, passes, routing, listed, likeliest)
+    return Inspection(routed.strength, tokens, passes, routing, listed, likeliest)
 
 
 def _candidates(texts: Sequence[str], logits: Float[Tensor, "2 n"], shares: Float[Tensor, "2 n"]) -> list[Candidate]:
@@ -88,9 +81,9 @@ def _candidates(texts: Sequence[str], logits: Float[Tensor, "2 n"], shares: Floa
 
 def html(seen: Inspection, about: str) -> str:
     """Returns the page: numbers and pictures, no scripts, nothing fetched; `about` names model and router."""
-    return render("inspect.html.j2", _FILTERS, seen=seen, about=about, quoted=repr)
+    return render("routing/templates/inspect.html.j2", _FILTERS, seen=seen, about=about, quoted=repr)
 
 
 def text(seen: Inspection) -> str:
     """Returns the tables that a terminal shows."""
-    return render("inspect.txt.j2", _FILTERS, seen=seen, quoted=repr)
+    return render("routing/templates/inspect.txt.j2", _FILTERS, seen=seen, quoted=repr)

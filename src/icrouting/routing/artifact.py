@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from icrouting.config import HIDDEN, FitConfig
-from icrouting.decoder.families import check_layers, decoder_of, dims_of
+from icrouting.decoder.families import decoder_of, dims_of
 from icrouting.decoder.identity import fingerprint
-from icrouting.features import Features
-from icrouting.pids import PIDs
-from icrouting.router import Router
+from icrouting.routing.features import Features
+from icrouting.routing.pids import PIDs, check_layers
+from icrouting.routing.router import Router
 from icrouting.runtime.checks import first_line, read
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks.task import Task, rows_digest
@@ -105,7 +105,7 @@ def model_card(description: Description, digest: str) -> str:
     """Returns the text of a router's README.md; `digest` identifies its weights."""
     # The hub refuses a card whose front matter names anything but one of its ids.
     is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", description.base_model)
-    template = resources.files("icrouting").joinpath("card.md.j2").read_text(encoding="utf-8")
+    template = resources.files("icrouting.routing").joinpath("templates/card.md.j2").read_text(encoding="utf-8")
     page = jinja2.Template(template, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return page.render(vars(description), digest=digest, is_hub_id=is_hub_id, hidden=HIDDEN)
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from icrouting.attention import project, widen_key, widen_query, widen_value
-from icrouting.decoder.families import attention_of, base_of, check_layers, dims_of, family_of
+from icrouting.decoder.families import attention_of, base_of, dims_of, family_of
 from icrouting.decoder.hold import check_alone, hooked
 from icrouting.decoder.kernels import attention_function
 from icrouting.decoder.sites import watched
-from icrouting.pids import PIDs
-from icrouting.router import Routing
+from icrouting.routing.attention import project, widen_key, widen_query, widen_value
+from icrouting.routing.pids import PIDs, check_layers
+from icrouting.routing.router import Routing
 
 # transformers treats names that hold "sdpa", "flash" or "flex" as the kernels of that name.
 _ALIASES = {

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from icrouting.attach import routed_kernel
 from icrouting.decoder.batches import pad
 from icrouting.decoder.families import attention_of, base_of, device_of
 from icrouting.decoder.passes import next_token_logits
-from icrouting.router import Routing
+from icrouting.routing.attach import routed_kernel
+from icrouting.routing.router import Routing
 
 # A routing far too weak for bfloat16 still moved the logits of SmolLM2 by 2.4 units of the largest one's last place.
 ROUNDING_IN_ULP = 4

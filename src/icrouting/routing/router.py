@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from icrouting.pids import PIDs
+from icrouting.routing.pids import PIDs
 
 
 @dataclass(frozen=True)

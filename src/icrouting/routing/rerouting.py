@@ -1,70 +1,25 @@
 """A model while it is routed: every plain call is routed by the prompt it is given (section 5)."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import Cache
 
-from icrouting.attach import Attachment, attach
-from icrouting.decoder.batches import attended, context_length, tokenize
+from icrouting.decoder.batches import attended
 from icrouting.decoder.calls import asked, cache_of, called_with, n_seen
 from icrouting.decoder.families import CACHE, base_of, decoder_of, layers_of
 from icrouting.decoder.hold import replaced
 from icrouting.decoder.partial import entering_of
-from icrouting.decoder.scoring import score_options
-from icrouting.effect import describe, run_both, warn_if_nothing
-from icrouting.features import Reader
-from icrouting.pids import PIDs
-from icrouting.router import Routing
-
-
-@dataclass(frozen=True)
-class Routed:
-    """An attached model; comes from `InContextRouter.attached`.
-
-    `layers` are the routed ones; `last` holds the tokens of the prompts that were routed or scored last.
-    """
-
-    reader: Reader
-    layers: tuple[int, ...]
-    last: list[list[int]]
-
-    def score(
-        self, prompts: Sequence[str], options: Sequence[str] | Sequence[Sequence[str]]
-    ) -> Float[Tensor, "n_prompts n_options"]:
-        """Returns each option's logit at the position after each prompt; options are for all prompts or a list each.
-
-        Zero-shot prompts end right before the space and the answer ("Sentiment:").
-        """
-        scores = score_options(self.reader.model, self.reader.tokenizer, prompts, options)
-        self.last[:] = tokenize(self.reader.tokenizer, prompts)
-        return scores
-
-    def routing(self, prompts: Sequence[str]) -> Routing:
-        """Returns what the router decides for prompts; no routed layer runs."""
-        return self.reader.of_tokens(tokenize(self.reader.tokenizer, prompts, context_length(self.reader.model)))
-
-    def effect(self, prompts: Sequence[str] | None = None) -> str:
-        """Returns in one line of numbers what routing does to prompts; warns when that is numerically nothing.
-
-        Each prompt is run twice, alone, on the `eager` kernel. None takes those that were routed or scored last; a
-        plain call at strength 0 is not seen.
-        """
-        reader, model = self.reader, self.reader.model
-        found = self.last if prompts is None else tokenize(reader.tokenizer, prompts, context_length(model))
-        token_lists = [list(tokens) for tokens in dict.fromkeys(map(tuple, found))]  # beams repeat their prompt
-        if not token_lists:
-            raise ValueError("nothing has been routed yet: give `effect` prompts, or call the model first")
-        passes = [run_both(model, tokens, self.layers) for tokens in token_lists]
-        self.last[:] = token_lists
-        warn_if_nothing(passes)
-        return describe(passes, reader.of_tokens(token_lists))
+from icrouting.routing.attach import Attachment, attach
+from icrouting.routing.pids import PIDs
+from icrouting.routing.reader import Reader
+from icrouting.routing.router import Routing
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Routing: the paper's mechanism on a model."""
