@@ -65,24 +65,25 @@ def world(n_rows):
 def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
     import torch
 
-    from icrouting import fitting
     from icrouting.config import HIDDEN, FitConfig
     from icrouting.decoder.batches import pad_id_of
     from icrouting.decoder.families import dims_of
+    from icrouting.fitting.extraction import extract
+    from icrouting.fitting.queries import training_queries
+    from icrouting.fitting.training import Trainer
     from icrouting.routing.features import features_of
     from icrouting.routing.router import Router
-    from icrouting.train import Trainer
 
     model, tokenizer, task = world(max(size, 1000))
     config = FitConfig(n_prompts=size, n_queries=size, rank=4, encoder=HIDDEN, epochs=1)
     features, layers, started = features_of(HIDDEN, model, tokenizer, "cpu"), (4, 5), time.monotonic()
     with Peak() as peak:
         if stage == "extraction":
-            fitting.extract(model, tokenizer, [task], layers, config, None)
+            extract(model, tokenizer, [task], layers, config, None)
         else:
             few = dataclasses.replace(config, n_prompts=8)
-            pids = fitting.extract(model, tokenizer, [task], layers, few, None)
-            queries, _ = fitting.training_queries(model, tokenizer, [task], features, 4, config, folder)
+            pids = extract(model, tokenizer, [task], layers, few, None)
+            queries, _ = training_queries(model, tokenizer, [task], features, 4, config, folder)
             router = Router(features.n_features, 2, dims_of(model).n_heads, 4, 32, torch.Generator().manual_seed(0))
             trainer = Trainer(model, pids, router, queries, config, pad_id_of(tokenizer))
             trainer.n_steps = 50

@@ -26,6 +26,7 @@ from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import late_entry
 from icrouting.decoder.scoring import option_ids
 from icrouting.evaluate import draw_items
+from icrouting.fitting.trunk import pad_states, run_trunk
 from icrouting.routing.attach import RoutedLayer, attach
 from icrouting.routing.attention import project
 from icrouting.routing.router import Routing
@@ -33,7 +34,6 @@ from icrouting.runs import commit
 from icrouting.runtime.storage import save_json
 from icrouting.tasks.catalogue import PAPER_TASKS
 from icrouting.tasks.load import load_task
-from icrouting.trunk import pad_states, run_trunk
 
 ROUTER = Path(__file__).parents[1] / "routers" / "smollm2-135m"
 LENGTHS = 2048

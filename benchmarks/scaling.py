@@ -20,13 +20,14 @@ import torch
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
-from icrouting.fitting import extract, training_queries
-from icrouting.plan import Plan, plan_fit
+from icrouting.fitting.extraction import extract
+from icrouting.fitting.plan import Plan, plan_fit
+from icrouting.fitting.queries import training_queries
+from icrouting.fitting.training import Trainer
 from icrouting.routing.features import features_of
 from icrouting.routing.pids import late_third
 from icrouting.routing.router import Router
 from icrouting.tasks.load import load_task
-from icrouting.train import Trainer
 
 MODEL = "pinned:smollm2-135m"
 # Name, tasks, prompts of each: the first two are fitted.

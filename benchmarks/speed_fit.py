@@ -8,21 +8,21 @@ import numpy as np
 import torch
 from speed_passes import RANK, World, dense_bias, twin
 
-from icrouting import losses
-from icrouting.capture import TOKEN_BUDGET, capture_last_tokens
 from icrouting.config import HIDDEN, PAPER
 from icrouting.decoder.batches import by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.decoder.families import decoder_of, device_of, dims_of
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.scoring import option_ids
+from icrouting.fitting import losses
+from icrouting.fitting.capture import TOKEN_BUDGET, capture_last_tokens
+from icrouting.fitting.pca import QKMoments
+from icrouting.fitting.training import Query, Trainer, alpha_scale
+from icrouting.fitting.trunk import TrunkState, run_trunk
 from icrouting.icr import InContextRouter
 from icrouting.routing import artifact
 from icrouting.routing.features import features_of
-from icrouting.routing.pids import QKMoments
 from icrouting.routing.router import Router
 from icrouting.tasks.prompts import extraction_prompts
-from icrouting.train import Query, Trainer, alpha_scale
-from icrouting.trunk import TrunkState, run_trunk
 
 
 def paper_terms(model, given, trainer, queries):

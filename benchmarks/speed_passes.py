@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from icrouting.capture import captured
 from icrouting.config import HIDDEN
 from icrouting.decoder.batches import pad, tokenize
 from icrouting.decoder.families import CACHE, attention_of, device_of, dims_of
@@ -21,6 +20,7 @@ from icrouting.decoder.kernels import attention_function
 from icrouting.decoder.partial import entering_states
 from icrouting.decoder.passes import KeptContext, next_token_logits
 from icrouting.decoder.scoring import score_options
+from icrouting.fitting.capture import captured
 from icrouting.routing.attach import attach
 from icrouting.routing.attention import project
 from icrouting.routing.features import features_of

@@ -4,8 +4,8 @@ import torch
 
 import tiny
 from icrouting.config import FitConfig
+from icrouting.fitting.training import Trainer
 from icrouting.icr import InContextRouter
-from icrouting.train import Trainer
 
 OPTIONS = ("negative", "positive")
 LAYERS = (3, 4)

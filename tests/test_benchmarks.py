@@ -2,22 +2,15 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-import abstained
 import answers
-import choose_defaults
-import heads
 import leads
-import leave_one_out
-import mappings
 import precision
 import speed
 
@@ -27,25 +20,6 @@ from icrouting import InContextRouter, records, report, score_options
 from icrouting.config import FitConfig
 from icrouting.runtime.pages import MINUS
 from icrouting.runtime.storage import load_json, save_json
-from icrouting.tasks.prompts import balanced_demos
-
-CANDIDATES = {
-    (module.__name__, name): config
-    for module in (choose_defaults, leave_one_out)
-    for name, config in module.CANDIDATES.items()
-}
-
-
-@pytest.mark.parametrize("key", CANDIDATES, ids=" | ".join)
-def test_a_candidate_is_what_its_name_says(key):
-    (_, name), config = key, CANDIDATES[key]
-    is_paper = name.startswith("paper")
-    basis = next((word for word in ("whitened", "random") if word in name), "pca")
-    lr = 3e-4 if "3e-4" in name else 1e-4 if is_paper or "1e-4" in name or basis == "random" else 1e-3
-    scope = "vocabulary" if is_paper or "vocabulary" in name else "options"
-    assert (config.basis, config.lr, config.ce_scope) == (basis, lr, scope)
-    assert f"{config.epochs} epoch" in name
-
 
 ROUTERS = Path(__file__).parents[1] / "routers"
 
@@ -81,42 +55,12 @@ def test_every_interval_that_the_documents_name_is_a_published_figure():
             published |= {tuple(line) for line in (ends.round(1) + 0.0).tolist()}
     published |= {(-value, -high, -low) for value, low, high in published}  # what one gains the other loses
     said = re.compile(rf"({number})[^()\d]{{0,60}}?[(;]\s?(?:[^()\d]{{0,20}}?; )?({number}) to ({number})")
-    for page, least in (("docs/who-wins.md", 140), ("README.md", 3)):
+    for page in ("docs/who-wins.md", "README.md"):
         text = (ROUTERS.parent / page).read_text()
         found = [tuple(float(part.replace(MINUS, "-")) for part in match) for match in said.findall(text)]
-        assert len(found) >= least
+        assert found
         # "loses 2.2 (0.5 to 3.9)" and "2.2 behind (0.5 to 3.9)" are told by their words, not by a sign
         assert not [line for line in found if line not in published]
-
-
-class Syllables:
-    """Tokens of two letters where a word begins with a vowel, else of four; the space belongs to the first."""
-
-    def __call__(self, text, **_):
-        size = 3 if text[1] in "aeiou" else 5
-        return SimpleNamespace(input_ids=[text[at : at + size] for at in range(0, len(text), size)])
-
-    def decode(self, tokens):
-        return "".join(tokens)
-
-
-def test_word_mappings_split_apart_keep_answers_that_begin_differently_and_show_ten():
-    tasks = mappings.mappings(Syllables(), named=True)
-    assert [task.name for task in tasks[:5]] == mappings.SOURCES
-    for task in tasks:
-        rows = [(row.fields["word"], task.answer(row)) for row in (*task.train, *task.validation, *task.test)]
-        written = [tuple(pair.split()) for pair in mappings.WORDS[task.name]["pairs"].split(", ")]
-        firsts = {}
-        for _, answer in written:  # two letters of a longer word are no answer
-            if answer[0] not in "aeiou" or len(answer) <= 2:
-                firsts.setdefault(answer[:4], answer)
-        assert set(task.spec.options) == set(firsts.values())
-        assert len(dict(rows)) == len(rows)
-        assert set(rows) == {pair for pair in written if pair[1] in task.spec.options}
-        assert 0 < len(task.train) <= mappings.N_TRAIN
-    assert len(balanced_demos(tasks[0], mappings.N_DEMOS, np.random.default_rng(0))) == 10
-    said = {task.prompt(task.train[0]) for task in mappings.mappings(Syllables(), named=False)}
-    assert all(prompt.startswith("Q: ") and prompt.endswith("\nA:") for prompt in said)
 
 
 def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder_folder):
@@ -183,15 +127,6 @@ def test_leads_pair_the_records_of_two_runs_and_refuse_runs_of_other_rows(tmp_pa
         leads.run([tmp_path / "a", tmp_path / "c"], ["icv/icr"], out, [])
 
 
-def test_a_prompt_counts_as_left_alone_where_its_logits_are_zero_shots_to_the_bit(tmp_path):
-    plain = [record(index, method="zero-shot") for index in range(4)]
-    own = [record(index, method="elicit-once", option_logits=(0.25, -1.5 + 1e-7 * index)) for index in range(3)]
-    other = [record(index, method="icv-once") for index in range(4)]
-    records.append(tmp_path / "records.jsonl", [*plain, *own, *other])
-    abstained.run(tmp_path, "elicit-once", tmp_path / "out.json")
-    assert load_json(tmp_path / "out.json")["left alone"] == {"mr": {"seed 0": "1 of 3"}}
-
-
 def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(tmp_path):
     kept = fake_records({(m, t["name"]): 0.6 for m in ("zero-shot", "icr") for t in fake_config()["tasks"]})
     ragged = [record(index, method="icr", seed=2, is_right=index % 3 > 0) for index in (29, 4)]
@@ -212,15 +147,3 @@ def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(tmp_path):
     assert (tmp_path / "run" / "report.csv").read_text() == (tmp_path / "again" / "report.csv").read_text()
     with pytest.raises(SystemExit, match="already"):
         answers.restore(tmp_path / "out", tmp_path / "run")
-
-
-def test_heads_are_compared_by_rank():
-    effects, right = torch.arange(30.0).view(3, 10), torch.tensor([True, False, True])
-    fit = {"effects": effects, "right": right, "vector": torch.tensor([1.0, 0.0])}
-    other = {"effects": effects.flip(0, 1), "right": ~right, "vector": torch.tensor([1.0, 1.0])}
-    first = effects.flatten().clone()
-    first[[*range(5), *range(15, 20)]] = first[[*range(15, 20), *range(5)]]  # five come among the first twenty
-    same, turned = heads.compared(fit, fit), heads.compared(fit, other)
-    assert heads.compared(fit, {**fit, "effects": first.view(3, 10)})["heads in common of 20"] == 15
-    assert list(same.values()) == [0, 20, 1.0, 0.0, 1.0]
-    assert list(turned.values()) == [3, 10, -1.0, 15.0, 0.707]

@@ -4,8 +4,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig
 
 import tiny
-from icrouting.capture import capture_last_tokens, captured
 from icrouting.decoder.families import attention_of, dims_of
+from icrouting.fitting.capture import capture_last_tokens, captured
 from icrouting.routing.pids import late_third
 from icrouting.tasks.prompts import Prompt, extraction_prompts
 

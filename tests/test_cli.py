@@ -11,8 +11,8 @@ import tiny
 from icrouting import cli, commands
 from icrouting import evaluate as evaluate_module
 from icrouting.decoder.loading import load_model
+from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.routing import artifact
-from icrouting.trunk import TRUNK_FILE
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_the_trunk_is_kept_until_the_router_is_saved(world, encoder_folder, tmp_
         fit(world, encoder_folder, out)
     assert trunk.exists()
     monkeypatch.setattr(artifact, "save", save)
-    monkeypatch.setattr("icrouting.trunk._fill", lambda *args: ran.append(1))
+    monkeypatch.setattr("icrouting.fitting.trunk._fill", lambda *args: ran.append(1))
     fit(world, encoder_folder, out)
     assert not ran
     assert not trunk.exists()

@@ -1,4 +1,4 @@
-"""Controls of ICR: each is the router of `fitting.fit` with one thing changed, and nothing else."""
+"""Controls of ICR: each is the router of `stages.fit` with one thing changed, and nothing else."""
 
 import dataclasses
 
@@ -8,17 +8,19 @@ import torch
 from accelerate import DistributedType
 
 import tiny
-from icrouting import fitting
 from icrouting.config import FitConfig
 from icrouting.decoder.scoring import option_ids, score_options
 from icrouting.evaluate import Evaluation
+from icrouting.fitting import stages
+from icrouting.fitting.extraction import extract
+from icrouting.fitting.queries import training_queries
+from icrouting.fitting.training import Trainer
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, controls, make
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
 from icrouting.runtime import processes
 from icrouting.tasks.prompts import Prompt
-from icrouting.train import Trainer
 
 TASK = tiny.task("toy", n_test=30)
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
@@ -188,8 +190,8 @@ def test_directions_get_the_gradient_of_a_finite_difference(config, tokenizer):
     model, task = tiny.model("llama"), TASK
     config = dataclasses.replace(config, epochs=1, basis="random", w_conf=0.0)
     features = features_of(config.encoder, model, tokenizer, "cpu")
-    pids = fitting.extract(model, tokenizer, [task], (3, 4), config, None)
-    queries, _ = fitting.training_queries(model, tokenizer, [task], features, 3, config)
+    pids = extract(model, tokenizer, [task], (3, 4), config, None)
+    queries, _ = training_queries(model, tokenizer, [task], features, 3, config)
     router = controls._TrainedDirections(12, 2, 6, 3, 13, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(router.alpha[-1].weight, std=0.3, generator=torch.Generator().manual_seed(1))
     trainer = Trainer(model, router.adopt(pids), router, queries, config, 1)
@@ -279,9 +281,9 @@ def test_without_a_router_the_defaults_are_those_of_a_fit():
 def test_controls_are_fitted_once_for_all_seeds_and_labelled_rows_are_bounded(settings, tokenizer, tmp_path):
     methods = make(["icr-constant-once", "icr-uniform-gates"], settings)
     evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "records", tmp_path / "fits")
-    fits, fit = [], fitting.fit
+    fits, fit = [], stages.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "fit", lambda *args, **kwargs: fits.append(1) or fit(*args, **kwargs))
+        patch.setattr(stages, "fit", lambda *args, **kwargs: fits.append(1) or fit(*args, **kwargs))
         evaluation.run([TASK], (0, 1, 2), 6)
     assert len(fits) == 2
     assert methods[0].cost["labelled"] == len(TASK.train)  # 24 queries and 12 * 4 demonstrations are more

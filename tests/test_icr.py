@@ -10,15 +10,15 @@ import tiny
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.partial import entering_states, late_entry
 from icrouting.decoder.scoring import score_options
-from icrouting.fitting import training_queries
+from icrouting.fitting.queries import training_queries
+from icrouting.fitting.training import Query, Trainer, alpha_scale
+from icrouting.fitting.trunk import run_trunk
 from icrouting.icr import InContextRouter
 from icrouting.routing.encoder import load_encoder
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router, Routing
 from icrouting.runtime.locks import locked
 from icrouting.tasks.prompts import Prompt
-from icrouting.train import Query, Trainer, alpha_scale
-from icrouting.trunk import run_trunk
 
 LAYERS = (3, 4)
 
@@ -108,7 +108,7 @@ def test_fitting_is_seeded(fitted, config, model, tokenizer):
 def test_a_fit_stopped_in_training_goes_on_to_the_same_router(
     stop_at, fitted, config, tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("icrouting.train.CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr("icrouting.fitting.training.CHECKPOINT_EVERY", 3)
     update, steps = Trainer._update, []
 
     def interrupted(self, terms):
@@ -128,11 +128,11 @@ def test_a_fit_stopped_in_training_goes_on_to_the_same_router(
 
 
 def test_a_fit_stopped_in_extraction_keeps_the_prompts_it_ran(fitted, config, model, tokenizer, tmp_path, monkeypatch):
-    from icrouting import fitting
+    from icrouting.fitting import extraction
 
-    monkeypatch.setattr(fitting, "decided", lambda is_due: True)  # after every block, however slow the disk
-    monkeypatch.setattr(fitting, "BLOCK", 4)
-    capture, ran = fitting.capture_last_tokens, []
+    monkeypatch.setattr(extraction, "decided", lambda is_due: True)  # after every block, however slow the disk
+    monkeypatch.setattr(extraction, "BLOCK", 4)
+    capture, ran = extraction.capture_last_tokens, []
 
     def interrupted(*args, **kwargs):
         if len(ran) == 2:
@@ -142,7 +142,7 @@ def test_a_fit_stopped_in_extraction_keeps_the_prompts_it_ran(fitted, config, mo
             ran[-1] += piece[0].shape[1]
             yield piece
 
-    monkeypatch.setattr(fitting, "capture_last_tokens", interrupted)
+    monkeypatch.setattr(extraction, "capture_last_tokens", interrupted)
     with pytest.raises(KeyboardInterrupt):
         InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
     ran.append(0)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from icrouting import losses
+from icrouting.fitting import losses
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(5, 13, generator=GENERATOR) * 3

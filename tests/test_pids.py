@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from icrouting.routing.pids import QKMoments, fit_pids
+from icrouting.fitting.pca import QKMoments, fit_pids
 
 N_LAYERS, QUERY_WIDTH, KEY_WIDTH, RANK = 2, 11, 7, 3
 LAYERS = (4, 6)

@@ -9,11 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from icrouting import PAPER, FitConfig, InContextRouter, cli, commands, plan
+from icrouting import PAPER, FitConfig, InContextRouter, cli, commands
 from icrouting.config import Backbone
 from icrouting.decoder.families import decoder_of, dims_of, family_of
 from icrouting.decoder.loading import load_skeleton
-from icrouting.routing.pids import QKMoments, late_third
+from icrouting.fitting import plan
+from icrouting.fitting.pca import QKMoments
+from icrouting.routing.pids import late_third
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "recipes"
 # In billions, as their makers publish them.

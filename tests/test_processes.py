@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from icrouting import cli, evaluate, fitting, records
+from icrouting import cli, evaluate, records
 from icrouting.decoder import loading
+from icrouting.fitting import extraction
 from icrouting.icr import InContextRouter
 from icrouting.runtime import processes
 from test_cli import world  # noqa: F401
@@ -34,7 +35,7 @@ def child(rank, n, port, arguments, dtype):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    fitting.BLOCK, fitting.SAVE_EVERY_SECONDS, evaluate.CHUNK = 5, 0.0, 3
+    extraction.BLOCK, extraction.SAVE_EVERY_SECONDS, evaluate.CHUNK = 5, 0.0, 3
     loading.default_dtype = lambda: dtype
     cli.main(arguments)
 

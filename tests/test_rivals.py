@@ -10,11 +10,11 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny
-from icrouting import fitting
 from icrouting.config import FitConfig
 from icrouting.decoder.families import CACHE
 from icrouting.decoder.scoring import score_options
 from icrouting.fits import fit_costs
+from icrouting.fitting import stages
 from icrouting.methods import LEARNING, Method, Settings, make
 from icrouting.methods.controls import Refit
 from icrouting.methods.elicit import Elicit
@@ -240,7 +240,7 @@ def test_a_router_and_a_rival_are_never_on_one_model_at_once(tokenizer, small):
     model, config = tiny.model("llama"), FitConfig(n_prompts=6, n_queries=6, encoder=small.encoder)
     rival, before = fitted(TaskVectors, model, tokenizer, small), scores(model, tokenizer, prompts())
     steps = (
-        lambda: fitting.fit(model, tokenizer, [TASK], config),
+        lambda: stages.fit(model, tokenizer, [TASK], config),
         lambda: attach(model, tiny.pids(model)).__enter__(),
     )
     with rival.attached(model, tokenizer, TASK):

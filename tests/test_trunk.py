@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import tiny
-from icrouting import trunk
 from icrouting.decoder.partial import late_entry
 from icrouting.decoder.passes import next_token_logits
-from icrouting.losses import entropy
+from icrouting.fitting import trunk
+from icrouting.fitting.losses import entropy
+from icrouting.fitting.trunk import pad_states, run_trunk
 from icrouting.routing.attach import attach
-from icrouting.trunk import pad_states, run_trunk
 
 FIRST = 3
 

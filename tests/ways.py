@@ -17,11 +17,11 @@ from icrouting.config import FitConfig
 from icrouting.decoder.families import CACHE
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.partial import late_entry
+from icrouting.fitting.training import Query, Trainer
+from icrouting.fitting.trunk import run_trunk
 from icrouting.icr import InContextRouter
 from icrouting.routing.attach import attach
 from icrouting.routing.router import Router
-from icrouting.train import Query, Trainer
-from icrouting.trunk import run_trunk
 
 
 @dataclass(frozen=True)

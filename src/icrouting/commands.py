@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from icrouting import fits, plan, records, report, runs, table
+from icrouting import fits, records, report, runs, table
 from icrouting import methods as registry
 from icrouting.conclusion import conclusion
 from icrouting.config import Backbone, FitConfig, Settings
@@ -22,6 +22,8 @@ from icrouting.decoder.families import device_of
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.loading import default_dtype, load_model, load_skeleton
 from icrouting.evaluate import Evaluation
+from icrouting.fitting import plan
+from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.icr import InContextRouter
 from icrouting.routing import inspection
 from icrouting.routing.artifact import with_results
@@ -33,7 +35,6 @@ from icrouting.summary import BASELINE
 from icrouting.tasks.load import load_task
 from icrouting.tasks.splits import within
 from icrouting.tasks.task import Task, rows_digest
-from icrouting.trunk import TRUNK_FILE
 
 console = Console()
 

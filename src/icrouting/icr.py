@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from icrouting import fitting
 from icrouting.config import FitConfig
 from icrouting.decoder.families import base_of, device_of
 from icrouting.decoder.identity import check_fitted_on
+from icrouting.fitting import stages
 from icrouting.routing import artifact
 from icrouting.routing.artifact import Description, model_card
 from icrouting.routing.features import features_of
@@ -73,7 +73,7 @@ class InContextRouter(ModelHubMixin):
         """
         config, model = config or FitConfig(), base_of(model)
         where = Path(folder) if folder is not None else None
-        pids, router, features = fitting.fit(model, tokenizer, tasks, config, where)
+        pids, router, features = stages.fit(model, tokenizer, tasks, config, where)
         return cls(artifact.describe(model, tasks, config, pids.layers, features), pids, router)
 
     @contextmanager

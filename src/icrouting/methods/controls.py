@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from icrouting import fitting
 from icrouting.config import Basis, FitConfig, Settings
 from icrouting.decoder.families import device_of, dims_of
+from icrouting.fitting import stages
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
 from icrouting.routing.features import features_of
@@ -45,7 +45,7 @@ class Refit(Method):
     def learn(self, rng: np.random.Generator) -> None:
         """Fits directions and router; `n_labelled` is a bound, since demonstrations are drawn anew for each prompt."""
         with alone():  # others may be learning another task
-            pids, router, _ = fitting.fit(self.model, self.tokenizer, self.sources, self.config, kind=self.kind)
+            pids, router, _ = stages.fit(self.model, self.tokenizer, self.sources, self.config, kind=self.kind)
         self.layers, sides = torch.tensor(pids.layers), (pids.query_directions(), pids.key_directions())
         self.query_directions, self.key_directions = (side.detach().cpu() for side in sides)
         self.weights = parameters_to_vector(v.cpu() for n, v in router.named_parameters() if not n.endswith("_pids"))

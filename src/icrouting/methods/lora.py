@@ -12,11 +12,11 @@ from icrouting.adapters import RANK, injected, load_peft
 from icrouting.decoder.batches import pad_id_of
 from icrouting.decoder.families import base_of, device_of, layers_of
 from icrouting.decoder.partial import entering_states, late_entry
+from icrouting.fitting.trunk import TrunkState, pad_states
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered, tune
 from icrouting.tasks.prompts import balanced_demos
 from icrouting.tasks.task import Example, Task
-from icrouting.trunk import TrunkState, pad_states
 
 EPOCHS = 20
 # The paper names neither. Alphas over the rank are powers of two, so folding the scale into B loses nothing.

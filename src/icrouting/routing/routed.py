@@ -19,7 +19,8 @@ from icrouting.tasks.task import Task
 class Routed:
     """An attached model; comes from `InContextRouter.attached`.
 
-    `layers` are the routed ones; `strength` is the factor on the routing vector; `last` holds the tokens of the prompts that were routed or scored last.
+    `layers` are the routed ones; `strength` is the factor on the routing vector; `last` holds the tokens of the
+    prompts that were routed or scored last.
     """
 
     reader: Reader

@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from icrouting import losses
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import finite_rows
 from icrouting.decoder.families import device_of
 from icrouting.decoder.partial import LateEntry, late_entry
+from icrouting.fitting import losses
+from icrouting.fitting.trunk import TrunkState, pad_states
 from icrouting.routing.attach import Attachment, attach
 from icrouting.routing.pids import PIDs
 from icrouting.routing.router import Router
 from icrouting.runtime.processes import is_first, mine, total
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors
-from icrouting.trunk import TrunkState, pad_states
 
 CHECKPOINT_EVERY = 25
 _TERMS = ("ce", "conf", "spar", "gate")

@@ -21,7 +21,7 @@ from icrouting.decoder.batches import Batch, by_length, pad
 from icrouting.decoder.families import decoder_of, device_of
 from icrouting.decoder.partial import TOKEN_BUDGET, _entering
 from icrouting.decoder.passes import next_token_logits
-from icrouting.losses import entropy
+from icrouting.fitting.losses import entropy
 from icrouting.runtime.processes import decided, is_first, mine, total, wait
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors

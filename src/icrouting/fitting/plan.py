@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.capture import TOKEN_BUDGET
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.batches import context_length, tokenize
 from icrouting.decoder.families import decoder_of, dims_of
+from icrouting.fitting.capture import TOKEN_BUDGET
 from icrouting.routing.pids import check_layers, late_third
 from icrouting.tasks.prompts import extraction_prompts
 from icrouting.tasks.task import Task

@@ -1,0 +1,1 @@
+"""Fitting: the paper's three stages."""
