@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from statistics import fmean, median
 
-from icrouting import records
-from icrouting.records import Record
-from icrouting.runs import commit
+from icrouting.evaluation import records
+from icrouting.evaluation.records import Record
+from icrouting.evaluation.runs import commit
 from icrouting.runtime.storage import load_json, save_json
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"

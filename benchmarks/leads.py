@@ -11,8 +11,8 @@ from pathlib import Path
 
 from novelty import gain
 
-from icrouting import records
-from icrouting.runs import commit
+from icrouting.evaluation import records
+from icrouting.evaluation.runs import commit
 from icrouting.runtime.storage import load_json, save_json
 
 

@@ -99,7 +99,7 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    from icrouting.runs import commit
+    from icrouting.evaluation.runs import commit
     from icrouting.runtime.storage import save_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,17 +20,18 @@ from unittest import mock
 import numpy as np
 import torch
 
-from icrouting import InContextRouter, metrics, records
+from icrouting import InContextRouter, metrics
 from icrouting.decoder.batches import by_length, pad_id_of, tokenize
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import late_entry
 from icrouting.decoder.scoring import option_ids
-from icrouting.evaluate import draw_items
+from icrouting.evaluation import records
+from icrouting.evaluation.items import draw_items
+from icrouting.evaluation.runs import commit
 from icrouting.fitting.trunk import pad_states, run_trunk
 from icrouting.routing.attach import RoutedLayer, attach
 from icrouting.routing.attention import project
 from icrouting.routing.router import Routing
-from icrouting.runs import commit
 from icrouting.runtime.storage import save_json
 from icrouting.tasks.catalogue import PAPER_TASKS
 from icrouting.tasks.load import load_task

@@ -13,7 +13,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from icrouting.runs import commit
+from icrouting.evaluation.runs import commit
 from icrouting.runtime.storage import load_json, save_json
 
 Calls = Mapping[str, Callable[[], object]]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from icrouting.records import Record
+from icrouting.evaluation.records import Record
 
 TASKS = (
     {

@@ -9,8 +9,8 @@ import torch
 
 import tiny
 from icrouting import cli, commands
-from icrouting import evaluate as evaluate_module
 from icrouting.decoder.loading import load_model
+from icrouting.evaluation import evaluate as evaluate_module
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.routing import artifact
 

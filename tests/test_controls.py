@@ -10,7 +10,7 @@ from accelerate import DistributedType
 import tiny
 from icrouting.config import FitConfig
 from icrouting.decoder.scoring import option_ids, score_options
-from icrouting.evaluate import Evaluation
+from icrouting.evaluation.evaluate import Evaluation
 from icrouting.fitting import stages
 from icrouting.fitting.extraction import extract
 from icrouting.fitting.queries import training_queries

@@ -10,8 +10,8 @@ from icrouting.decoder.hooks import edited, recorded
 from icrouting.decoder.scoring import option_ids, score_options
 from icrouting.methods import Settings, elicit
 from icrouting.methods.elicit import Elicit
+from icrouting.methods.retriever import same_task, train_head
 from icrouting.methods.task_vectors import sweep
-from icrouting.retriever import same_task, train_head
 from icrouting.routing.encoder import load_encoder
 from icrouting.tasks.task import Task, TaskSpec
 

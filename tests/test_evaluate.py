@@ -10,10 +10,12 @@ import torch
 from filelock import FileLock
 
 import tiny
-from icrouting import cli, evaluate, records, runs
+from icrouting import cli
 from icrouting.decoder.families import layers_of
 from icrouting.decoder.hooks import edited
-from icrouting.evaluate import Evaluation, draw_items
+from icrouting.evaluation import evaluate, records, runs
+from icrouting.evaluation.evaluate import Evaluation
+from icrouting.evaluation.items import draw_items
 from icrouting.methods import METHODS, Settings, make
 from icrouting.methods.prompting import ZeroShot
 from icrouting.methods.regimes import regimes
@@ -47,7 +49,7 @@ def test_every_method_task_seed_and_item_has_one_record(methods, tmp_path, token
 
 
 def test_a_run_cut_anywhere_goes_on_to_the_same_records(methods, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("icrouting.evaluate.CHUNK", 4)
+    monkeypatch.setattr("icrouting.evaluation.evaluate.CHUNK", 4)
     whole_file = tmp_path / "whole.jsonl"
     whole, content = without_times(run(methods, whole_file, tokenizer)), whole_file.read_bytes()
     for share in (0.0, 0.3, 0.61, 0.99):

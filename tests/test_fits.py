@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from fake_run import fake_config, fake_records
-from icrouting.fits import fit_costs, write_tried
+from icrouting.evaluation.costs import fit_costs, write_tried
 from icrouting.methods import Settings, make
 from icrouting.report import markdown
 from icrouting.runtime.storage import save_tensors

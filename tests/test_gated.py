@@ -17,7 +17,7 @@ import tiny
 from icrouting.config import FitConfig
 from icrouting.decoder.families import decoder_of
 from icrouting.decoder.scoring import score_options
-from icrouting.evaluate import Evaluation
+from icrouting.evaluation.evaluate import Evaluation
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, make
 from icrouting.methods.saved import load_method, save_method

@@ -8,7 +8,8 @@ import time
 import numpy as np
 import torch
 
-from icrouting import cli, evaluate, records
+from icrouting import cli
+from icrouting.evaluation import evaluate, records
 from test_cli import world  # noqa: F401
 
 METHODS = "zero-shot calibration few-shot task-vectors task-vectors-once i2cl icr"

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import tiny
-from icrouting.adapters import RANK, injected
 from icrouting.decoder.batches import pad, pad_id_of
 from icrouting.decoder.families import layers_of
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.passes import next_token_logits
 from icrouting.decoder.scoring import score_options
 from icrouting.methods import Settings
+from icrouting.methods.adapters import RANK, injected
 from icrouting.methods.lora import GRID, LoraBlock, LoraBlockMore, LoraHead
 from icrouting.methods.tuning import PATIENCE, answered, tune
 
@@ -183,7 +183,7 @@ def test_training_on_kept_states_equals_training_on_whole_passes(kind, tokenizer
     pairs = [(held, row) for row in TASK.train[:6]]
     rows, targets = answered(model, tokenizer, pairs), method._targets()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("icrouting.adapters.DROPOUT", 0.0)
+        patch.setattr("icrouting.methods.adapters.DROPOUT", 0.0)
         states = method._states(pairs)
         trained = method._trained(states, (), 11, lr=1e-3, alpha=64)
         with torch.random.fork_rng(), injected(model, targets, 64, 11) as adapter:

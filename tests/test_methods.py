@@ -8,7 +8,6 @@ import torch
 from transformers import FalconH1Config
 
 import tiny
-from icrouting import records
 from icrouting.decoder.answering import answering
 from icrouting.decoder.batches import pad, tokenize
 from icrouting.decoder.families import CACHE, FAMILIES, branches_of, layers_of
@@ -16,7 +15,8 @@ from icrouting.decoder.hooks import added, edited, recorded
 from icrouting.decoder.passes import next_token_logits
 from icrouting.decoder.scoring import option_ids, score_options
 from icrouting.decoder.states import last_of, last_token_variants
-from icrouting.evaluate import Evaluation
+from icrouting.evaluation import records
+from icrouting.evaluation.evaluate import Evaluation
 from icrouting.methods import Settings, make
 from icrouting.methods.i2cl import I2CL
 from icrouting.methods.task_vectors import TaskVectors, sweep
@@ -306,7 +306,9 @@ def test_calibration_divides_by_the_probabilities_on_content_free_inputs(tokeniz
 
 def test_the_untouched_model_reads_equal_prompts_once(tokenizer, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("icrouting.evaluate.score_options", lambda *a, **k: calls.append(1) or score_options(*a, **k))
+    monkeypatch.setattr(
+        "icrouting.evaluation.evaluate.score_options", lambda *a, **k: calls.append(1) or score_options(*a, **k)
+    )
     methods = make(["zero-shot", "calibration"], Settings())
     evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "r")
     evaluation.run([TASK, OTHER], (0,), 13)

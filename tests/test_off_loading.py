@@ -5,13 +5,14 @@ import pytest
 import torch
 
 import tiny
-from icrouting.config import HIDDEN, FitConfig, Settings
+from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.loading import load_model
-from icrouting.evaluate import Evaluation
+from icrouting.evaluation.evaluate import Evaluation
+from icrouting.evaluation.records import read
 from icrouting.icr import InContextRouter
 from icrouting.methods import make
-from icrouting.records import read
+from icrouting.methods.settings import Settings
 
 # fp32 round-off; the same kernels run on the same numbers
 CLOSE = 1e-6

@@ -7,9 +7,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import tiny
-from icrouting import records
 from icrouting.decoder.families import decoder_of
-from icrouting.evaluate import Evaluation
+from icrouting.evaluation import records
+from icrouting.evaluation.evaluate import Evaluation
 from icrouting.methods import Settings, make
 from icrouting.methods.probes import STRENGTHS, ProbeEncoder, ProbeHidden, logistic_regression
 from icrouting.routing.encoder import load_encoder

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from icrouting import cli, evaluate, records
+from icrouting import cli
 from icrouting.decoder import loading
+from icrouting.evaluation import evaluate, records
 from icrouting.fitting import extraction
 from icrouting.icr import InContextRouter
 from icrouting.runtime import processes

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from fake_run import record
-from icrouting import records
+from icrouting.evaluation import records
 
 
 def test_what_is_appended_is_read_in_order(tmp_path):

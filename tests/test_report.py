@@ -9,8 +9,9 @@ import pytest
 
 import browser
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records, many_methods
-from icrouting import records, report
+from icrouting import report
 from icrouting.conclusion import conclusion
+from icrouting.evaluation import records
 from icrouting.figures import confusions
 from icrouting.report import summarise
 from icrouting.runtime.pages import points

@@ -13,7 +13,7 @@ import tiny
 from icrouting.config import FitConfig
 from icrouting.decoder.families import CACHE
 from icrouting.decoder.scoring import score_options
-from icrouting.fits import fit_costs
+from icrouting.evaluation.costs import fit_costs
 from icrouting.fitting import stages
 from icrouting.methods import LEARNING, Method, Settings, make
 from icrouting.methods.controls import Refit

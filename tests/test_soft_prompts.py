@@ -11,10 +11,10 @@ import torch
 from transformers import DynamicCache
 
 import tiny
-from icrouting.adapters import in_front
 from icrouting.decoder.families import CACHE, decoder_of, dims_of
 from icrouting.decoder.scoring import score_options
 from icrouting.methods import Settings
+from icrouting.methods.adapters import in_front
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.tuning import answered
 from icrouting.tasks.prompts import Prompt

@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
+from icrouting.evaluation.items import SPARE, within
 from icrouting.tasks.catalogue import SPECS
-from icrouting.tasks.splits import SPARE, apart, is_long, make_task, text_key, within
+from icrouting.tasks.splits import apart, is_long, make_task, text_key
 from icrouting.tasks.task import Example, Task
 
 SPEC = SPECS["sst2"]

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from icrouting.config import Backbone, FitConfig, Settings
+from icrouting.config import Backbone, FitConfig
+from icrouting.methods.settings import Settings
 from icrouting.tasks.catalogue import PAPER_TASKS
 
 BACKBONE, DEFAULTS, SETTINGS = Backbone(), FitConfig(), Settings()

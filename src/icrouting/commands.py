@@ -13,27 +13,29 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from icrouting import fits, records, report, runs, table
 from icrouting import methods as registry
+from icrouting import report, table
 from icrouting.conclusion import conclusion
-from icrouting.config import Backbone, FitConfig, Settings
+from icrouting.config import Backbone, FitConfig
 from icrouting.decoder.batches import context_length, tokenize
 from icrouting.decoder.families import device_of
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.loading import default_dtype, load_model, load_skeleton
-from icrouting.evaluate import Evaluation
+from icrouting.evaluation import costs, records, runs
+from icrouting.evaluation.evaluate import Evaluation
+from icrouting.evaluation.items import within
+from icrouting.evaluation.records import BASELINE
 from icrouting.fitting import plan
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.icr import InContextRouter
+from icrouting.methods.settings import Settings
 from icrouting.routing import inspection
 from icrouting.routing.artifact import with_results
 from icrouting.routing.routed import routing_summary
 from icrouting.runtime.processes import first_one_first, is_first, wait
 from icrouting.runtime.progress import spinner
 from icrouting.runtime.storage import load_json, save_json, save_text
-from icrouting.summary import BASELINE
 from icrouting.tasks.load import load_task
-from icrouting.tasks.splits import within
 from icrouting.tasks.task import Task, rows_digest
 
 console = Console()
@@ -177,8 +179,8 @@ def finish(out: Path, evaluation: Evaluation, tasks: Sequence[Task], seed: int, 
         shortest = min(unrefused, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20]))
         timed |= {row["method"]: row for row in evaluation.time_ratios(shortest)}
         runs.add_to_config(out, timing={"baseline": BASELINE, "ratios": list(timed.values())})
-    runs.add_to_config(out, fits=fits.fit_costs(out / "fits", config["methods"]))
-    fits.write_tried(out / "fits", config["methods"], out / "tried.csv")
+    runs.add_to_config(out, fits=costs.fit_costs(out / "fits", config["methods"]))
+    costs.write_tried(out / "fits", config["methods"], out / "tried.csv")
     if icr is not None:
         with icr.attached(evaluation.model, evaluation.tokenizer) as routed:
             save_json(out / "routing.json", routing_summary(routed, icr.pids.layers, tasks))

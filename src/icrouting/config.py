@@ -91,31 +91,3 @@ class FitConfig:
 
 # The paper's own settings (sections 2 to 4), but for the 10,000 prompts that it takes of AG News alone.
 PAPER = FitConfig(basis="pca", n_prompts=5000, n_queries=5000, ce_scope="vocabulary", lr=1e-4, batch_size=4, epochs=2)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run tells its methods; each field is an option of `icr eval` and part of what a run measures.
-
-    Attributes:
-        demos_per_class: Demonstrations per class of few-shot prompts.
-        demos_per_source: Demonstrations per source task of multi-task prompts.
-        router: Folder or hub id of a fitted router, for "icr" and "icr-gated"; its controls are fitted as it was.
-        i2cl_epochs: Epochs of I2CL's calibration; the published 100 take minutes per task on a CPU.
-        tries: Settings that every method may try on validation rows, in the order of its own grid.
-        train_rows: Training rows per task of methods that train on many (LIVE, M2IV, soft prompts, LoRA with more).
-        train_epochs: Epochs of those.
-        encoder: Sentence encoder of methods that read prompts by one: hub id, folder or "pinned:minilm".
-    """
-
-    demos_per_class: PositiveInt = 5
-    demos_per_source: PositiveInt = 3
-    router: str | None = None
-    i2cl_epochs: PositiveInt = 100
-    tries: PositiveInt = 12
-    train_rows: PositiveInt = 1000
-    train_epochs: PositiveInt = 10
-    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
-
-    def __post_init__(self):
-        check(self)

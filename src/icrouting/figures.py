@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from icrouting.conclusion import label
-from icrouting.summary import BASELINE, Method, Summary
+from icrouting.evaluation.records import BASELINE
+from icrouting.summary import Method, Summary
 
 WIDTH = 5.0
 # Okabe and Ito's colours, told apart with every common colour blindness; shapes repeat the distinction

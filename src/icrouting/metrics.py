@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from scipy.stats import binom, binomtest
 
-from icrouting.records import Record
+from icrouting.evaluation.records import Record
 
 Z95 = 1.959963984540054
 SIGNIFICANCE = 0.05

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from icrouting import conclusion, figures, records, table
+from icrouting import conclusion, figures, table
+from icrouting.evaluation import records
+from icrouting.evaluation.records import BASELINE
 from icrouting.runtime.checks import read
 from icrouting.runtime.pages import points, render
 from icrouting.runtime.storage import load_json, read_lines, save_text
-from icrouting.summary import BASELINE, MOST_OPTIONS, Summary, summarise
+from icrouting.summary import MOST_OPTIONS, Summary, summarise
 
 _FILTERS = {"points": points, "label": conclusion.label, "json": json.dumps}
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from icrouting import metrics
-from icrouting.records import Record
+from icrouting.evaluation.records import BASELINE, Record
 
-BASELINE, HEADLINE = "zero-shot", "icr"
+HEADLINE = "icr"
 MOST_OPTIONS = 30  # of which a confusion matrix can be read
 ORIGIN = "Model {model}, {dtype}, up to {n_test} items a task, seeds {seeds}, {created}, commit {commit}: {command}"
 SECTIONS = {"source": "source", "in-domain": "in-domain, unseen", "near": "near", "far": "far"}

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from icrouting.conclusion import label
+from icrouting.evaluation.records import BASELINE
 from icrouting.runtime.pages import points
-from icrouting.summary import BASELINE, Method, Row, Summary
+from icrouting.summary import Method, Row, Summary
 
 ABOVE, BELOW, AT_CHANCE, NONE = "▲", "▼", "≈", "\N{EN DASH}"
 LEGEND = (

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-from icrouting.config import Settings
 from icrouting.methods import controls
 from icrouting.methods.base import Method
 from icrouting.methods.calibration import Calibration
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.function_vectors import FunctionVectors
 from icrouting.methods.i2cl import I2CL
+from icrouting.methods.icr import Icr, IcrGated
 from icrouting.methods.icv import ICV
 from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.live import Live
@@ -17,7 +17,7 @@ from icrouting.methods.m2iv import M2IV
 from icrouting.methods.probes import ProbeEncoder, ProbeHidden
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
 from icrouting.methods.regimes import regimes
-from icrouting.methods.routing import Icr, IcrGated
+from icrouting.methods.settings import Settings
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.runtime.checks import known

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.config import Settings
 from icrouting.decoder.families import base_of, family_of
 from icrouting.decoder.hold import check_alone, hooked
 from icrouting.decoder.hooks import counted_rows
 from icrouting.decoder.identity import check_fitted_on, fingerprint
 from icrouting.decoder.scoring import score_options
+from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same
 from icrouting.runtime.storage import load_tensors, save_tensors, unshared
 from icrouting.tasks.prompts import Prompt

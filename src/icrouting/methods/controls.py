@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from icrouting.config import Basis, FitConfig, Settings
+from icrouting.config import Basis, FitConfig
 from icrouting.decoder.families import device_of, dims_of
 from icrouting.fitting import stages
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
+from icrouting.methods.settings import Settings
 from icrouting.routing.features import features_of
 from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Reader

@@ -12,8 +12,8 @@ from icrouting.decoder.families import layers_of
 from icrouting.decoder.hooks import added, edited_last
 from icrouting.decoder.states import mean_last_outputs
 from icrouting.methods.base import Method
+from icrouting.methods.retriever import same_task, train_head
 from icrouting.methods.task_vectors import sweep
-from icrouting.retriever import same_task, train_head
 from icrouting.routing.encoder import SentenceEncoder, load_encoder, query_texts
 from icrouting.tasks.prompts import episodes, few_shot
 from icrouting.tasks.task import Task

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from icrouting.adapters import RANK, injected, load_peft
 from icrouting.decoder.batches import pad_id_of
 from icrouting.decoder.families import base_of, device_of, layers_of
 from icrouting.decoder.partial import entering_states, late_entry
 from icrouting.fitting.trunk import TrunkState, pad_states
+from icrouting.methods.adapters import RANK, injected, load_peft
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered, tune
 from icrouting.tasks.prompts import balanced_demos

@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from icrouting.config import Settings
 from icrouting.methods.base import Method
+from icrouting.methods.settings import Settings
 from icrouting.tasks.task import Task
 
 ONCE = "-once"

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.config import Settings
 from icrouting.decoder.identity import check_fitted_on, fingerprint
 from icrouting.methods.base import Method
 from icrouting.methods.regimes import ONCE
+from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same, known, read
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors, unshared
 

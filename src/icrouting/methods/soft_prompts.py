@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from icrouting.adapters import in_front, load_peft
 from icrouting.decoder.batches import pad, pad_id_of
 from icrouting.decoder.families import CACHE, base_of, decoder_of, device_of
 from icrouting.decoder.passes import next_token_logits
+from icrouting.methods.adapters import in_front, load_peft
 from icrouting.methods.base import Context, Method
 from icrouting.methods.tuning import answered, tune
 from icrouting.tasks.task import Task

@@ -3,15 +3,12 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from icrouting.tasks.task import Example, Task, TaskSpec
 
 N_VALIDATION = 100
-SPARE = 24  # of a model's context, for what methods put around a prompt: virtual tokens, an answer
 _SEED = 0
 _FEW = 50
 # A phrase shorter than this, in words, is common property ("a good film") and says nothing of its source.
@@ -46,26 +43,6 @@ def make_task(
             f"{sorted(labels)}: add rows of another class"
         )
     return Task(spec, tuple(kept), tuple(test), validation, len(train) - len(kept) - len(validation))
-
-
-def within(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[Task, str]:
-    """Returns a task without rows whose prompt leaves less than `SPARE` of `limit` tokens, and a line on them, if any.
-
-    A task that would lose all rows of a split or of a training label is left as it is: methods say what is too long.
-    """
-
-    def fits(row: Example) -> bool:
-        text = task.prompt(row)  # a token takes a byte or more, but for two before the text
-        return room is None or len(text.encode()) + 2 <= room or len(tokenizer(text).input_ids) <= room
-
-    room = None if limit is None else limit - SPARE
-    rows = {split: vars(task)[split] for split in ("train", "validation", "test")}
-    kept = {split: tuple(filter(fits, own)) for split, own in rows.items()}
-    left = [f"{n} {split}" for split in rows if (n := len(rows[split]) - len(kept[split]))]
-    labels = [{row.label for row in of["train"]} for of in (rows, kept)]
-    if not left or labels[0] != labels[1] or any(rows[split] and not kept[split] for split in rows):
-        return task, ""
-    return replace(task, **kept), f"Left out, as longer than {room} tokens: {', '.join(left)} rows of {task.name}."
 
 
 def apart(rows: Sequence[Example], held: Sequence[Example]) -> list[Example]:

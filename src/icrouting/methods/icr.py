@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from icrouting.config import Settings
 from icrouting.decoder.families import layers_of
 from icrouting.decoder.states import last_outputs
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
+from icrouting.methods.settings import Settings
 from icrouting.tasks.task import Task
 
 N_ROWS, N_KNOWN, FEWEST, SHUT_OUT, SHRINKAGE = 260, 200, 26, 0.01, 0.1

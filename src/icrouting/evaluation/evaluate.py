@@ -12,29 +12,19 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting import records
 from icrouting.decoder.batches import tokenize
 from icrouting.decoder.passes import KeptContext
 from icrouting.decoder.scoring import score_options
+from icrouting.evaluation import records
+from icrouting.evaluation.items import draw_items
+from icrouting.evaluation.records import BASELINE, Record
 from icrouting.methods import Method
-from icrouting.records import Record
 from icrouting.runtime.processes import here, joined, mine, wait
 from icrouting.runtime.progress import track
-from icrouting.summary import BASELINE
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Task
 
 CHUNK = 50
-_ITEM_SEED = 0
-
-
-def draw_items(task: Task, n_test: int) -> list[int]:
-    """Returns the choice of test items, as positions in the test split (all if it is smaller).
-
-    The same for every seed of a run: seeds differ in what methods draw, not in what they are asked.
-    """
-    rng = np.random.default_rng([_ITEM_SEED, zlib.crc32(task.name.encode())])
-    return sorted(rng.permutation(len(task.test))[:n_test].tolist())
 
 
 class Evaluation:

@@ -6,13 +6,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import ConfigDict
 
 from icrouting.runtime.storage import read_lines
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -97,3 +95,6 @@ def read(path: Path) -> list[Record]:
     if n_repeated := len(records) - len(unique):
         log.info("%s: left out %d repeated records", path, n_repeated)
     return list(unique.values())
+
+
+BASELINE = "zero-shot"

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from icrouting import records
-from icrouting.config import Settings
+from icrouting.evaluation import records
+from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, first_one_first, is_first

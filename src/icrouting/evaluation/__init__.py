@@ -1,0 +1,1 @@
+"""Evaluation: method x task x seed, to records."""
