@@ -20,13 +20,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from icrouting import metrics
 from icrouting.decoder.batches import pad_id_of, tokenize
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import entering_states
 from icrouting.evaluation import records
 from icrouting.evaluation.runs import commit
 from icrouting.icr import InContextRouter
+from icrouting.report import metrics
 from icrouting.routing.features import features_of
 from icrouting.runtime.storage import load_json, save_json
 from icrouting.tasks.load import load_task

@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from icrouting import InContextRouter, metrics
+from icrouting import InContextRouter
 from icrouting.decoder.batches import by_length, pad_id_of, tokenize
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import late_entry
@@ -29,6 +29,7 @@ from icrouting.evaluation import records
 from icrouting.evaluation.items import draw_items
 from icrouting.evaluation.runs import commit
 from icrouting.fitting.trunk import pad_states, run_trunk
+from icrouting.report import metrics
 from icrouting.routing.attach import RoutedLayer, attach
 from icrouting.routing.attention import project
 from icrouting.routing.router import Routing

@@ -118,7 +118,7 @@ def draw(content: dict[str, Any], file: Path) -> None:
     rows = content["rows"]
     parts = list(dict.fromkeys(row["part"] for row in rows.values()))
     chosen = [[(name, row) for name, row in rows.items() if row["part"] == part] for part in parts]
-    with style.context("icrouting.report"):
+    with style.context("icrouting.report.report"):
         figure = Figure(figsize=(9.0, 0.5 + 0.19 * len(rows) + 0.55 * len(parts)))
         panels = figure.subplots(len(parts), squeeze=False, height_ratios=[len(part) + 1 for part in chosen])[:, 0]
         for part, panel, named in zip(parts, panels, chosen, strict=True):

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from icrouting.conclusion import label
+from icrouting.report.wording import label
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "who-wins.svg"
@@ -86,5 +86,5 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    with style.context("icrouting.report"), matplotlib.rc_context({"svg.fonttype": "path"}):
+    with style.context("icrouting.report.report"), matplotlib.rc_context({"svg.fonttype": "path"}):
         draw().savefig(PICTURE, metadata={"Date": None, "Description": f"figures {digest()}"})

@@ -16,9 +16,10 @@ import speed
 
 import tiny
 from fake_run import fake_config, fake_records, record
-from icrouting import InContextRouter, report, score_options
+from icrouting import InContextRouter, score_options
 from icrouting.config import FitConfig
 from icrouting.evaluation import records
+from icrouting.report import page as report
 from icrouting.runtime.pages import MINUS
 from icrouting.runtime.storage import load_json, save_json
 

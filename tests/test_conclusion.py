@@ -3,9 +3,9 @@ import re
 import pytest
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records
-from icrouting.conclusion import conclusion
+from icrouting.report.summary import summarise
+from icrouting.report.wording import conclusion
 from icrouting.runtime.pages import points
-from icrouting.summary import summarise
 
 
 def test_the_conclusion_names_gains_losses_and_rivals():

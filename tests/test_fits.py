@@ -11,9 +11,9 @@ import tiny
 from fake_run import fake_config, fake_records
 from icrouting.evaluation.costs import fit_costs, write_tried
 from icrouting.methods import Settings, make
-from icrouting.report import markdown
+from icrouting.report.page import markdown
+from icrouting.report.summary import summarise
 from icrouting.runtime.storage import save_tensors
-from icrouting.summary import summarise
 
 TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
 

@@ -6,8 +6,8 @@ import pytest
 from scipy.stats import binomtest
 
 from fake_run import record
-from icrouting import metrics
-from icrouting.metrics import Estimate
+from icrouting.report import metrics
+from icrouting.report.metrics import Estimate
 
 # a coverage of 95 % over N_SIMULATED draws has a standard error of 1.4 points; four of them below
 N_SIMULATED = 250

@@ -9,13 +9,13 @@ import pytest
 
 import browser
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records, many_methods
-from icrouting import report
-from icrouting.conclusion import conclusion
 from icrouting.evaluation import records
-from icrouting.figures import confusions
-from icrouting.report import summarise
+from icrouting.report import page as report
+from icrouting.report.figures import confusions
+from icrouting.report.page import summarise
+from icrouting.report.table import marks
+from icrouting.report.wording import conclusion
 from icrouting.runtime.pages import points
-from icrouting.table import marks
 
 ROUTING = {
     "layers": [4, 5, 6],

@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config
-from icrouting import metrics, summary
-from icrouting.summary import summarise
+from icrouting.report import metrics, summary
+from icrouting.report.summary import summarise
 
 
 def test_means_and_gains_follow_from_the_cells():

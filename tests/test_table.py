@@ -4,8 +4,8 @@ import math
 from rich.console import Console
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, many_methods
-from icrouting.summary import summarise
-from icrouting.table import NONE, WIDE, collapse, grid, grids, marks, ranked, terminal_table
+from icrouting.report.summary import summarise
+from icrouting.report.table import NONE, WIDE, collapse, grid, grids, marks, ranked, terminal_table
 
 
 def test_the_terminal_table_holds_brackets_of_notes_as_they_are():

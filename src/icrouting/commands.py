@@ -14,8 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from icrouting import methods as registry
-from icrouting import report, table
-from icrouting.conclusion import conclusion
 from icrouting.config import Backbone, FitConfig
 from icrouting.decoder.batches import context_length, tokenize
 from icrouting.decoder.families import device_of
@@ -29,6 +27,8 @@ from icrouting.fitting import plan
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.icr import InContextRouter
 from icrouting.methods.settings import Settings
+from icrouting.report import page, table
+from icrouting.report.wording import conclusion
 from icrouting.routing import inspection
 from icrouting.routing.artifact import with_results
 from icrouting.routing.routed import routing_summary
@@ -192,7 +192,7 @@ def finish(out: Path, evaluation: Evaluation, tasks: Sequence[Task], seed: int, 
 def show(run: Path, card: Path | None = None) -> None:
     """Remakes a run's report, prints its table and its conclusion, and writes both to the card of a router's folder."""
     with spinner("making the report"):
-        summary = report.write(run)
+        summary = page.write(run)
     if card is not None:
         icr, measured = InContextRouter.from_pretrained(card), load_json(run / "config.json").get("router")
         if measured != icr.digest():

@@ -13,16 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from icrouting.conclusion import label
 from icrouting.evaluation.records import BASELINE
-from icrouting.summary import Method, Summary
+from icrouting.report.summary import Method, Summary
+from icrouting.report.wording import label
 
 WIDTH = 5.0
 # Okabe and Ito's colours, told apart with every common colour blindness; shapes repeat the distinction
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 SHAPES = ("o", "s", "D", "^", "v", "P", "X")
 GREY = "#8a8a8a"
-in_our_style = style.context("icrouting.report")
+in_our_style = style.context("icrouting.report.report")
 
 
 @in_our_style

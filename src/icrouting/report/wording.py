@@ -1,9 +1,9 @@
 """Conclusion: the sentence at the head of a report, losses included."""
 
 from icrouting.evaluation.records import BASELINE
-from icrouting.metrics import Estimate
+from icrouting.report.metrics import Estimate
+from icrouting.report.summary import Summary
 from icrouting.runtime.pages import points
-from icrouting.summary import Summary
 
 
 def conclusion(summary: Summary) -> str:

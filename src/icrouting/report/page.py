@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from icrouting import conclusion, figures, table
 from icrouting.evaluation import records
 from icrouting.evaluation.records import BASELINE
+from icrouting.report import figures, table, wording
+from icrouting.report.summary import MOST_OPTIONS, Summary, summarise
 from icrouting.runtime.checks import read
 from icrouting.runtime.pages import points, render
 from icrouting.runtime.storage import load_json, read_lines, save_text
-from icrouting.summary import MOST_OPTIONS, Summary, summarise
 
-_FILTERS = {"points": points, "label": conclusion.label, "json": json.dumps}
+_FILTERS = {"points": points, "label": wording.label, "json": json.dumps}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def write(run_folder: Path) -> Summary:
     """
     config = _config(run_folder / "config.json")
     summary = summarise(records.read(run_folder / "records.jsonl"), config)
-    values = {"conclusion": conclusion.conclusion(summary), **asdict(summary)}
+    values = {"conclusion": wording.conclusion(summary), **asdict(summary)}
     texts = {
         "summary.json": json.dumps(values, indent=1, ensure_ascii=False, default=_objects),
         "report.csv": table.csv(summary),
@@ -70,10 +70,10 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
     ordered = sorted(summary.methods, key=lambda method: (method.name != summary.headline, method.name != BASELINE))
     confused = [method.name for method in ordered if any(summary.cells(method.name).confusion)]
     return render(
-        "report.html.j2",
+        "report/templates/report.html.j2",
         _FILTERS,
         summary=summary,
-        conclusion=conclusion.conclusion(summary),
+        conclusion=wording.conclusion(summary),
         table=table,
         baseline=BASELINE,
         most_options=MOST_OPTIONS,
@@ -86,7 +86,12 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
 def markdown(summary: Summary, config: Mapping[str, Any]) -> str:
     """Returns the conclusion, the table, its legend, what was cut short, the figures' origin, and what they cost."""
     return render(
-        "report.md.j2", _FILTERS, summary=summary, conclusion=conclusion.conclusion(summary), table=table, config=config
+        "report/templates/report.md.j2",
+        _FILTERS,
+        summary=summary,
+        conclusion=wording.conclusion(summary),
+        table=table,
+        config=config,
     )
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from icrouting import metrics
 from icrouting.evaluation.records import BASELINE, Record
+from icrouting.report import metrics
 
 HEADLINE = "icr"
 MOST_OPTIONS = 30  # of which a confusion matrix can be read

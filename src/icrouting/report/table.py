@@ -9,10 +9,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from icrouting.conclusion import label
 from icrouting.evaluation.records import BASELINE
+from icrouting.report.summary import Method, Row, Summary
+from icrouting.report.wording import label
 from icrouting.runtime.pages import points
-from icrouting.summary import Method, Row, Summary
 
 ABOVE, BELOW, AT_CHANCE, NONE = "▲", "▼", "≈", "\N{EN DASH}"
 LEGEND = (

@@ -1,0 +1,1 @@
+"""Report: records, to figures, tables and pages."""
