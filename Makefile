@@ -22,6 +22,7 @@ oldest:
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/ready

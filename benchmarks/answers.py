@@ -39,7 +39,9 @@ def keep(run: Path, out: Path) -> None:
         }
     for (method, task, seed), cell in cells.items():
         answers.setdefault(method, {}).setdefault(task, {})[str(seed)] = {
-            "chosen": "".join(DIGITS[cell[index].prediction] if index in cell else "." for index in asked[task]),
+            "chosen": "".join(
+                DIGITS[cell[index].prediction] if index in cell else "." for index in asked[task]
+            ),
             "seconds": round(median(record.seconds for record in cell.values()), 4),
             "n_tokens": round(fmean(record.n_tokens for record in cell.values())),
         }
@@ -54,11 +56,17 @@ def restore(kept: Path, run: Path) -> None:
     for method, by_task in content["answers"].items():
         for task, by_seed in by_task.items():
             of = content["tasks"][task]
-            items = list(zip(map(int, of["items"].split()), of["labels"], of["n_options"], strict=True))
+            items = list(
+                zip(map(int, of["items"].split()), of["labels"], of["n_options"], strict=True)
+            )
             for seed, cell in by_seed.items():
                 for (index, label, n_options), chosen in zip(items, cell["chosen"], strict=True):
                     if chosen != ".":
-                        options = DIGITS.index(label), DIGITS.index(chosen), (math.nan,) * DIGITS.index(n_options)
+                        options = (
+                            DIGITS.index(label),
+                            DIGITS.index(chosen),
+                            (math.nan,) * DIGITS.index(n_options),
+                        )
                         costs = cell["n_tokens"], cell["seconds"]
                         found.append(Record(method, task, int(seed), index, *options, *costs))
     run.mkdir(parents=True, exist_ok=True)
@@ -67,7 +75,9 @@ def restore(kept: Path, run: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("way", choices=["keep", "restore"])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)

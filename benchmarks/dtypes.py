@@ -18,7 +18,10 @@ from icrouting.decoder.passes import last_position_only, next_token_logits
 
 OUT = Path(__file__).parent / "results" / "speed" / "dtypes.json"
 SHAPES = {"scoring": ((1, 64), (8, 64), (4, 256), (1, 1024)), "descent": ((2, 64), (4, 128))}
-MODELS = {dtype: load_model("pinned:smollm2-135m", dtype=getattr(torch, dtype))[0] for dtype in ("bfloat16", "float32")}
+MODELS = {
+    dtype: load_model("pinned:smollm2-135m", dtype=getattr(torch, dtype))[0]
+    for dtype in ("bfloat16", "float32")
+}
 
 
 @torch.no_grad()
@@ -32,7 +35,9 @@ def descend(dtype: str, batch: Batch) -> None:
     model = MODELS[dtype]
     embeddings = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
     with last_position_only(model, batch.attention_mask):
-        logits = model(inputs_embeds=embeddings, attention_mask=batch.attention_mask.long(), use_cache=False).logits
+        logits = model(
+            inputs_embeds=embeddings, attention_mask=batch.attention_mask.long(), use_cache=False
+        ).logits
     logits.float().logsumexp(-1).sum().backward()
 
 
@@ -40,10 +45,20 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     processor = torch.cpu.get_capabilities()
     native = [name for name in ("amx_bf16", "avx512_bf16") if processor.get(name)]
-    about = {"model": "pinned:smollm2-135m", "dtype": "both", "processor": [processor.get("cpu_name"), *native]}
+    about = {
+        "model": "pinned:smollm2-135m",
+        "dtype": "both",
+        "processor": [processor.get("cpu_name"), *native],
+    }
     rows = Rows(OUT, Stopwatch(clock="cpu", turns=11, seconds=60), about)
     for what, do in (("scoring", score), ("descent", descend)):
         for n_rows, length in SHAPES[what]:
-            tokens = torch.randint(100, 40_000, (n_rows, length), generator=torch.Generator().manual_seed(0))
+            tokens = torch.randint(
+                100, 40_000, (n_rows, length), generator=torch.Generator().manual_seed(0)
+            )
             batch = pad(tokens.tolist(), 0)
-            rows.measure(what, f"{n_rows} x {length} tokens", {name: partial(do, name, batch) for name in MODELS})
+            rows.measure(
+                what,
+                f"{n_rows} x {length} tokens",
+                {name: partial(do, name, batch) for name in MODELS},
+            )

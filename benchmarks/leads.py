@@ -21,11 +21,18 @@ def run(folders: list[Path], pairs: list[str], out: Path, without: list[str]) ->
     configs = [load_json(folder / "config.json") for folder in folders]
     for name in ("rows", "fingerprint", "dtype"):
         if len(found := {str(config.get(name)) for config in configs}) > 1:
-            raise SystemExit(f"the runs differ in {name} ({', '.join(sorted(found))}): their records are no pairs")
+            raise SystemExit(
+                f"the runs differ in {name} ({', '.join(sorted(found))}): their records are no pairs"
+            )
     by_method: dict[str, list] = {}
-    for key, record in {r.key: r for folder in folders for r in records.read(folder / "records.jsonl")}.items():
+    for key, record in {
+        r.key: r for folder in folders for r in records.read(folder / "records.jsonl")
+    }.items():
         by_method.setdefault(key[0], []).append(record)
-    groups = {f"{role} tasks": [name for name in roles if roles[name] == role] for role in ("source", "unseen")}
+    groups = {
+        f"{role} tasks": [name for name in roles if roles[name] == role]
+        for role in ("source", "unseen")
+    }
     groups = {group: names for group, names in groups.items() if names} | {"all tasks": list(roles)}
     if without:
         groups |= {
@@ -41,10 +48,14 @@ def run(folders: list[Path], pairs: list[str], out: Path, without: list[str]) ->
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
     parser.add_argument("--pairs", nargs="+", required=True, help="METHOD/METHOD")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--without", nargs="+", default=[], help="tasks: leads are given without them too")
+    parser.add_argument(
+        "--without", nargs="+", default=[], help="tasks: leads are given without them too"
+    )
     chosen = parser.parse_args()
     run(chosen.runs, chosen.pairs, chosen.out, chosen.without)

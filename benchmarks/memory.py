@@ -55,8 +55,15 @@ def world(n_rows):
 
     tokenizer = AutoTokenizer.from_pretrained(folder_of("pinned:smollm2-135m"))
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, max_position_embeddings=4096)).eval()
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), **shape, max_position_embeddings=4096)
+    ).eval()
     task = load_task("agnews", "pinned:staicc")
     rows = (task.train * (1 + n_rows // len(task.train)))[:n_rows]
     return model, tokenizer, dataclasses.replace(task, train=rows)
@@ -76,7 +83,11 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
 
     model, tokenizer, task = world(max(size, 1000))
     config = FitConfig(n_prompts=size, n_queries=size, rank=4, encoder=HIDDEN, epochs=1)
-    features, layers, started = features_of(HIDDEN, model, tokenizer, "cpu"), (4, 5), time.monotonic()
+    features, layers, started = (
+        features_of(HIDDEN, model, tokenizer, "cpu"),
+        (4, 5),
+        time.monotonic(),
+    )
     with Peak() as peak:
         if stage == "extraction":
             extract(model, tokenizer, [task], layers, config, None)
@@ -84,7 +95,14 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
             few = dataclasses.replace(config, n_prompts=8)
             pids = extract(model, tokenizer, [task], layers, few, None)
             queries, _ = training_queries(model, tokenizer, [task], features, 4, config, folder)
-            router = Router(features.n_features, 2, dims_of(model).n_heads, 4, 32, torch.Generator().manual_seed(0))
+            router = Router(
+                features.n_features,
+                2,
+                dims_of(model).n_heads,
+                4,
+                32,
+                torch.Generator().manual_seed(0),
+            )
             trainer = Trainer(model, pids, router, queries, config, pad_id_of(tokenizer))
             trainer.n_steps = 50
             trainer.run()
@@ -102,7 +120,9 @@ def main() -> None:
     from icrouting.evaluation.runs import commit
     from icrouting.runtime.storage import save_json
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/memory.json"))
     parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--size", type=int)
@@ -118,7 +138,10 @@ def main() -> None:
             said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             rows.setdefault(stage, []).append(json.loads(said.splitlines()[-1]))
             print(stage, rows[stage][-1], flush=True)
-    ratios = {stage: round(large["peak_mb"] / small["peak_mb"], 3) for stage, (small, large) in rows.items()}
+    ratios = {
+        stage: round(large["peak_mb"] / small["peak_mb"], 3)
+        for stage, (small, large) in rows.items()
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": "python benchmarks/memory.py", "commit": commit()}
     save_json(arguments.out, {**about, "ten_times_the_prompts": ratios, "rows": rows})

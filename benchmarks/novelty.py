@@ -56,7 +56,9 @@ def nearest(bank):
     """Minus the distance to the nearest training query, after the bank's mean and deviations are taken out."""
     whole = torch.cat(list(bank.values()))
     mean, std = whole.mean(0), whole.std(0).clamp_min(1e-6)
-    return lambda rows: -torch.cdist((rows - mean) / std, (whole - mean) / std).min(1).values.numpy()
+    return lambda rows: (
+        -torch.cdist((rows - mean) / std, (whole - mean) / std).min(1).values.numpy()
+    )
 
 
 def gaussian(bank):
@@ -69,7 +71,9 @@ def gaussian(bank):
 
     def closeness(rows):
         gaps = [rows.double() - mean for mean, _ in fitted]
-        distances = [((gap @ inverse) * gap).sum(1) for gap, (_, inverse) in zip(gaps, fitted, strict=True)]
+        distances = [
+            ((gap @ inverse) * gap).sum(1) for gap, (_, inverse) in zip(gaps, fitted, strict=True)
+        ]
         return -torch.stack(distances).min(0).values.numpy()
 
     return closeness
@@ -80,7 +84,9 @@ MEASURES = {"nearest query": nearest, "nearest task": gaussian}
 
 def gated(found, inside):
     """ICR's records inside the gate, zero-shot's beyond, all called "gated"."""
-    chosen = [found["icr", key] if is_in else found["zero-shot", key] for key, is_in in inside.items()]
+    chosen = [
+        found["icr", key] if is_in else found["zero-shot", key] for key, is_in in inside.items()
+    ]
     return [dataclasses.replace(record, method="gated") for record in chosen]
 
 
@@ -106,18 +112,37 @@ def run(folder: Path, data: str, out: Path, without: Path | None) -> None:
     torch.set_grad_enabled(False)
     out.mkdir(parents=True, exist_ok=True)
     config = load_json(folder / "config.json")
-    groups = {task["name"]: "source" if task["role"] == "source" else task["group"] for task in config["tasks"]}
+    groups = {
+        task["name"]: "source" if task["role"] == "source" else task["group"]
+        for task in config["tasks"]
+    }
     sources = [name for name, group in groups.items() if group == "source"]
-    router = InContextRouter.from_pretrained(Path("routers") / config["model"].removeprefix("pinned:"))
+    router = InContextRouter.from_pretrained(
+        Path("routers") / config["model"].removeprefix("pinned:")
+    )
     assert router.digest() == config["router"], "the run's router is not the one under routers/"
     fit, (model, tokenizer) = router.description.fit, load_model(config["model"])
     read = reader_of(model, tokenizer, fit.encoder, router.pids.layers[0])
     tasks = {name: load_task(name, data) for name in groups}
-    found = {(r.method, (r.task, r.index)): r for r in records.read(folder / "records.jsonl") if r.seed == 0}
-    seen = {(record.task, record.index) for record in records.read(without / "records.jsonl")} if without else set()
-    keys = [key for method, key in found if method == "zero-shot" and ("icr", key) in found and key not in seen]
+    found = {
+        (r.method, (r.task, r.index)): r
+        for r in records.read(folder / "records.jsonl")
+        if r.seed == 0
+    }
+    seen = (
+        {(record.task, record.index) for record in records.read(without / "records.jsonl")}
+        if without
+        else set()
+    )
+    keys = [
+        key
+        for method, key in found
+        if method == "zero-shot" and ("icr", key) in found and key not in seen
+    ]
     rng, bank, fresh = np.random.default_rng(fit.seed + 1), {}, {}
-    for name in sources:  # the draw of the fit: its queries come first, what follows is new to the router
+    for (
+        name
+    ) in sources:  # the draw of the fit: its queries come first, what follows is new to the router
         task = tasks[name]
         drawn = [task.prompt(task.train[index]) for index in rng.permutation(len(task.train))]
         queries, others = drawn[: fit.n_queries], drawn[fit.n_queries :]
@@ -130,34 +155,62 @@ def run(folder: Path, data: str, out: Path, without: Path | None) -> None:
         for measure, make in MEASURES.items():
             banks = {name: bank[name][kind] for name in sources}
             closeness = make(banks)
-            near, known = closeness(test[kind]), np.concatenate([closeness(fresh[name][kind]) for name in sources])
+            near, known = (
+                closeness(test[kind]),
+                np.concatenate([closeness(fresh[name][kind]) for name in sources]),
+            )
             for share in SHUT_OUT:
                 limit = np.quantile(known, share)
                 inside = dict(zip(keys, near >= limit, strict=True))
                 kept = gated(found, inside)
-                passes = pd.Series(inside).groupby(lambda key: groups[key[0]]).mean().round(3).to_dict()
+                passes = (
+                    pd.Series(inside).groupby(lambda key: groups[key[0]]).mean().round(3).to_dict()
+                )
                 alone = []
                 for left in sources:
                     rest = make({name: rows for name, rows in banks.items() if name != left})
-                    own = np.concatenate([rest(fresh[name][kind]) for name in sources if name != left])
+                    own = np.concatenate(
+                        [rest(fresh[name][kind]) for name in sources if name != left]
+                    )
                     alone.append(float((rest(fresh[left][kind]) >= np.quantile(own, share)).mean()))
                 rows[f"{kind} | {measure} | {share}"] = {
                     "passes": passes,
                     "a left-out source passes": round(sum(alone) / len(alone), 3),
                     **{group: gain(kept, plain, names) for group, names in by_group.items()},
                 }
-                print(f"{kind} | {measure} | {share}", rows[f"{kind} | {measure} | {share}"], flush=True)
+                print(
+                    f"{kind} | {measure} | {share}",
+                    rows[f"{kind} | {measure} | {share}"],
+                    flush=True,
+                )
     always = [found["icr", key] for key in keys]
     rows["no gate"] = {group: gain(always, plain, names) for group, names in by_group.items()}
-    about = {"command": f"python {' '.join(sys.argv)}", "commit": commit(), "run's commit": config.get("commit")}
-    save_json(out / "table.json", {**about, "items": len(keys), "bank": N_BANK, "fresh": N_FRESH, "rows": rows})
+    about = {
+        "command": f"python {' '.join(sys.argv)}",
+        "commit": commit(),
+        "run's commit": config.get("commit"),
+    }
+    save_json(
+        out / "table.json",
+        {**about, "items": len(keys), "bank": N_BANK, "fresh": N_FRESH, "rows": rows},
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="a run folder with zero-shot and ICR")
-    parser.add_argument("--without", type=Path, help="a run folder whose items are left out: those that chose the gate")
-    parser.add_argument("--data", default="../shared/data", help="where the tasks' rows are, as for `icr`")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", type=Path, required=True, help="a run folder with zero-shot and ICR"
+    )
+    parser.add_argument(
+        "--without",
+        type=Path,
+        help="a run folder whose items are left out: those that chose the gate",
+    )
+    parser.add_argument(
+        "--data", default="../shared/data", help="where the tasks' rows are, as for `icr`"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/novelty"))
     chosen = parser.parse_args()
     run(chosen.run, chosen.data, chosen.out, chosen.without)

@@ -103,7 +103,9 @@ def columns_held(way, spreads=None):
         columns = project(layer.store["query"], layer.query_directions)[:, None] * weights
         if spreads is not None:  # the model's scaling of logits, which the weights are divided by
             bias = query.shape[-1] ** -0.5 * columns @ layer.z_key.mT
-            spreads.append((bias.square().mean().sqrt().item(), bias.std(-1).square().mean().sqrt().item()))
+            spreads.append(
+                (bias.square().mean().sqrt().item(), bias.std(-1).square().mean().sqrt().item())
+            )
         return torch.cat([query, torch.cat(way(columns, layer.z_key)[0], -1).to(query.dtype)], -1)
 
     with (
@@ -139,9 +141,16 @@ def ways_of(dtype):
 @torch.no_grad()
 def score(model, tokenizer, icr, task, indices, runs, spreads):
     """Option logits of a task's items, [n_options] each, by run and item; the trunk runs once."""
-    examples, first, pad_id = [task.test[index] for index in indices], icr.pids.layers[0], pad_id_of(tokenizer)
+    examples, first, pad_id = (
+        [task.test[index] for index in indices],
+        icr.pids.layers[0],
+        pad_id_of(tokenizer),
+    )
     texts = [task.prompt(example) for example in examples]
-    ids = [option_ids(tokenizer, text, task.options(e)) for text, e in zip(texts, examples, strict=True)]
+    ids = [
+        option_ids(tokenizer, text, task.options(e))
+        for text, e in zip(texts, examples, strict=True)
+    ]
     token_lists = tokenize(tokenizer, texts)
     with icr.attached(model, tokenizer) as routed:
         routing = routed.routing(texts)
@@ -150,12 +159,18 @@ def score(model, tokenizer, icr, task, indices, runs, spreads):
         for rows in by_length(token_lists, LENGTHS):
             with ExitStack() as stack:
                 if way is not None:
-                    stack.enter_context(columns_held(way, spreads if name == "float32, routed" else None))
+                    stack.enter_context(
+                        columns_held(way, spreads if name == "float32, routed" else None)
+                    )
                     attachment = stack.enter_context(attach(model, icr.pids))
-                    attachment.routing = Routing(routing.routing_vector[rows], routing.head_gates[rows])
+                    attachment.routing = Routing(
+                        routing.routing_vector[rows], routing.head_gates[rows]
+                    )
                 entry = stack.enter_context(late_entry(model, first))
                 logits = entry(*pad_states([states[row] for row in rows], pad_id))
-            found |= {(name, indices[row]): logits[place][ids[row]] for place, row in enumerate(rows)}
+            found |= {
+                (name, indices[row]): logits[place][ids[row]] for place, row in enumerate(rows)
+            }
     return found
 
 
@@ -166,7 +181,17 @@ def as_records(tokenizer, task, found, seconds):
         example, options = task.test[index], tuple(logits.tolist())
         n_tokens = len(tokenizer(task.prompt(example)).input_ids)
         made.append(
-            records.Record(name, task.name, 0, index, example.label, int(logits.argmax()), options, n_tokens, seconds)
+            records.Record(
+                name,
+                task.name,
+                0,
+                index,
+                example.label,
+                int(logits.argmax()),
+                options,
+                n_tokens,
+                seconds,
+            )
         )
     return made
 
@@ -190,7 +215,9 @@ def run(data: Path, out: Path, n_items: int) -> None:
             started, spreads = time.monotonic(), []
             with products_in_float32():
                 found = score(model, tokenizer, icr, task, items, runs, spreads)
-            records.append(file, as_records(tokenizer, task, found, (time.monotonic() - started) / len(found)))
+            records.append(
+                file, as_records(tokenizer, task, found, (time.monotonic() - started) / len(found))
+            )
             with sizes.open("a") as stream:
                 stream.writelines(json.dumps(pair) + "\n" for pair in spreads)
             print(f"{dtype} {task.name}: {time.monotonic() - started:.0f} s", flush=True)
@@ -200,13 +227,18 @@ def run(data: Path, out: Path, n_items: int) -> None:
 def errors(of, reference):
     """What each item's option logits, less their mean, are off by: the root of the mean square, in nats."""
     logits = dict(zip(reference["item"], reference.option_logits, strict=True))
-    pairs = [(np.array(o), np.array(logits[item])) for item, o in zip(of["item"], of.option_logits, strict=True)]
+    pairs = [
+        (np.array(o), np.array(logits[item]))
+        for item, o in zip(of["item"], of.option_logits, strict=True)
+    ]
     return np.array([np.std(ours - theirs) for ours, theirs in pairs])
 
 
 def tabulate(out: Path) -> None:
     """Writes, for every run, its error against float32, agreement, accuracy and McNemar's test."""
-    lines = metrics.frame(records.read(out / "records.jsonl")).sort_values(["task", "index"], kind="stable")
+    lines = metrics.frame(records.read(out / "records.jsonl")).sort_values(
+        ["task", "index"], kind="stable"
+    )
     by_run, rng = dict(list(lines.groupby("method", sort=False))), np.random.default_rng(0)
     unrouted = errors(by_run["bfloat16, unrouted"], by_run["float32, unrouted"])
     resampled = rng.integers(len(unrouted), size=(2000, len(unrouted)))
@@ -217,24 +249,43 @@ def tabulate(out: Path) -> None:
         ratios = np.sqrt((off**2)[resampled].mean(1) / (unrouted**2)[resampled].mean(1))
         rows[name] = {
             "error": round(float(np.sqrt((off**2).mean())), 5),
-            "times unrouted": [round(float(end), 3) for end in np.percentile(ratios, [50, 2.5, 97.5])],
-            "same prediction": int((found.prediction.to_numpy() == reference.prediction.to_numpy()).sum()),
+            "times unrouted": [
+                round(float(end), 3) for end in np.percentile(ratios, [50, 2.5, 97.5])
+            ],
+            "same prediction": int(
+                (found.prediction.to_numpy() == reference.prediction.to_numpy()).sum()
+            ),
             "accuracy": round(100 * metrics.accuracy(found).value, 2),
-            "won, lost": [int((metrics.paired(found, reference).change == sign).sum()) for sign in (1, -1)],
+            "won, lost": [
+                int((metrics.paired(found, reference).change == sign).sum()) for sign in (1, -1)
+            ],
             "mcnemar p": round(metrics.mcnemar(found, reference), 3),
             "accuracy by task": {
-                task: round(100 * float(part.right.mean()), 1) for task, part in found.groupby("task", sort=False)
+                task: round(100 * float(part.right.mean()), 1)
+                for task, part in found.groupby("task", sort=False)
             },
         }
     pairs = [json.loads(line) for line in (out / "bias.jsonl").read_text().splitlines()]
     whole, spread = np.sqrt(np.square(pairs).mean(0))
-    about = {"command": "python benchmarks/precision.py --data DATA", "commit": commit(), "items": len(unrouted)}
-    about["bias"] = {"root mean square": round(float(whole), 3), "spread over the keys": round(float(spread), 3)}
-    save_json(out / "table.json", {**about, "columns": {way: n for way, (_, n) in WAYS.items()}, "rows": rows})
+    about = {
+        "command": "python benchmarks/precision.py --data DATA",
+        "commit": commit(),
+        "items": len(unrouted),
+    }
+    about["bias"] = {
+        "root mean square": round(float(whole), 3),
+        "spread over the keys": round(float(spread), 3),
+    }
+    save_json(
+        out / "table.json",
+        {**about, "columns": {way: n for way, (_, n) in WAYS.items()}, "rows": rows},
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with the twelve data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))
     parser.add_argument("--items", type=int, default=24, help="test items per task")

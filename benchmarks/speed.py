@@ -39,9 +39,13 @@ def model_of(name: str):
     if name != "random:llama-2-7b":
         return load_model(name)
     _, tokenizer = load_model("pinned:smollm2-135m", device="cpu")
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device, dtype = (
+        ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    )
     with torch.device(device):  # a LlamaConfig's own defaults are the shape of Llama-2-7B
-        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer)), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(vocab_size=len(tokenizer)), dtype=dtype
+        )
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -56,31 +60,56 @@ def random_pids(model, layers: tuple[int, ...]) -> PIDs:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pinned:smollm2-135m", help='for load_model, or "random:llama-2-7b"')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="pinned:smollm2-135m", help='for load_model, or "random:llama-2-7b"'
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--out", type=Path, required=True, help="a JSON file; the picture goes beside it")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024, 2048], help="tokens")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a JSON file; the picture goes beside it"
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[64, 256, 1024, 2048], help="tokens"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="rows")
-    parser.add_argument("--max-tokens", type=int, default=65536, help="of a pass; larger batches are cut")
-    parser.add_argument("--items", type=int, default=4, help="test items per task in few-shot and extraction")
+    parser.add_argument(
+        "--max-tokens", type=int, default=65536, help="of a pass; larger batches are cut"
+    )
+    parser.add_argument(
+        "--items", type=int, default=4, help="test items per task in few-shot and extraction"
+    )
     parser.add_argument("--tasks", nargs="+", default=["agnews", "sst2", "trec"])
-    parser.add_argument("--data", default="pinned:staicc", help="where the tasks' rows are, as for `icr`")
+    parser.add_argument(
+        "--data", default="pinned:staicc", help="where the tasks' rows are, as for `icr`"
+    )
     parser.add_argument("--encoder", default="pinned:minilm")
     parser.add_argument("--turns", type=int, default=15, help="at most, per row")
-    parser.add_argument("--seconds", type=float, default=60.0, help="per row; three turns are taken in any case")
-    parser.add_argument("--clock", choices=["cpu", "wall"], default="wall", help="cpu: of this process alone")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="per row; three turns are taken in any case"
+    )
+    parser.add_argument(
+        "--clock", choices=["cpu", "wall"], default="wall", help="cpu: of this process alone"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     model, tokenizer = model_of(chosen.model)
     layers = late_third(dims_of(model).n_layers)
     name = Path(chosen.model).name.removeprefix("pinned:")
-    about = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "layers": len(layers), "rank": RANK}
+    about = {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": len(layers),
+        "rank": RANK,
+    }
     rows = Rows(chosen.out, Stopwatch(chosen.clock, chosen.turns, chosen.seconds), about)
     tasks = [load_task(task, chosen.data) for task in chosen.tasks]
     shapes = chosen.lengths, chosen.batches, chosen.max_tokens, chosen.items
-    world = World(model, tokenizer, random_pids(model, layers), chosen.encoder, tasks, rows, *shapes)
+    world = World(
+        model, tokenizer, random_pids(model, layers), chosen.encoder, tasks, rows, *shapes
+    )
     for part in chosen.parts:
         if part != "loading":
             PARTS[part](world)

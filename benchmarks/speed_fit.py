@@ -28,15 +28,23 @@ from icrouting.tasks.prompts import extraction_prompts
 def paper_terms(model, given, trainer, queries):
     """The loss's terms as the paper's algorithm has them: a plain and a routed pass, logits at every position."""
     batch = pad([query.state.tokens for query in queries], 0).to(device_of(model))
-    routing = trainer.router(torch.stack([query.features for query in queries]).to(device_of(model)))
+    routing = trainer.router(
+        torch.stack([query.features for query in queries]).to(device_of(model))
+    )
     scale = alpha_scale(trainer.step, trainer.n_steps, trainer.config.final_alpha_scale)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "use_cache": False}
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask.long(),
+        "use_cache": False,
+    }
     rows = torch.arange(len(queries), device=batch.last.device)
     with torch.no_grad():
         plain = trainer.model(**inputs).logits[rows, batch.last].float()
     given.routing = routing.scaled(scale)
     logits = model(**inputs).logits[rows, batch.last].float()
-    targets = torch.tensor([query.option_ids[query.label] for query in queries], device=logits.device)
+    targets = torch.tensor(
+        [query.option_ids[query.label] for query in queries], device=logits.device
+    )
     return {
         "ce": torch.nn.functional.cross_entropy(logits, targets),
         "conf": losses.confidence_loss(logits, losses.entropy(plain)),
@@ -50,16 +58,24 @@ def training(world: World) -> None:
     """Two epochs of the paper's settings; ours runs the trunk in the first place. Features are given to both."""
     model, biased, layers = world.model, twin(world.model), world.pids.layers
     n_features, n_heads, generator = 384, dims_of(model).n_heads, torch.Generator().manual_seed(0)
-    chosen = [(task, example) for task in world.tasks for example in task.train[: 4 * world.n_items]]
+    chosen = [
+        (task, example) for task in world.tasks for example in task.train[: 4 * world.n_items]
+    ]
     texts = [task.prompt(example) for task, example in chosen]
     lists = tokenize(world.tokenizer, texts)
-    ids = [option_ids(world.tokenizer, text, of.options(e)) for text, (of, e) in zip(texts, chosen, strict=True)]
+    ids = [
+        option_ids(world.tokenizer, text, of.options(e))
+        for text, (of, e) in zip(texts, chosen, strict=True)
+    ]
     features = torch.randn(len(chosen), n_features, generator=generator)
     config, logs = dataclasses.replace(PAPER, encoder=HIDDEN), {}
 
     def trainer_of(states):
         items = zip(states, features, ids, chosen, strict=True)
-        queries = [Query(state, vector, option_list, e.label) for state, vector, option_list, (_, e) in items]
+        queries = [
+            Query(state, vector, option_list, e.label)
+            for state, vector, option_list, (_, e) in items
+        ]
         seeded = torch.Generator().manual_seed(0)
         router = Router(n_features, len(layers), n_heads, RANK, 256, seeded).to(device_of(model))
         return Trainer(model, world.pids, router, queries, config, 0)
@@ -78,10 +94,17 @@ def training(world: World) -> None:
         logs["paper's"] = [entry["loss"] for entry in trainer.log]
 
     def more():
-        gap = max(abs(own - other) for own, other in zip(logs["ours"], logs["paper's"], strict=True))
+        gap = max(
+            abs(own - other) for own, other in zip(logs["ours"], logs["paper's"], strict=True)
+        )
         assert gap < (2e-3 if model.dtype == torch.float32 else 0.2), f"the losses differ by {gap}"
         tokens = sum(map(len, lists)) / len(lists)
-        return {"steps": len(logs["ours"]), "loss_gap": gap, "first_loss": logs["ours"][0], "mean_tokens": tokens}
+        return {
+            "steps": len(logs["ours"]),
+            "loss_gap": gap,
+            "first_loss": logs["ours"][0],
+            "mean_tokens": tokens,
+        }
 
     where = f"{len(chosen)} queries, 2 epochs, batches of {config.batch_size}"
     states = run_trunk(model, lists, layers[0], 0)
@@ -93,24 +116,37 @@ def training(world: World) -> None:
 @torch.no_grad()
 def extraction(world: World) -> None:
     """Few-shot prompts through capture and moments; the bare forward runs the same batches, tokenized before."""
-    model, dims, layers, rng = world.model, dims_of(world.model), world.pids.layers, np.random.default_rng(0)
-    prompts = [prompt for task in world.tasks for prompt in extraction_prompts(task, world.n_items, 5, rng)]
+    model, dims, layers, rng = (
+        world.model,
+        dims_of(world.model),
+        world.pids.layers,
+        np.random.default_rng(0),
+    )
+    prompts = [
+        prompt for task in world.tasks for prompt in extraction_prompts(task, world.n_items, 5, rng)
+    ]
     lists = tokenize(world.tokenizer, [prompt.text for prompt in prompts], context_length(model))
     groups = [[lists[row] for row in group] for group in by_length(lists, TOKEN_BUDGET)]
     batches = [pad(group, pad_id_of(world.tokenizer)).to(device_of(model)) for group in groups]
 
     def extract():
-        moments = QKMoments(len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
+        moments = QKMoments(
+            len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
+        )
         for query, key in capture_last_tokens(model, world.tokenizer, prompts, layers):
             moments.update(query, key)
 
     def bare():
         for batch in batches:
-            decoder_of(model)(batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
+            decoder_of(model)(
+                batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+            )
 
     # Tokens a second are the inverse of seconds, so that extraction's rate over the bare one is bare over extraction.
     calls = {"seconds of extraction": extract, "seconds of the bare forward": bare}
-    world.rows.measure("extraction", f"{len(prompts)} prompts, {sum(map(len, lists))} tokens", calls)
+    world.rows.measure(
+        "extraction", f"{len(prompts)} prompts, {sum(map(len, lists))} tokens", calls
+    )
 
 
 def loading(world: World, name: str) -> None:

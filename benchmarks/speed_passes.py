@@ -59,28 +59,44 @@ class World:
         for (n_rows, length), batches in asked.items():
             cut = [str(batch) for batch in batches if batch != n_rows]
             if n_rows:
-                yield n_rows, length, f"{n_rows} x {length}" + (f" (cut from {' and '.join(cut)} rows)" if cut else "")
+                yield (
+                    n_rows,
+                    length,
+                    f"{n_rows} x {length}"
+                    + (f" (cut from {' and '.join(cut)} rows)" if cut else ""),
+                )
             else:
                 print(f"left out: {length} tokens are more than --max-tokens {self.max_tokens}")
 
     def token_lists(self, n_rows: int, length: int) -> list[list[int]]:
         """Windows of the tasks' text, repeated where it is too short."""
         texts = [task.prompt(example) for task in self.tasks for example in task.train[:400]]
-        stream = torch.tensor([token for tokens in tokenize(self.tokenizer, texts) for token in tokens])
+        stream = torch.tensor(
+            [token for tokens in tokenize(self.tokenizer, texts) for token in tokens]
+        )
         return stream[torch.arange(n_rows * length) % len(stream)].view(n_rows, length).tolist()
 
     def reader(self, model: PreTrainedModel, encoder: str) -> Reader:
         device, first = str(device_of(model)), self.pids.layers[0]
-        features, generator = features_of(encoder, model, self.tokenizer, device), torch.Generator().manual_seed(0)
-        router = Router(features.n_features, len(self.pids.layers), dims_of(model).n_heads, RANK, 256, generator)
+        features, generator = (
+            features_of(encoder, model, self.tokenizer, device),
+            torch.Generator().manual_seed(0),
+        )
+        router = Router(
+            features.n_features, len(self.pids.layers), dims_of(model).n_heads, RANK, 256, generator
+        )
         for weight in router.alpha.parameters():  # untrained, it would add nothing
             weight.data.add_(0.01 * torch.randn(weight.shape, generator=generator))
-        return Reader(model, self.tokenizer, features, router.requires_grad_(False).to(device), first, 1.0)
+        return Reader(
+            model, self.tokenizer, features, router.requires_grad_(False).to(device), first, 1.0
+        )
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy on the same weights, which can be routed while the first is not."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    return copy.deepcopy(
+        model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    )
 
 
 @torch.no_grad()
@@ -102,7 +118,9 @@ def scoring(world: World) -> None:
 @torch.no_grad()
 def reading(world: World) -> None:
     """The router alone, on hidden states that are there, and with the sentence encoder in front."""
-    by_hidden, by_encoder = (world.reader(world.model, encoder) for encoder in (HIDDEN, world.encoder))
+    by_hidden, by_encoder = (
+        world.reader(world.model, encoder) for encoder in (HIDDEN, world.encoder)
+    )
     for n_rows, length, where in world.shapes():
         lists = world.token_lists(n_rows, length)
         batch = pad(lists, 0).to(device_of(world.model))
@@ -137,7 +155,9 @@ def decoding(world: World) -> None:
 
             names = {"plain": world.model, "routed": routed}
             if f"decoding: routed / plain, {where}" not in world.rows.content["rows"]:
-                world.rows.measure("decoding", where, {name: step_of(model) for name, model in names.items()})
+                world.rows.measure(
+                    "decoding", where, {name: step_of(model) for name, model in names.items()}
+                )
 
 
 @contextmanager
@@ -145,24 +165,35 @@ def dense_bias(model: PreTrainedModel, pids: PIDs) -> Iterator[SimpleNamespace]:
     """Inside, routing is done the paper's way: a bias [batch, n_heads, q_len, kv_len] in the additive mask."""
     positions = {attention_of(model, layer): position for position, layer in enumerate(pids.layers)}
     given, device = SimpleNamespace(routing=None), device_of(model)
-    query_directions, key_directions = pids.query_directions().to(device), pids.key_directions().to(device)
+    query_directions, key_directions = (
+        pids.query_directions().to(device),
+        pids.key_directions().to(device),
+    )
     causal: dict[int, Tensor] = {}
 
     def attend(module, query, key, value, attention_mask, **kwargs):
         if (position := positions.get(module)) is not None:
-            alpha, gates = given.routing.routing_vector[:, position], given.routing.head_gates[:, position]
+            alpha, gates = (
+                given.routing.routing_vector[:, position],
+                given.routing.head_gates[:, position],
+            )
             z_query = project(stores[position]["query"], query_directions[position])
             z_key = project(stores[position]["key"], key_directions[position])
             bias = gates[:, :, None, None] * ((z_query * alpha[:, None]) @ z_key.mT)[:, None]
             if attention_mask is None:
                 n_tokens = query.shape[2]
                 if n_tokens not in causal:
-                    causal[n_tokens] = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
+                    causal[n_tokens] = torch.ones(
+                        n_tokens, n_tokens, dtype=torch.bool, device=device
+                    ).tril()
                 attention_mask = causal[n_tokens]
             attention_mask = bias.to(query.dtype).masked_fill(~attention_mask, -torch.inf)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
-    with captured(model, pids.layers) as stores, attention_function(model, "icrouting_dense", attend, masks="sdpa"):
+    with (
+        captured(model, pids.layers) as stores,
+        attention_function(model, "icrouting_dense", attend, masks="sdpa"),
+    ):
         yield given
 
 
@@ -174,15 +205,32 @@ def dense(world: World) -> None:
         router = world.reader(ours, HIDDEN).router
         for n_rows, length, where in world.shapes():
             batch = pad(world.token_lists(n_rows, length), 0).to(device_of(ours))
-            features = torch.randn(n_rows, ours.config.hidden_size, generator=torch.Generator().manual_seed(length))
+            features = torch.randn(
+                n_rows, ours.config.hidden_size, generator=torch.Generator().manual_seed(length)
+            )
             given.routing = attachment.routing = router(features.to(device_of(ours)))
 
             def more(batch=batch):
-                gap = (next_token_logits(ours, batch) - next_token_logits(theirs, batch)).abs().max().item()
-                assert gap < (1e-2 if ours.dtype == torch.float32 else 1.0), f"the two ways differ by {gap}"
-                peaks = [peak_bytes(lambda model=model: next_token_logits(model, batch)) for model in (ours, theirs)]
+                gap = (
+                    (next_token_logits(ours, batch) - next_token_logits(theirs, batch))
+                    .abs()
+                    .max()
+                    .item()
+                )
+                assert gap < (1e-2 if ours.dtype == torch.float32 else 1.0), (
+                    f"the two ways differ by {gap}"
+                )
+                peaks = [
+                    peak_bytes(lambda model=model: next_token_logits(model, batch))
+                    for model in (ours, theirs)
+                ]
                 ratio = round(peaks[1] / peaks[0], 2)
-                return {"peak_bytes": peaks[1], "base_peak_bytes": peaks[0], "peak_ratio": ratio, "logit_gap": gap}
+                return {
+                    "peak_bytes": peaks[1],
+                    "base_peak_bytes": peaks[0],
+                    "peak_ratio": ratio,
+                    "logit_gap": gap,
+                }
 
             calls = {
                 "wider heads": lambda batch=batch: next_token_logits(ours, batch),
@@ -223,7 +271,9 @@ def demonstrations(world: World) -> None:
                 "context_tokens": len(context),
                 "prompt_tokens": round(sum(map(len, lengths)) / len(lengths), 1),
                 "context_cache_bytes": cache * model.dtype.itemsize,
-                "pids_and_router_bytes": sum(weight.numel() * weight.element_size() for weight in weights),
+                "pids_and_router_bytes": sum(
+                    weight.numel() * weight.element_size() for weight in weights
+                ),
             }
             for name, rival in rivals.items():
                 calls = base | {name: rival}

@@ -10,7 +10,9 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 
 
 def box(axes, x, y, width, height, text, colour, size=8.5):
-    patch = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.12", lw=1.4)
+    patch = FancyBboxPatch(
+        (x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.12", lw=1.4
+    )
     patch.set(edgecolor=colour, facecolor=colour + "18")
     axes.add_patch(patch)
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
@@ -19,7 +21,9 @@ def box(axes, x, y, width, height, text, colour, size=8.5):
 def arrow(axes, start, end, colour=GREY, bend=0.0):
     style = f"arc3,rad={bend}"
     axes.add_patch(
-        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=colour, connectionstyle=style)
+        FancyArrowPatch(
+            start, end, arrowstyle="-|>", mutation_scale=11, color=colour, connectionstyle=style
+        )
     )
 
 
@@ -33,7 +37,11 @@ def draw() -> Figure:
     box(axes, 3.5, 4.3, 2.7, 1.2, "frozen model:\nlast token's queries\nand keys, per layer", BLUE)
     box(axes, 7.0, 4.3, 2.2, 1.2, "PCA: top r\ndirections\n$U_q, U_k$", BLUE)
     box(axes, 10.0, 4.3, 2.4, 1.2, "train the router\non zero-shot\nprompts", BLUE)
-    for start, end in (((2.75, 4.9), (3.45, 4.9)), ((6.25, 4.9), (6.95, 4.9)), ((9.25, 4.9), (9.95, 4.9))):
+    for start, end in (
+        ((2.75, 4.9), (3.45, 4.9)),
+        ((6.25, 4.9), (6.95, 4.9)),
+        ((9.25, 4.9), (9.95, 4.9)),
+    ):
         arrow(axes, start, end, BLUE)
     axes.text(0.2, 3.45, "use, on any task", fontsize=11, fontweight="bold", color=ORANGE)
     box(axes, 0.2, 1.7, 2.5, 1.3, "zero-shot prompt\n“Review: …\nSentiment:”", ORANGE)

@@ -30,7 +30,9 @@ def ways() -> str:
     for group in dict.fromkeys(way.group for way in WAYS):
         parts.append(f"## {group}\n\n| way | outcome | |\n|---|---|---|")
         for way in (way for way in WAYS if way.group == group):
-            remark = "; ".join(filter(None, (f"“{way.raises}”" if way.raises else "", way.note, way.elsewhere)))
+            remark = "; ".join(
+                filter(None, (f"“{way.raises}”" if way.raises else "", way.note, way.elsewhere))
+            )
             parts.append(f"| {way.name} | {way.outcome} | {remark} |")
         parts.append("")
     return "\n".join(parts)
@@ -48,10 +50,18 @@ def families() -> str:
         parts.append(f"| {family} | `{config.model_type}` | `{kernel}` | {slides} |")
     parts.append("\nFor every family:\n\n| law | tested with |\n|---|---|")
     for name, law in inspect.getmembers(test_families, inspect.isfunction):
-        marks = {mark.args[0]: mark for mark in getattr(law, "pytestmark", ()) if mark.name == "parametrize"}
+        marks = {
+            mark.args[0]: mark
+            for mark in getattr(law, "pytestmark", ())
+            if mark.name == "parametrize"
+        }
         if name.startswith("test_") and marks.pop("family", None):
-            values = (f"{axis}: {', '.join(map(str, of(mark)))}" for axis, mark in sorted(marks.items()))
-            parts.append(f"| {name.removeprefix('test_').replace('_', ' ')} | {'; '.join(values)} |")
+            values = (
+                f"{axis}: {', '.join(map(str, of(mark)))}" for axis, mark in sorted(marks.items())
+            )
+            parts.append(
+                f"| {name.removeprefix('test_').replace('_', ' ')} | {'; '.join(values)} |"
+            )
     return "\n".join(parts) + "\n"
 
 

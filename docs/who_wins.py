@@ -17,7 +17,11 @@ PANELS = {"source": "the five source tasks", "unseen": "the other seven tasks"}
 # By kind of mark its colour, its shape, and the runs that it is drawn from: how methods' names end there, how far above
 # a method's line its mark is drawn, and in which panels. On the source tasks that is the run of three seeds.
 KINDS = {
-    "no fit, or one router (few-shot: 3 draws)": ("#000000", "o", {"smollm2-135m": ("", 0, PANELS)}),
+    "no fit, or one router (few-shot: 3 draws)": (
+        "#000000",
+        "o",
+        {"smollm2-135m": ("", 0, PANELS)},
+    ),
     "fitted once on the source tasks (three seeds)": (
         "#0072B2",
         "D",
@@ -38,7 +42,11 @@ NOT_FITTED = ("icr", "few-shot", "multi-task-few-shot", "calibration")
 
 def files() -> list[Path]:
     """The reports that are drawn."""
-    return [ROOT / "benchmarks" / "results" / run / "report.csv" for _, _, runs in KINDS.values() for run in runs]
+    return [
+        ROOT / "benchmarks" / "results" / run / "report.csv"
+        for _, _, runs in KINDS.values()
+        for run in runs
+    ]
 
 
 def gains() -> pd.DataFrame:
@@ -46,8 +54,12 @@ def gains() -> pd.DataFrame:
     found = []
     for kind, (_, _, runs) in KINDS.items():
         for run, (ending, height, panels) in runs.items():
-            lines = pd.read_csv(ROOT / "benchmarks" / "results" / run / "report.csv").query("kind == 'mean'")
-            lines = lines[lines.name.isin(panels) & lines.gain.notna() & lines.method.str.endswith(ending)]
+            lines = pd.read_csv(ROOT / "benchmarks" / "results" / run / "report.csv").query(
+                "kind == 'mean'"
+            )
+            lines = lines[
+                lines.name.isin(panels) & lines.gain.notna() & lines.method.str.endswith(ending)
+            ]
             method = lines.method.str.removesuffix(ending) if ending else lines.method
             is_drawn = method.isin(NOT_FITTED) == (kind == next(iter(KINDS)))
             found.append(lines.assign(method=method, mark=kind, run=run, height=height)[is_drawn])
@@ -56,7 +68,9 @@ def gains() -> pd.DataFrame:
 
 def digest() -> str:
     """Returns what the picture names its figures, and how they are drawn, by."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in (Path(__file__), *files()))).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(file.read_bytes() for file in (Path(__file__), *files()))
+    ).hexdigest()[:16]
 
 
 def drawn() -> str:
@@ -75,12 +89,20 @@ def draw() -> Figure:
         for line in lines[lines.name == name].itertuples():
             colour, shape, _ = KINDS[line.mark]
             height = methods.index(line.method) + line.height
-            axes.plot([100 * line.gain_low, 100 * line.gain_high], [height] * 2, color=colour, linewidth=1.2)
+            axes.plot(
+                [100 * line.gain_low, 100 * line.gain_high],
+                [height] * 2,
+                color=colour,
+                linewidth=1.2,
+            )
             axes.plot(100 * line.gain, height, shape, color=colour, markersize=4)
         axes.set(title=title, xlabel="points above zero-shot")
         axes.set_yticks(range(len(methods)), list(map(label, methods)))
         axes.grid(axis="x")
-    handles = [panels[0].plot([], [], shape, color=colour, label=kind)[0] for kind, (colour, shape, _) in KINDS.items()]
+    handles = [
+        panels[0].plot([], [], shape, color=colour, label=kind)[0]
+        for kind, (colour, shape, _) in KINDS.items()
+    ]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=7.5)
     return figure
 

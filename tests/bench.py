@@ -54,7 +54,10 @@ class Bench:
         router.alpha[-1].weight.normal_(generator=generator)
         rows = self.tokenizer(self.texts).input_ids
         vectors = features.read(rows, entering_states(self.model, rows, layers[0], 1))
-        for linear in (router.alpha[0], router.gamma[0]):  # a random encoder tells texts apart by little
+        for linear in (
+            router.alpha[0],
+            router.gamma[0],
+        ):  # a random encoder tells texts apart by little
             linear.weight *= 3 / vectors.std(0).mean()
             linear.bias -= linear.weight @ vectors.mean(0)
         return InContextRouter(artifact.describe(*described), tiny.pids(self.model, layers), router)
@@ -73,20 +76,34 @@ class Bench:
 
     def slow_logits(self, row, dense=None, input_ids=None):
         """One prompt's logits, or those of tokens that begin with it."""
-        dense, ids = dense or self.fresh("eager"), self.inputs(row)["input_ids"] if input_ids is None else input_ids
+        dense, ids = (
+            dense or self.fresh("eager"),
+            self.inputs(row)["input_ids"] if input_ids is None else input_ids,
+        )
         with reference_routed(base_of(dense), self.icr.pids, rows_of(self.routing, row)):
             return dense(input_ids=ids, use_cache=False).logits
 
     def slow_tokens(self, row, dense=None, input_ids=None, **settings):
         """What one prompt, or tokens that begin with it, goes on with; one row per returned sequence."""
-        dense, ids = dense or self.fresh("eager"), self.inputs(row)["input_ids"] if input_ids is None else input_ids
+        dense, ids = (
+            dense or self.fresh("eager"),
+            self.inputs(row)["input_ids"] if input_ids is None else input_ids,
+        )
         with reference_routed(base_of(dense), self.icr.pids, rows_of(self.routing, row)):
             return self.tokens(
-                dense, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, **settings, use_cache=False
+                dense,
+                {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                **settings,
+                use_cache=False,
             )
 
     def tokens(self, model, inputs, seed=0, **settings):
-        settings = {"max_new_tokens": N_NEW, "min_new_tokens": N_NEW, "do_sample": False, **settings}
+        settings = {
+            "max_new_tokens": N_NEW,
+            "min_new_tokens": N_NEW,
+            "do_sample": False,
+            **settings,
+        }
         torch.manual_seed(seed)
         return model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
 
@@ -98,11 +115,18 @@ class Bench:
         with self.attached(model):
             got = self.tokens(model, inputs, **both, **(fast or {}))
         assert torch.equal(got, expected)
-        assert not torch.equal(self.tokens(model, inputs, **both), expected), "the routing must matter"
+        assert not torch.equal(self.tokens(model, inputs, **both), expected), (
+            "the routing must matter"
+        )
 
-    def check_logits(self, *rows, model=None, dense=None, side="left", positions=False, close=CLOSE, **more):
+    def check_logits(
+        self, *rows, model=None, dense=None, side="left", positions=False, close=CLOSE, **more
+    ):
         """A plain call gives the slow run's logits at all real tokens."""
-        model, inputs = self.model if model is None else model, self.inputs(*rows, side=side, positions=positions)
+        model, inputs = (
+            self.model if model is None else model,
+            self.inputs(*rows, side=side, positions=positions),
+        )
         real = inputs["attention_mask"].bool()
         plain = model(**inputs).logits
         with self.attached(model):
@@ -110,7 +134,9 @@ class Bench:
         for number, row in enumerate(rows):
             expected = self.slow_logits(row, dense)[0]
             assert (got[number][real[number]] - expected).abs().max() <= close
-            assert (plain[number][real[number]] - expected).abs().max() > MATTERS, "the routing must matter"
+            assert (plain[number][real[number]] - expected).abs().max() > MATTERS, (
+                "the routing must matter"
+            )
 
     def check_turns(self, cache, through_generate=True, cropped=0):
         """Two turns with one kept cache are both routed by the first prompt."""
@@ -126,7 +152,9 @@ class Bench:
                 got = self.tokens(model, inputs, **{CACHE: cache})
             else:
                 model(input_ids=prompt, **{CACHE: cache})
-                pieces = [model(input_ids=token, **{CACHE: cache}).logits for token in more.split(1, 1)]
+                pieces = [
+                    model(input_ids=token, **{CACHE: cache}).logits for token in more.split(1, 1)
+                ]
         if through_generate:
             assert torch.equal(got, self.slow_tokens(0, input_ids=seen))
             assert not torch.equal(got, self.tokens(model, inputs)), "the routing must matter"

@@ -34,13 +34,33 @@ def lay_out(page, widths, folder):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium on PATH to lay the page out")
-    frames = [f'<iframe style="width:{w}px;border:0" srcdoc="{markup.escape(page)}"></iframe>' for w in widths]
+    frames = [
+        f'<iframe style="width:{w}px;border:0" srcdoc="{markup.escape(page)}"></iframe>'
+        for w in widths
+    ]
     outer = folder / "outer.html"
-    outer.write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{"".join(frames)}{PROBE}</body>', encoding="utf-8")
+    outer.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8"><body>{"".join(frames)}{PROBE}</body>',
+        encoding="utf-8",
+    )
     command = [
-        *(chromium, "--headless", "--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-quic"),
+        *(
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--no-first-run",
+            "--disable-gpu",
+            "--disable-quic",
+        ),
         *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        *(f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900", "--dump-dom", outer.as_uri()),
+        *(
+            f"--user-data-dir={folder / 'profile'}",
+            "--window-size=1400,900",
+            "--dump-dom",
+            outer.as_uri(),
+        ),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return dict(zip(widths, json.loads(re.search(r"<pre>(.*)</pre>", done.stdout).group(1)), strict=True))
+    return dict(
+        zip(widths, json.loads(re.search(r"<pre>(.*)</pre>", done.stdout).group(1)), strict=True)
+    )

@@ -35,7 +35,9 @@ def record(index: int, is_right: bool = True, **changes) -> Record:
     return Record(**{**values, **changes})
 
 
-def fake_records(accuracies: dict[tuple[str, str], float], n_items: int = 30, seeds=(0, 1)) -> list[Record]:
+def fake_records(
+    accuracies: dict[tuple[str, str], float], n_items: int = 30, seeds=(0, 1)
+) -> list[Record]:
     """Records with the given accuracy per method and task."""
     rng = np.random.default_rng(11)
     found = []

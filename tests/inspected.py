@@ -14,7 +14,14 @@ LAYERS = (3, 4)
 def sharp_router(model, tokenizer, encoder, monkeypatch):
     """A router whose decisions are far from neutral and differ between prompts."""
     monkeypatch.setattr(Trainer, "run", lambda self: None)
-    small = {"rank": 3, "n_prompts": 12, "demos_per_class": 1, "n_queries": 2, "hidden_width": 13, "epochs": 1}
+    small = {
+        "rank": 3,
+        "n_prompts": 12,
+        "demos_per_class": 1,
+        "n_queries": 2,
+        "hidden_width": 13,
+        "epochs": 1,
+    }
     config = FitConfig(layers=LAYERS, encoder=str(encoder), **small)
     icr = InContextRouter.fit(model, tokenizer, [tiny.task()], config)
     generator = torch.Generator().manual_seed(0)

@@ -41,7 +41,8 @@ class LocalHub(BaseHTTPRequestHandler):
             self.reply({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             modes = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for f in json.loads(body)["files"]
             ]
             self.reply({"files": modes})
         elif "/commit/" in self.path:
@@ -56,10 +57,19 @@ class LocalHub(BaseHTTPRequestHandler):
         self.note()
         name = self.path.split("/")[-1]
         if self.path.startswith("/api/models/someone/some-router"):
-            siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
-            tree = [{"type": "file", "path": name, "size": len(c), "oid": "0" * 40} for name, c in self.files.items()]
+            siblings = [
+                {"rfilename": name, "size": len(content)} for name, content in self.files.items()
+            ]
+            tree = [
+                {"type": "file", "path": name, "size": len(c), "oid": "0" * 40}
+                for name, c in self.files.items()
+            ]
             is_tree = "/tree/" in self.path
-            self.reply(tree if is_tree else {"id": "someone/some-router", "sha": COMMIT, "siblings": siblings})
+            self.reply(
+                tree
+                if is_tree
+                else {"id": "someone/some-router", "sha": COMMIT, "siblings": siblings}
+            )
         elif self.path.startswith("/someone/some-router/resolve/") and name in self.files:
             etag = hashlib.sha256(self.files[name]).hexdigest()
             self.reply(self.files[name], ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
@@ -82,7 +92,11 @@ def local_hub(monkeypatch, cache):
     thread.start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     try:
         yield hub

@@ -37,17 +37,26 @@ def reference_routed(model, pids, routing):
     def keep_rotary(module, args, kwargs):
         rotary[module] = kwargs.get("position_embeddings", unrotated)
 
-    def attention_forward(module, query, key, value, attention_mask, scaling, softcap=None, **kwargs):
-        rows, times = [], len(query) // len(routing.routing_vector)  # beams: each query's rows stand together
+    def attention_forward(
+        module, query, key, value, attention_mask, scaling, softcap=None, **kwargs
+    ):
+        rows, times = (
+            [],
+            len(query) // len(routing.routing_vector),
+        )  # beams: each query's rows stand together
         for row in range(len(query)):
             bias, gates = torch.zeros(query.shape[2], key.shape[2]), torch.zeros(query.shape[1])
             if module.layer_idx in pids.layers:
                 position = pids.layers.index(module.layer_idx)
                 cos, sin = (angle[row % len(angle)] for angle in rotary[module])
-                unscaled = query[row] * (scaling / module.scaling)  # OPT scales the query instead of the product
+                unscaled = query[row] * (
+                    scaling / module.scaling
+                )  # OPT scales the query instead of the product
                 z_query = before_rotary(unscaled, cos, sin) @ pids.query_directions()[position]
                 z_key = before_rotary(key[row], cos, sin) @ pids.key_directions()[position]
-                bias = z_query @ torch.diag(routing.routing_vector[row // times, position]) @ z_key.T
+                bias = (
+                    z_query @ torch.diag(routing.routing_vector[row // times, position]) @ z_key.T
+                )
                 gates = routing.head_gates[row // times, position]
             heads = (query[row], key[row], value[row], attention_mask[row, 0] == 0)
             rows.append(dense_attention(*heads, scaling, bias, gates, softcap))
@@ -55,6 +64,10 @@ def reference_routed(model, pids, routing):
 
     with ExitStack() as stack:
         for attention in (module for module in model.modules() if hasattr(module, "layer_idx")):
-            stack.callback(attention.register_forward_pre_hook(keep_rotary, with_kwargs=True).remove)
-        stack.enter_context(mock.patch(f"{type(model).__module__}.eager_attention_forward", attention_forward))
+            stack.callback(
+                attention.register_forward_pre_hook(keep_rotary, with_kwargs=True).remove
+            )
+        stack.enter_context(
+            mock.patch(f"{type(model).__module__}.eager_attention_forward", attention_forward)
+        )
         yield

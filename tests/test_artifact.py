@@ -24,7 +24,11 @@ def folder(tmp_path_factory, encoder_folder):
     model = tiny.model("qwen2")
     fit = FitConfig(layers=(3, 4), rank=3, hidden_width=5, basis="pca")
     description = artifact.describe(
-        model, [tiny.task()], fit, (3, 4), features_of(str(encoder_folder), model, tiny.tokenizer(), "cpu")
+        model,
+        [tiny.task()],
+        fit,
+        (3, 4),
+        features_of(str(encoder_folder), model, tiny.tokenizer(), "cpu"),
     )
     router = Router(12, 2, 6, 3, 5, torch.Generator().manual_seed(0))
     artifact.save(where, description, tiny.pids(model), router)
@@ -117,7 +121,8 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(artifact, "snapshot_download", offline)
     with pytest.raises(
-        ValueError, match=r"no router at 'someone/some-router': expected a folder or a hub id; no network$"
+        ValueError,
+        match=r"no router at 'someone/some-router': expected a folder or a hub id; no network$",
     ):
         InContextRouter.from_pretrained("someone/some-router")
 
@@ -131,7 +136,11 @@ def test_a_router_goes_to_the_hub_and_comes_back_with_its_results(folder, tmp_pa
         icr = InContextRouter.from_pretrained(tmp_path / "router")
         address = icr.push_to_hub("someone/some-router", private=True, token="hf_secret")
         assert address.endswith(f"/someone/some-router/commit/{COMMIT}")
-        assert hub.created == {"name": "some-router", "organization": "someone", "visibility": "private"}
+        assert hub.created == {
+            "name": "some-router",
+            "organization": "someone",
+            "visibility": "private",
+        }
         assert hub.tokens == {"Bearer hf_secret"}
         names = ("config.json", "model.safetensors", "README.md")
         assert hub.files == {name: (tmp_path / "router" / name).read_bytes() for name in names}
@@ -139,7 +148,9 @@ def test_a_router_goes_to_the_hub_and_comes_back_with_its_results(folder, tmp_pa
         again = InContextRouter.from_pretrained("someone/some-router", revision="main")
         assert not any("pytorch" in path for _, path in hub.requests)
         again.save_pretrained(tmp_path / "again")
-        with pytest.raises(ValueError, match="no router at 'someone/another': expected a folder or a hub id; 404"):
+        with pytest.raises(
+            ValueError, match="no router at 'someone/another': expected a folder or a hub id; 404"
+        ):
             InContextRouter.from_pretrained("someone/another")
     assert again.digest() == icr.digest()
     assert (tmp_path / "again" / "README.md").read_text() == card.read_text()
@@ -176,12 +187,17 @@ def test_results_replace_earlier_ones_and_leave_the_rest(folder):
 
 
 @pytest.mark.parametrize(
-    ("base_model", "is_named"), [("pinned:smollm2-135m", False), ("/models/a/b", False), ("owner/name", True)]
+    ("base_model", "is_named"),
+    [("pinned:smollm2-135m", False), ("/models/a/b", False), ("owner/name", True)],
 )
 def test_the_front_matter_names_a_hub_id_alone_and_is_yaml(folder, base_model, is_named):
     icr = InContextRouter.from_pretrained(folder)
-    card = dataclasses.replace(icr, description=dataclasses.replace(icr.description, base_model=base_model))
-    assert card.generate_model_card().data.to_dict().get("base_model") == (base_model if is_named else None)
+    card = dataclasses.replace(
+        icr, description=dataclasses.replace(icr.description, base_model=base_model)
+    )
+    assert card.generate_model_card().data.to_dict().get("base_model") == (
+        base_model if is_named else None
+    )
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b"])
@@ -196,7 +212,14 @@ _opened: list[str] | None = None
 
 
 def _listen(event, arguments):
-    if _opened is not None and event in ("open", "os.listdir", "os.scandir", "import", "exec", "pickle.find_class"):
+    if _opened is not None and event in (
+        "open",
+        "os.listdir",
+        "os.scandir",
+        "import",
+        "exec",
+        "pickle.find_class",
+    ):
         _opened.append(f"{event} {arguments[0]}")
 
 
@@ -204,7 +227,14 @@ def test_nothing_but_the_config_and_the_weights_is_read(copy):
     """Whatever lies beside them: neither code, nor pickles, nor the card."""
     global _opened
     InContextRouter.from_pretrained(copy)  # what is imported when first needed
-    for name in ("modeling.py", "pytorch_model.bin", "router.pkl", "config.yaml", "adapter_config.json", "__init__.py"):
+    for name in (
+        "modeling.py",
+        "pytorch_model.bin",
+        "router.pkl",
+        "config.yaml",
+        "adapter_config.json",
+        "__init__.py",
+    ):
         (copy / name).write_bytes(b"raise SystemExit")
     sys.addaudithook(_listen)
     _opened = []

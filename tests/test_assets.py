@@ -35,12 +35,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def pin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """A function that pins a wheel with the given members as "box" and returns the log of its downloads."""
 
-    def pin_wheel(members: Mapping[str, str] = MEMBERS, member: str = "box/data/", links: tuple = ()) -> list[str]:
+    def pin_wheel(
+        members: Mapping[str, str] = MEMBERS, member: str = "box/data/", links: tuple = ()
+    ) -> list[str]:
         source = tmp_path / "box-1.0-py3-none-any.whl"
         with zipfile.ZipFile(source, "w") as archive:
             for name, text in members.items():
                 info = zipfile.ZipInfo(name)
-                info.external_attr = ((stat.S_IFLNK if name in links else stat.S_IFREG) | 0o644) << 16
+                info.external_attr = (
+                    (stat.S_IFLNK if name in links else stat.S_IFREG) | 0o644
+                ) << 16
                 archive.writestr(info, text)
         sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
         entry = {"requirement": "box==1.0", "sha256": sha256, "member": member, "licence": "MIT"}
@@ -169,7 +173,9 @@ def test_full_disk_while_extracting_is_one_line_and_leaves_nothing(cache, pin, m
 
 
 def test_full_disk_reported_by_pip_is_an_error_of_the_disk(cache, monkeypatch):
-    reason = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+    reason = (
+        "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+    )
     monkeypatch.setattr(wheels.subprocess, "run", pip_that_fails(reason))
     with pytest.raises(OSError, match="free some space") as error:
         wheels.fetch("staicc")
@@ -191,7 +197,9 @@ def test_failed_download_is_one_line_with_the_last_reason_of_pip(cache, monkeypa
         "[notice] another line\n"
     )
     monkeypatch.setattr(wheels.subprocess, "run", pip_that_fails(stderr))
-    with pytest.raises(ConnectionError, match=r"No matching distribution found .*the network") as error:
+    with pytest.raises(
+        ConnectionError, match=r"No matching distribution found .*the network"
+    ) as error:
         wheels.fetch("staicc")
     assert "\n" not in str(error.value)
     assert not os.listdir(cache)
@@ -218,7 +226,9 @@ def test_pip_takes_wheels_only_and_no_dependencies(cache, monkeypatch):
     assert pinned == [f"StaICC==0.1.1 --hash=sha256:{wheels.WHEELS['staicc']['sha256']}\n"]
 
 
-@pytest.mark.parametrize("name", ["box/data/../../../evil.txt", "box/data/..\\evil.txt", "box/data/C:evil.txt"])
+@pytest.mark.parametrize(
+    "name", ["box/data/../../../evil.txt", "box/data/..\\evil.txt", "box/data/C:evil.txt"]
+)
 def test_member_that_leads_out_of_the_folder_lands_inside(cache, pin, tmp_path, name):
     pin({**MEMBERS, name: "evil"})
     folder = wheels.fetch("box")

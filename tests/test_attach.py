@@ -34,7 +34,10 @@ def no_routing(model, batch):
 
 
 def state_of(model):
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]
+    hooks = [
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        for m in model.modules()
+    ]
     return model.config._attn_implementation, model.training, hooks
 
 
@@ -55,7 +58,10 @@ def test_a_row_that_is_not_routed_stays_beside_rows_that_are(family, kernel):
     model, inputs = tiny.model(family, kernel), tiny.prompts((13, 13, 13))
     routing = tiny.routing(model, 3)
     routing.head_gates[1] = 0
-    plain, routed = logits_of(model, inputs), routed_logits(model, inputs, tiny.pids(model), routing)
+    plain, routed = (
+        logits_of(model, inputs),
+        routed_logits(model, inputs, tiny.pids(model), routing),
+    )
     moved = (routed - plain).abs().unflatten(0, (3, 13)).amax((1, 2))
     assert moved[1] <= CLOSE
     assert moved[[0, 2]].min() > 0.1
@@ -72,7 +78,9 @@ def test_routed_attention_equals_the_dense_reference(family, kernel, side):
         expected = logits_of(dense, inputs)
     got = routed_logits(model, inputs, pids, routing)
     assert (got - expected).abs().max() <= CLOSE
-    assert (got - logits_of(model, inputs)).abs().max() > 0.1, "the routing must matter for this to say anything"
+    assert (got - logits_of(model, inputs)).abs().max() > 0.1, (
+        "the routing must matter for this to say anything"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,7 +103,11 @@ def test_prefill_and_decoding_equal_one_pass(family, kernel, cache_kind):
         attachment.routing = routing
         expected = model(**inputs).logits
         dynamic = cache_kind == "dynamic"
-        cache = DynamicCache(config=model.config) if dynamic else StaticCache(config=model.config, max_cache_len=20)
+        cache = (
+            DynamicCache(config=model.config)
+            if dynamic
+            else StaticCache(config=model.config, max_cache_len=20)
+        )
         pieces, spans = [], [(0, n_prefill), (n_prefill, n_prefill + 3)]
         for start, stop in [*spans, *((t, t + 1) for t in range(n_prefill + 3, n_tokens))]:
             step = {
@@ -118,10 +130,16 @@ def test_a_batch_equals_its_rows_one_by_one(family):
         assert (routed_logits(model, single, pids, one) - together[row]).abs().max() <= CLOSE
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_equals_the_dense_reference_without_a_cache(family, settings):
-    model, dense, inputs = tiny.model(family), tiny.model(family, "eager"), tiny.prompts(side="left")
+    model, dense, inputs = (
+        tiny.model(family),
+        tiny.model(family, "eager"),
+        tiny.prompts(side="left"),
+    )
     del inputs["position_ids"]
     pids, routing = tiny.pids(model), tiny.routing(model, 3)
     settings = {"max_new_tokens": 9, "do_sample": False, **settings}
@@ -174,7 +192,10 @@ def test_a_second_attach_to_a_routed_model_is_refused_and_harmless():
     model = tiny.model("llama")
     with attach(model, tiny.pids(model)):
         before = state_of(model)
-        with pytest.raises(ValueError, match="icr is attached to this model"), attach(model, tiny.pids(model)):
+        with (
+            pytest.raises(ValueError, match="icr is attached to this model"),
+            attach(model, tiny.pids(model)),
+        ):
             pass
         assert state_of(model) == before
 
@@ -218,7 +239,10 @@ def test_a_kernel_that_cannot_be_widened_is_refused():
 
 def test_directions_of_another_model_are_refused():
     model = tiny.model("llama")
-    with pytest.raises(ValueError, match="48 and 16 wide"), attach(model, tiny.pids(tiny.model("qwen2"))):
+    with (
+        pytest.raises(ValueError, match="48 and 16 wide"),
+        attach(model, tiny.pids(tiny.model("qwen2"))),
+    ):
         pass
 
 

@@ -29,7 +29,9 @@ ROUTERS = Path(__file__).parents[1] / "routers"
 @pytest.mark.parametrize("folder", sorted(ROUTERS.iterdir()), ids=lambda folder: folder.name)
 def test_a_published_router_loads_is_small_and_is_the_one_of_its_table(folder):
     assert sum(file.stat().st_size for file in folder.iterdir()) < 3 * 2**20
-    config = json.loads((ROUTERS.parent / "benchmarks" / "results" / folder.name / "config.json").read_text())
+    config = json.loads(
+        (ROUTERS.parent / "benchmarks" / "results" / folder.name / "config.json").read_text()
+    )
     assert InContextRouter.from_pretrained(folder).digest() == config["router"]
 
 
@@ -49,17 +51,27 @@ def intervals(content):
 
 def test_every_interval_that_the_documents_name_is_a_published_figure():
     results, number = ROUTERS.parent / "benchmarks" / "results", rf"[+{MINUS}-]?\d+\.\d"
-    published = {found for file in results.rglob("*.json") for found in intervals(json.loads(file.read_text()))}
+    published = {
+        found
+        for file in results.rglob("*.json")
+        for found in intervals(json.loads(file.read_text()))
+    }
     for file in results.rglob("report.csv"):
         lines = pd.read_csv(file)
         for name in ("accuracy", "gain"):
             ends = lines[[name, f"{name}_low", f"{name}_high"]].dropna().to_numpy() * 100
             published |= {tuple(line) for line in (ends.round(1) + 0.0).tolist()}
-    published |= {(-value, -high, -low) for value, low, high in published}  # what one gains the other loses
-    said = re.compile(rf"({number})[^()\d]{{0,60}}?[(;]\s?(?:[^()\d]{{0,20}}?; )?({number}) to ({number})")
+    published |= {
+        (-value, -high, -low) for value, low, high in published
+    }  # what one gains the other loses
+    said = re.compile(
+        rf"({number})[^()\d]{{0,60}}?[(;]\s?(?:[^()\d]{{0,20}}?; )?({number}) to ({number})"
+    )
     for page in ("docs/who-wins.md", "README.md"):
         text = (ROUTERS.parent / page).read_text()
-        found = [tuple(float(part.replace(MINUS, "-")) for part in match) for match in said.findall(text)]
+        found = [
+            tuple(float(part.replace(MINUS, "-")) for part in match) for match in said.findall(text)
+        ]
         assert found
         # "loses 2.2 (0.5 to 3.9)" and "2.2 behind (0.5 to 3.9)" are told by their words, not by a sign
         assert not [line for line in found if line not in published]
@@ -76,8 +88,26 @@ def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder
     spec = f'template = "Review: {{text}}\\nSentiment:"\noptions = ["negative", "positive"]\n[splits]\n{splits}'
     (tmp_path / "toy.toml").write_text(spec)
     out = tmp_path / "results" / "tiny.json"
-    arguments = ["--model", str(tmp_path / "tiny"), "--out", str(out), "--tasks", str(tmp_path / "toy.toml")]
-    arguments += ["--encoder", str(encoder_folder), "--lengths", "8", "13", "--batches", "1", "3", "--threads", "1"]
+    arguments = [
+        "--model",
+        str(tmp_path / "tiny"),
+        "--out",
+        str(out),
+        "--tasks",
+        str(tmp_path / "toy.toml"),
+    ]
+    arguments += [
+        "--encoder",
+        str(encoder_folder),
+        "--lengths",
+        "8",
+        "13",
+        "--batches",
+        "1",
+        "3",
+        "--threads",
+        "1",
+    ]
     arguments += ["--max-tokens", "26", "--items", "2", "--turns", "2", "--seconds", "0"]
     speed.main(arguments)
     rows = json.loads(out.read_text())["rows"]
@@ -92,9 +122,22 @@ def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder
 def test_the_precision_of_columns_is_measured_on_the_routing_that_is_in_use(tokenizer):
     """Columns held exactly give the routed scores; cast to bfloat16 they are off a little, split threefold less."""
     model, task, spreads = tiny.model("llama"), tiny.task(), []
-    config = FitConfig(layers=(3, 4), rank=3, n_prompts=12, demos_per_class=2, encoder="hidden", n_queries=24, lr=0.03)
+    config = FitConfig(
+        layers=(3, 4),
+        rank=3,
+        n_prompts=12,
+        demos_per_class=2,
+        encoder="hidden",
+        n_queries=24,
+        lr=0.03,
+    )
     icr, items = InContextRouter.fit(model, tokenizer, [task], config), [0, 3, 5]
-    ways = {"routed": precision.exact, "cast": precision.cast, "split": precision.split, "unrouted": None}
+    ways = {
+        "routed": precision.exact,
+        "cast": precision.cast,
+        "split": precision.split,
+        "unrouted": None,
+    }
     found = precision.score(model, tokenizer, icr, task, items, ways, spreads)
     prompts = [task.prompt(task.test[index]) for index in items]
     with icr.attached(model, tokenizer) as routed:
@@ -105,7 +148,9 @@ def test_the_precision_of_columns_is_measured_on_the_routing_that_is_in_use(toke
     assert off["routed"] < 1e-5
     assert off["split"] < off["cast"] / 5
     assert 1e-5 < off["cast"] < float((plain - expected).abs().max())
-    assert all(torch.allclose(found["unrouted", i], plain[row], atol=1e-5) for row, i in enumerate(items))
+    assert all(
+        torch.allclose(found["unrouted", i], plain[row], atol=1e-5) for row, i in enumerate(items)
+    )
 
 
 def test_leads_pair_the_records_of_two_runs_and_refuse_runs_of_other_rows(tmp_path):
@@ -113,13 +158,21 @@ def test_leads_pair_the_records_of_two_runs_and_refuse_runs_of_other_rows(tmp_pa
     for folder, own, rows in zip("abc", (*shares, {"icv": 0.3}), ("1", "1", "2"), strict=True):
         (tmp_path / folder).mkdir()
         tasks = fake_config()["tasks"]
-        kept = fake_records({(method, task["name"]): own[method] for method in own for task in tasks})
+        kept = fake_records(
+            {(method, task["name"]): own[method] for method in own for task in tasks}
+        )
         records.append(tmp_path / folder / "records.jsonl", kept)
         save_json(tmp_path / folder / "config.json", fake_config(rows=rows))
     out = tmp_path / "leads.json"
     leads.run([tmp_path / "a", tmp_path / "b"], ["icv/icr", "icr/zero-shot"], out, ["mr"])
     found = load_json(out)["leads"]
-    groups = ("source tasks", "unseen tasks", "all tasks", "unseen tasks but mr", "all tasks but mr")
+    groups = (
+        "source tasks",
+        "unseen tasks",
+        "all tasks",
+        "unseen tasks but mr",
+        "all tasks but mr",
+    )
     assert {key: lead["value"] for key, lead in found.items()} == {
         **{f"icv over icr, {group}": -20.0 for group in groups},
         **{f"icr over zero-shot, {group}": 30.0 for group in groups},
@@ -130,7 +183,9 @@ def test_leads_pair_the_records_of_two_runs_and_refuse_runs_of_other_rows(tmp_pa
 
 
 def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(tmp_path):
-    kept = fake_records({(m, t["name"]): 0.6 for m in ("zero-shot", "icr") for t in fake_config()["tasks"]})
+    kept = fake_records(
+        {(m, t["name"]): 0.6 for m in ("zero-shot", "icr") for t in fake_config()["tasks"]}
+    )
     ragged = [record(index, method="icr", seed=2, is_right=index % 3 > 0) for index in (29, 4)]
     lines = [*kept, *ragged]
     for name in ("run", "out"):
@@ -146,6 +201,8 @@ def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(tmp_path):
     }
     pages = [report.write(tmp_path / name).lines for name in ("run", "again")]
     pd.testing.assert_frame_equal(*pages)
-    assert (tmp_path / "run" / "report.csv").read_text() == (tmp_path / "again" / "report.csv").read_text()
+    assert (tmp_path / "run" / "report.csv").read_text() == (
+        tmp_path / "again" / "report.csv"
+    ).read_text()
     with pytest.raises(SystemExit, match="already"):
         answers.restore(tmp_path / "out", tmp_path / "run")

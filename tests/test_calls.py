@@ -53,8 +53,14 @@ def stepped(model, ids):
 
 @KINDS
 @pytest.mark.parametrize("text", ["Review: good\nSentiment:", " bad"])
-def test_a_prompt_behind_a_cache_may_be_given_without_what_is_in_it(kind, text, tokenizer, encoder_folder):
-    model, before, new = tiny.model("llama"), ids_of(tokenizer, "Review: a long and bad one"), ids_of(tokenizer, text)
+def test_a_prompt_behind_a_cache_may_be_given_without_what_is_in_it(
+    kind, text, tokenizer, encoder_folder
+):
+    model, before, new = (
+        tiny.model("llama"),
+        ids_of(tokenizer, "Review: a long and bad one"),
+        ids_of(tokenizer, text),
+    )
     method, found = fitted(kind, model, tokenizer, encoder_folder), []
     with torch.no_grad():
         for give in ("slowly", "new ids", "all ids"):
@@ -63,7 +69,10 @@ def test_a_prompt_behind_a_cache_may_be_given_without_what_is_in_it(kind, text, 
                 if give == "slowly":
                     found.append(slowly(model, new, cache))
                     continue
-                ids, mask = new if give == "new ids" else torch.cat([before, new], 1), torch.ones(1, n).long()
+                ids, mask = (
+                    new if give == "new ids" else torch.cat([before, new], 1),
+                    torch.ones(1, n).long(),
+                )
                 output = model.generate(ids, attention_mask=mask, **NEW, **{CACHE: cache})
                 found.append(output[:, ids.shape[1] :])
     if new.shape[1] > 1:  # in a plain call one token behind a cache counts as generated
@@ -75,7 +84,9 @@ def test_a_prompt_behind_a_cache_may_be_given_without_what_is_in_it(kind, text, 
 @KINDS
 def test_other_prompts_that_run_meanwhile_are_read_as_themselves(kind, tokenizer, encoder_folder):
     model = tiny.model("llama")
-    prompt, other = (ids_of(tokenizer, text) for text in ("Review: good good good\nSentiment:", "bad"))
+    prompt, other = (
+        ids_of(tokenizer, text) for text in ("Review: good good good\nSentiment:", "bad")
+    )
 
     class Asks(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -83,7 +94,10 @@ def test_other_prompts_that_run_meanwhile_are_read_as_themselves(kind, tokenizer
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     seen = []
-    with torch.no_grad(), fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
+    with (
+        torch.no_grad(),
+        fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK),
+    ):
         expected = model(other).logits, model.generate(other, **NEW), stepped(model, other)
         alone = model.generate(prompt, **NEW)
         assert torch.equal(model.generate(prompt, **NEW, stopping_criteria=[Asks()]), alone)
@@ -97,29 +111,47 @@ def test_other_prompts_that_run_meanwhile_are_read_as_themselves(kind, tokenizer
 def test_guidance_reads_its_other_prompt_as_one(kind, tokenizer, encoder_folder):
     model = tiny.model("llama")
     prompt, other = (ids_of(tokenizer, text) for text in ("Review: good\nSentiment:", "bad , bad"))
-    with torch.no_grad(), fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
-        found = model.generate(prompt, negative_prompt_ids=other, guidance_scale=2.0, **NEW)[:, prompt.shape[1] :]
+    with (
+        torch.no_grad(),
+        fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK),
+    ):
+        found = model.generate(prompt, negative_prompt_ids=other, guidance_scale=2.0, **NEW)[
+            :, prompt.shape[1] :
+        ]
         outputs = [model(input_ids=ids, use_cache=True) for ids in (prompt, other)]
         for step in range(5):
             wanted, unwanted = (output.logits[:, -1].log_softmax(-1) for output in outputs)
             token = (2.0 * (wanted - unwanted) + unwanted).argmax(-1)[:, None]
             assert token.item() == found[0, step].item()
-            outputs = [model(input_ids=token, use_cache=True, **{CACHE: output[CACHE]}) for output in outputs]
+            outputs = [
+                model(input_ids=token, use_cache=True, **{CACHE: output[CACHE]})
+                for output in outputs
+            ]
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "llama"])
 @pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 4}], ids=str)
 def test_a_static_cache_is_edited_beyond_a_window_too(family, more, tokenizer, encoder_folder):
-    model, prompt = tiny.model(family), ids_of(tokenizer, "Review: a long and bad one , and good , and bad\nSentiment:")
+    model, prompt = (
+        tiny.model(family),
+        ids_of(tokenizer, "Review: a long and bad one , and good , and bad\nSentiment:"),
+    )
     for kind in (FunctionVectors, TaskVectors):
-        with torch.no_grad(), fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
+        with (
+            torch.no_grad(),
+            fitted(kind, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK),
+        ):
             expected = model.generate(prompt, **NEW)
-            assert torch.equal(model.generate(prompt, **NEW, cache_implementation="static", **more), expected)
+            assert torch.equal(
+                model.generate(prompt, **NEW, cache_implementation="static", **more), expected
+            )
 
 
 def test_a_mask_of_a_window_s_width_hides_no_token_of_the_pass():
     assert attended(torch.zeros(2, 1), torch.ones(2, 1, 1, 7, dtype=torch.bool), n_seen=19).all()
-    assert attended(torch.zeros(2, 1), torch.ones(2, 1, 1, 20, dtype=torch.bool), n_seen=19).shape == (2, 1)
+    assert attended(
+        torch.zeros(2, 1), torch.ones(2, 1, 1, 20, dtype=torch.bool), n_seen=19
+    ).shape == (2, 1)
 
 
 def test_a_model_gets_back_what_stood_in_place_of_its_methods(tokenizer, encoder_folder):
@@ -140,12 +172,23 @@ def test_a_model_gets_back_what_stood_in_place_of_its_methods(tokenizer, encoder
 def test_continuous_batching_is_refused_under_a_rival(tokenizer, encoder_folder):
     model = tiny.model("llama")
     method = fitted(TaskVectors, model, tokenizer, encoder_folder)
-    with method.attached(model, tokenizer, TASK), pytest.raises(ValueError, match="cannot batch continuously"):
+    with (
+        method.attached(model, tokenizer, TASK),
+        pytest.raises(ValueError, match="cannot batch continuously"),
+    ):
         model.init_continuous_batching()
 
 
 def test_an_option_of_several_tokens_is_named_once(tokenizer, caplog):
-    option = next(word for word in ("good , good", "good and") if len(tokenizer(f" {word}").input_ids) > 2)
+    option = next(
+        word for word in ("good , good", "good and") if len(tokenizer(f" {word}").input_ids) > 2
+    )
     for _ in range(2):
         option_ids(tokenizer, "Review: good\nSentiment:", [option, "bad"])
-    assert sum(f"option {option!r} is several tokens" in record.getMessage() for record in caplog.records) == 1
+    assert (
+        sum(
+            f"option {option!r} is several tokens" in record.getMessage()
+            for record in caplog.records
+        )
+        == 1
+    )

@@ -19,7 +19,10 @@ def keep(entering, layer):
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_captured_states_are_the_projections_of_the_last_token(family, tokenizer):
     model, task = tiny.model(family), tiny.task()
-    texts = [task.prompt(example) for example in task.test] + ["joy", "a longer text of the film and its plot :"]
+    texts = [task.prompt(example) for example in task.test] + [
+        "joy",
+        "a longer text of the film and its plot :",
+    ]
     prompts = [Prompt("", text) for text in texts]
     pieces = list(capture_last_tokens(model, tokenizer, prompts, LAYERS, token_budget=70))
     assert len(pieces) > 2, "several batches"
@@ -28,7 +31,9 @@ def test_captured_states_are_the_projections_of_the_last_token(family, tokenizer
     for text in texts:
         entering = {}
         hooks = [
-            attention_of(model, layer).register_forward_pre_hook(keep(entering, layer), with_kwargs=True)
+            attention_of(model, layer).register_forward_pre_hook(
+                keep(entering, layer), with_kwargs=True
+            )
             for layer in LAYERS
         ]
         model(**tokenizer(text, return_tensors="pt"))
@@ -53,16 +58,26 @@ def test_a_shared_context_computed_once_gives_the_same_states(family, tokenizer)
     model, task = tiny.model(family), tiny.task()
     prompts = list(extraction_prompts(task, 9, 1, np.random.default_rng(0), per_context=4))
     ran = []
-    with model.register_forward_pre_hook(lambda m, args, kw: ran.append(kw["input_ids"].numel()), with_kwargs=True):
+    with model.register_forward_pre_hook(
+        lambda m, args, kw: ran.append(kw["input_ids"].numel()), with_kwargs=True
+    ):
         shared = list(capture_last_tokens(model, tokenizer, prompts, LAYERS, token_budget=70))
     cached = min(len(tokenizer(prompt.context).input_ids) for prompt in prompts)
-    assert all(query.shape[1] <= max(1, 70 // cached) for query, _ in shared), "what a row has cached counts too"
+    assert all(query.shape[1] <= max(1, 70 // cached) for query, _ in shared), (
+        "what a row has cached counts too"
+    )
     alone = [p for q in prompts for p in capture_last_tokens(model, tokenizer, [q], LAYERS)]
     for side in (0, 1):
-        got, expected = (torch.cat([piece[side][1] for piece in pieces]) for pieces in (shared, alone))
+        got, expected = (
+            torch.cat([piece[side][1] for piece in pieces]) for pieces in (shared, alone)
+        )
         assert torch.cdist(got, expected).min(1).values.max() < 1e-3
         assert torch.cdist(expected, got).min(1).values.max() < 1e-3
-    assert 0 < sum(ran) < sum(len(tokens) for tokens in tokenizer([p.text for p in prompts[:8]]).input_ids)
+    assert (
+        0
+        < sum(ran)
+        < sum(len(tokens) for tokens in tokenizer([p.text for p in prompts[:8]]).input_ids)
+    )
 
 
 def test_a_prompt_that_is_not_finite_is_named_and_left_out_only_if_asked(tokenizer, caplog):
@@ -73,7 +88,9 @@ def test_a_prompt_that_is_not_finite_is_named_and_left_out_only_if_asked(tokeniz
         model.get_input_embeddings().weight[token] = torch.nan
     odd = [prompt for prompt in prompts if token in tokenizer(prompt.text).input_ids]
     assert 0 < len(odd) < len(prompts)
-    with pytest.raises(ValueError, match=r"NaN or infinity in the queries or keys of .* leave such prompts out"):
+    with pytest.raises(
+        ValueError, match=r"NaN or infinity in the queries or keys of .* leave such prompts out"
+    ):
         list(capture_last_tokens(model, tokenizer, prompts, LAYERS))
     pieces = list(capture_last_tokens(model, tokenizer, prompts, LAYERS, skip_nan=True))
     assert sum(query.shape[1] for query, _ in pieces) == len(prompts) - len(odd)
@@ -89,9 +106,17 @@ def test_leaving_removes_the_hooks_after_an_exception_too():
 
 
 def test_a_family_that_cannot_be_routed_is_refused_by_name(tokenizer):
-    config = GPTJConfig(vocab_size=31, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, bos_token_id=0, eos_token_id=0)
-    with pytest.raises(ValueError, match="'gptj' models cannot be routed: looked for queries and keys"):
-        list(capture_last_tokens(AutoModelForCausalLM.from_config(config), tokenizer, [Prompt("", "a")], (0,)))
+    config = GPTJConfig(
+        vocab_size=31, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, bos_token_id=0, eos_token_id=0
+    )
+    with pytest.raises(
+        ValueError, match="'gptj' models cannot be routed: looked for queries and keys"
+    ):
+        list(
+            capture_last_tokens(
+                AutoModelForCausalLM.from_config(config), tokenizer, [Prompt("", "a")], (0,)
+            )
+        )
 
 
 def test_the_last_third_is_that_of_the_paper():

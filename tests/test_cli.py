@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from icrouting import cli, commands
+from icrouting.cli import loading, main
 from icrouting.decoder.loading import load_model
 from icrouting.evaluation import evaluate as evaluate_module
 from icrouting.fitting.trunk import TRUNK_FILE
@@ -39,14 +39,28 @@ def world(tmp_path_factory, encoder_folder):
 
 def fit(folder, encoder_folder, out, *more):
     small = "--n-prompts 9 --demos-per-class 1 --n-queries 9 --rank 2 --epochs 1 --tasks sst2 --hidden-width 5"
-    where = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--encoder", str(encoder_folder)]
-    cli.main(["fit", "--out", str(out), *where, *small.split(), *more])
+    where = [
+        "--model",
+        str(folder / "model"),
+        "--data",
+        str(folder / "data"),
+        "--encoder",
+        str(encoder_folder),
+    ]
+    main.main(["fit", "--out", str(out), *where, *small.split(), *more])
 
 
 def evaluate(folder, out, *more):
-    where = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--router", str(folder / "router")]
+    where = [
+        "--model",
+        str(folder / "model"),
+        "--data",
+        str(folder / "data"),
+        "--router",
+        str(folder / "router"),
+    ]
     small = "--tasks sst2 mr --sources sst2 --n-test 7 --demos-per-class 1"
-    cli.main(["eval", "--out", str(out), *where, *small.split(), *more])
+    main.main(["eval", "--out", str(out), *where, *small.split(), *more])
 
 
 SST2, SOURCE = "--tasks sst2 --sources sst2", "--sources sst2"
@@ -55,7 +69,7 @@ SST2, SOURCE = "--tasks sst2 --sources sst2", "--sources sst2"
 def failure(capsys, *arguments):
     """The one line on standard error of a command that must end with exit code 2."""
     with pytest.raises(SystemExit) as caught:
-        cli.main(list(arguments))
+        main.main(list(arguments))
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
@@ -68,16 +82,28 @@ def test_fit_eval_and_report_leave_a_whole_run(world, tmp_path, capsys):
     assert "report.html" in shown
     assert "ICR" in shown
     files = {file.name for file in (tmp_path / "run").iterdir()}
-    assert files >= {"config.json", "records.jsonl", "summary.json", "report.html", "report.md", "report.csv"}
+    assert files >= {
+        "config.json",
+        "records.jsonl",
+        "summary.json",
+        "report.html",
+        "report.md",
+        "report.csv",
+    }
     assert {"routing.json", "training.jsonl"} <= files
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {row["method"] for row in config["timing"]["ratios"]} == {
-        *("few-shot", "few-shot, context kept", "multi-task-few-shot", "multi-task-few-shot, context kept"),
+        *(
+            "few-shot",
+            "few-shot, context kept",
+            "multi-task-few-shot",
+            "multi-task-few-shot, context kept",
+        ),
         *("calibration", "icr"),
     }
     page = (tmp_path / "run" / "report.html").read_text()
     (tmp_path / "run" / "report.html").unlink()
-    cli.main(["report", str(tmp_path / "run")])
+    main.main(["report", str(tmp_path / "run")])
     assert (tmp_path / "run" / "report.html").read_text() == page
 
 
@@ -85,10 +111,13 @@ def test_rows_longer_than_the_context_are_left_out_and_said_so(world, tmp_path, 
     shutil.copytree(world / "data" / "sst2", tmp_path / "data" / "sst2")
     for split, n in (("train", 1), ("test", 2)):
         with (tmp_path / "data" / "sst2" / f"{split}.jsonl").open("a") as file:
-            file.writelines("\n" + json.dumps({"text": f"{split} {i} so long" * 600, "label": 1}) for i in range(n))
+            file.writelines(
+                "\n" + json.dumps({"text": f"{split} {i} so long" * 600, "label": 1})
+                for i in range(n)
+            )
     methods = ["--methods", "zero-shot", "icv", "--n-test", "99", "--train-rows", "99"]
     where = ["--model", str(world / "model"), "--data", str(tmp_path / "data"), *SST2.split()]
-    cli.main(["eval", "--out", str(tmp_path / "run"), *where, *methods, "--demos-per-class", "1"])
+    main.main(["eval", "--out", str(tmp_path / "run"), *where, *methods, "--demos-per-class", "1"])
     said = "longer than 488 tokens: 1 train, 2 test rows of sst2."
     assert said in " ".join(capsys.readouterr().out.split())
     assert said in (tmp_path / "run" / "report.md").read_text()
@@ -104,17 +133,23 @@ def test_a_report_goes_to_the_card_of_the_router_that_was_measured_and_no_other(
     run, card = str(tmp_path / "run"), tmp_path / "router" / "README.md"
     before = card.read_text()
     for _ in range(2):
-        cli.main(["report", run, "--card", str(tmp_path / "router")])
+        main.main(["report", run, "--card", str(tmp_path / "router")])
         report = (tmp_path / "run" / "report.md").read_text()
         assert card.read_text() == before[: before.index("## Results")] + f"## Results\n\n{report}"
     fit(world, encoder_folder, tmp_path / "other", "--seed", "7")
     before = (tmp_path / "other" / "README.md").read_text()
-    assert "nothing is recorded" in failure(capsys, "report", run, "--card", str(tmp_path / "other"))
+    assert "nothing is recorded" in failure(
+        capsys, "report", run, "--card", str(tmp_path / "other")
+    )
     assert (tmp_path / "other" / "README.md").read_text() == before
-    assert "does not describe an icrouting artifact" in failure(capsys, "report", run, "--card", run)
+    assert "does not describe an icrouting artifact" in failure(
+        capsys, "report", run, "--card", run
+    )
 
 
-def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(world, tmp_path, capsys):
+def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(
+    world, tmp_path, capsys
+):
     evaluate(world, tmp_path / "run", "--methods", "zero-shot", "icr")
     lines = (tmp_path / "run" / "records.jsonl").read_text()
     evaluate(world, tmp_path / "run", "--methods", "zero-shot", "icr")
@@ -126,7 +161,11 @@ def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(wo
 
 
 def test_a_second_eval_into_a_live_run_is_refused_in_one_line(world, tmp_path, capsys, monkeypatch):
-    run, how, refused = evaluate_module.Evaluation.run, ("--methods", "zero-shot", "--n-test", "3"), []
+    run, how, refused = (
+        evaluate_module.Evaluation.run,
+        ("--methods", "zero-shot", "--n-test", "3"),
+        [],
+    )
 
     def run_twice(self, *args):
         with pytest.raises(SystemExit):
@@ -161,8 +200,15 @@ def test_a_finished_fit_is_not_repeated_and_another_one_is_refused(world, encode
     assert "router of other settings" in capsys.readouterr().err
 
 
-def test_the_trunk_is_kept_until_the_router_is_saved(world, encoder_folder, tmp_path, capsys, monkeypatch):
-    out, trunk, save, ran = tmp_path / "router", tmp_path / "router" / "fit" / TRUNK_FILE, artifact.save, []
+def test_the_trunk_is_kept_until_the_router_is_saved(
+    world, encoder_folder, tmp_path, capsys, monkeypatch
+):
+    out, trunk, save, ran = (
+        tmp_path / "router",
+        tmp_path / "router" / "fit" / TRUNK_FILE,
+        artifact.save,
+        [],
+    )
 
     def fail(*args):
         raise OSError("no space left")
@@ -185,7 +231,7 @@ def test_the_trunk_is_kept_until_the_router_is_saved(world, encoder_folder, tmp_
 @pytest.mark.usefixtures("in_float32")
 def test_generate_shows_both_continuations(world, capsys):
     where = ["--model", str(world / "model"), "--router", str(world / "router")]
-    cli.main(["generate", *where, "--prompt", "Review: joy\\nSentiment:", "--max-new-tokens", "5"])
+    main.main(["generate", *where, "--prompt", "Review: joy\\nSentiment:", "--max-new-tokens", "5"])
     shown = capsys.readouterr().out
     assert "zero-shot" in shown
     assert "routed, strength 1" in shown
@@ -195,11 +241,22 @@ def test_generate_shows_both_continuations(world, capsys):
 def test_a_model_may_be_spread_by_a_map(world, encoder_folder, capsys, monkeypatch):
     fit(world, encoder_folder, world / "router", "--device-map", "auto")
     assert "holds this router already" in capsys.readouterr().out
-    where = ["--model", str(world / "model"), "--router", str(world / "router"), "--prompt", "Review: joy"]
-    assert "device_map that fits it, not 'foo'" in failure(capsys, "generate", *where, "--device-map", "foo")
+    where = [
+        "--model",
+        str(world / "model"),
+        "--router",
+        str(world / "router"),
+        "--prompt",
+        "Review: joy",
+    ]
+    assert "device_map that fits it, not 'foo'" in failure(
+        capsys, "generate", *where, "--device-map", "foo"
+    )
     # Where memory is too small, "auto" comes to this.
-    monkeypatch.setattr(commands, "load_model", lambda name, device_map: load_model(name, device_map={"": "disk"}))
-    cli.main(["generate", *where, "--max-new-tokens", "5"])
+    monkeypatch.setattr(
+        loading, "load_model", lambda name, device_map: load_model(name, device_map={"": "disk"})
+    )
+    main.main(["generate", *where, "--max-new-tokens", "5"])
     assert "routed, strength 1" in capsys.readouterr().out
 
 
@@ -212,12 +269,29 @@ def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys)
         "--out",
         str(tmp_path / "a" / "b.html"),
     ]
-    cli.main(["inspect", *where, "--prompt", "Review: [/b] joy\\nSentiment:", "--options", "negative", "positive"])
+    main.main(
+        [
+            "inspect",
+            *where,
+            "--prompt",
+            "Review: [/b] joy\\nSentiment:",
+            "--options",
+            "negative",
+            "positive",
+        ]
+    )
     shown = capsys.readouterr().out
-    for said in ("effect on 1 prompt", "'positive'", "next token", "gates, %", "attention of the last token", "b.html"):
+    for said in (
+        "effect on 1 prompt",
+        "'positive'",
+        "next token",
+        "gates, %",
+        "attention of the last token",
+        "b.html",
+    ):
         assert said in shown
     assert "<svg" in (tmp_path / "a" / "b.html").read_text()
-    cli.main(["inspect", *where, "--prompt", "Review: joy", "--strength", "0"])
+    main.main(["inspect", *where, "--prompt", "Review: joy", "--strength", "0"])
     shown = capsys.readouterr().out
     assert "numerically nothing" in shown
     assert "option" not in shown
@@ -230,8 +304,14 @@ def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys)
             "eval --out {tmp}/run --model {model} --data {data} --tasks sst3 --router {router}",
             "did you mean sst5 or sst2",
         ),
-        ("eval --out {tmp}/run --model {model} --data {data} --methods icr --tasks sst2", "needs --router"),
-        ("eval --out {tmp}/run --model {model} --data {data} --methods icrr --tasks sst2", "did you mean icr"),
+        (
+            "eval --out {tmp}/run --model {model} --data {data} --methods icr --tasks sst2",
+            "needs --router",
+        ),
+        (
+            "eval --out {tmp}/run --model {model} --data {data} --methods icrr --tasks sst2",
+            "did you mean icr",
+        ),
         (
             "eval --out {tmp}/run --model {tmp}/no --data {data} --tasks sst2 --sources sst2 --methods zero-shot",
             "cannot load model",
@@ -244,8 +324,14 @@ def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys)
             "fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --encoder pinned:minilmm",
             "unknown pinned encoder",
         ),
-        ("fit --out {tmp}/r --model pinned:smollm --data {data} --tasks sst2", "known are pinned:smollm2-135m"),
-        ("fit --out {tmp}/r --model {model} --data pinned:stick --tasks sst2", "unknown pinned data"),
+        (
+            "fit --out {tmp}/r --model pinned:smollm --data {data} --tasks sst2",
+            "known are pinned:smollm2-135m",
+        ),
+        (
+            "fit --out {tmp}/r --model {model} --data pinned:stick --tasks sst2",
+            "unknown pinned data",
+        ),
         (
             "fit --out {tmp}/r --model {model} --data {data} --tasks sst2 --rank 0",
             "rank: Input should be greater than 0",
@@ -253,10 +339,18 @@ def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys)
         ("report {tmp}", "config.json"),
         ("generate --router {tmp} --model {model} --prompt a", "config.json is missing"),
         ("generate --router {router} --model {model} --prompt=", "empty text"),
-        ("inspect --router {router} --model {model} --prompt a: --options b", "at least two options"),
-        ("eval --out {tmp}/run --model {model} --data {data} --n-test -1 --router {router} " + SST2, "n_test: Input"),
         (
-            "eval --out {tmp}/run --model {model} --data {data} --seeds -1 --router {router} " + SST2,
+            "inspect --router {router} --model {model} --prompt a: --options b",
+            "at least two options",
+        ),
+        (
+            "eval --out {tmp}/run --model {model} --data {data} --n-test -1 --router {router} "
+            + SST2,
+            "n_test: Input",
+        ),
+        (
+            "eval --out {tmp}/run --model {model} --data {data} --seeds -1 --router {router} "
+            + SST2,
             "seeds.0: Input should be greater than or equal to 0, got -1",
         ),
         (
@@ -264,11 +358,20 @@ def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys)
             "max_tokens: Input should be greater than 0, got 0",
         ),
         ("generate --router {router} --model {tmp}/x.gguf --prompt a", "no such file"),
-        ("eval --out {tmp}/run --model {model} --data {data} --tasks {twin} --methods zero-shot " + SOURCE, "one name"),
+        (
+            "eval --out {tmp}/run --model {model} --data {data} --tasks {twin} --methods zero-shot "
+            + SOURCE,
+            "one name",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, said, world, tmp_path, capsys):
-    places = {"tmp": tmp_path, "model": world / "model", "data": world / "data", "router": world / "router"}
+    places = {
+        "tmp": tmp_path,
+        "model": world / "model",
+        "data": world / "data",
+        "router": world / "router",
+    }
     places["twin"] = world / "data" / "sst2" / "sst2.toml"
     places["twin"].write_text(
         'template = "{text}:"\noptions = ["negative", "positive"]\n[splits]\ntrain = "train.jsonl"\ntest = "test.jsonl"'
@@ -295,10 +398,11 @@ def test_a_full_disk_is_one_line_and_exit_code_two(world, encoder_folder, tmp_pa
 @pytest.mark.usefixtures("in_float32")
 def test_generated_brackets_are_text(world, capsys, monkeypatch):
     monkeypatch.setattr(
-        "transformers.PreTrainedTokenizerBase.decode", lambda self, *args, **kwargs: "[/INST] list[int]"
+        "transformers.PreTrainedTokenizerBase.decode",
+        lambda self, *args, **kwargs: "[/INST] list[int]",
     )
     where = ["--model", str(world / "model"), "--router", str(world / "router")]
-    cli.main(["generate", *where, "--prompt", "Review: joy\\nSentiment:", "--max-new-tokens", "5"])
+    main.main(["generate", *where, "--prompt", "Review: joy\\nSentiment:", "--max-new-tokens", "5"])
     assert "[/INST] list[int]" in capsys.readouterr().out
 
 
@@ -311,14 +415,14 @@ def test_a_fit_of_another_model_into_the_folder_is_refused(world, encoder_folder
 
 
 def test_ctrl_c_says_that_the_work_is_kept(monkeypatch, capsys):
-    from icrouting import commands
+    from icrouting.cli import evaluate
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "show", interrupted)
+    monkeypatch.setattr(evaluate, "show", interrupted)
     with pytest.raises(SystemExit) as caught:
-        cli.main(["report", "anywhere"])
+        main.main(["report", "anywhere"])
     assert caught.value.code == 130
     assert "is kept" in capsys.readouterr().err
 
@@ -326,7 +430,7 @@ def test_ctrl_c_says_that_the_work_is_kept(monkeypatch, capsys):
 @pytest.mark.parametrize("command", ["fit", "eval", "report", "generate", "inspect", "demo"])
 def test_help_teaches_every_option(command, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main([command, "--help"])
+        main.main([command, "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert command == "demo" or "Example: icr" in " ".join(shown.split())

@@ -10,10 +10,15 @@ from icrouting.runtime.pages import points
 
 def test_the_conclusion_names_gains_losses_and_rivals():
     said = conclusion(summarise(ICR_LOSES_ON_MR, fake_config()))
-    assert said.startswith("ICR scores 70.0 on the 1 source task, 30.0 points above zero-shot (95 % interval ")
+    assert said.startswith(
+        "ICR scores 70.0 on the 1 source task, 30.0 points above zero-shot (95 % interval "
+    )
     assert "50.0 on average over the 2 unseen tasks, 20.0 points below zero-shot" in said
     assert "below zero-shot on 1 of 3 tasks (mr), significantly on mr" in said
-    assert re.search(r"Ahead of it: few-shot by 20\.0 points \(95 % interval 1\d\.\d to 2\d\.\d, 3 tasks\)\.$", said)
+    assert re.search(
+        r"Ahead of it: few-shot by 20\.0 points \(95 % interval 1\d\.\d to 2\d\.\d, 3 tasks\)\.$",
+        said,
+    )
 
 
 def test_the_conclusion_does_not_sell_noise_as_a_gain():
@@ -26,14 +31,21 @@ def test_the_conclusion_does_not_sell_noise_as_a_gain():
 
 def test_the_conclusion_speaks_of_the_last_method_where_there_is_no_icr():
     some = fake_records({("zero-shot", "mr"): 0.5, ("probe", "mr"): 0.9, ("few-shot", "mr"): 0.2})
-    said = conclusion(summarise(some, fake_config(methods=("zero-shot", "probe", "few-shot"), tasks=[TASKS[1]])))
+    said = conclusion(
+        summarise(some, fake_config(methods=("zero-shot", "probe", "few-shot"), tasks=[TASKS[1]]))
+    )
     assert said.startswith("few-shot scores 20.0 on the 1 unseen task, 30.0 points below zero-shot")
     assert "Ahead of it: probe by 70.0 points" in said
 
 
 @pytest.mark.parametrize(
     ("share", "is_signed", "text"),
-    [(0.5612, False, "56.1"), (0.05, True, "+5.0"), (-0.012, True, "\N{MINUS SIGN}1.2"), (-0.0001, False, "0.0")],
+    [
+        (0.5612, False, "56.1"),
+        (0.05, True, "+5.0"),
+        (-0.012, True, "\N{MINUS SIGN}1.2"),
+        (-0.0001, False, "0.0"),
+    ],
 )
 def test_shares_read_as_points(share, is_signed, text):
     assert points(share, is_signed) == text

@@ -33,7 +33,9 @@ KINDS = (
     controls.UniformAlpha,
     controls.UniformGates,
 )
-PROMPTS = [TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:7])]  # mixed lengths
+PROMPTS = [
+    TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:7])
+]  # mixed lengths
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,12 @@ def fitted(kind, settings, model, tokenizer):
 
 def scores_under(method, prompts=PROMPTS):
     with method.applied(TASK):
-        return score_options(method.model, method.tokenizer, [Prompt("", text) for text in prompts], TASK.spec.options)
+        return score_options(
+            method.model,
+            method.tokenizer,
+            [Prompt("", text) for text in prompts],
+            TASK.spec.options,
+        )
 
 
 def routing_under(method, prompts=PROMPTS):
@@ -97,12 +104,16 @@ def test_a_control_that_changes_nothing_is_icr(icr, fits, tokenizer):
     with icr.attached(model, tokenizer):
         expected = score_options(model, tokenizer, PROMPTS, TASK.spec.options)
     assert torch.equal(scores_under(refit), expected)
-    assert not torch.allclose(score_options(model, tokenizer, PROMPTS, TASK.spec.options), expected, atol=1e-3)
+    assert not torch.allclose(
+        score_options(model, tokenizer, PROMPTS, TASK.spec.options), expected, atol=1e-3
+    )
 
 
 def test_a_whitened_router_is_refitted_whitened(config, tokenizer, tmp_path):
     model = tiny.model("llama")
-    whitened = InContextRouter.fit(model, tokenizer, [TASK], dataclasses.replace(config, basis="whitened"))
+    whitened = InContextRouter.fit(
+        model, tokenizer, [TASK], dataclasses.replace(config, basis="whitened")
+    )
     whitened.save_pretrained(tmp_path)
     refit = fitted(controls.Refit, Settings(router=str(tmp_path)), model, tokenizer)
     with whitened.attached(model, tokenizer):
@@ -113,7 +124,11 @@ def test_a_whitened_router_is_refitted_whitened(config, tokenizer, tmp_path):
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_control_changes_one_thing(kind, fits, config):
     found = fits[kind].config
-    changed = {f.name for f in dataclasses.fields(config) if getattr(found, f.name) != getattr(config, f.name)}
+    changed = {
+        f.name
+        for f in dataclasses.fields(config)
+        if getattr(found, f.name) != getattr(config, f.name)
+    }
     in_router = {"kind"} if kind.kind is not Router else set()
     expected = {
         controls.RandomBasis: {"basis"},
@@ -130,7 +145,9 @@ def test_a_control_changes_one_thing(kind, fits, config):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_untrained_controls_leave_the_logits_unchanged(kind, family, settings, tokenizer, monkeypatch):
+def test_untrained_controls_leave_the_logits_unchanged(
+    kind, family, settings, tokenizer, monkeypatch
+):
     monkeypatch.setattr(Trainer, "run", lambda self: None)
     model = tiny.model(family)
     plain = score_options(model, tokenizer, PROMPTS, TASK.spec.options)
@@ -143,7 +160,9 @@ def test_untrained_controls_leave_the_logits_unchanged(kind, family, settings, t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_of_mixed_lengths_scores_like_single_prompts_under_both_paddings(kind, fits, tokenizer):
+def test_a_batch_of_mixed_lengths_scores_like_single_prompts_under_both_paddings(
+    kind, fits, tokenizer
+):
     method = fits[kind]
     together = scores_under(method)
     alone = torch.cat([scores_under(method, [prompt]) for prompt in PROMPTS])
@@ -167,11 +186,16 @@ def test_what_was_learned_gives_the_same_routing(kind, fits, settings):
 
 
 def test_a_random_basis_is_orthonormal_and_not_the_principal_one(fits):
-    random, principal = fits[controls.RandomBasis].query_directions, fits[controls.Refit].query_directions
+    random, principal = (
+        fits[controls.RandomBasis].query_directions,
+        fits[controls.Refit].query_directions,
+    )
     eye = torch.eye(3).expand(2, 3, 3)
     for directions in (random, principal):
         assert torch.allclose(directions.mT @ directions, eye, atol=1e-5)
-    overlap = (random.mT @ principal).square().sum((1, 2))  # 3 for equal subspaces, 3 * 3 / 60 on average by chance
+    overlap = (
+        (random.mT @ principal).square().sum((1, 2))
+    )  # 3 for equal subspaces, 3 * 3 / 60 on average by chance
     assert overlap.max() < 1
 
 
@@ -193,7 +217,9 @@ def test_directions_get_the_gradient_of_a_finite_difference(config, tokenizer):
     pids = extract(model, tokenizer, [task], (3, 4), config, None)
     queries, _ = training_queries(model, tokenizer, [task], features, 3, config)
     router = controls._TrainedDirections(12, 2, 6, 3, 13, torch.Generator().manual_seed(0))
-    torch.nn.init.normal_(router.alpha[-1].weight, std=0.3, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(
+        router.alpha[-1].weight, std=0.3, generator=torch.Generator().manual_seed(1)
+    )
     trainer = Trainer(model, router.adopt(pids), router, queries, config, 1)
 
     def loss():
@@ -218,11 +244,15 @@ def test_directions_get_the_gradient_of_a_finite_difference(config, tokenizer):
 
 def test_constant_features_route_all_prompts_alike_and_random_ones_by_the_prompt(fits, tokenizer):
     method = fits[controls.ConstantFeatures]
-    alpha, gates = map(torch.cat, zip(*(routing_under(method, [prompt]) for prompt in PROMPTS), strict=True))
+    alpha, gates = map(
+        torch.cat, zip(*(routing_under(method, [prompt]) for prompt in PROMPTS), strict=True)
+    )
     assert torch.equal(alpha, alpha[:1].expand_as(alpha))
     assert torch.equal(gates, gates[:1].expand_as(gates))
     for alone, batched in zip((alpha, gates), routing_under(method), strict=True):
-        torch.testing.assert_close(batched, alone, rtol=0, atol=1e-6)  # some processors' products round by the row
+        torch.testing.assert_close(
+            batched, alone, rtol=0, atol=1e-6
+        )  # some processors' products round by the row
     assert alpha.abs().max() > 0.01
     method = fits[controls.RandomFeatures]
     alpha, _ = routing_under(method)
@@ -266,7 +296,10 @@ def test_uniform_alpha_is_one_number_and_uniform_gates_are_half(fits):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_lowers_the_loss_of_what_can_tell_prompts_apart(kind, fits):
     method = fits[kind]
-    texts, labels = [TASK.prompt(row) for row in TASK.train], torch.tensor([row.label for row in TASK.train])
+    texts, labels = (
+        [TASK.prompt(row) for row in TASK.train],
+        torch.tensor([row.label for row in TASK.train]),
+    )
     plain = score_options(method.model, method.tokenizer, texts, TASK.spec.options)
     loss = torch.nn.functional.cross_entropy
     assert loss(scores_under(method, texts), labels) < loss(plain, labels)
@@ -275,18 +308,29 @@ def test_training_lowers_the_loss_of_what_can_tell_prompts_apart(kind, fits):
 def test_without_a_router_the_defaults_are_those_of_a_fit():
     assert controls.Refit(Settings()).config == FitConfig()
     small = controls.Refit(Settings(train_rows=6, encoder="hidden", demos_per_class=2)).config
-    assert (small.n_queries, small.n_prompts, small.encoder, small.demos_per_class) == (6, 9, "hidden", 2)
+    assert (small.n_queries, small.n_prompts, small.encoder, small.demos_per_class) == (
+        6,
+        9,
+        "hidden",
+        2,
+    )
 
 
-def test_controls_are_fitted_once_for_all_seeds_and_labelled_rows_are_bounded(settings, tokenizer, tmp_path):
+def test_controls_are_fitted_once_for_all_seeds_and_labelled_rows_are_bounded(
+    settings, tokenizer, tmp_path
+):
     methods = make(["icr-constant-once", "icr-uniform-gates"], settings)
-    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "records", tmp_path / "fits")
+    evaluation = Evaluation(
+        tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "records", tmp_path / "fits"
+    )
     fits, fit = [], stages.fit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "fit", lambda *args, **kwargs: fits.append(1) or fit(*args, **kwargs))
         evaluation.run([TASK], (0, 1, 2), 6)
     assert len(fits) == 2
-    assert methods[0].cost["labelled"] == len(TASK.train)  # 24 queries and 12 * 4 demonstrations are more
+    assert methods[0].cost["labelled"] == len(
+        TASK.train
+    )  # 24 queries and 12 * 4 demonstrations are more
     names = {file.name for file in (tmp_path / "fits").iterdir()}
     assert names == {"icr-constant-once.safetensors", "icr-uniform-gates-toy.safetensors"}
 
@@ -295,7 +339,11 @@ def test_a_control_is_fitted_by_its_process_alone(monkeypatch):
     """Under `alone`, nothing waits for another process or shares its work with one."""
     state = vars(processes.here())
     before = dict(state)
-    as_one_of_three = {"num_processes": 3, "process_index": 2, "distributed_type": DistributedType.MULTI_CPU}
+    as_one_of_three = {
+        "num_processes": 3,
+        "process_index": 2,
+        "distributed_type": DistributedType.MULTI_CPU,
+    }
     for name, value in as_one_of_three.items():
         monkeypatch.setitem(state, name, value)
     with pytest.raises(RuntimeError, match="inside"), processes.alone():

@@ -27,11 +27,17 @@ OPTIONS = TASK.spec.options
 
 def prompts():
     # of mixed lengths
-    return [TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:7])]
+    return [
+        TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:7])
+    ]
 
 
 def fitted(kind, model, tokenizer, tasks=(TASK,), seed=0, **changes):
-    method = kind(Settings(**{"demos_per_class": 2, "train_rows": 24, "train_epochs": 4, "tries": 1, **changes}))
+    method = kind(
+        Settings(
+            **{"demos_per_class": 2, "train_rows": 24, "train_epochs": 4, "tries": 1, **changes}
+        )
+    )
     method.fit(model, tokenizer, list(tasks), np.random.default_rng(seed))
     return method
 
@@ -60,7 +66,9 @@ def test_at_strength_nought_nothing_changes_and_else_something(kind, family, tok
     model = tiny.model(family)
     plain = scores(model, tokenizer)
     assert torch.equal(scores(model, tokenizer, bare(kind, model, tokenizer, strength=0.0)), plain)
-    assert not torch.allclose(scores(model, tokenizer, bare(kind, model, tokenizer)), plain, atol=1e-3)
+    assert not torch.allclose(
+        scores(model, tokenizer, bare(kind, model, tokenizer)), plain, atol=1e-3
+    )
     assert torch.equal(scores(model, tokenizer), plain)
 
 
@@ -75,7 +83,9 @@ def test_both_paddings_score_like_single_prompts(kind, family, tokenizer):
     ids = torch.tensor([option_ids(tokenizer, prompt, OPTIONS) for prompt in prompts()])
     with method.applied(TASK), torch.no_grad():
         left = model(**padded, position_ids=positions).logits[:, -1].gather(1, ids)
-        alone = [model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1] for prompt in prompts()]
+        alone = [
+            model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1] for prompt in prompts()
+        ]
     assert torch.allclose(left, together, atol=1e-4)
     assert torch.allclose(torch.stack(alone).gather(1, ids), together, atol=1e-4)
 
@@ -85,12 +95,19 @@ def test_live_turns_every_blocks_output_and_keeps_its_norm(family, tokenizer):
     model = tiny.model(family)
     method, blocks = bare(Live, model, tokenizer, strength=0.7), list(layers_of(model))
     batch = tokenizer(prompts()[0], return_tensors="pt")
-    with recorded(blocks) as before, method.applied(TASK), recorded(blocks) as after, torch.no_grad():
+    with (
+        recorded(blocks) as before,
+        method.applied(TASK),
+        recorded(blocks) as after,
+        torch.no_grad(),
+    ):
         model(**batch)
     for layer, (plain, edit) in enumerate(zip(before, after, strict=True)):
         moved = plain + 0.7 * method.vectors[layer]
         assert torch.allclose(edit.norm(dim=-1), plain.norm(dim=-1), rtol=1e-5)
-        assert torch.allclose(torch.cosine_similarity(edit, moved, dim=-1), torch.ones(plain.shape[:2]), atol=1e-5)
+        assert torch.allclose(
+            torch.cosine_similarity(edit, moved, dim=-1), torch.ones(plain.shape[:2]), atol=1e-5
+        )
         assert (torch.cosine_similarity(edit, plain, dim=-1) < 0.999).all()
 
 
@@ -104,11 +121,17 @@ def test_m2iv_adds_its_vectors_to_what_each_branch_gives(family, tokenizer):
         strengths, outputs = torch.zeros(len(method.strengths)), []
         for strength in (0.0, 0.6):
             strengths[place] = strength
-            with method._edited(method.vectors, strengths.clone()), recorded(last) as found, torch.no_grad():
+            with (
+                method._edited(method.vectors, strengths.clone()),
+                recorded(last) as found,
+                torch.no_grad(),
+            ):
                 model(**batch)
             # the attention branch's vector is read by the MLP too, unless the two are parallel
             outputs.append(found[0] - found[1] if place == -2 else found[0])
-        assert torch.allclose(outputs[1] - outputs[0], (0.6 * method.vectors[place]).expand_as(outputs[0]), atol=1e-4)
+        assert torch.allclose(
+            outputs[1] - outputs[0], (0.6 * method.vectors[place]).expand_as(outputs[0]), atol=1e-4
+        )
 
 
 def test_turning_copes_with_nought_and_with_the_norms_of_sinks():
@@ -149,7 +172,9 @@ def test_training_lowers_the_loss_on_a_model_that_stays_as_it_was(kind, tokenize
     method = bare(kind, model, tokenizer)
     method.sources, method.settings = [TASK], Settings(demos_per_class=2, train_rows=16)
     lessons = d.lessons_of(method, np.random.default_rng(0))
-    found = d.distilled(method, lessons, len(method.vectors), method._edited, lr=0.1, epochs=40, seed=0)
+    found = d.distilled(
+        method, lessons, len(method.vectors), method._edited, lr=0.1, epochs=40, seed=0
+    )
     assert len(found["losses"]) == 40
     assert found["losses"][-3:].mean() < 0.7 * found["losses"][:3].mean()
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -178,14 +203,19 @@ def test_the_loop_equals_a_plain_one(kind, tokenizer, monkeypatch):
     model = tiny.model("llama")
     method = bare(kind, model, tokenizer)
     texts = [TASK.prompt(row) for row in TASK.train[:5]]
-    labels = [option_ids(tokenizer, t, OPTIONS)[row.label] for t, row in zip(texts, TASK.train[:5], strict=True)]
+    labels = [
+        option_ids(tokenizer, t, OPTIONS)[row.label]
+        for t, row in zip(texts, TASK.train[:5], strict=True)
+    ]
     drawn = torch.randn(5, tiny.VOCAB, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
     lessons = d.Lessons(tokenizer(texts).input_ids, labels, list(drawn))
     n_places = len(method.vectors)
     found = d.distilled(method, lessons, n_places, method._edited, lr=3e-3, epochs=3, seed=9)
     vectors = 0.01 * torch.randn(n_places, 42, generator=torch.Generator().manual_seed(9))
     vectors, strengths = vectors.requires_grad_(), torch.full((n_places,), 0.1, requires_grad=True)
-    optimizer = torch.optim.AdamW([{"params": [vectors], "lr": 3e-3}, {"params": [strengths]}], 1e-2, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(
+        [{"params": [vectors], "lr": 3e-3}, {"params": [strengths]}], 1e-2, weight_decay=1e-3
+    )
     losses = []
     for step in range(3):
         factor = 0.5 * (1 + np.cos(np.pi * step / 3))  # a tenth of three steps is no warm-up
@@ -195,7 +225,11 @@ def test_the_loop_equals_a_plain_one(kind, tokenizer, monkeypatch):
         for text, label, teacher in zip(texts, labels, drawn, strict=True):
             with method._edited(vectors, strengths):
                 student = model(**tokenizer(text, return_tensors="pt")).logits[0, -1].softmax(-1)
-            loss = loss + (teacher.exp() * (teacher - student.log())).sum() / 5 - 0.5 * student[label].log() / 5
+            loss = (
+                loss
+                + (teacher.exp() * (teacher - student.log())).sum() / 5
+                - 0.5 * student[label].log() / 5
+            )
         optimizer.zero_grad()
         loss.backward()
         both = torch.cat([vectors.grad.flatten(), strengths.grad]).norm()
@@ -214,7 +248,12 @@ def test_the_teacher_is_the_mean_over_draws_and_has_their_mean_gradient(tokenize
     demos = [(TASK, row) for row in TASK.train[:6]]
     texts = [few_shot(TASK, row, demos[i % 5 :]).text for i, row in enumerate(TASK.test[:9])]
     with torch.no_grad():
-        each = torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0, -1].softmax(-1) for text in texts])
+        each = torch.stack(
+            [
+                model(**tokenizer(text, return_tensors="pt")).logits[0, -1].softmax(-1)
+                for text in texts
+            ]
+        )
     found = torch.stack(d.teacher_log_probs(model, tokenizer, texts, 3))
     assert found.dtype == torch.float16
     assert torch.allclose(found.float().exp(), each.reshape(3, 3, -1).mean(1), rtol=1e-2, atol=1e-6)
@@ -223,15 +262,23 @@ def test_the_teacher_is_the_mean_over_draws_and_has_their_mean_gradient(tokenize
     per_draw = sum((each[i] * (each[i].log() - student[i // 3])).sum() for i in range(9)) / 9
     (expected,) = torch.autograd.grad(per_draw, logits)
     lessons = d.Lessons([], [0, 1, 2], list(found))
-    loss = d.lesson_loss(logits, lessons, [0, 1, 2]) - 0.5 * torch.nn.functional.cross_entropy(logits, torch.arange(3))
+    loss = d.lesson_loss(logits, lessons, [0, 1, 2]) - 0.5 * torch.nn.functional.cross_entropy(
+        logits, torch.arange(3)
+    )
     (got,) = torch.autograd.grad(loss, logits)
     assert torch.allclose(got, expected, atol=2e-4 * float(expected.abs().max()) + 1e-5)
     assert per_draw.item() > loss.item()  # by the draws' own spread, which no student can lower
 
 
-def test_demonstrations_are_drawn_anew_for_every_row_among_the_training_rows_in_use(tokenizer, monkeypatch):
+def test_demonstrations_are_drawn_anew_for_every_row_among_the_training_rows_in_use(
+    tokenizer, monkeypatch
+):
     asked, teacher = [], d.teacher_log_probs
-    monkeypatch.setattr(d, "teacher_log_probs", lambda m, t, texts, n: asked.extend(texts) or teacher(m, t, texts, n))
+    monkeypatch.setattr(
+        d,
+        "teacher_log_probs",
+        lambda m, t, texts, n: asked.extend(texts) or teacher(m, t, texts, n),
+    )
     method = Live(Settings(demos_per_class=2, train_rows=10))
     method.model, method.tokenizer, method.sources = tiny.model("llama"), tokenizer, [TASK, OTHER]
     lessons = d.lessons_of(method, np.random.default_rng(3))
@@ -242,13 +289,18 @@ def test_demonstrations_are_drawn_anew_for_every_row_among_the_training_rows_in_
         used = {prompts[i] for i in mine}
         for i in mine:
             answer = task.answer(by_prompt[prompts[i]])
-            assert lessons.labels[i] == tokenizer(f"{prompts[i]} {answer}").input_ids[len(lessons.token_lists[i])]
+            assert (
+                lessons.labels[i]
+                == tokenizer(f"{prompts[i]} {answer}").input_ids[len(lessons.token_lists[i])]
+            )
             draws = asked[2 * i : 2 * i + 2]
             assert draws[0] != draws[1]
             for text in draws:
                 assert text.endswith("\n" + prompts[i])
                 shown = text.removesuffix(prompts[i]).removesuffix("\n").split("\nReview: ")
-                shown = [part if part.startswith("Review: ") else f"Review: {part}" for part in shown]
+                shown = [
+                    part if part.startswith("Review: ") else f"Review: {part}" for part in shown
+                ]
                 rows = {part.rsplit(" ", 1)[0]: part.rsplit(" ", 1)[1] for part in shown}
                 assert len(rows) == 4
                 assert prompts[i] not in rows
@@ -259,11 +311,15 @@ def test_demonstrations_are_drawn_anew_for_every_row_among_the_training_rows_in_
 @KINDS
 def test_settings_are_tried_from_the_published_one_within_the_budget(kind, tokenizer, monkeypatch):
     asked = []
-    monkeypatch.setattr(f"icrouting.methods.{kind.name}.distilled", lambda *a, **k: asked.append(k) or made.pop(0))
+    monkeypatch.setattr(
+        f"icrouting.methods.{kind.name}.distilled", lambda *a, **k: asked.append(k) or made.pop(0)
+    )
     model, n = tiny.model("llama"), 8 if kind is Live else 9
     own = {"vectors": bare(kind, model, tokenizer).vectors, "losses": torch.zeros(1)}
     made = [{**own, "strengths": torch.full((1,), i)} for i in range(n)]
-    monkeypatch.setattr(kind, "validated", lambda self: 0.5 + 0.1 * (self.strengths.item() in (3, 5)))
+    monkeypatch.setattr(
+        kind, "validated", lambda self: 0.5 + 0.1 * (self.strengths.item() in (3, 5))
+    )
     method = fitted(kind, model, tokenizer, tries=12, train_epochs=10)
     assert len(method.tried) == len(asked) == n
     assert asked[0]["lr"] == 1e-3
@@ -284,7 +340,11 @@ def test_synergy_equals_the_matrix_written_out_and_knows_its_ends():
     attention, mlp = (torch.randn(11, 7, generator=generator) * 3 + 1 for _ in range(2))
     za, zm = ((view - view.mean(0)) / view.std(0, correction=0) for view in (attention, mlp))
     matrix = za.T @ zm / 11
-    expected = sum((1 - matrix[i, j]) ** 2 if i == j else 1e-3 * matrix[i, j] ** 2 for i in range(7) for j in range(7))
+    expected = sum(
+        (1 - matrix[i, j]) ** 2 if i == j else 1e-3 * matrix[i, j] ** 2
+        for i in range(7)
+        for j in range(7)
+    )
     assert float(synergy(attention, mlp)) == pytest.approx(float(expected) / 7, rel=1e-4)
     one_hot = torch.linalg.qr(torch.randn(12, 12, generator=generator) * 1.0).Q[:, :5]
     centred = torch.linalg.qr(one_hot - one_hot.mean(0)).Q
@@ -296,7 +356,8 @@ def test_synergy_equals_the_matrix_written_out_and_knows_its_ends():
 def test_synergy_reads_both_branches_at_the_label_position_over_64_rows(tokenizer, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "icrouting.methods.m2iv.synergy", lambda a, m: seen.append((a.detach(), m.detach())) or synergy(a, m)
+        "icrouting.methods.m2iv.synergy",
+        lambda a, m: seen.append((a.detach(), m.detach())) or synergy(a, m),
     )
     model = tiny.model("gemma3")
     batches = []
@@ -309,7 +370,9 @@ def test_synergy_reads_both_branches_at_the_label_position_over_64_rows(tokenize
         return logits
 
     monkeypatch.setattr(d, "next_token_logits", spy)
-    monkeypatch.setattr(d, "teacher_log_probs", lambda m, t, texts, n: [torch.zeros(tiny.VOCAB)] * (len(texts) // n))
+    monkeypatch.setattr(
+        d, "teacher_log_probs", lambda m, t, texts, n: [torch.zeros(tiny.VOCAB)] * (len(texts) // n)
+    )
     method = fitted(M2IV, model, tokenizer, train_rows=32, train_epochs=3)
     assert [len(attention) for attention, _ in seen] == [16, 32, 48, 64, 64, 64]
     assert torch.isfinite(method.losses).all()
@@ -337,10 +400,19 @@ def test_pooled_sources_make_one_method_and_bad_input_one_line(kind, tokenizer):
     model = tiny.model("llama")
     method = fitted(kind, model, tokenizer, [TASK, OTHER], train_rows=7, tries=2)
     assert method.n_labelled == 14 + len(TASK.validation) + len(OTHER.validation)
-    with pytest.raises(ValueError, match=rf"^{kind.name} learns from training rows: give at least one source task"):
+    with pytest.raises(
+        ValueError, match=rf"^{kind.name} learns from training rows: give at least one source task"
+    ):
         fitted(kind, model, tokenizer, [])
     with pytest.raises(ValueError, match="validation rows: give 5 training rows or more"):
-        fitted(kind, model, tokenizer, [dataclasses.replace(TASK, validation=())], train_rows=4, tries=2)
+        fitted(
+            kind,
+            model,
+            tokenizer,
+            [dataclasses.replace(TASK, validation=())],
+            train_rows=4,
+            tries=2,
+        )
     with pytest.raises(ValueError, match="no training example left"):
         fitted(kind, model, tokenizer, train_rows=1)
 

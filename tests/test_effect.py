@@ -56,7 +56,9 @@ def test_rows_sum_to_one_and_the_mass_that_moves_is_a_share(world):
     assert passes.mass_moved.max() <= 1 + SUM_CLOSE
     assert passes.mass_moved[..., 0].max() == 0, "the first token sees itself alone"
     last = passes.attn_weights.diff(dim=0)[0].clamp_min(0).sum(-1)
-    assert (passes.mass_moved[..., -1] - last).abs().max() < SUM_CLOSE, "what some tokens gain, others lose"
+    assert (passes.mass_moved[..., -1] - last).abs().max() < SUM_CLOSE, (
+        "what some tokens gain, others lose"
+    )
 
 
 def test_attention_weights_are_those_that_transformers_gives_out(world):
@@ -64,7 +66,9 @@ def test_attention_weights_are_those_that_transformers_gives_out(world):
     passes = both(world, prompts()[0])
     other = tiny.model(model.config.model_type, "eager")
     with torch.no_grad():
-        given = other(**tokenizer(prompts()[0], return_tensors="pt"), output_attentions=True).attentions
+        given = other(
+            **tokenizer(prompts()[0], return_tensors="pt"), output_attentions=True
+        ).attentions
     expected = torch.stack([given[layer][0, :, -1] for layer in LAYERS])
     assert torch.allclose(passes.attn_weights[0], expected, atol=SUM_CLOSE)
 
@@ -113,7 +117,10 @@ def test_the_line_holds_means_over_prompts(llama):
     assert line.startswith("effect on 3 prompts: logits moved ")
     assert f"KL {sum(one.kl for one in each) / 3:.3g} nats" in line
     assert f"top token changed in {n_changed} of 3" in line
-    assert f"attention moved {100 * sum(one.mass_moved[..., -1].mean().item() for one in each) / 3:.3g} %" in line
+    assert (
+        f"attention moved {100 * sum(one.mass_moved[..., -1].mean().item() for one in each) / 3:.3g} %"
+        in line
+    )
     assert "(layers 3 to 4)" in line
     assert "\n" not in line
 
@@ -144,7 +151,10 @@ def test_an_edit_that_is_numerically_nothing_warns(llama):
 def test_a_change_below_bfloat16s_rounding_warns(tokenizer, encoder_folder, monkeypatch):
     model = tiny.model("llama").to(torch.bfloat16)
     icr = sharp_router(model, tokenizer, encoder_folder, monkeypatch)
-    with icr.attached(model, tokenizer, strength=1e-5) as routed, pytest.warns(UserWarning, match="nothing"):
+    with (
+        icr.attached(model, tokenizer, strength=1e-5) as routed,
+        pytest.warns(UserWarning, match="nothing"),
+    ):
         routed.effect(prompts()[:1])
     with icr.attached(model, tokenizer) as routed:
         assert "effect on 1 prompt:" in routed.effect(prompts()[:1])
@@ -156,5 +166,7 @@ def test_a_router_of_the_backbones_own_state_is_seen_alike(tokenizer, monkeypatc
     with icr.attached(model, tokenizer) as routed:
         alone = [routed.effect([prompt]) for prompt in prompts()[:2]]
         assert alone[0] != alone[1]
-        model.generate(**tokenizer(prompts()[0], return_tensors="pt"), max_new_tokens=3, num_beams=2)
+        model.generate(
+            **tokenizer(prompts()[0], return_tensors="pt"), max_new_tokens=3, num_beams=2
+        )
         assert routed.effect() == alone[0]

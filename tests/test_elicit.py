@@ -31,7 +31,15 @@ def scores(model, tokenizer, texts):
 
 def fitted(model, tokenizer, encoder_folder, tasks=(TASK,), **changes):
     method = Elicit(
-        Settings(**{"demos_per_class": 2, "train_rows": 6, "tries": 2, "encoder": str(encoder_folder), **changes})
+        Settings(
+            **{
+                "demos_per_class": 2,
+                "train_rows": 6,
+                "tries": 2,
+                "encoder": str(encoder_folder),
+                **changes,
+            }
+        )
     )
     method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
     return method
@@ -44,7 +52,10 @@ def pooled(tokenizer, encoder_folder):
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_with_one_task_it_is_an_added_mean_task_vector(family, tokenizer, encoder_folder):
-    model, padded = tiny.model(family), tokenizer(prompts(), return_tensors="pt", padding=True)  # on the left
+    model, padded = (
+        tiny.model(family),
+        tokenizer(prompts(), return_tensors="pt", padding=True),
+    )  # on the left
     method = fitted(model, tokenizer, encoder_folder, tries=1)
     plain = scores(model, tokenizer, prompts())
     (layer,) = set(method.layers.tolist())
@@ -76,16 +87,26 @@ def test_with_one_task_it_is_an_added_mean_task_vector(family, tokenizer, encode
 def test_the_sweep_that_adds_equals_the_naive_one(family, tokenizer):
     model, items = tiny.model(family), [(TASK, row) for row in TASK.train[:9]]
     vector = 9 * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(5))
-    vectors = torch.outer(torch.tensor([1.0, -1, 1, -1, 1]), vector)  # so that layers differ in accuracy
+    vectors = torch.outer(
+        torch.tensor([1.0, -1, 1, -1, 1]), vector
+    )  # so that layers differ in accuracy
     naive = []
     for layer in range(5):
         method = Elicit(Settings())
         method.model, method.tokenizer, method.weight = model, tokenizer, torch.tensor(1.0)
         method.states, method.layers = vectors.expand(10, -1, -1), torch.full((10,), layer)
-        method.features, method.head, method.threshold = torch.zeros(0, 0), torch.zeros(0), torch.zeros(())
+        method.features, method.head, method.threshold = (
+            torch.zeros(0, 0),
+            torch.zeros(0),
+            torch.zeros(()),
+        )
         with method.applied(TASK):
-            guesses = scores(model, tokenizer, [TASK.prompt(row) for _, row in items]).argmax(1).tolist()
-        naive.append(np.mean([guess == row.label for guess, (_, row) in zip(guesses, items, strict=True)]))
+            guesses = (
+                scores(model, tokenizer, [TASK.prompt(row) for _, row in items]).argmax(1).tolist()
+            )
+        naive.append(
+            np.mean([guess == row.label for guess, (_, row) in zip(guesses, items, strict=True)])
+        )
     found = sweep(model, tokenizer, items, vectors, kept=1.0)
     assert found.tolist() == pytest.approx(naive)
     assert len(set(naive)) > 1
@@ -96,8 +117,12 @@ def test_the_library_holds_the_last_tokens_states_of_prompts_that_the_retriever_
 ):
     shown, asked, model = [], [], tiny.model("llama")
     few_shot, read = elicit.few_shot, elicit._read
-    monkeypatch.setattr(elicit, "few_shot", lambda *args: shown.append(few_shot(*args).text) or few_shot(*args))
-    monkeypatch.setattr(elicit, "_read", lambda e, texts, o: asked.append(texts) or read(e, texts, o))
+    monkeypatch.setattr(
+        elicit, "few_shot", lambda *args: shown.append(few_shot(*args).text) or few_shot(*args)
+    )
+    monkeypatch.setattr(
+        elicit, "_read", lambda e, texts, o: asked.append(texts) or read(e, texts, o)
+    )
     method = fitted(model, tokenizer, encoder_folder, (TASK, OTHER), demos_per_class=1, tries=1)
     assert len(shown) == len(method.states) == 20
     for text, state in list(zip(shown, method.states, strict=True))[8:12]:
@@ -112,7 +137,9 @@ def test_the_library_holds_the_last_tokens_states_of_prompts_that_the_retriever_
     assert not any(query in text for query in queries[1] for text in shown[10:])
 
 
-def test_what_is_retrieved_is_the_mean_of_the_ten_likeliest_at_their_most_frequent_layer(pooled, encoder_folder):
+def test_what_is_retrieved_is_the_mean_of_the_ten_likeliest_at_their_most_frequent_layer(
+    pooled, encoder_folder
+):
     texts = [*prompts(), *(OTHER.prompt(row) for row in OTHER.test[:5])]
     pooled.layers = torch.tensor([1, 3]).repeat_interleave(10)
     likely = same_task(pooled.head, load_encoder(str(encoder_folder))(texts), pooled.features)
@@ -124,13 +151,19 @@ def test_what_is_retrieved_is_the_mean_of_the_ten_likeliest_at_their_most_freque
         votes = pooled.layers[order].tolist()
         layer = max((1, 3), key=votes.count)
         assert int(layers[row]) == (layer if likely[row].max() >= middle else -1)
-        assert torch.allclose(added[row], pooled.weight * pooled.states[order, layer].mean(0), atol=1e-5)
+        assert torch.allclose(
+            added[row], pooled.weight * pooled.states[order, layer].mean(0), atol=1e-5
+        )
     assert (pooled.retrieved(texts)[1] < 0).float().mean() == 0.5
 
 
 def test_a_prompt_that_retrieves_nothing_is_answered_as_by_the_bare_model(pooled, tokenizer):
     model, plain = pooled.model, scores(pooled.model, tokenizer, prompts())
-    likeliest = same_task(pooled.head, load_encoder(pooled.settings.encoder)(prompts()), pooled.features).max(1).values
+    likeliest = (
+        same_task(pooled.head, load_encoder(pooled.settings.encoder)(prompts()), pooled.features)
+        .max(1)
+        .values
+    )
     pooled.threshold = likeliest.median()
     alone = pooled.retrieved(prompts())[1] < 0
     assert alone.sum() == 2
@@ -143,13 +176,17 @@ def test_a_prompt_that_retrieves_nothing_is_answered_as_by_the_bare_model(pooled
         assert torch.equal(scores(model, tokenizer, prompts()), plain)
 
 
-def test_the_threshold_recalls_enough_pairs_of_validation_rows_and_one_above_it_does_not(tokenizer, encoder_folder):
+def test_the_threshold_recalls_enough_pairs_of_validation_rows_and_one_above_it_does_not(
+    tokenizer, encoder_folder
+):
     method = fitted(tiny.model("llama"), tokenizer, encoder_folder, (TASK, OTHER), tries=1)
     encoder = load_encoder(str(encoder_folder))
     pairs = []
     for i, task in enumerate((TASK, OTHER)):
         features = encoder([task.prompt(row) for row in task.validation])
-        pairs.append(same_task(method.head, features, method.features[10 * i : 10 * i + 10]).flatten())
+        pairs.append(
+            same_task(method.head, features, method.features[10 * i : 10 * i + 10]).flatten()
+        )
     likely = torch.cat(pairs)
     assert (likely >= method.threshold).float().mean() >= 0.8
     assert (likely > method.threshold).float().mean() <= 0.8
@@ -171,7 +208,9 @@ def test_the_head_learns_which_task_a_query_is_of():
     likely = same_task(head, held, prompts)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(train_head(queries, prompts, same, np.random.default_rng(0)), head)
-    right = (likely > 0.5) == (owners.repeat_interleave(20)[:, None] == owners.repeat_interleave(10))
+    right = (likely > 0.5) == (
+        owners.repeat_interleave(20)[:, None] == owners.repeat_interleave(10)
+    )
     assert right.float().mean() > 0.95
     # the query comes first, in training as in use
     turned = same_task(head, prompts, held).T
@@ -209,7 +248,9 @@ def test_a_source_task_without_validation_rows_is_refused(tokenizer, encoder_fol
         fitted(tiny.model("llama"), tokenizer, encoder_folder, (TASK, bare))
 
 
-def test_the_published_setting_is_tried_first_and_the_recall_only_where_there_is_a_retriever(pooled, tokenizer):
+def test_the_published_setting_is_tried_first_and_the_recall_only_where_there_is_a_retriever(
+    pooled, tokenizer
+):
     searched = [row for row in pooled.tried if "layer" not in row]
     assert searched[0] | {"accuracy": 0} == {"weight": 2.0, "recall": 0.8, "accuracy": 0}
     assert searched[1]["recall"] == 0.7

@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock
 
 import tiny
-from icrouting import cli
+from icrouting.cli import main
 from icrouting.decoder.families import layers_of
 from icrouting.decoder.hooks import edited
 from icrouting.evaluation import evaluate, records, runs
@@ -55,7 +55,9 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_records(methods, tmp_path, token
     for share in (0.0, 0.3, 0.61, 0.99):
         file = tmp_path / "cut.jsonl"
         file.write_bytes(content[: int(share * len(content))])
-        again = without_times(run(make(["zero-shot", "few-shot"], Settings(demos_per_class=2)), file, tokenizer))
+        again = without_times(
+            run(make(["zero-shot", "few-shot"], Settings(demos_per_class=2)), file, tokenizer)
+        )
         assert [row[:3] for row in again] == [row[:3] for row in whole]
         for (*_, got, n_got), (*_, expected, n_expected) in zip(again, whole, strict=True):
             assert np.allclose(got, expected, atol=1e-4)
@@ -73,7 +75,9 @@ def test_all_methods_see_the_same_seeded_items():
     task = TASKS[0]
     assert draw_items(task, 13) == draw_items(task, 13)
     assert len(set(draw_items(task, 13))) == 13
-    assert set(draw_items(task, 7)) < set(draw_items(task, 13)), "a larger run asks what a smaller one asked"
+    assert set(draw_items(task, 7)) < set(draw_items(task, 13)), (
+        "a larger run asks what a smaller one asked"
+    )
     assert draw_items(task, 999) == list(range(30))
     assert draw_items(task, 13) != draw_items(tiny.task("other", n_test=30), 13)
 
@@ -102,9 +106,13 @@ def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encod
     from icrouting.icr import InContextRouter
 
     model, task = tiny.model("llama"), TASKS[0]
-    config = FitConfig(n_prompts=9, demos_per_class=1, encoder=str(encoder_folder), n_queries=9, rank=2, epochs=1)
+    config = FitConfig(
+        n_prompts=9, demos_per_class=1, encoder=str(encoder_folder), n_queries=9, rank=2, epochs=1
+    )
     InContextRouter.fit(model, tokenizer, [task], config).save_pretrained(tmp_path)
-    inputs = tokenizer([task.prompt(example) for example in task.test], return_tensors="pt", padding=True)
+    inputs = tokenizer(
+        [task.prompt(example) for example in task.test], return_tensors="pt", padding=True
+    )
     plain = model(**inputs).logits
     small = {"demos_per_class": 1, "i2cl_epochs": 2, "tries": 2, "train_rows": 8, "train_epochs": 1}
     settings = Settings(**small, router=str(tmp_path), encoder=str(encoder_folder))
@@ -118,17 +126,24 @@ def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encod
 
 
 def test_a_method_that_cannot_learn_leaves_the_others_their_run(tokenizer, tmp_path):
-    bare = [Task(task.spec, task.train, task.test) for task in TASKS]  # nothing to choose a layer on
+    bare = [
+        Task(task.spec, task.train, task.test) for task in TASKS
+    ]  # nothing to choose a layer on
     methods = make(["zero-shot", "task-vectors-once", "task-vectors"], Settings(demos_per_class=1))
     evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, bare, tmp_path / "r")
     evaluation.run(bare, (0,), 5)
     assert {record.method for record in records.read(tmp_path / "r")} == {"zero-shot"}
-    assert evaluation.refused.keys() == {(name, task.name) for name in METHODS if "task-v" in name for task in bare}
-    assert all("validation rows: give 5 training rows or more" in said for said in evaluation.refused.values())
+    assert evaluation.refused.keys() == {
+        (name, task.name) for name in METHODS if "task-v" in name for task in bare
+    }
+    assert all(
+        "validation rows: give 5 training rows or more" in said
+        for said in evaluation.refused.values()
+    )
 
 
 def test_the_help_names_every_method():
-    named = re.findall(r"[\w-]+", cli.evaluate.__doc__)
+    named = re.findall(r"[\w-]+", main.evaluate.__doc__)
     assert {name.removesuffix("-once") for name in METHODS} <= set(named)
 
 
@@ -157,7 +172,12 @@ def test_a_method_without_a_draw_is_asked_once_for_all_seeds(tokenizer, tmp_path
         return predict(self, method, task, indices, seed)
 
     monkeypatch.setattr(Evaluation, "predict", counting)
-    found = run(make(["zero-shot", "few-shot"], Settings(demos_per_class=2)), tmp_path / "r", tokenizer, (0, 1, 2))
+    found = run(
+        make(["zero-shot", "few-shot"], Settings(demos_per_class=2)),
+        tmp_path / "r",
+        tokenizer,
+        (0, 1, 2),
+    )
     assert {seed for name, seed in asked if name == "zero-shot"} == {0}
     assert {seed for name, seed in asked if name == "few-shot"} == {0, 1, 2}
     assert len({r.key for r in found}) == 2 * 2 * 3 * 13
@@ -188,11 +208,15 @@ def test_a_context_kept_under_one_task_s_edits_is_read_anew_for_the_next(tokeniz
             return Prompt("Answer in one word.\n", task.prompt(example))
 
         def applied(self, task):
-            return edited([layers_of(self.model)[0]], lambda _, hidden: hidden + (task.name == "toy"))
+            return edited(
+                [layers_of(self.model)[0]], lambda _, hidden: hidden + (task.name == "toy")
+            )
 
     model, found = tiny.model("llama"), {}
     for name, tasks in (("both", TASKS), ("alone", TASKS[1:])):
-        Evaluation(model, tokenizer, [Nudge(Settings())], TASKS, tmp_path / name).run(tasks, (0,), 13)
+        Evaluation(model, tokenizer, [Nudge(Settings())], TASKS, tmp_path / name).run(
+            tasks, (0,), 13
+        )
         found[name] = [r.option_logits for r in records.read(tmp_path / name) if r.task == "other"]
     assert found["both"] == found["alone"]
 
@@ -239,7 +263,9 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tm
     assert config["methods"] == ["zero-shot", "icr"]
     assert config["seeds"] == [0, 1]
     runs.claim(tmp_path, config_of(n_test=14))
-    with pytest.raises(ValueError, match=r"another run \(n_test was 14, is 13\): choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"another run \(n_test was 14, is 13\): choose another folder"
+    ):
         runs.claim(tmp_path, config_of(n_test=13))
     with pytest.raises(ValueError, match="rows was"):
         runs.claim(tmp_path, config_of(rows="other rows"))
@@ -250,7 +276,12 @@ def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path
     runs.claim(tmp_path, config_of(router="r1"))
     runs.claim(tmp_path, config_of())
     assert json.loads((tmp_path / "config.json").read_text())["router"] == "r1"
-    for changes in ({"router": "r2"}, {"fingerprint": "g"}, {"dtype": "bfloat16"}, {"sources": ["other"]}):
+    for changes in (
+        {"router": "r2"},
+        {"fingerprint": "g"},
+        {"dtype": "bfloat16"},
+        {"sources": ["other"]},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} was"):
             runs.claim(tmp_path, config_of(**changes))
     with pytest.raises(ValueError, match=r"another run \(i2cl_epochs was 100, is 9\)"):
@@ -272,18 +303,24 @@ def test_controls_of_icr_keep_a_router_from_coming_or_going(tmp_path):
 
 def test_a_folder_of_another_kind_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text('{"rank": 8}')
-    with pytest.raises(ValueError, match=r"is no run's, it lacks command, methods, .*: choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"is no run's, it lacks command, methods, .*: choose another folder"
+    ):
         runs.claim(tmp_path, config_of())
 
 
 def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
     def grow(argument, **changes):
-        monkeypatch.setattr("sys.argv", ["venv/icrouting/cli.py" if argument == "b" else "venv/bin/icr", argument])
+        monkeypatch.setattr(
+            "sys.argv", ["venv/icrouting/main.py" if argument == "b" else "venv/bin/icr", argument]
+        )
         runs.claim(tmp_path, config_of(settings=Settings(i2cl_epochs=20), **changes))
         return json.loads((tmp_path / "config.json").read_text())
 
     assert grow("a")["notes"] == ["1 seed, 13 test items a task at most (paper: 3, 500)."]
-    assert grow("b", seeds=[1, 2])["notes"] == ["3 seeds, 13 test items a task at most (paper: 3, 500)."]
+    assert grow("b", seeds=[1, 2])["notes"] == [
+        "3 seeds, 13 test items a task at most (paper: 3, 500)."
+    ]
     config = grow("b", methods=["i2cl", "prompt-tuning-once"], n_test=500)
     assert config["notes"] == [
         "I2CL is calibrated for 20 epochs (published: 100).",
@@ -293,7 +330,9 @@ def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
 
 
 def test_a_budget_smaller_than_usual_is_a_cut_that_the_report_names(tmp_path):
-    runs.claim(tmp_path, config_of(seeds=[0, 1, 2], n_test=500, settings=Settings(tries=1, train_rows=30)))
+    runs.claim(
+        tmp_path, config_of(seeds=[0, 1, 2], n_test=500, settings=Settings(tries=1, train_rows=30))
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["notes"] == [
         "Methods that learn are held to less, where they would take more: tries 1 (usual: 12), "
@@ -313,7 +352,10 @@ def test_the_documented_methods_run_as_written(tokenizer, tmp_path):
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, names)
     makers = [names["Politely"], *regimes(names["Nudge"]).values()]
-    methods = [*make(["zero-shot"], Settings()), *(maker(Settings(demos_per_class=1)) for maker in makers)]
+    methods = [
+        *make(["zero-shot"], Settings()),
+        *(maker(Settings(demos_per_class=1)) for maker in makers),
+    ]
     evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none")
     evaluation.fit(0)
     plain, *found = (evaluation.predict(method, TASKS[0], [0, 1], 0) for method in methods)
@@ -341,24 +383,40 @@ def test_processes_share_out_what_is_fitted_once(tokenizer, tmp_path, monkeypatc
         method.name = name
     monkeypatch.setattr(evaluate, "here", lambda: SimpleNamespace(num_processes=2, process_index=1))
     monkeypatch.setattr(evaluate, "mine", lambda items: items[1::2])
-    monkeypatch.setattr(evaluate, "joined", lambda items: order.append("joined") or [*items, ("third", "nor can it")])
+    monkeypatch.setattr(
+        evaluate,
+        "joined",
+        lambda items: order.append("joined") or [*items, ("third", "nor can it")],
+    )
     monkeypatch.setattr(evaluate, "wait", lambda: None)
     evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none")
     evaluation._fit_together(0, [])
-    assert order == ["second", "fourth", "joined", "first"]  # what another process could not fit is not tried again
+    assert order == [
+        "second",
+        "fourth",
+        "joined",
+        "first",
+    ]  # what another process could not fit is not tried again
 
 
 def test_one_process_that_outlived_the_others_of_its_run_keeps_another_run_out(tmp_path):
     with FileLock(tmp_path / "lock.1", thread_local=False):
-        with pytest.raises(ValueError, match="another run is writing"), runs.claimed(tmp_path, config_of()):
+        with (
+            pytest.raises(ValueError, match="another run is writing"),
+            runs.claimed(tmp_path, config_of()),
+        ):
             pass
         assert not (tmp_path / "config.json").exists()
     with runs.claimed(tmp_path, config_of()):
         assert (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")])
-def test_where_a_file_system_has_no_locks_a_run_goes_on_and_says_so(error, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")]
+)
+def test_where_a_file_system_has_no_locks_a_run_goes_on_and_says_so(
+    error, tmp_path, monkeypatch, caplog
+):
     def fail(*args, **kwargs):
         raise error
 

@@ -38,7 +38,9 @@ def test_every_row_has_a_tiny_model():
 def test_zero_gates_leave_logits_unchanged(family, side):
     model, inputs = model_of(family), tiny.prompts(side=side)
     plain = logits_of(model, inputs)
-    assert (routed_logits(model, inputs, tiny.pids(model), no_routing(model, 3)) - plain).abs().max() == 0.0
+    assert (
+        routed_logits(model, inputs, tiny.pids(model), no_routing(model, 3)) - plain
+    ).abs().max() == 0.0
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -64,9 +66,17 @@ def test_prefill_and_decoding_equal_one_pass(family, side, cache_kind):
         attachment.routing = strong_routing(model)
         expected = model(**inputs).logits
         dynamic = cache_kind == "dynamic"
-        cache = DynamicCache(config=model.config) if dynamic else StaticCache(config=model.config, max_cache_len=20)
+        cache = (
+            DynamicCache(config=model.config)
+            if dynamic
+            else StaticCache(config=model.config, max_cache_len=20)
+        )
         pieces = []
-        for start, stop in [(0, 9), (9, 12), *((token, token + 1) for token in range(12, n_tokens))]:
+        for start, stop in [
+            (0, 9),
+            (9, 12),
+            *((token, token + 1) for token in range(12, n_tokens)),
+        ]:
             step = {
                 "input_ids": inputs["input_ids"][:, start:stop],
                 "position_ids": inputs["position_ids"][:, start:stop],
@@ -109,7 +119,10 @@ def test_generation_with_a_cache_equals_generation_without(family, settings):
 def test_leaving_restores_the_model_after_an_exception_in_generation(family, training):
     model, inputs = model_of(family), tiny.prompts(side="left")
     del inputs["position_ids"]
-    plain, before = logits_of(model, inputs), [state_of(model.train(training)), [m.training for m in model.modules()]]
+    plain, before = (
+        logits_of(model, inputs),
+        [state_of(model.train(training)), [m.training for m in model.modules()]],
+    )
 
     def explode(step, scores):
         if step.shape[1] > inputs["input_ids"].shape[1] + 2:

@@ -60,5 +60,7 @@ def test_fits_of_an_earlier_version_have_no_cost(tmp_path):
 
 def test_the_report_lists_the_costs(folder):
     summary = summarise(fake_records({("icr", "agnews"): 0.5}), fake_config())
-    assert "| i2cl | 2 | 4 | 20 | 16 | 12 |" in markdown(summary, {"fits": fit_costs(folder, ["i2cl"])})
+    assert "| i2cl | 2 | 4 | 20 | 16 | 12 |" in markdown(
+        summary, {"fits": fit_costs(folder, ["i2cl"])}
+    )
     assert "What a fit costs" not in markdown(summary, {})

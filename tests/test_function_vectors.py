@@ -10,7 +10,14 @@ import torch
 import tiny
 from icrouting.decoder import states
 from icrouting.decoder.batches import pad, tokenize
-from icrouting.decoder.families import FAMILIES, attention_of, branches_of, dims_of, layers_of, output_of
+from icrouting.decoder.families import (
+    FAMILIES,
+    attention_of,
+    branches_of,
+    dims_of,
+    layers_of,
+    output_of,
+)
 from icrouting.decoder.hooks import edited_inputs, recorded
 from icrouting.decoder.passes import next_token_logits
 from icrouting.decoder.scoring import option_ids, score_options
@@ -73,13 +80,17 @@ def test_all_heads_together_write_what_attention_adds_to_the_residual_stream(fam
         expected = outputs[0][0, -1]
         if getattr(projection, "bias", None) is not None:
             expected = expected - projection.bias
-        expected = expected * (0.7 if family == "granite" else 1.0)  # what its blocks add of a branch
+        expected = expected * (
+            0.7 if family == "granite" else 1.0
+        )  # what its blocks add of a branch
         assert torch.allclose(parts[layer].sum(0), expected, atol=1e-4)
         assert parts[layer].abs().max() > 0.1
 
 
 @pytest.mark.parametrize("family", ["granite", "llama", "mistral"])
-def test_what_heads_write_is_what_the_state_behind_attention_has_more_than_the_one_before(family, tokenizer):
+def test_what_heads_write_is_what_the_state_behind_attention_has_more_than_the_one_before(
+    family, tokenizer
+):
     model, text = model_of(family), few_shot_text()
     parts, blocks = written(model, heads_of(model, tokenizer, text)), list(layers_of(model))
     behind = [block.post_attention_layernorm for block in blocks]
@@ -90,7 +101,9 @@ def test_what_heads_write_is_what_the_state_behind_attention_has_more_than_the_o
         assert torch.allclose(parts[layer].sum(0), gained, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", [name for name in ALL if name not in ("gemma2", "gemma3", "olmo2")])
+@pytest.mark.parametrize(
+    "family", [name for name in ALL if name not in ("gemma2", "gemma3", "olmo2")]
+)
 def test_one_head_writes_its_columns_of_the_projection_times_its_output(family, tokenizer):
     model = model_of(family)
     heads = heads_of(model, tokenizer, few_shot_text())
@@ -113,7 +126,8 @@ def test_a_head_patched_with_its_own_output_has_no_effect(family, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("family", "budget"), [*((family, 8192) for family in ALL), ("llama", 1000), ("llama", 300), ("gemma3", 300)]
+    ("family", "budget"),
+    [*((family, 8192) for family in ALL), ("llama", 1000), ("llama", 300), ("gemma3", 300)],
 )
 def test_effects_from_the_cache_equal_those_of_whole_prompts_patched_head_by_head(
     family, budget, tokenizer, monkeypatch
@@ -122,8 +136,14 @@ def test_effects_from_the_cache_equal_those_of_whole_prompts_patched_head_by_hea
     monkeypatch.setattr(states, "MOST_VARIANTS", budget // 100)
     model = model_of(family) if budget >= 1000 else tiny.model(family, "eager")
     prompts = [(few_shot_text(2), 11), (few_shot_text(1), 40)]
-    shape = (5, dims_of(model).n_heads, output_of(model, 0).weight.shape[0 if family == "gpt2" else 1])
-    means = torch.randn(*shape[:2], shape[2] // shape[1], generator=torch.Generator().manual_seed(4))
+    shape = (
+        5,
+        dims_of(model).n_heads,
+        output_of(model, 0).weight.shape[0 if family == "gpt2" else 1],
+    )
+    means = torch.randn(
+        *shape[:2], shape[2] // shape[1], generator=torch.Generator().manual_seed(4)
+    )
     slow = torch.zeros(shape[:2])
     for text, answer in prompts:
         plain = logits_of(model, tokenizer, [text]).softmax(-1)[0, answer]
@@ -136,7 +156,9 @@ def test_effects_from_the_cache_equal_those_of_whole_prompts_patched_head_by_hea
                     return patched
 
                 with edited_inputs([output_of(model, layer)], patch):
-                    slow[layer, head] += logits_of(model, tokenizer, [text]).softmax(-1)[0, answer] - plain
+                    slow[layer, head] += (
+                        logits_of(model, tokenizer, [text]).softmax(-1)[0, answer] - plain
+                    )
     found = indirect_effects(model, tokenizer, prompts, means)
     assert torch.allclose(found, slow / 2, atol=2e-6)
     assert found.abs().max() > 5e-4
@@ -145,9 +167,13 @@ def test_effects_from_the_cache_equal_those_of_whole_prompts_patched_head_by_hea
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_the_vector_is_added_at_the_last_token_of_one_layer_under_both_paddings(family, tokenizer):
     model, method = model_of(family), FunctionVectors(Settings())
-    prompts = [TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:5])]
+    prompts = [
+        TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:5])
+    ]
     method.model, method.layer = model, torch.tensor(2)
-    method.vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    method.vector = torch.randn(
+        model.config.hidden_size, generator=torch.Generator().manual_seed(2)
+    )
     padded = tokenizer(prompts, return_tensors="pt", padding=True)  # on the left
     positions = (padded.attention_mask.cumsum(1) - 1).clamp(min=0)
     block = layers_of(model)[2]
@@ -159,7 +185,9 @@ def test_the_vector_is_added_at_the_last_token_of_one_layer_under_both_paddings(
     assert torch.equal(outputs[0][:, :-1], plain[:, :-1])
     assert torch.allclose(outputs[0][:, -1], plain[:, -1] + method.vector, atol=1e-6)
     with method.applied(TASK):
-        together = score_options(model, tokenizer, [Prompt("", prompt) for prompt in prompts], TASK.spec.options)
+        together = score_options(
+            model, tokenizer, [Prompt("", prompt) for prompt in prompts], TASK.spec.options
+        )
     ids = torch.tensor([option_ids(tokenizer, prompt, TASK.spec.options) for prompt in prompts])
     assert torch.allclose(logits.gather(1, ids), together, atol=1e-4)
     before = logits_of(model, tokenizer, prompts)
@@ -169,24 +197,38 @@ def test_the_vector_is_added_at_the_last_token_of_one_layer_under_both_paddings(
         assert torch.equal(logits_of(model, tokenizer, prompts), before)
 
 
-def test_the_vector_sums_what_the_k_strongest_heads_write_of_their_means(few_prompts, tokenizer, monkeypatch):
+def test_the_vector_sums_what_the_k_strongest_heads_write_of_their_means(
+    few_prompts, tokenizer, monkeypatch
+):
     asked = []
-    monkeypatch.setattr(function_vectors, "few_shot", lambda *trial: asked.append(few_shot(*trial)) or asked[-1])
+    monkeypatch.setattr(
+        function_vectors, "few_shot", lambda *trial: asked.append(few_shot(*trial)) or asked[-1]
+    )
     monkeypatch.setattr(function_vectors, "TOP_HEADS", (7, 3))
     model = tiny.model("llama")
     method = fitted(model, tokenizer, tries=1)
     assert len(asked) == 12
     means = torch.stack([heads_of(model, tokenizer, prompt.text) for prompt in asked]).mean(0)
-    assert method.right.sum() < 20  # a random model's likeliest token is no answer: all prompts count
-    strongest = sorted(((method.effects[i, j].item(), i, j) for i in range(5) for j in range(6)), reverse=True)[:7]
-    expected = sum(output_of(model, i).weight[:, 10 * j : 10 * j + 10] @ means[i, j] for _, i, j in strongest)
+    assert (
+        method.right.sum() < 20
+    )  # a random model's likeliest token is no answer: all prompts count
+    strongest = sorted(
+        ((method.effects[i, j].item(), i, j) for i in range(5) for j in range(6)), reverse=True
+    )[:7]
+    expected = sum(
+        output_of(model, i).weight[:, 10 * j : 10 * j + 10] @ means[i, j] for _, i, j in strongest
+    )
     assert torch.allclose(method.vector, expected, atol=1e-4)
     assert (int(method.layer), method.n_cached(TASK), method.tried) == (5 // 3, 42, [])
-    shown = {demo for prompt in asked for demo in prompt.text.split("\n") if demo.startswith("Review:")}
+    shown = {
+        demo for prompt in asked for demo in prompt.text.split("\n") if demo.startswith("Review:")
+    }
     assert method.n_labelled == len(shown)
 
 
-def test_k_and_layer_are_chosen_on_validation_rows_the_published_ones_first(few_prompts, tokenizer, monkeypatch):
+def test_k_and_layer_are_chosen_on_validation_rows_the_published_ones_first(
+    few_prompts, tokenizer, monkeypatch
+):
     accuracies = iter((0.5, 0.7, 0.7, 0.2, 0.1, 0.7))
     monkeypatch.setattr(FunctionVectors, "validated", lambda self: next(accuracies))
     method = fitted(tiny.model("llama"), tokenizer, tries=12)
@@ -201,7 +243,9 @@ def test_k_and_layer_are_chosen_on_validation_rows_the_published_ones_first(few_
 
 
 @pytest.mark.parametrize(("n_right", "n_used"), [(26, 26), (19, 40)])
-def test_only_prompts_answered_rightly_are_averaged_unless_few_are(n_right, n_used, tokenizer, monkeypatch, caplog):
+def test_only_prompts_answered_rightly_are_averaged_unless_few_are(
+    n_right, n_used, tokenizer, monkeypatch, caplog
+):
     used, shown, real = [], [], function_vectors.last_outputs
 
     def answered(model, tokenizer, modules, texts, by):
@@ -242,10 +286,14 @@ def test_a_query_is_not_among_its_demonstrations_and_tasks_share_the_prompts():
     big = [tiny.task(name, n_train=70) for name in ("a", "bc", "def")]
     assert len(trials) == 80
     for task, query, demos in trials:
-        assert {id(row) for row in (query, *(demo for _, demo in demos))} <= {id(row) for row in task.train}
+        assert {id(row) for row in (query, *(demo for _, demo in demos))} <= {
+            id(row) for row in task.train
+        }
         assert all(of is task and demo is not query for of, demo in demos)
         assert [demo.label for _, demo in demos].count(0) == 2
-    shares = [task.name for task, _, _ in function_vectors._trials(big, 1, np.random.default_rng(0))]
+    shares = [
+        task.name for task, _, _ in function_vectors._trials(big, 1, np.random.default_rng(0))
+    ]
     assert len(shares) == 100
     assert all(32 <= shares.count(task.name) <= 34 for task in big)
 
@@ -276,8 +324,13 @@ def test_what_cannot_be_fitted_is_refused_in_a_sentence(few_prompts, tokenizer, 
         fitted(model, tokenizer, [dataclasses.replace(TASK, validation=())], tries=2)
     with pytest.raises(ValueError, match="no training example left"):
         fitted(model, tokenizer, [dataclasses.replace(TASK, train=TASK.train[:1])])
-    monkeypatch.setitem(FAMILIES, "qwen3", dataclasses.replace(FAMILIES["qwen3"], output="nonsense"))
-    with pytest.raises(ValueError, match=r"output projection of 'qwen3' models is not known \(looked for 'nonsense'"):
+    monkeypatch.setitem(
+        FAMILIES, "qwen3", dataclasses.replace(FAMILIES["qwen3"], output="nonsense")
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"output projection of 'qwen3' models is not known \(looked for 'nonsense'",
+    ):
         fitted(tiny.model("qwen3"), tokenizer)
     monkeypatch.delitem(FAMILIES, "llama")  # routed all the same, by another row that fits
     with pytest.raises(ValueError, match="output projection of 'llama' models is not known"):
@@ -292,4 +345,7 @@ def test_the_output_projection_is_the_last_step_of_attention(family, tokenizer):
         logits_of(model, tokenizer, [few_shot_text(1)])
     for layer in range(5):
         assert torch.equal(outputs[layer], outputs[5 + layer])
-        assert output_of(model, layer).weight.numel() == model.config.hidden_size * 60 or family not in LAW_FAMILIES
+        assert (
+            output_of(model, layer).weight.numel() == model.config.hidden_size * 60
+            or family not in LAW_FAMILIES
+        )

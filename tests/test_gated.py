@@ -25,7 +25,9 @@ from icrouting.methods.saved import load_method, save_method
 TASK = tiny.task("toy", n_test=30)
 FIRST = 3
 KNOWN = [TASK.prompt(example) for example in TASK.train[:4]]
-NEW = [f"{TASK.prompt(example)} quite{'!' * (i + 1)}" for i, example in enumerate(TASK.test[:4])]  # ends otherwise
+NEW = [
+    f"{TASK.prompt(example)} quite{'!' * (i + 1)}" for i, example in enumerate(TASK.test[:4])
+]  # ends otherwise
 MIXED = [KNOWN[0], NEW[0], NEW[1], KNOWN[1], KNOWN[2], NEW[2], KNOWN[3], NEW[3]]
 
 
@@ -33,7 +35,14 @@ MIXED = [KNOWN[0], NEW[0], NEW[1], KNOWN[1], KNOWN[2], NEW[2], KNOWN[3], NEW[3]]
 def settings(request, encoder_folder, tokenizer, tmp_path_factory):
     encoder = str(encoder_folder) if request.param == "sentence encoder" else "hidden"
     config = FitConfig(
-        layers=(FIRST, 4), rank=3, n_prompts=12, demos_per_class=2, encoder=encoder, n_queries=24, lr=0.03, w_gate=0.0
+        layers=(FIRST, 4),
+        rank=3,
+        n_prompts=12,
+        demos_per_class=2,
+        encoder=encoder,
+        n_queries=24,
+        lr=0.03,
+        w_gate=0.0,
     )
     folder = tmp_path_factory.mktemp("router")
     InContextRouter.fit(tiny.model("llama"), tokenizer, [TASK], config).save_pretrained(folder)
@@ -58,7 +67,10 @@ def scores(model, tokenizer, prompts=MIXED):
 def last_states(model, tokenizer, prompts):
     """The slow obvious way: whole passes one by one, what enters the first routed layer, its last token."""
     with torch.no_grad():
-        rows = [model(torch.tensor([ids]), output_hidden_states=True) for ids in tokenizer(prompts).input_ids]
+        rows = [
+            model(torch.tensor([ids]), output_hidden_states=True)
+            for ids in tokenizer(prompts).input_ids
+        ]
     return torch.stack([row.hidden_states[FIRST][0, -1] for row in rows])
 
 
@@ -96,12 +108,16 @@ def test_the_nearest_of_several_tasks_counts(settings, model, tokenizer):
     (method,) = make(["icr-gated"], settings)
     others = [TASK, tiny.task("other", n_test=30)]
     tasks = {task.name: len(task.train) for task in others}
-    method._router = replace(method._router, description=replace(method._router.description, tasks=tasks))
+    method._router = replace(
+        method._router, description=replace(method._router.description, tasks=tasks)
+    )
     method.fit(model, tokenizer, others, np.random.default_rng(0))
     states = last_states(model, tokenizer, MIXED)
     by_task = [distances(states, method.known[method.owners == owner]) for owner in (0, 1)]
     assert method.owners.unique().tolist() == [0, 1]
-    assert torch.equal(method.is_known([row[None] for row in states]), torch.stack(by_task).amin(0) <= method.limit)
+    assert torch.equal(
+        method.is_known([row[None] for row in states]), torch.stack(by_task).amin(0) <= method.limit
+    )
 
 
 def test_known_prompts_are_routed_and_new_ones_are_not(settings, model, tokenizer):
@@ -112,7 +128,9 @@ def test_known_prompts_are_routed_and_new_ones_are_not(settings, model, tokenize
     with method.attached(model, tokenizer, TASK):
         gated = scores(model, tokenizer)
         alone = torch.cat([scores(model, tokenizer, [prompt]) for prompt in MIXED])
-    assert torch.allclose(gated, torch.where(is_new(method, model, tokenizer)[:, None], plain, routed), atol=1e-5)
+    assert torch.allclose(
+        gated, torch.where(is_new(method, model, tokenizer)[:, None], plain, routed), atol=1e-5
+    )
     assert torch.allclose(alone, gated, atol=1e-5)
     assert torch.equal(scores(model, tokenizer), plain)
     assert not decoder_of(model)._forward_hooks
@@ -121,7 +139,9 @@ def test_known_prompts_are_routed_and_new_ones_are_not(settings, model, tokenize
 def test_generation_keeps_what_the_prompt_decided(settings, model, tokenizer):
     def said(prompt):
         inputs = tokenizer(prompt, return_tensors="pt")
-        return model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=2, pad_token_id=0)[0].tolist()
+        return model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, num_beams=2, pad_token_id=0
+        )[0].tolist()
 
     plain, method = [said(prompt) for prompt in MIXED], fitted(settings, model, tokenizer)
     new = is_new(method, model, tokenizer)
@@ -134,7 +154,10 @@ def test_generation_keeps_what_the_prompt_decided(settings, model, tokenizer):
 
 
 def test_the_routing_of_a_new_prompt_reads_zero(settings, model, tokenizer):
-    method, icr = fitted(settings, model, tokenizer), InContextRouter.from_pretrained(settings.router)
+    method, icr = (
+        fitted(settings, model, tokenizer),
+        InContextRouter.from_pretrained(settings.router),
+    )
     with icr.attached(model, tokenizer, gate=method.is_known) as routed:
         vectors = routed.routing(MIXED).routing_vector
     assert torch.equal(vectors.abs().amax((1, 2)) == 0, is_new(method, model, tokenizer))
@@ -177,7 +200,9 @@ def test_other_sources_than_the_routers_are_refused(sources, settings, model, to
 def test_too_few_rows_are_refused(settings, model, tokenizer):
     (method,) = make(["icr-gated"], settings)
     with pytest.raises(ValueError, match=r"26 rows .*'toy'.*give {'toy': 25}"):
-        method.fit(model, tokenizer, [replace(TASK, train=TASK.train[:25])], np.random.default_rng(0))
+        method.fit(
+            model, tokenizer, [replace(TASK, train=TASK.train[:25])], np.random.default_rng(0)
+        )
 
 
 def test_what_is_taken_up_anew_is_what_counts(settings, model, tokenizer, tmp_path):
@@ -192,8 +217,13 @@ def test_what_is_taken_up_anew_is_what_counts(settings, model, tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("outer", ["icr", "icr-gated"])
-def test_nothing_joins_what_routes_and_a_refusal_leaves_it_in_force(outer, settings, model, tokenizer):
-    gated, router = fitted(settings, model, tokenizer), InContextRouter.from_pretrained(settings.router)
+def test_nothing_joins_what_routes_and_a_refusal_leaves_it_in_force(
+    outer, settings, model, tokenizer
+):
+    gated, router = (
+        fitted(settings, model, tokenizer),
+        InContextRouter.from_pretrained(settings.router),
+    )
     (icr,), plain = make(["icr"], settings), scores(model, tokenizer)
     attached = {
         "icr": lambda: router.attached(model, tokenizer),
@@ -218,7 +248,9 @@ def test_nothing_joins_what_routes_and_a_refusal_leaves_it_in_force(outer, setti
 
 def test_every_seed_has_a_gate_of_its_own(settings, model, tokenizer, tmp_path):
     (method,) = make(["icr-gated"], settings)
-    evaluation = Evaluation(model, tokenizer, [method], [TASK], tmp_path / "records.jsonl", tmp_path / "fits")
+    evaluation = Evaluation(
+        model, tokenizer, [method], [TASK], tmp_path / "records.jsonl", tmp_path / "fits"
+    )
     known = []
     for seed in (0, 1):
         evaluation.fit(seed)
@@ -236,9 +268,20 @@ def test_the_distance_is_that_of_the_benchmark_which_chose_it(settings, model, t
     assert torch.allclose(method._distances(states), whole * n / (n - 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("gate", [lambda states: torch.ones(1), lambda states: [float("nan")] * len(states)])
-def test_a_gate_that_gives_no_finite_factor_for_every_prompt_is_refused(gate, settings, model, tokenizer):
+@pytest.mark.parametrize(
+    "gate", [lambda states: torch.ones(1), lambda states: [float("nan")] * len(states)]
+)
+def test_a_gate_that_gives_no_finite_factor_for_every_prompt_is_refused(
+    gate, settings, model, tokenizer
+):
     icr = InContextRouter.from_pretrained(settings.router)
-    prompts = tokenizer(["Review: joy\nSentiment:", "Review: dull plot\nSentiment:"], return_tensors="pt", padding=True)
-    with icr.attached(model, tokenizer, gate=gate), pytest.raises(ValueError, match="a finite factor for each of 2"):
+    prompts = tokenizer(
+        ["Review: joy\nSentiment:", "Review: dull plot\nSentiment:"],
+        return_tensors="pt",
+        padding=True,
+    )
+    with (
+        icr.attached(model, tokenizer, gate=gate),
+        pytest.raises(ValueError, match="a finite factor for each of 2"),
+    ):
         model(**prompts)

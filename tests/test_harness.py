@@ -21,7 +21,9 @@ from icrouting.routing.rerouting import rerouted
 from icrouting.routing.router import Router
 from icrouting.runtime import wheels
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it")
+pytest.importorskip(
+    "lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it"
+)
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
@@ -29,7 +31,7 @@ from lm_eval.api.model import LM, CacheHook
 from lm_eval.api.registry import Registry, register_model
 from lm_eval.tasks import TaskManager
 
-from icrouting import harness
+from icrouting import lm_eval
 
 CLOSE = 1e-4  # fp32 round-off of sums of a few log-probabilities of size 20
 ROOT = Path(__file__).parents[1]
@@ -42,7 +44,8 @@ test_split: test
 doc_to_text: "Review: {{{{text}}}}\\nSentiment:"
 """
 CHOICES = (
-    "output_type: multiple_choice\ndoc_to_target: label\ndoc_to_choice: {choices}\nmetric_list: [{{metric: acc}}]\n"
+    "output_type: multiple_choice\ndoc_to_target: label\ndoc_to_choice: {choices}\n"
+    "metric_list: [{{metric: acc}}]\n"
 )
 GENERATE = "output_type: generate_until\ndoc_to_target: label\ngeneration_kwargs: {until: [zzz], max_gen_toks: 6}\n"
 ROLLING = "output_type: loglikelihood_rolling\nmetric_list: [{metric: word_perplexity}]\ndoc_to_target: '{{text}}'\n"
@@ -55,8 +58,17 @@ def world(tmp_path_factory, encoder_folder):
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    small = {"rank": 3, "n_prompts": 6, "demos_per_class": 1, "n_queries": 8, "epochs": 1, "hidden_width": 13}
-    icr = InContextRouter.fit(model, tokenizer, [task], FitConfig(layers=(3, 4), encoder=str(encoder_folder), **small))
+    small = {
+        "rank": 3,
+        "n_prompts": 6,
+        "demos_per_class": 1,
+        "n_queries": 8,
+        "epochs": 1,
+        "hidden_width": 13,
+    }
+    icr = InContextRouter.fit(
+        model, tokenizer, [task], FitConfig(layers=(3, 4), encoder=str(encoder_folder), **small)
+    )
     torch.nn.init.normal_(icr.router.alpha[-1].weight, generator=torch.Generator().manual_seed(5))
     icr.save_pretrained(folder / "router")
     rows = [{"text": example.fields["text"], "label": example.label} for example in task.test]
@@ -64,7 +76,7 @@ def world(tmp_path_factory, encoder_folder):
     kinds = {"words": CHOICES.format(choices=WORDS), "phrases": CHOICES.format(choices=PHRASES)}
     for name, kind in (kinds | {"generate": GENERATE, "rolling": ROLLING}).items():
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, folder=folder) + kind)
-    register_model("icr")(harness.RoutedLM)
+    register_model("icr")(lm_eval.RoutedLM)
     return folder
 
 
@@ -75,9 +87,17 @@ def ask(world, task, kind="icr", batch_size=1, **settings):
         settings = {"icr": str(world / "router"), **settings}
     manager = TaskManager(include_path=str(world), include_defaults=False)
     results = simple_evaluate(
-        model=kind, model_args=settings, tasks=[task], batch_size=batch_size, task_manager=manager, bootstrap_iters=0
+        model=kind,
+        model_args=settings,
+        tasks=[task],
+        batch_size=batch_size,
+        task_manager=manager,
+        bootstrap_iters=0,
     )
-    return [sample["filtered_resps"] for sample in sorted(results["samples"][task], key=lambda s: s["doc_id"])]
+    return [
+        sample["filtered_resps"]
+        for sample in sorted(results["samples"][task], key=lambda s: s["doc_id"])
+    ]
 
 
 def likelihoods(*args, **kwargs):
@@ -103,7 +123,12 @@ def routed_by_context(world, prompts, options):
             for option in options:
                 tokens = tokenizer(f"{prompt} {option}").input_ids[len(context) :]
                 logprobs = model(torch.tensor([context + tokens])).logits[0].log_softmax(-1)
-                row.append(sum(float(logprobs[len(context) + n - 1, token]) for n, token in enumerate(tokens)))
+                row.append(
+                    sum(
+                        float(logprobs[len(context) + n - 1, token])
+                        for n, token in enumerate(tokens)
+                    )
+                )
         rows.append(row)
     return torch.tensor(rows)
 
@@ -141,7 +166,9 @@ def test_generated_texts_are_those_of_an_attached_model(world):
     with InContextRouter.from_pretrained(world / "router").attached(model, tokenizer):
         for prompt in prompts():
             inputs = tokenizer(prompt, return_tensors="pt")
-            tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[
+                0, inputs["input_ids"].shape[1] :
+            ]
             expected.append([tokenizer.decode(tokens, skip_special_tokens=True)])
     assert ask(world, "generate") == expected
     assert ask(world, "generate", "hf") != expected
@@ -149,7 +176,7 @@ def test_generated_texts_are_those_of_an_attached_model(world):
 
 @pytest.fixture(scope="module")
 def routed_lm(world):
-    return harness.RoutedLM(str(world / "model"), str(world / "router"), device="cpu", batch_size=3)
+    return lm_eval.RoutedLM(str(world / "model"), str(world / "router"), device="cpu", batch_size=3)
 
 
 def requests(*pairs):
@@ -159,36 +186,59 @@ def requests(*pairs):
 def test_one_text_is_routed_anew_wherever_context_and_continuation_part(world, routed_lm):
     """The harness's own batches would run such requests once, with one of the two contexts."""
     long, short = "Review: joy dull\nSentiment: good bad", "Review: joy dull\nSentiment:"
-    answers = routed_lm.loglikelihood(requests((long, " plot"), (short, " good bad plot"), (long, " film")))
-    assert answers[0][0] == pytest.approx(float(routed_by_context(world, [long], ["plot"])), abs=CLOSE)
-    assert answers[1][0] == pytest.approx(float(routed_by_context(world, [short], ["good bad plot"])), abs=CLOSE)
-    assert answers[2][0] == pytest.approx(float(routed_by_context(world, [long], ["film"])), abs=CLOSE)
+    answers = routed_lm.loglikelihood(
+        requests((long, " plot"), (short, " good bad plot"), (long, " film"))
+    )
+    assert answers[0][0] == pytest.approx(
+        float(routed_by_context(world, [long], ["plot"])), abs=CLOSE
+    )
+    assert answers[1][0] == pytest.approx(
+        float(routed_by_context(world, [short], ["good bad plot"])), abs=CLOSE
+    )
+    assert answers[2][0] == pytest.approx(
+        float(routed_by_context(world, [long], ["film"])), abs=CLOSE
+    )
 
 
 def test_contexts_may_have_unequal_numbers_of_continuations(world, routed_lm):
-    pairs = [(prompts()[0], " joy"), *((prompt, f" {option}") for prompt in prompts()[1:3] for option in PHRASES)]
+    pairs = [
+        (prompts()[0], " joy"),
+        *((prompt, f" {option}") for prompt in prompts()[1:3] for option in PHRASES),
+    ]
     alone = [routed_lm.loglikelihood(requests(pair))[0][0] for pair in pairs]
-    assert [answer[0] for answer in routed_lm.loglikelihood(requests(*pairs))] == pytest.approx(alone, abs=CLOSE)
+    assert [answer[0] for answer in routed_lm.loglikelihood(requests(*pairs))] == pytest.approx(
+        alone, abs=CLOSE
+    )
 
 
 def test_greedy_is_said_of_what_generation_would_give(routed_lm):
     inputs = routed_lm.tokenizer(prompts()[0], return_tensors="pt")
     with routed_lm._attached():
-        tokens = routed_lm.model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
+        tokens = routed_lm.model.generate(**inputs, max_new_tokens=4, do_sample=False)[
+            0, -4:
+        ].tolist()
     context = inputs["input_ids"][0].tolist()
     texts = (prompts()[0], "whatever")
-    answers = routed_lm._loglikelihood_tokens([(texts, context, tokens), (texts, context, [*tokens[:3], 7])])
+    answers = routed_lm._loglikelihood_tokens(
+        [(texts, context, tokens), (texts, context, [*tokens[:3], 7])]
+    )
     assert [is_greedy for _, is_greedy in answers] == [True, False]
 
 
-def test_a_context_that_is_too_long_is_cut_on_the_left_alike_for_all_continuations(world, routed_lm):
-    short = harness.RoutedLM(str(world / "model"), str(world / "router"), device="cpu", max_length=12)
+def test_a_context_that_is_too_long_is_cut_on_the_left_alike_for_all_continuations(
+    world, routed_lm
+):
+    short = lm_eval.RoutedLM(
+        str(world / "model"), str(world / "router"), device="cpu", max_length=12
+    )
     context = routed_lm.tok_encode(prompts()[0])
     assert len(context) > 12
     texts, options = (prompts()[0], " a b"), [[5, 9, 11], [17]]
     cut = short._loglikelihood_tokens([(texts, context, option) for option in options])
     whole = routed_lm._loglikelihood_tokens([(texts, context[-10:], option) for option in options])
-    assert [answer[0] for answer in cut] == pytest.approx([answer[0] for answer in whole], abs=CLOSE)
+    assert [answer[0] for answer in cut] == pytest.approx(
+        [answer[0] for answer in whole], abs=CLOSE
+    )
 
 
 def test_a_likelihood_without_a_context_is_refused(world, routed_lm):
@@ -207,7 +257,9 @@ def test_every_family_goes_on_from_its_padded_context(family, tokenizer):
     contexts = [torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist() for n in (13, 4)]
     options = [torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist() for n in (1, 5)]
     features = features_of(HIDDEN, model, tokenizer, "cpu")
-    router = Router(features.n_features, 2, dims_of(model).n_heads, 3, 13, generator).requires_grad_(False)
+    router = Router(
+        features.n_features, 2, dims_of(model).n_heads, 3, 13, generator
+    ).requires_grad_(False)
     router.alpha[-1].weight.normal_(generator=generator)
     vectors = features.read(contexts, entering_states(model, contexts, 3, 1))
     router.absorb(vectors.mean(0), vectors.std(0))  # so that the two contexts are told apart
@@ -216,15 +268,23 @@ def test_every_family_goes_on_from_its_padded_context(family, tokenizer):
     assert (routings[0].routing_vector - routings[1].routing_vector).abs().max() > 0.1
 
     lm = SimpleNamespace(
-        model=model, device=model.device, max_length=512, softmax_dtype=None, cache_hook=CacheHook(None)
+        model=model,
+        device=model.device,
+        max_length=512,
+        softmax_dtype=None,
+        cache_hook=CacheHook(None),
     )
     groups = [[(None, context, option) for option in options] for context in contexts]
     with torch.no_grad(), rerouted(reader, directions):
-        found = [loglikelihood for loglikelihood, _ in harness.RoutedLM._answers(lm, groups)]
+        found = [loglikelihood for loglikelihood, _ in lm_eval.RoutedLM._answers(lm, groups)]
     with attach(model, directions) as attachment:
         for context, attachment.routing in zip(contexts, routings, strict=True):
             for option in options:
-                logprobs = model(torch.tensor([context + option])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+                logprobs = (
+                    model(torch.tensor([context + option]))
+                    .logits[0, len(context) - 1 : -1]
+                    .log_softmax(-1)
+                )
                 whole = logprobs.gather(1, torch.tensor(option)[:, None]).sum()
                 assert found.pop(0) == pytest.approx(float(whole), abs=CLOSE)
 
@@ -241,13 +301,15 @@ def test_the_documented_command_runs_the_documented_task(world, tmp_path, monkey
     blocks = dict(re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL))
     (tmp_path / "reviews.yaml").write_text(blocks["yaml"])
     (tmp_path / "reviews.jsonl").write_text(blocks["json"])
-    (arguments,) = re.findall(r"python -m icrouting.harness (--.*)", page)
+    (arguments,) = re.findall(r"python -m icrouting.lm_eval (--.*)", page)
     for documented, here in (("pinned:smollm2-135m", "model"), ("routers/smollm2-135m", "router")):
         arguments = arguments.replace(documented, str(world / here))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments.split(), "--device", "cpu", "--output_path", "out"])
-    harness.main()
+    monkeypatch.setattr(
+        sys, "argv", ["lm_eval", *arguments.split(), "--device", "cpu", "--output_path", "out"]
+    )
+    lm_eval.main()
     assert "reviews" in capsys.readouterr().out
     (results,) = Path("out").rglob("results*.json")
     assert "acc,none" in json.loads(results.read_text())["results"]["reviews"]
@@ -257,7 +319,7 @@ def test_the_harness_finds_the_model_by_its_entry_point():
     (entry,) = entry_points(group="lm_eval.models", name="icr")
     models = Registry("model", base_cls=LM)
     models.register("icr", target=entry)
-    assert models.get("icr") is harness.RoutedLM
+    assert models.get("icr") is lm_eval.RoutedLM
 
 
 @pytest.mark.pinned
@@ -271,7 +333,9 @@ def test_the_committed_router_scores_the_pinned_model_as_by_our_own_scoring():
     router = str(ROOT / "routers" / "smollm2-135m")
     with InContextRouter.from_pretrained(router).attached(model, tokenizer) as routed:
         ours = routed.score(texts, WORDS)
-    lm = harness.RoutedLM("pinned:smollm2-135m", router, device="cpu", dtype="float32", batch_size=2)
+    lm = lm_eval.RoutedLM(
+        "pinned:smollm2-135m", router, device="cpu", dtype="float32", batch_size=2
+    )
     answers = lm.loglikelihood(requests(*((text, f" {word}") for text in texts for word in WORDS)))
     theirs = torch.tensor([answer[0] for answer in answers]).view(2, 2)
     assert ((theirs[:, 1] - theirs[:, 0]) - (ours[:, 1] - ours[:, 0])).abs().max() < CLOSE

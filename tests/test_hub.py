@@ -27,7 +27,12 @@ def rows_of(name, split, n=12):
         },
         "piqa": lambda i: {"goal": words[i], "sol1": "one", "sol2": "two", "label": labels[i]},
         "sst5": lambda i: {"text": words[i], "label": labels[i], "label_text": "bad"},
-        "mrpc": lambda i: {"sentence1": words[i], "sentence2": "other", "label": labels[i], "idx": i},
+        "mrpc": lambda i: {
+            "sentence1": words[i],
+            "sentence2": "other",
+            "label": labels[i],
+            "idx": i,
+        },
         "cb": lambda i: {"premise": words[i], "hypothesis": "so", "idx": i, "label": labels[i]},
         "copa": lambda i: {
             **{"premise": words[i], "choice1": "one", "choice2": "two", "idx": i},
@@ -40,7 +45,9 @@ def rows_of(name, split, n=12):
             "label": ("false", "true")[labels[i]],
         },
     }
-    return [columns.get(name, lambda i: {"text": words[i], "label": labels[i]})(i) for i in range(n)]
+    return [
+        columns.get(name, lambda i: {"text": words[i], "label": labels[i]})(i) for i in range(n)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +100,11 @@ def test_phrases_of_mr_and_sst5_tests_are_left_out_of_sst2(mirror, monkeypatch):
 
     def read(spec, split, place):
         found = whole(spec, split, place)
-        return [*found, type(taken)(taken.fields, (), 1)] if (spec.name, split) == ("sst2", "train") else found
+        return (
+            [*found, type(taken)(taken.fields, (), 1)]
+            if (spec.name, split) == ("sst2", "train")
+            else found
+        )
 
     monkeypatch.setattr(hub, "_read", read)
     task = load_task("sst2", f"hub:{mirror}")
@@ -102,14 +113,19 @@ def test_phrases_of_mr_and_sst5_tests_are_left_out_of_sst2(mirror, monkeypatch):
 
 
 def test_other_columns_and_a_missing_set_are_named(mirror, tmp_path):
-    with pytest.raises(ValueError, match=r"task 'sst2': cannot read default/train.* of the dataset 'stanfordnlp/sst2'"):
+    with pytest.raises(
+        ValueError,
+        match=r"task 'sst2': cannot read default/train.* of the dataset 'stanfordnlp/sst2'",
+    ):
         load_task("sst2", f"hub:{tmp_path}")
     source = HUB["mr"]
     for files in (source["train"], source["test"]):
         file = tmp_path / source["repo"] / files.replace("*", "0000")
         file.parent.mkdir(parents=True)
         datasets.Dataset.from_list([{"review": "x", "label": 1}]).to_parquet(str(file))
-    with pytest.raises(ValueError, match=r"rotten_tomatoes' has other columns: task 'mr' needs .* missing here"):
+    with pytest.raises(
+        ValueError, match=r"rotten_tomatoes' has other columns: task 'mr' needs .* missing here"
+    ):
         load_task("mr", f"hub:{tmp_path}")
 
 
@@ -125,6 +141,14 @@ def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
         with pytest.raises(ValueError, match="no network here"):
             load_task(name, "hub")
     assert asked == [
-        ("json", "hf://datasets/amydeng2000/CREAK@3600013a4e003d07bfd692e1d156bcc3a6333421/train.json", "train"),
-        ("parquet", "hf://datasets/fancyzhx/ag_news@refs%2Fconvert%2Fparquet/default/train/*.parquet", "train"),
+        (
+            "json",
+            "hf://datasets/amydeng2000/CREAK@3600013a4e003d07bfd692e1d156bcc3a6333421/train.json",
+            "train",
+        ),
+        (
+            "parquet",
+            "hf://datasets/fancyzhx/ag_news@refs%2Fconvert%2Fparquet/default/train/*.parquet",
+            "train",
+        ),
     ]

@@ -73,9 +73,16 @@ def weights(icr):
 
 def test_training_lowers_the_loss_on_its_own_queries(config, model, tokenizer):
     task = tiny.task()
-    fitted = InContextRouter.fit(model, tokenizer, [task], dataclasses.replace(config, epochs=12, lr=0.03))
-    prompts, labels = [task.prompt(e) for e in task.train], torch.tensor([e.label for e in task.train])
-    plain = torch.nn.functional.cross_entropy(score_options(model, tokenizer, prompts, OPTIONS), labels)
+    fitted = InContextRouter.fit(
+        model, tokenizer, [task], dataclasses.replace(config, epochs=12, lr=0.03)
+    )
+    prompts, labels = (
+        [task.prompt(e) for e in task.train],
+        torch.tensor([e.label for e in task.train]),
+    )
+    plain = torch.nn.functional.cross_entropy(
+        score_options(model, tokenizer, prompts, OPTIONS), labels
+    )
     with fitted.attached(model, tokenizer) as routed:
         trained = torch.nn.functional.cross_entropy(routed.score(prompts, OPTIONS), labels)
     assert trained < 0.95 * plain
@@ -99,9 +106,13 @@ def test_zero_strength_gives_the_logits_of_the_untouched_model(fitted, model, to
 
 
 def test_fitting_is_seeded(fitted, config, model, tokenizer):
-    assert torch.equal(weights(InContextRouter.fit(model, tokenizer, [tiny.task()], config)), weights(fitted))
+    assert torch.equal(
+        weights(InContextRouter.fit(model, tokenizer, [tiny.task()], config)), weights(fitted)
+    )
     other = dataclasses.replace(config, seed=43)
-    assert not torch.equal(weights(InContextRouter.fit(model, tokenizer, [tiny.task()], other)), weights(fitted))
+    assert not torch.equal(
+        weights(InContextRouter.fit(model, tokenizer, [tiny.task()], other)), weights(fitted)
+    )
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 8])
@@ -121,16 +132,22 @@ def test_a_fit_stopped_in_training_goes_on_to_the_same_router(
     with pytest.raises(KeyboardInterrupt):
         InContextRouter.fit(tiny.model("llama"), tokenizer, [tiny.task()], config, folder=tmp_path)
     monkeypatch.setattr(Trainer, "_update", update)
-    resumed = InContextRouter.fit(tiny.model("llama"), tokenizer, [tiny.task()], config, folder=tmp_path)
+    resumed = InContextRouter.fit(
+        tiny.model("llama"), tokenizer, [tiny.task()], config, folder=tmp_path
+    )
     assert torch.equal(weights(resumed), weights(fitted))
     lines = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 10))
 
 
-def test_a_fit_stopped_in_extraction_keeps_the_prompts_it_ran(fitted, config, model, tokenizer, tmp_path, monkeypatch):
+def test_a_fit_stopped_in_extraction_keeps_the_prompts_it_ran(
+    fitted, config, model, tokenizer, tmp_path, monkeypatch
+):
     from icrouting.fitting import extraction
 
-    monkeypatch.setattr(extraction, "decided", lambda is_due: True)  # after every block, however slow the disk
+    monkeypatch.setattr(
+        extraction, "decided", lambda is_due: True
+    )  # after every block, however slow the disk
     monkeypatch.setattr(extraction, "BLOCK", 4)
     capture, ran = extraction.capture_last_tokens, []
 
@@ -152,11 +169,17 @@ def test_a_fit_stopped_in_extraction_keeps_the_prompts_it_ran(fitted, config, mo
     assert torch.allclose(projector, fitted.pids.query_pids @ fitted.pids.query_pids.mT, atol=1e-4)
 
 
-def test_a_folder_of_another_fit_is_refused_with_the_difference(config, model, tokenizer, tmp_path, monkeypatch):
+def test_a_folder_of_another_fit_is_refused_with_the_difference(
+    config, model, tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.setattr(Trainer, "run", lambda self: None)
     InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"other settings \(lr was 0.01, is 0.5\): choose another folder"):
-        InContextRouter.fit(model, tokenizer, [tiny.task()], dataclasses.replace(config, lr=0.5), folder=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"other settings \(lr was 0.01, is 0.5\): choose another folder"
+    ):
+        InContextRouter.fit(
+            model, tokenizer, [tiny.task()], dataclasses.replace(config, lr=0.5), folder=tmp_path
+        )
 
 
 def test_one_process_alone_writes_what_a_fit_is(config, model, tokenizer, tmp_path, monkeypatch):
@@ -180,17 +203,24 @@ def test_saving_and_loading_give_identical_logits(fitted, model, tokenizer, tmp_
 
 
 def test_in_use_the_routing_vector_has_the_scale_where_training_ended(fitted, model, tokenizer):
-    raw = fitted.router(features_of_texts(fitted.description.fit.encoder, model, tokenizer, texts()))
+    raw = fitted.router(
+        features_of_texts(fitted.description.fit.encoder, model, tokenizer, texts())
+    )
     with fitted.attached(model, tokenizer) as routed:
         decided = routed.routing(texts())
     assert torch.allclose(decided.routing_vector, 0.8 * raw.routing_vector, atol=1e-6)
     assert torch.allclose(decided.head_gates, raw.head_gates, atol=1e-6)
     with fitted.attached(model, tokenizer, strength=0.5) as routed:
-        assert torch.allclose(routed.routing(texts()).routing_vector, 0.4 * raw.routing_vector, atol=1e-6)
+        assert torch.allclose(
+            routed.routing(texts()).routing_vector, 0.4 * raw.routing_vector, atol=1e-6
+        )
 
 
 def test_queries_keep_their_own_features_and_the_end_of_a_long_prompt(config, model, tokenizer):
-    short, features = dataclasses.replace(config, max_tokens=9), features_of(config.encoder, model, tokenizer, "cpu")
+    short, features = (
+        dataclasses.replace(config, max_tokens=9),
+        features_of(config.encoder, model, tokenizer, "cpu"),
+    )
     queries, (mean, std) = training_queries(model, tokenizer, [tiny.task()], features, 3, short)
     assert std.min() > 0
     ends = {task.prompt(example)[-12:] for task in [tiny.task()] for example in task.train}
@@ -211,7 +241,9 @@ def test_a_step_takes_the_four_terms_of_the_paper(ce_scope, config, model, token
     """The second step's terms against a slow recomputation from whole prompts, with 2 and 5 options."""
     from icrouting.routing.attach import attach
 
-    config = dataclasses.replace(config, ce_scope=ce_scope, batch_size=3, epochs=1, w_conf=0.3, w_spar=0.2, w_gate=0.1)
+    config = dataclasses.replace(
+        config, ce_scope=ce_scope, batch_size=3, epochs=1, w_conf=0.3, w_spar=0.2, w_gate=0.1
+    )
     generator, pids = torch.Generator().manual_seed(0), tiny.pids(model)
     prompts, options = texts()[:3], [[5, 9], [5, 9, 11, 30, 31], [7, 8]]
     states = run_trunk(model, tokenizer(prompts).input_ids, 3, 1)
@@ -233,13 +265,19 @@ def test_a_step_takes_the_four_terms_of_the_paper(ce_scope, config, model, token
             attachment.routing = one.scaled(0.0)
             plain.append(model(**inputs).logits[0, -1])
     ce = [
-        -(line[chosen] if ce_scope == "options" else line).log_softmax(-1)[1 if ce_scope == "options" else chosen[1]]
+        -(line[chosen] if ce_scope == "options" else line).log_softmax(-1)[
+            1 if ce_scope == "options" else chosen[1]
+        ]
         for line, chosen in zip(logits, options, strict=True)
     ]
-    entropies = [[torch.distributions.Categorical(logits=line).entropy() for line in side] for side in (logits, plain)]
+    entropies = [
+        [torch.distributions.Categorical(logits=line).entropy() for line in side]
+        for side in (logits, plain)
+    ]
     expected = {
         "ce": sum(ce) / 3,
-        "conf": sum((routed - base).clamp_min(0) for routed, base in zip(*entropies, strict=True)) / 3,
+        "conf": sum((routed - base).clamp_min(0) for routed, base in zip(*entropies, strict=True))
+        / 3,
         "spar": (routing.routing_vector.abs().mean((0, 2)) * torch.tensor([1.0, 3.0])).mean(),
         "gate": routing.head_gates.mean(),
     }
@@ -260,12 +298,18 @@ def test_a_fit_leaves_the_model_as_found(config, tokenizer):
 def test_other_features_are_refused(fitted, model, tokenizer):
     other = dataclasses.replace(fitted.description, encoder="0" * 16)
     swapped = dataclasses.replace(fitted, description=other)
-    with pytest.raises(ValueError, match="another sentence encoder"), swapped.attached(model, tokenizer):
+    with (
+        pytest.raises(ValueError, match="another sentence encoder"),
+        swapped.attached(model, tokenizer),
+    ):
         pass
 
 
 def test_a_fit_into_the_folder_of_one_that_goes_on_is_refused(config, model, tokenizer, tmp_path):
-    with locked(tmp_path), pytest.raises(ValueError, match=f"another run is writing to {re.escape(str(tmp_path))}"):
+    with (
+        locked(tmp_path),
+        pytest.raises(ValueError, match=f"another run is writing to {re.escape(str(tmp_path))}"),
+    ):
         InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
     InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
 
@@ -288,12 +332,18 @@ def test_a_damaged_stage_is_named(name, config, model, tokenizer, tmp_path):
 
 def test_another_base_model_is_refused_by_fingerprint(fitted, tokenizer):
     other = tiny.model("llama", seed=1)
-    with pytest.raises(ValueError, match=re.escape(fitted.description.fingerprint)), fitted.attached(other, tokenizer):
+    with (
+        pytest.raises(ValueError, match=re.escape(fitted.description.fingerprint)),
+        fitted.attached(other, tokenizer),
+    ):
         pass
 
 
 def test_attached_leaves_the_model_as_found_after_an_exception(fitted, model, tokenizer):
-    plain, kernel = score_options(model, tokenizer, texts(), OPTIONS), model.config._attn_implementation
+    plain, kernel = (
+        score_options(model, tokenizer, texts(), OPTIONS),
+        model.config._attn_implementation,
+    )
     with pytest.raises(RuntimeError), fitted.attached(model, tokenizer) as routed:
         assert not torch.equal(routed.score(texts(), OPTIONS), plain)
         raise RuntimeError
@@ -304,12 +354,18 @@ def test_attached_leaves_the_model_as_found_after_an_exception(fitted, model, to
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
 def test_a_strength_that_is_no_number_is_refused(strength, fitted, model, tokenizer):
-    with pytest.raises(ValueError, match="finite"), fitted.attached(model, tokenizer, strength=strength):
+    with (
+        pytest.raises(ValueError, match="finite"),
+        fitted.attached(model, tokenizer, strength=strength),
+    ):
         pass
 
 
 def test_a_channel_that_says_nothing_is_left_out_and_does_not_blow_up(model, tokenizer):
-    features, generator = features_of(HIDDEN, model, tokenizer, "cpu"), torch.Generator().manual_seed(0)
+    features, generator = (
+        features_of(HIDDEN, model, tokenizer, "cpu"),
+        torch.Generator().manual_seed(0),
+    )
     vectors = torch.randn(20, 42, generator=generator)
     vectors[:, 7] = 300 + 0.5 * vectors[:, 7]  # rounding, in bfloat16
     vectors[:, 9] = 0
@@ -326,7 +382,9 @@ def test_in_use_a_router_decides_as_at_the_end_of_training(config, model, tokeni
     def keep_end(self):
         run(self)
         with torch.no_grad():
-            ends.append((self.queries, self.router(torch.stack([query.features for query in self.queries]))))
+            ends.append(
+                (self.queries, self.router(torch.stack([query.features for query in self.queries])))
+            )
 
     monkeypatch.setattr(Trainer, "run", keep_end)
     fitted = InContextRouter.fit(model, tokenizer, [tiny.task()], config)
@@ -340,7 +398,10 @@ def test_in_use_a_router_decides_as_at_the_end_of_training(config, model, tokeni
 
 def test_an_absorbed_scale_decides_as_training_did():
     generator = torch.Generator().manual_seed(0)
-    router, vectors = Router(42, 2, 6, 3, 5, generator), 3 * torch.randn(20, 42, generator=generator) + 7
+    router, vectors = (
+        Router(42, 2, 6, 3, 5, generator),
+        3 * torch.randn(20, 42, generator=generator) + 7,
+    )
     torch.nn.init.normal_(router.alpha[-1].weight, generator=generator)
     mean, std = vectors.mean(0), vectors.std(0)
     trained = router((vectors - mean) / std)
@@ -353,7 +414,9 @@ def test_an_absorbed_scale_decides_as_training_did():
 
 def test_hidden_states_that_have_read_nothing_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="layer 0"):
-        InContextRouter.fit(model, tokenizer, [tiny.task()], FitConfig(layers=(0, 4), encoder=HIDDEN))
+        InContextRouter.fit(
+            model, tokenizer, [tiny.task()], FitConfig(layers=(0, 4), encoder=HIDDEN)
+        )
 
 
 def test_rows_of_equal_tokens_are_read_where_they_stand(fitted, model, tokenizer):
@@ -363,7 +426,9 @@ def test_rows_of_equal_tokens_are_read_where_they_stand(fitted, model, tokenizer
     with fitted.attached(model, tokenizer):
         together = model(**inputs).logits
         for row in range(2):
-            alone = model(**{name: tensor[row : row + 1] for name, tensor in inputs.items()}).logits[0]
+            alone = model(
+                **{name: tensor[row : row + 1] for name, tensor in inputs.items()}
+            ).logits[0]
             assert (together[row] - alone).abs().max() < 1e-4
 
 
@@ -390,7 +455,9 @@ def test_layers_outside_the_model_are_refused(config, model, tokenizer):
         InContextRouter.fit(model, tokenizer, [tiny.task()], wrong)
 
 
-@pytest.mark.parametrize(("name", "value"), [("rank", 0), ("lr", -1.0), ("basis", "fourier"), ("ce_scope", "all")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("rank", 0), ("lr", -1.0), ("basis", "fourier"), ("ce_scope", "all")]
+)
 def test_settings_are_checked_when_made(name, value):
     with pytest.raises((ValueError, TypeError), match=name):
         FitConfig(**{name: value})
@@ -413,11 +480,15 @@ def test_a_query_that_is_not_finite_is_named_and_left_out_only_if_asked(config, 
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.nan
     odd = {task.prompt(e) for e in task.train if token in tokenizer(task.prompt(e)).input_ids}
-    clean = dataclasses.replace(task, train=tuple(e for e in task.train if task.prompt(e) not in odd))
+    clean = dataclasses.replace(
+        task, train=tuple(e for e in task.train if task.prompt(e) not in odd)
+    )
     assert 0 < len(odd) < len(task.train)
     config = dataclasses.replace(config, n_queries=1000, epochs=1)
     given = model, tokenizer, [task], features_of(config.encoder, model, tokenizer, "cpu"), 3
-    with pytest.raises(ValueError, match=r"NaN or infinity in the states of .* leave such prompts out"):
+    with pytest.raises(
+        ValueError, match=r"NaN or infinity in the states of .* leave such prompts out"
+    ):
         training_queries(*given, config)
     queries, (mean, _) = training_queries(*given, dataclasses.replace(config, skip_nan=True))
     assert len(queries) == len(clean.train)
@@ -427,27 +498,48 @@ def test_a_query_that_is_not_finite_is_named_and_left_out_only_if_asked(config, 
 
 
 def test_a_step_without_a_finite_logit_is_left_out_only_if_asked(model, tokenizer):
-    states, generator = run_trunk(model, tokenizer(texts()[:4]).input_ids, 3, 1), torch.Generator().manual_seed(0)
+    states, generator = (
+        run_trunk(model, tokenizer(texts()[:4]).input_ids, 3, 1),
+        torch.Generator().manual_seed(0),
+    )
     states[2] = dataclasses.replace(states[2], hidden=torch.full_like(states[2].hidden, torch.nan))
-    queries = [Query(state, torch.randn(12, generator=generator), [5, 9], 1, "a text") for state in states]
+    queries = [
+        Query(state, torch.randn(12, generator=generator), [5, 9], 1, "a text") for state in states
+    ]
     for batch_size, n_steps in ((1, 3), (2, 2)):
         settings = FitConfig((3, 4), 3, batch_size=batch_size, epochs=1)
-        trainer = Trainer(model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1)
+        trainer = Trainer(
+            model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1
+        )
         with pytest.raises(ValueError, match="NaN or infinity in the logits"):
             trainer.run()
         settings = dataclasses.replace(settings, skip_nan=True)
-        trainer = Trainer(model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1)
+        trainer = Trainer(
+            model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1
+        )
         trainer.run()
         assert len(trainer.log) == n_steps
         assert all(parameter.isfinite().all() for parameter in trainer.router.parameters())
 
 
-def test_a_gradient_that_is_not_finite_stops_training_before_the_router_is_touched(model, tokenizer, monkeypatch):
-    states, generator = run_trunk(model, tokenizer(texts()[:2]).input_ids, 3, 1), torch.Generator().manual_seed(0)
+def test_a_gradient_that_is_not_finite_stops_training_before_the_router_is_touched(
+    model, tokenizer, monkeypatch
+):
+    states, generator = (
+        run_trunk(model, tokenizer(texts()[:2]).input_ids, 3, 1),
+        torch.Generator().manual_seed(0),
+    )
     queries = [Query(state, torch.randn(12, generator=generator), [5, 9], 1) for state in states]
-    settings, plain = FitConfig((3, 4), 3, batch_size=2, epochs=1, skip_nan=True), torch.autograd.grad
-    trainer = Trainer(model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1)
-    monkeypatch.setattr(torch.autograd, "grad", lambda *args: [part * torch.nan for part in plain(*args)])
+    settings, plain = (
+        FitConfig((3, 4), 3, batch_size=2, epochs=1, skip_nan=True),
+        torch.autograd.grad,
+    )
+    trainer = Trainer(
+        model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1
+    )
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *args: [part * torch.nan for part in plain(*args)]
+    )
     with pytest.raises(ValueError, match="its gradient is not finite"):
         trainer.run()
     assert all(parameter.isfinite().all() for parameter in trainer.router.parameters())
@@ -458,4 +550,6 @@ def test_a_fit_without_one_finite_query_is_refused(config, tokenizer):
     torch.nn.init.constant_(model.get_output_embeddings().weight, torch.nan)
     features = features_of(config.encoder, model, tokenizer, "cpu")
     with pytest.raises(ValueError, match="no training query has finite states"):
-        training_queries(model, tokenizer, [tiny.task()], features, 3, dataclasses.replace(config, skip_nan=True))
+        training_queries(
+            model, tokenizer, [tiny.task()], features, 3, dataclasses.replace(config, skip_nan=True)
+        )

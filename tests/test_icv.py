@@ -33,7 +33,9 @@ def fitted(model, tokenizer, tasks=(TASK,), **changes):
 
 
 def prompts_of(n=5):
-    return [TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:n])]
+    return [
+        TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:n])
+    ]
 
 
 def mlps_of(model):
@@ -56,7 +58,10 @@ def test_what_every_mlp_adds_keeps_its_norm_and_turns_towards_the_direction(fami
             plain = outputs[0]
         after = turned(plain, method.directions[layer], 0.1)
         assert torch.allclose(after.norm(dim=-1), plain.norm(dim=-1), rtol=1e-5)
-        cosines = [torch.cosine_similarity(found, method.directions[layer], dim=-1) for found in (plain, after)]
+        cosines = [
+            torch.cosine_similarity(found, method.directions[layer], dim=-1)
+            for found in (plain, after)
+        ]
         assert (cosines[1] > cosines[0]).all()
     with recorded([mlps_of(model)[0]]) as outputs:
         logits_of(model, tokenizer, texts)
@@ -79,7 +84,10 @@ def test_no_strength_changes_nothing(family, tokenizer):
 
 def test_the_turn_is_the_published_one_token_by_token():
     generator = torch.Generator().manual_seed(6)
-    states, direction = torch.randn(3, 4, 7, generator=generator), 5 * torch.randn(7, generator=generator)
+    states, direction = (
+        torch.randn(3, 4, 7, generator=generator),
+        5 * torch.randn(7, generator=generator),
+    )
     states[1, 2] = 0
     found = turned(states, direction, 0.3)
     unit, sides = direction / direction.norm(), []
@@ -108,7 +116,9 @@ def test_the_direction_is_the_mean_and_the_first_principal_axis_of_the_covarianc
     found = icv_direction(changes) - changes.mean(0)
     assert torch.allclose(found, axis, atol=1e-5)
     assert float(found.norm()) == pytest.approx(1, abs=1e-5)
-    assert torch.allclose(icv_direction(2 * changes.mean(0) - changes) - changes.mean(0), -found, atol=1e-5)
+    assert torch.allclose(
+        icv_direction(2 * changes.mean(0) - changes) - changes.mean(0), -found, atol=1e-5
+    )
 
 
 def test_a_single_change_is_its_own_direction():
@@ -122,7 +132,9 @@ def test_directions_come_from_the_last_tokens_of_both_texts(form, family, tokeni
     """Embedding included, whose width OPT chooses by itself."""
     monkeypatch.setattr(icv, "FORMS", {form: FORMS[form]})
     seen, balanced = [], icv.balanced_demos
-    monkeypatch.setattr(icv, "balanced_demos", lambda *args: seen.append(balanced(*args)) or seen[-1])
+    monkeypatch.setattr(
+        icv, "balanced_demos", lambda *args: seen.append(balanced(*args)) or seen[-1]
+    )
     model = model_of(family)
     method = fitted(model, tokenizer)
     (demos,) = seen
@@ -136,7 +148,9 @@ def test_directions_come_from_the_last_tokens_of_both_texts(form, family, tokeni
     for demo in demos:
         bare = TASK.prompt(demo)
         others = [(TASK, other) for other in demos if other is not demo]
-        told = f"{bare} {TASK.answer(demo)}" if form == "pair" else few_shot(TASK, demo, others).text
+        told = (
+            f"{bare} {TASK.answer(demo)}" if form == "pair" else few_shot(TASK, demo, others).text
+        )
         assert told.endswith(bare) == (form != "pair")
         changes.append(states(told) - states(bare))
     n_layers, width = len(layers_of(model)), model.config.hidden_size
@@ -147,12 +161,16 @@ def test_directions_come_from_the_last_tokens_of_both_texts(form, family, tokeni
     assert method.n_labelled == 4
 
 
-def test_strength_and_form_are_chosen_on_validation_rows_the_published_first(tokenizer, monkeypatch):
+def test_strength_and_form_are_chosen_on_validation_rows_the_published_first(
+    tokenizer, monkeypatch
+):
     accuracies = iter((0.5, 0.7, 0.1, 0.7, 0.2, 0.1, 0.3, 0.3))
     monkeypatch.setattr(ICV, "validated", lambda self: next(accuracies))
     method, first = (fitted(tiny.model("llama"), tokenizer, tries=tries) for tries in (12, 1))
     assert [(tried["strength"], tried["form"]) for tried in method.tried] == [
-        (strength, form) for strength in (0.1, 0.05, 0.02, 0.2) for form in ("pair", "few-minus-zero")
+        (strength, form)
+        for strength in (0.1, 0.05, 0.02, 0.2)
+        for form in ("pair", "few-minus-zero")
     ]
     assert float(first.strength) == float(method.strength) == pytest.approx(0.1)
     assert not torch.allclose(first.directions, method.directions)
@@ -181,7 +199,10 @@ def test_a_batch_padded_on_the_left_scores_like_single_prompts(family, tokenizer
     ids = torch.tensor([option_ids(tokenizer, prompt, TASK.spec.options) for prompt in prompts])
     with method.applied(TASK), torch.no_grad():
         logits = model(**padded, position_ids=positions).logits[:, -1]
-        alone = [score_options(model, tokenizer, [Prompt("", prompt)], TASK.spec.options) for prompt in prompts]
+        alone = [
+            score_options(model, tokenizer, [Prompt("", prompt)], TASK.spec.options)
+            for prompt in prompts
+        ]
     assert torch.allclose(logits.gather(1, ids), torch.cat(alone), atol=1e-4)
 
 

@@ -47,7 +47,9 @@ def test_options_before_and_after_are_what_scoring_gives(world):
         decided = routed.routing(prompts()[:1])
     assert [one.text for one in seen.options] == list(OPTIONS)
     assert (torch.tensor([one.logits for one in seen.options]).T - scores).abs().max() < CLOSE
-    assert (torch.tensor([one.probabilities for one in seen.options]).T - scores.softmax(-1)).abs().max() < CLOSE
+    assert (
+        torch.tensor([one.probabilities for one in seen.options]).T - scores.softmax(-1)
+    ).abs().max() < CLOSE
     assert torch.equal(seen.routing.head_gates, decided.head_gates)
     assert torch.equal(seen.routing.routing_vector, decided.routing_vector)
 
@@ -59,7 +61,10 @@ def test_top_tokens_are_the_likeliest_of_either_side(world, seen):
     assert len(pairs) == 10
     assert abs(pairs[:, 0].max() - plain.max()) < CLOSE
     assert pairs.amax(1).tolist() == sorted(pairs.amax(1).tolist(), reverse=True)
-    assert pairs.amax(1).min() >= seen.passes.logits.softmax(-1).amax(0).sort(descending=True).values[9] - CLOSE
+    assert (
+        pairs.amax(1).min()
+        >= seen.passes.logits.softmax(-1).amax(0).sort(descending=True).values[9] - CLOSE
+    )
 
 
 def test_what_tokens_gain_others_lose(seen):
@@ -97,7 +102,9 @@ def test_what_comes_from_the_prompt_is_escaped(page):
     assert "<img" not in page
     assert "<b>joy" not in page
     assert "&lt;model&gt; &amp; router" in page
-    shown = re.sub(r"<[^>]+>", "", re.search(r'<p class="prompt">(.*?)</p>', page, re.DOTALL).group(1))
+    shown = re.sub(
+        r"<[^>]+>", "", re.search(r'<p class="prompt">(.*?)</p>', page, re.DOTALL).group(1)
+    )
     assert shown.startswith("Review: &lt;img src=x&gt; &amp; ")
 
 
@@ -114,7 +121,13 @@ def test_the_page_fetches_nothing_and_runs_nothing(page):
 
 def test_the_text_is_plain_and_names_what_moved(seen):
     text = inspection.text(seen)
-    for said in ("'positive'", "next token", "gates, %", "attention of the last token", repr(seen.tokens[-1])):
+    for said in (
+        "'positive'",
+        "next token",
+        "gates, %",
+        "attention of the last token",
+        repr(seen.tokens[-1]),
+    ):
         assert said in text
     assert "&" not in text.replace(" &", "").replace("'&", "")
     assert max(map(len, text.splitlines()[1:])) <= 80

@@ -103,7 +103,9 @@ def test_io_positions_are_the_tokens_before_the_answers(tokenizer):
     assert episode.positions[-1] == len(episode.tokens) - 1
     for demo, position in zip(demos, episode.positions, strict=False):
         assert tokenizer.decode(episode.tokens[: position + 1]).endswith(TASK.prompt(demo))
-        assert tokenizer.decode(episode.tokens[position + 1 :]).startswith(f" {TASK.answer(demo)}\n")
+        assert tokenizer.decode(episode.tokens[position + 1 :]).startswith(
+            f" {TASK.answer(demo)}\n"
+        )
     assert query not in demos
 
 
@@ -133,7 +135,10 @@ def test_tasks_are_pooled_in_the_querys_vector_and_apart_in_the_classes(tokenize
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_the_querys_vector_is_added_at_the_last_token_alone(family, tokenizer):
-    model, prompts = tiny.model(family), [TASK.prompt(row) + "." * (2 * i) + ":" for i, row in enumerate(TASK.test[:5])]
+    model, prompts = (
+        tiny.model(family),
+        [TASK.prompt(row) + "." * (2 * i) + ":" for i, row in enumerate(TASK.test[:5])],
+    )
     method = IterativeVectors(Settings())
     method.model, n_layers, width = model, len(layers_of(model)), model.config.hidden_size
     method.vectors = torch.randn(3, n_layers, width, generator=torch.Generator().manual_seed(2))
@@ -153,7 +158,9 @@ def test_the_querys_vector_is_added_at_the_last_token_alone(family, tokenizer):
         change = outputs[0] - before
         changed = score_options(model, tokenizer, prompts, TASK.spec.options)
     assert not change[:, :-1].any()
-    assert torch.allclose(change[:, -1], (0.7 * method.vectors[0, 0]).expand(len(prompts), -1), atol=1e-5)
+    assert torch.allclose(
+        change[:, -1], (0.7 * method.vectors[0, 0]).expand(len(prompts), -1), atol=1e-5
+    )
     ids = torch.tensor([option_ids(tokenizer, prompt, TASK.spec.options) for prompt in prompts])
     assert torch.allclose(logits.gather(1, ids), changed, atol=1e-4)
     assert not torch.allclose(changed, plain, atol=1e-2)
@@ -161,12 +168,18 @@ def test_the_querys_vector_is_added_at_the_last_token_alone(family, tokenizer):
 
 def test_the_default_of_the_published_code_is_tried_first_and_the_budget_holds(tokenizer):
     tried = fitted(tiny.model("llama"), tokenizer, tries=5).tried
-    assert [(row["strength"], row["extraction_strength"]) for row in tried][:2] == [(1.0, 0.1), (1.0, 0.5)]
+    assert [(row["strength"], row["extraction_strength"]) for row in tried][:2] == [
+        (1.0, 0.1),
+        (1.0, 0.5),
+    ]
     assert len(tried) == 5
 
 
 def test_rows_are_counted_once(tokenizer):
-    for tries, n_looked_at in ((1, 0), (2, len(TASK.validation))):  # validation rows are read only to choose
+    for tries, n_looked_at in (
+        (1, 0),
+        (2, len(TASK.validation)),
+    ):  # validation rows are read only to choose
         method = fitted(tiny.model("llama"), tokenizer, train_rows=60, tries=tries)
         assert method.n_labelled == len(TASK.train) + n_looked_at
 

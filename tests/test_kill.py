@@ -8,7 +8,7 @@ import time
 import numpy as np
 import torch
 
-from icrouting import cli
+from icrouting.cli import main
 from icrouting.evaluation import evaluate, records
 from test_cli import world  # noqa: F401
 
@@ -19,12 +19,21 @@ def run(arguments):
     """What the child does; a forked one would inherit torch's thread pool without its threads."""
     torch.set_num_threads(1)
     evaluate.CHUNK = 3
-    cli.main(arguments)
+    main.main(arguments)
 
 
-def start(world, out):  # noqa: F811
-    where = ["--model", str(world / "model"), "--data", str(world / "data"), "--router", str(world / "router")]
-    small = "--tasks sst2 mr --sources sst2 --n-test 14 --demos-per-class 1 --i2cl-epochs 2 --seeds 0 1"
+def start(world, out):
+    where = [
+        "--model",
+        str(world / "model"),
+        "--data",
+        str(world / "data"),
+        "--router",
+        str(world / "router"),
+    ]
+    small = (
+        "--tasks sst2 mr --sources sst2 --n-test 14 --demos-per-class 1 --i2cl-epochs 2 --seeds 0 1"
+    )
     arguments = ["eval", "--out", str(out), *where, *small.split(), "--methods", *METHODS.split()]
     process = multiprocessing.get_context("spawn").Process(target=run, args=(arguments,))
     process.start()
@@ -40,14 +49,20 @@ def table(out):
     """The Markdown report without what time and command line have a say in."""
     scores, _, costs = (out / "report.md").read_text().partition("\n\nTime per example")
     assert "| method | times zero-shot |" in costs
-    lines = [line.split(" | ") for line in scores.splitlines() if not line.startswith(("| ms per", "- Model"))]
-    timed = next((line.index("ms per example") for line in lines if "ms per example" in line), None)  # many methods
+    lines = [
+        line.split(" | ")
+        for line in scores.splitlines()
+        if not line.startswith(("| ms per", "- Model"))
+    ]
+    timed = next(
+        (line.index("ms per example") for line in lines if "ms per example" in line), None
+    )  # many methods
     scores = [[cell for place, cell in enumerate(line) if place != timed] for line in lines]
     fits = costs.partition("What a fit costs")[2].splitlines()
     return [*scores, *(line.rpartition(" | ")[0] for line in fits)]  # whose last column is seconds
 
 
-def test_five_kills_change_nothing(world, tmp_path):  # noqa: F811
+def test_five_kills_change_nothing(world, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     process = start(world, whole)
     process.join()
@@ -69,6 +84,11 @@ def test_five_kills_change_nothing(world, tmp_path):  # noqa: F811
     assert process.exitcode == 0
     key = lambda record: record.key  # noqa: E731
     found, expected = (sorted(records.read(out / "records.jsonl"), key=key) for out in (cut, whole))
-    assert [(r.key, r.prediction, r.n_tokens) for r in found] == [(r.key, r.prediction, r.n_tokens) for r in expected]
-    assert all(np.allclose(a.option_logits, b.option_logits, atol=1e-4) for a, b in zip(found, expected, strict=True))
+    assert [(r.key, r.prediction, r.n_tokens) for r in found] == [
+        (r.key, r.prediction, r.n_tokens) for r in expected
+    ]
+    assert all(
+        np.allclose(a.option_logits, b.option_logits, atol=1e-4)
+        for a, b in zip(found, expected, strict=True)
+    )
     assert table(cut) == table(whole)

@@ -23,6 +23,6 @@ def test_public_names_are_there():
 
 def test_without_lm_evaluation_harness_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
-    monkeypatch.delitem(sys.modules, "icrouting.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "icrouting.lm_eval", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'icrouting\[lm-eval\]'"):
-        importlib.import_module("icrouting.harness")
+        importlib.import_module("icrouting.lm_eval")

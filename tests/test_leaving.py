@@ -43,13 +43,21 @@ def inventory(model):
             sorted(vars(module)),
             module.training,
             {key: list(value) for key, value in vars(module).items() if "hooks" in key and value},
-            [(key, parameter.requires_grad, parameter._version) for key, parameter in module.named_parameters()],
+            [
+                (key, parameter.requires_grad, parameter._version)
+                for key, parameter in module.named_parameters()
+            ],
         )
         for name, module in model.named_modules()
     ]
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     seen = [(config.to_dict(), config._attn_implementation) for config in configs]
-    return modules, seen, model.generation_config.to_dict(), getattr(model.generate, "__func__", None)
+    return (
+        modules,
+        seen,
+        model.generation_config.to_dict(),
+        getattr(model.generate, "__func__", None),
+    )
 
 
 def objects():
@@ -75,9 +83,14 @@ def raising_at(n_tokens):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("family", ALL)
-def test_an_exception_in_generation_leaves_nothing_behind(family, training, encoder_folder, tokenizer):
+def test_an_exception_in_generation_leaves_nothing_behind(
+    family, training, encoder_folder, tokenizer
+):
     model = model_of(family)
-    icr, inputs = router_for(model, encoder_folder), tokenizer(["Review: joy\nSentiment:", "dull"], padding=True)
+    icr, inputs = (
+        router_for(model, encoder_folder),
+        tokenizer(["Review: joy\nSentiment:", "dull"], padding=True),
+    )
     inputs, settings = inputs.convert_to_tensors("pt"), {"max_new_tokens": 5, "do_sample": False}
     plain, words = logits_of(model, inputs), model.generate(**inputs, **settings)
     model.train(training)
@@ -95,7 +108,9 @@ def test_an_exception_in_generation_leaves_nothing_behind(family, training, enco
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_attaching_over_and_over_leaves_no_hook_no_object_and_no_memory(family, encoder_folder, tokenizer):
+def test_attaching_over_and_over_leaves_no_hook_no_object_and_no_memory(
+    family, encoder_folder, tokenizer
+):
     model = model_of(family)
     icr, before = router_for(model, encoder_folder), inventory(model)
     inputs = tokenizer(["Review: joy\nSentiment:"], return_tensors="pt")

@@ -38,18 +38,27 @@ def fitted(kind, model, tokenizer, tasks=(TASK,), **changes):
 
 
 def scores(model, tokenizer, n=7):
-    prompts = [TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:n])]
+    prompts = [
+        TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:n])
+    ]
     return score_options(model, tokenizer, prompts, TASK.spec.options)
 
 
 def whole(model):
     """Everything that could tell that an adapter was there."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    return state, [id(module) for module in model.modules()], set(vars(model)), model.config.to_dict()
+    return (
+        state,
+        [id(module) for module in model.modules()],
+        set(vars(model)),
+        model.config.to_dict(),
+    )
 
 
 def same(before, after):
-    return before[1:] == after[1:] and all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+    return before[1:] == after[1:] and all(
+        torch.equal(value, after[0][name]) for name, value in before[0].items()
+    )
 
 
 def of(model, kind):
@@ -119,8 +128,13 @@ def test_the_last_block_is_what_pefts_own_names_say():
             fan_in_fan_out=family == "gpt2",
         )
         named = peft.inject_adapter_in_model(config, tiny.model(family))
-        with torch.random.fork_rng(), injected(model, of(model, LoraBlock)._targets(), 32, 5) as adapter:
-            theirs = {name: weight.shape for name, weight in named.named_parameters() if ".lora_" in name}
+        with (
+            torch.random.fork_rng(),
+            injected(model, of(model, LoraBlock)._targets(), 32, 5) as adapter,
+        ):
+            theirs = {
+                name: weight.shape for name, weight in named.named_parameters() if ".lora_" in name
+            }
             assert {name: weight.shape for name, weight in adapter.items()} == theirs
 
 
@@ -136,7 +150,9 @@ def test_trained_parameters_are_counted_exactly(family, tokenizer):
 
 
 @ARMS
-def test_the_model_is_whole_again_after_an_exception_and_a_failed_entry(kind, tokenizer, monkeypatch):
+def test_the_model_is_whole_again_after_an_exception_and_a_failed_entry(
+    kind, tokenizer, monkeypatch
+):
     model = tiny.model("llama")
     method, plain, before = fitted(kind, model, tokenizer), scores(model, tokenizer), whole(model)
     with pytest.raises(RuntimeError, match="thrown inside"), method.applied(TASK):
@@ -211,7 +227,9 @@ def test_training_lowers_the_loss_on_its_rows_and_stays_on_the_seed(tokenizer):
     assert any(not torch.equal(weight, other[name]) for name, weight in first.items())
 
     def loss():
-        found = score_options(model, tokenizer, [TASK.prompt(row) for row in TASK.train[:8]], TASK.spec.options)
+        found = score_options(
+            model, tokenizer, [TASK.prompt(row) for row in TASK.train[:8]], TASK.spec.options
+        )
         labels = torch.tensor([row.label for row in TASK.train[:8]])
         return nn.functional.cross_entropy(found, labels).item()
 
@@ -241,7 +259,15 @@ def test_training_stops_where_the_held_loss_is_least():
         seen.append(weight.detach().clone())
         return torch.tensor([[0.0, next(falls)]])  # answer 0: the larger, the worse
 
-    tune([weight], [(None, 1)], [(None, 0)], logits_of, lr=0.1, n_epochs=9, rng=np.random.default_rng(0))
+    tune(
+        [weight],
+        [(None, 1)],
+        [(None, 0)],
+        logits_of,
+        lr=0.1,
+        n_epochs=9,
+        rng=np.random.default_rng(0),
+    )
     assert len(seen) == 2 + PATIENCE
     assert torch.equal(weight.detach(), seen[1])
     assert not torch.equal(seen[1], seen[2])
@@ -252,7 +278,9 @@ def test_data_budgets_and_pooled_sources(tokenizer):
     assert fitted(LoraBlock, model, tokenizer).n_labelled == 2 * 2 + len(TASK.validation)
     pooled = fitted(LoraBlock, model, tokenizer, (TASK, OTHER))
     assert pooled.n_labelled == 2 * (2 * 2 + len(TASK.validation))
-    assert fitted(LoraBlockMore, model, tokenizer, (TASK, OTHER)).n_labelled == 2 * (7 + len(TASK.validation))
+    assert fitted(LoraBlockMore, model, tokenizer, (TASK, OTHER)).n_labelled == 2 * (
+        7 + len(TASK.validation)
+    )
     assert len(GRID) <= 12
     with pytest.raises(ValueError, match="at least one source task"):
         fitted(LoraBlock, model, tokenizer, ())
@@ -271,7 +299,9 @@ def test_half_precision_models_get_an_adapter_in_float32(tokenizer):
     assert {weight.dtype for weight in method.adapter.values()} == {torch.float32}
     with method.applied(TASK):
         assert scores(model, tokenizer).isfinite().all()
-        assert {p.dtype for name, p in model.named_parameters() if ".lora_" in name} == {torch.float32}
+        assert {p.dtype for name, p in model.named_parameters() if ".lora_" in name} == {
+            torch.float32
+        }
     assert fingerprint(model) == before
 
 

@@ -11,7 +11,9 @@ LOGITS = torch.randn(5, 13, generator=GENERATOR) * 3
 
 def test_entropy_is_that_of_the_probabilities():
     probabilities = LOGITS.softmax(-1)
-    assert torch.allclose(losses.entropy(LOGITS), -(probabilities * probabilities.log()).sum(-1), atol=1e-5)
+    assert torch.allclose(
+        losses.entropy(LOGITS), -(probabilities * probabilities.log()).sum(-1), atol=1e-5
+    )
     assert losses.entropy(torch.zeros(1, 13)).item() == pytest.approx(math.log(13))
 
 

@@ -29,7 +29,9 @@ LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
 
 def prompts_of(task, n=7):
     # of mixed lengths
-    return [task.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(task.test[:n])]
+    return [
+        task.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(task.test[:n])
+    ]
 
 
 def fitted(kind, model, tokenizer, tasks=(TASK,), **changes):
@@ -52,11 +54,15 @@ def batch_of(tokenizer, prompts):
 @pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
 def test_branches_are_what_is_added_to_the_residual_stream(family, tokenizer):
     """A layer's output less its input is the sum of its branches, up to a family's own factor."""
-    model, batch = tiny.model(family, "eager" if family == "gemma2" else "sdpa"), batch_of(tokenizer, prompts_of(TASK))
+    model, batch = (
+        tiny.model(family, "eager" if family == "gemma2" else "sdpa"),
+        batch_of(tokenizer, prompts_of(TASK)),
+    )
     layer = layers_of(model)[2]
     entered = []
     handle = layer.register_forward_pre_hook(
-        lambda module, args, kwargs: entered.append((args or (kwargs["hidden_states"],))[0]), with_kwargs=True
+        lambda module, args, kwargs: entered.append((args or (kwargs["hidden_states"],))[0]),
+        with_kwargs=True,
     )
     with recorded([layer, *branches_of(model, 2)]) as outputs, torch.no_grad():
         next_token_logits(model, batch)
@@ -68,7 +74,10 @@ def test_branches_are_what_is_added_to_the_residual_stream(family, tokenizer):
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_a_task_vector_that_is_the_prompts_own_state_changes_nothing(family, tokenizer):
-    model, prompt = tiny.model(family, "eager" if family == "gemma2" else "sdpa"), TASK.prompt(TASK.test[0])
+    model, prompt = (
+        tiny.model(family, "eager" if family == "gemma2" else "sdpa"),
+        TASK.prompt(TASK.test[0]),
+    )
     method, batch = TaskVectors(Settings()), batch_of(tokenizer, [prompt])
     method.model = model
     with recorded(list(layers_of(model))) as outputs, torch.no_grad():
@@ -87,7 +96,10 @@ def test_a_task_vector_that_is_the_prompts_own_state_changes_nothing(family, tok
 
 @pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
 def test_the_cached_sweep_equals_the_naive_one(family, tokenizer):
-    model, method = tiny.model(family, "eager" if family == "gemma2" else "sdpa"), TaskVectors(Settings())
+    model, method = (
+        tiny.model(family, "eager" if family == "gemma2" else "sdpa"),
+        TaskVectors(Settings()),
+    )
     items = [(TASK, example) for example in TASK.train[:11]]
     generator = torch.Generator().manual_seed(5)
     n_layers, width = len(layers_of(model)), model.config.hidden_size
@@ -106,7 +118,9 @@ def test_the_cached_sweep_takes_a_prompt_of_one_token(tokenizer):
     spec = TaskSpec("one", "far", "{text}", TASK.spec.options)
     task, example = Task(spec, TASK.train, TASK.test), Example({"text": ":"}, (), 0)
     assert len(tokenizer(task.prompt(example)).input_ids) == 1
-    vectors = torch.randn(n_layers, model.config.hidden_size, generator=torch.Generator().manual_seed(5))
+    vectors = torch.randn(
+        n_layers, model.config.hidden_size, generator=torch.Generator().manual_seed(5)
+    )
     method, naive = TaskVectors(Settings()), []
     method.vectors = vectors
     for layer in range(n_layers):
@@ -117,7 +131,13 @@ def test_the_cached_sweep_takes_a_prompt_of_one_token(tokenizer):
 
 def test_a_cache_that_holds_more_than_keys_and_values_is_never_swept_wrongly():
     """Falcon-H1's other half is a recurrent state, which would run through variants that stand side by side."""
-    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    sizes = {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    }
     model = tiny.sharp(FalconH1Config(**tiny.SIZES, **sizes, mamba_chunk_size=4))
     ids = torch.arange(5, 16)[None]
 
@@ -139,9 +159,15 @@ def test_the_layer_is_the_best_on_validation_and_the_earliest_of_equals():
 def test_the_state_stands_at_the_prompt_s_last_token_and_at_no_generated_one(tokenizer):
     model = tiny.model("llama")
     method = fitted(TaskVectors, model, tokenizer)
-    block, given = layers_of(model)[method.layer], tokenizer([prompts_of(TASK)[0]], return_tensors="pt")
+    block, given = (
+        layers_of(model)[method.layer],
+        tokenizer([prompts_of(TASK)[0]], return_tensors="pt"),
+    )
     seen = []
-    with method.applied(TASK), block.register_forward_hook(lambda *args: seen.append(args[-1][0, -1])):
+    with (
+        method.applied(TASK),
+        block.register_forward_hook(lambda *args: seen.append(args[-1][0, -1])),
+    ):
         model.generate(**given, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     vector = method.vectors[method.layer]
     assert [torch.equal(state, vector) for state in seen] == [True, False, False]
@@ -151,7 +177,9 @@ def test_task_vectors_are_mean_states_of_few_shot_prompts(tokenizer, monkeypatch
     from icrouting.methods import task_vectors
 
     asked, few_shot = [], task_vectors.few_shot
-    monkeypatch.setattr(task_vectors, "few_shot", lambda *args: asked.append(few_shot(*args)) or asked[-1])
+    monkeypatch.setattr(
+        task_vectors, "few_shot", lambda *args: asked.append(few_shot(*args)) or asked[-1]
+    )
     model = tiny.model("llama")
     method = fitted(TaskVectors, model, tokenizer)
     assert len(asked) == 2
@@ -200,14 +228,19 @@ def test_a_fit_comes_back_from_its_tensors(kind, tokenizer):
     model, prompts = tiny.model("llama"), prompts_of(TASK)
     method, again = fitted(kind, model, tokenizer), kind(Settings())
     again.restore({name: tensor.clone() for name, tensor in method.tensors().items()})
-    assert torch.equal(scores_under(again, model, tokenizer, prompts), scores_under(method, model, tokenizer, prompts))
+    assert torch.equal(
+        scores_under(again, model, tokenizer, prompts),
+        scores_under(method, model, tokenizer, prompts),
+    )
 
 
 def test_context_vectors_are_means_at_the_newline_of_each_demonstration(tokenizer, monkeypatch):
     from icrouting.methods import i2cl
 
     shown, demonstration = [], i2cl.demonstration
-    monkeypatch.setattr(i2cl, "demonstration", lambda *args: shown.append(demonstration(*args)) or shown[-1])
+    monkeypatch.setattr(
+        i2cl, "demonstration", lambda *args: shown.append(demonstration(*args)) or shown[-1]
+    )
     model = tiny.model("gemma3")
     method = fitted(I2CL, model, tokenizer)
     assert len(shown) == 4
@@ -230,7 +263,9 @@ def test_i2cl_trains_every_scalar_and_no_weight_of_the_model(tokenizer):
     assert len(method.losses) == 20 * 2
     assert method.losses[-8:].mean() < method.losses[:8].mean()
     assert ((method.scalars - torch.tensor([0.1, 1.0])).abs() > 1e-4).all()
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert method.n_cached(TASK) == 2 * 5 * 42 + 4 * 5
 
@@ -256,12 +291,19 @@ def test_i2cl_works_with_one_demonstration(tokenizer):
 def test_the_noise_of_i2cl_is_in_training_only_and_of_the_published_size(tokenizer):
     model, prompts = tiny.model("llama"), prompts_of(TASK)
     method = fitted(I2CL, model, tokenizer)
-    assert torch.equal(scores_under(method, model, tokenizer, prompts), scores_under(method, model, tokenizer, prompts))
+    assert torch.equal(
+        scores_under(method, model, tokenizer, prompts),
+        scores_under(method, model, tokenizer, prompts),
+    )
     (branch, _), batch = branches_of(model, 0), batch_of(tokenizer, prompts)
     outputs = []
     for noise in (0.0, 1e-3):
         draws = torch.Generator().manual_seed(3)
-        with method._edited(method.scalars, noise, draws), recorded([branch]) as found, torch.no_grad():
+        with (
+            method._edited(method.scalars, noise, draws),
+            recorded([branch]) as found,
+            torch.no_grad(),
+        ):
             next_token_logits(model, batch)
         outputs.append(found[0])
     size = (outputs[1] - outputs[0]).norm(dim=-1) / outputs[0].norm(dim=-1)
@@ -295,7 +337,9 @@ def test_calibration_divides_by_the_probabilities_on_content_free_inputs(tokeniz
         prompt = f"Review: {text}\nSentiment:"
         ids = option_ids(tokenizer, prompt, TASK.spec.options)
         with torch.no_grad():
-            shares.append(model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1, ids].softmax(-1))
+            shares.append(
+                model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1, ids].softmax(-1)
+            )
     for before, after in zip(plain, found, strict=True):
         expected = torch.tensor(before.option_logits).softmax(-1) / torch.stack(shares).mean(0)
         got = torch.tensor(after.option_logits).exp()
@@ -307,7 +351,8 @@ def test_calibration_divides_by_the_probabilities_on_content_free_inputs(tokeniz
 def test_the_untouched_model_reads_equal_prompts_once(tokenizer, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "icrouting.evaluation.evaluate.score_options", lambda *a, **k: calls.append(1) or score_options(*a, **k)
+        "icrouting.evaluation.evaluate.score_options",
+        lambda *a, **k: calls.append(1) or score_options(*a, **k),
     )
     methods = make(["zero-shot", "calibration"], Settings())
     evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "r")
@@ -318,11 +363,15 @@ def test_the_untouched_model_reads_equal_prompts_once(tokenizer, tmp_path, monke
 def test_equal_prompts_with_other_options_are_read_anew(tokenizer, tmp_path):
     spec = TaskSpec("toy2", "far", TASK.spec.template, ("dull", "joy", "ball"))
     other = Task(spec, TASK.train, TASK.test, TASK.validation)
-    evaluation = Evaluation(tiny.model("llama"), tokenizer, make(["zero-shot"], Settings()), [TASK], tmp_path / "r")
+    evaluation = Evaluation(
+        tiny.model("llama"), tokenizer, make(["zero-shot"], Settings()), [TASK], tmp_path / "r"
+    )
     evaluation.run([TASK, other], (0,), 30)  # all items, so that both tasks ask the same prompts
     found = {record.key: record for record in records.read(tmp_path / "r")}
     (alone,) = make(["zero-shot"], Settings())
-    for record in Evaluation(tiny.model("llama"), tokenizer, [alone], [], tmp_path / "n").predict(alone, other, [3], 0):
+    for record in Evaluation(tiny.model("llama"), tokenizer, [alone], [], tmp_path / "n").predict(
+        alone, other, [3], 0
+    ):
         assert len(record.option_logits) == 3
     assert {len(r.option_logits) for r in found.values() if r.task == "toy2"} == {3}
 
@@ -351,10 +400,14 @@ def test_multi_task_prompts_hold_source_rows_only_and_are_one_for_all_tasks(toke
     method = make(["multi-task-few-shot"], Settings(demos_per_source=2))[0]
     unseen = tiny.task("unseen", n_test=30)
     method.fit(tiny.model("llama"), tokenizer, [TASK, OTHER], np.random.default_rng(0))
-    contexts = {method.prompt(task, example).context for task in (TASK, unseen) for example in task.test[:3]}
+    contexts = {
+        method.prompt(task, example).context for task in (TASK, unseen) for example in task.test[:3]
+    }
     (context,) = contexts
     shown = context.strip().split("\nReview: ")
-    known = {f"{e.fields['text']}\nSentiment: {t.answer(e)}" for t in (TASK, OTHER) for e in t.train}
+    known = {
+        f"{e.fields['text']}\nSentiment: {t.answer(e)}" for t in (TASK, OTHER) for e in t.train
+    }
     assert len(shown) == 4
     assert {text.removeprefix("Review: ") for text in shown} <= known
 
@@ -365,7 +418,10 @@ def test_a_kept_context_gives_the_scores_of_whole_prompts(tokenizer, tmp_path):
     evaluation.fit(0)
     kept = [evaluation.predict(methods[1], TASK, items, 0) for items in ([0, 1, 2], [3], [4, 5])]
     whole = score_options(
-        tiny.model("llama"), tokenizer, [methods[1].prompt(TASK, e).text for e in TASK.test[:6]], TASK.spec.options
+        tiny.model("llama"),
+        tokenizer,
+        [methods[1].prompt(TASK, e).text for e in TASK.test[:6]],
+        TASK.spec.options,
     )
     found = torch.tensor([record.option_logits for records in kept for record in records])
     assert torch.allclose(found, whole, atol=1e-5)
@@ -393,7 +449,10 @@ def test_last_tokens_are_found_under_both_paddings_and_behind_a_cache(tokenizer)
         ids, seen = torch.full((2, q_len), 5), []
         with (
             answering(model, in_steps=False) as now,
-            edited([layers_of(model)[0]], lambda _, h, seen=seen, now=now: seen.append(now.positions) or h),
+            edited(
+                [layers_of(model)[0]],
+                lambda _, h, seen=seen, now=now: seen.append(now.positions) or h,
+            ),
         ):
             cache = None
             if len(mask[0]) > q_len:
@@ -401,12 +460,19 @@ def test_last_tokens_are_found_under_both_paddings_and_behind_a_cache(tokenizer)
                 cache = model(input_ids=torch.full((2, n_before), 5), use_cache=True)[CACHE]
             model(input_ids=ids, attention_mask=torch.tensor(mask), **{CACHE: cache})
         assert seen[-1].tolist() == expected
-    assert last_of(torch.arange(12.0).reshape(2, 3, 2), torch.tensor([1, 2])).tolist() == [[2, 3], [10, 11]]
+    assert last_of(torch.arange(12.0).reshape(2, 3, 2), torch.tensor([1, 2])).tolist() == [
+        [2, 3],
+        [10, 11],
+    ]
 
 
 def test_edits_leave_no_hook_behind_after_an_exception():
     model = tiny.model("llama")
-    with pytest.raises(RuntimeError), recorded(list(layers_of(model))), answering(model, in_steps=True):
+    with (
+        pytest.raises(RuntimeError),
+        recorded(list(layers_of(model))),
+        answering(model, in_steps=True),
+    ):
         raise RuntimeError
     assert "generate" not in vars(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -414,7 +480,9 @@ def test_edits_leave_no_hook_behind_after_an_exception():
 
 def test_vectors_are_added_in_float32_and_rounded_once():
     states, vectors = torch.full((2, 3), 256.0).bfloat16(), torch.tensor([1.001, 1.0, 3.0])
-    found = added(states, vectors)  # bfloat16 steps by 2 there: 257.001 is nearer to 258, where a rounded 1 ties to 256
+    found = added(
+        states, vectors
+    )  # bfloat16 steps by 2 there: 257.001 is nearer to 258, where a rounded 1 ties to 256
     assert found.dtype == torch.bfloat16
     assert found.tolist() == [[258.0, 256.0, 260.0]] * 2
     assert added(states, vectors.expand(2, 3)).equal(found)

@@ -15,7 +15,9 @@ LEAST_COVERAGE = 0.895
 
 
 def answers(outcomes, **changes):
-    return metrics.frame(record(index, bool(is_right), **changes) for index, is_right in enumerate(outcomes))
+    return metrics.frame(
+        record(index, bool(is_right), **changes) for index, is_right in enumerate(outcomes)
+    )
 
 
 def over_seeds(outcomes, n_seeds):
@@ -23,7 +25,9 @@ def over_seeds(outcomes, n_seeds):
     return pd.concat([answers(outcomes, seed=seed) for seed in range(n_seeds)])
 
 
-@pytest.mark.parametrize(("n_right", "n"), [(0, 1), (1, 1), (0, 40), (17, 40), (40, 40), (250, 500)])
+@pytest.mark.parametrize(
+    ("n_right", "n"), [(0, 1), (1, 1), (0, 40), (17, 40), (40, 40), (250, 500)]
+)
 def test_accuracy_over_items_met_once_is_wilsons(n_right, n):
     found = metrics.accuracy(answers([index < n_right for index in range(n)]))
     wilson = binomtest(n_right, n).proportion_ci(method="wilson")
@@ -34,14 +38,22 @@ def test_accuracy_over_items_met_once_is_wilsons(n_right, n):
 
 
 def test_intervals_shrink_with_more_items():
-    widths = [(interval := metrics.accuracy(answers([True, False, True] * k))).high - interval.low for k in (3, 10, 50)]
+    widths = [
+        (interval := metrics.accuracy(answers([True, False, True] * k))).high - interval.low
+        for k in (3, 10, 50)
+    ]
     assert widths == sorted(widths, reverse=True)
 
 
 @pytest.mark.parametrize("outcomes", [[1, 0, 1, 1, 0, 1], [1] * 9, [0] * 5])
 def test_answering_the_same_items_again_adds_no_certainty(outcomes):
-    once, thrice = metrics.accuracy(over_seeds(outcomes, 1)), metrics.accuracy(over_seeds(outcomes, 3))
-    assert (thrice.value, thrice.low, thrice.high) == pytest.approx((once.value, once.low, once.high))
+    once, thrice = (
+        metrics.accuracy(over_seeds(outcomes, 1)),
+        metrics.accuracy(over_seeds(outcomes, 3)),
+    )
+    assert (thrice.value, thrice.low, thrice.high) == pytest.approx(
+        (once.value, once.low, once.high)
+    )
     baseline = over_seeds([0] * len(outcomes), 3)
     assert metrics.mcnemar(over_seeds(outcomes, 3), baseline) == metrics.mcnemar(
         over_seeds(outcomes, 1), over_seeds([0] * len(outcomes), 1)
@@ -62,7 +74,9 @@ def test_accuracy_intervals_cover_when_seeds_share_items():
     for _ in range(N_SIMULATED):
         pool = rng.random(60) < 0.7
         draws = [(seed, index) for seed in range(3) for index in rng.permutation(60)[:40]]
-        found = metrics.accuracy(metrics.frame(record(int(i), bool(pool[i]), seed=seed) for seed, i in draws))
+        found = metrics.accuracy(
+            metrics.frame(record(int(i), bool(pool[i]), seed=seed) for seed, i in draws)
+        )
         n_covered += found.low <= 0.7 <= found.high
     assert n_covered / N_SIMULATED >= LEAST_COVERAGE
 
@@ -91,7 +105,9 @@ def test_a_method_against_itself_has_no_difference():
 def test_difference_changes_sign_with_its_sides():
     mine, theirs = answers([1, 1, 1, 0, 1, 0, 1, 1]), answers([0, 1, 0, 0, 1, 1, 0, 0])
     there, back = metrics.difference(mine, theirs), metrics.difference(theirs, mine)
-    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
+    assert (there.value, there.low, there.high) == pytest.approx(
+        (-back.value, -back.high, -back.low)
+    )
     assert metrics.mcnemar(mine, theirs) == metrics.mcnemar(theirs, mine)
 
 
@@ -117,7 +133,9 @@ def test_mcnemar_seldom_rejects_without_an_effect():
     n_rejected = 0
     for _ in range(N_SIMULATED):
         mine, theirs = rng.random(40) < 0.6, rng.random(40) < 0.6
-        n_rejected += metrics.mcnemar(over_seeds(mine, 3), over_seeds(theirs, 3)) < metrics.SIGNIFICANCE
+        n_rejected += (
+            metrics.mcnemar(over_seeds(mine, 3), over_seeds(theirs, 3)) < metrics.SIGNIFICANCE
+        )
     assert n_rejected / N_SIMULATED <= 1 - LEAST_COVERAGE
 
 
@@ -130,9 +148,13 @@ def test_mcnemar_seldom_rejects_where_seeds_move_a_method_about_an_equal_baselin
         ours = pd.concat([answers(turned[seed], seed=seed) for seed in range(3)])
         n_rejected += metrics.mcnemar(ours, theirs) < metrics.SIGNIFICANCE
         votes = np.sign(sum(map(np.int64, turned)) - 3 * right)
-        n_by_votes += binomtest(int((votes > 0).sum()), int((votes != 0).sum())).pvalue < metrics.SIGNIFICANCE
+        n_by_votes += (
+            binomtest(int((votes > 0).sum()), int((votes != 0).sum())).pvalue < metrics.SIGNIFICANCE
+        )
     assert n_rejected / N_SIMULATED <= 1 - LEAST_COVERAGE
-    assert n_by_votes / N_SIMULATED == 0.244, "what benchmarks/LOG.md, entry 28, says of one vote an item"
+    assert n_by_votes / N_SIMULATED == 0.244, (
+        "what benchmarks/LOG.md, entry 28, says of one vote an item"
+    )
 
 
 def test_mcnemar_over_seeds_counts_all_flips_of_the_items_signs():
@@ -175,9 +197,13 @@ def test_mean_of_equal_estimates_narrows_with_the_root_of_their_number():
 def test_chance_and_majority_levels():
     three = answers([1, 1, 1], option_logits=(0.0, 0.0, 0.0))
     assert metrics.chance(three) == pytest.approx(1 / 3)
-    assert metrics.chance(pd.concat([three, answers([1, 1, 1])])) == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert metrics.chance(pd.concat([three, answers([1, 1, 1])])) == pytest.approx(
+        (1 / 3 + 1 / 2) / 2
+    )
     # labels 0, 1, 0; a second seed on the first item changes nothing
-    assert metrics.majority(pd.concat([three, metrics.frame([record(1, seed=5)])])) == pytest.approx(2 / 3)
+    assert metrics.majority(
+        pd.concat([three, metrics.frame([record(1, seed=5)])])
+    ) == pytest.approx(2 / 3)
 
 
 def test_above_chance_needs_more_than_luck_and_more_than_repeats():
@@ -206,13 +232,16 @@ def test_macro_f1_agrees_with_its_definition_and_repeats_with_its_generator():
     pairs = rng.integers(0, 3, (50, 2))
     logits = (0.0, 0.0, 0.0)
     some = metrics.frame(
-        record(i, label=int(a), prediction=int(b), option_logits=logits) for i, (a, b) in enumerate(pairs)
+        record(i, label=int(a), prediction=int(b), option_logits=logits)
+        for i, (a, b) in enumerate(pairs)
     )
     found = metrics.macro_f1(some, np.random.default_rng(4))
     scores = []
     for kind in range(3):
         hits = sum(a == b == kind for a, b in pairs)
-        scores.append(2 * hits / (sum(a == kind for a, _ in pairs) + sum(b == kind for _, b in pairs)))
+        scores.append(
+            2 * hits / (sum(a == kind for a, _ in pairs) + sum(b == kind for _, b in pairs))
+        )
     assert found.value == pytest.approx(np.mean(scores))
     assert found == metrics.macro_f1(some, np.random.default_rng(4))
 

@@ -75,13 +75,20 @@ def saved(tmp_path):
     return tmp_path
 
 
-def test_weights_on_disk_lie_in_the_cache_folder_as_long_as_their_model_lives(saved, tmp_path, monkeypatch):
+def test_weights_on_disk_lie_in_the_cache_folder_as_long_as_their_model_lives(
+    saved, tmp_path, monkeypatch
+):
     monkeypatch.setenv("ICROUTING_CACHE", str(tmp_path / "cache"))
     model, tokenizer = load_model(saved, dtype=torch.float32, device_map={"": "disk"})
     assert list((tmp_path / "cache").rglob("*.safetensors"))
     assert all(weight.is_meta and not weight.requires_grad for weight in model.parameters())
-    whole, inputs = load_model(saved, dtype=torch.float32)[0], tokenizer(["a dull film"], return_tensors="pt")
-    assert torch.equal(model(input_ids=inputs.input_ids).logits, whole(input_ids=inputs.input_ids).logits)
+    whole, inputs = (
+        load_model(saved, dtype=torch.float32)[0],
+        tokenizer(["a dull film"], return_tensors="pt"),
+    )
+    assert torch.equal(
+        model(input_ids=inputs.input_ids).logits, whole(input_ids=inputs.input_ids).logits
+    )
     del model
     gc.collect()
     assert not list((tmp_path / "cache" / "off-loaded").iterdir())
@@ -97,12 +104,17 @@ def test_a_map_that_puts_all_in_one_place_loads_an_ordinary_model(saved):
     ("places", "said"),
     [
         ({"device_map": "foo"}, r"device_map that fits it, not 'foo'; .*'auto', 'balanced'"),
-        ({"device_map": {"lm_head": "disk"}}, r"not \{'lm_head': 'disk'\}; .* does not give any device"),
+        (
+            {"device_map": {"lm_head": "disk"}},
+            r"not \{'lm_head': 'disk'\}; .* does not give any device",
+        ),
         ({"device_map": {"": "gpu"}}, r"not \{'': 'gpu'\}; Expected one of cpu, cuda"),
         ({"device_map": "auto", "device": "cpu"}, "got both"),
     ],
 )
-def test_a_place_that_is_none_is_said_in_one_line_and_leaves_nothing(places, said, saved, tmp_path, monkeypatch):
+def test_a_place_that_is_none_is_said_in_one_line_and_leaves_nothing(
+    places, said, saved, tmp_path, monkeypatch
+):
     monkeypatch.setenv("ICROUTING_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=said) as error:
         load_model(saved, **places)

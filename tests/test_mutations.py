@@ -27,16 +27,57 @@ FORGED = {
     **{name: NO_TEXT for name in ("base_model", "model_type", "fingerprint", "encoder", "rows")},
     **{name: [*NO_TEXT, "", "other"] for name in ("method", "site", "scale", "weights_sha256")},
     "format_version": [*NO_COUNT, 2],
-    "layers": [[], [4, 3], [3, 3], [3, 99], [3], [2, 3], [-1, 4], ["3", "4"], [3.0, 4.0], [[3, 4]], "34", 34, None, {}],
-    "tasks": [["toy"], "toy", 40, None, {"toy": "40"}, {"toy": 40.5}, {"toy": None}, {"toy": [40]}, {"toy": {"n": 40}}],
-    "versions": [["torch"], "torch", 2, None, {"torch": 2}, {"torch": None}, {"torch": ["2"]}, {"torch": {}}],
+    "layers": [
+        [],
+        [4, 3],
+        [3, 3],
+        [3, 99],
+        [3],
+        [2, 3],
+        [-1, 4],
+        ["3", "4"],
+        [3.0, 4.0],
+        [[3, 4]],
+        "34",
+        34,
+        None,
+        {},
+    ],
+    "tasks": [
+        ["toy"],
+        "toy",
+        40,
+        None,
+        {"toy": "40"},
+        {"toy": 40.5},
+        {"toy": None},
+        {"toy": [40]},
+        {"toy": {"n": 40}},
+    ],
+    "versions": [
+        ["torch"],
+        "torch",
+        2,
+        None,
+        {"torch": 2},
+        {"torch": None},
+        {"torch": ["2"]},
+        {"torch": {}},
+    ],
     "fit": ["fit", 3, None, [], {}, {"rank": 3}],
 }
 FORGED_FIT = {
     **{name: NO_COUNT for name in ("rank", "hidden_width")},
     **{
         name: [0, -1, -(10**400), *NO_COUNT[6:]]
-        for name in ("n_prompts", "demos_per_class", "n_queries", "max_tokens", "batch_size", "epochs")
+        for name in (
+            "n_prompts",
+            "demos_per_class",
+            "n_queries",
+            "max_tokens",
+            "batch_size",
+            "epochs",
+        )
     },
     **{name: [0, -1.0, 10**400, *NO_COUNT[6:7], *NO_COUNT[8:]] for name in ("lr", "grad_clip")},
     **{
@@ -94,10 +135,14 @@ def joined(header, body):
 
 def forged_fields():
     def setter(name, value, of=None):
-        return lambda where: rewritten(where, lambda config: (config[of] if of else config).update({name: value}))
+        return lambda where: rewritten(
+            where, lambda config: (config[of] if of else config).update({name: value})
+        )
 
     def dropper(name, of=None):
-        return lambda where: rewritten(where, lambda config: (config[of] if of else config).pop(name))
+        return lambda where: rewritten(
+            where, lambda config: (config[of] if of else config).pop(name)
+        )
 
     for of, fields in ((None, FORGED), ("fit", FORGED_FIT)):
         for name, values in fields.items():
@@ -118,12 +163,40 @@ def texts():
         )
         yield (
             f"nested field {depth}",
-            lambda text, d=depth: text.replace('"base_model": "', '"base_model": ' + "[" * d + "]" * d + ', "x": "', 1),
+            lambda text, d=depth: text.replace(
+                '"base_model": "', '"base_model": ' + "[" * d + "]" * d + ', "x": "', 1
+            ),
         )
-    for word in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 5000, "nul", "'3'", "0x3", "+3", "03"):
-        yield f"literal {word:.9}", lambda text, word=word: text.replace('"rank": 3', f'"rank": {word}')
-    for name in ("format_version", "n_heads", "layers", "fit", "checksum", "weights_sha256", "rank"):
-        yield f"twice {name}", lambda text, n=name: text.replace(f'"{n}": ', f'"{n}": 0, "{n}": ', 1)
+    for word in (
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e999",
+        "-1e999",
+        "1" * 5000,
+        "nul",
+        "'3'",
+        "0x3",
+        "+3",
+        "03",
+    ):
+        yield (
+            f"literal {word:.9}",
+            lambda text, word=word: text.replace('"rank": 3', f'"rank": {word}'),
+        )
+    for name in (
+        "format_version",
+        "n_heads",
+        "layers",
+        "fit",
+        "checksum",
+        "weights_sha256",
+        "rank",
+    ):
+        yield (
+            f"twice {name}",
+            lambda text, n=name: text.replace(f'"{n}": ', f'"{n}": 0, "{n}": ', 1),
+        )
     for content in (
         "",
         " ",
@@ -168,7 +241,19 @@ def headers(header, body):
         ):
             yield f"{name} as {dtype}", joined(header | {name: entry | {"dtype": dtype}}, body)
         size = entry["shape"]
-        for shape in ([], [*size[::-1], 1], [-1], [0], [2**62, 4], [*size, 1], [1, *size], "3", None, [3.5], [2**64]):
+        for shape in (
+            [],
+            [*size[::-1], 1],
+            [-1],
+            [0],
+            [2**62, 4],
+            [*size, 1],
+            [1, *size],
+            "3",
+            None,
+            [3.5],
+            [2**64],
+        ):
             yield f"{name} shaped {shape}", joined(header | {name: entry | {"shape": shape}}, body)
         start, stop = entry["data_offsets"]
         for offsets in (
@@ -181,9 +266,15 @@ def headers(header, body):
             None,
             [0, 2**64],
         ):
-            yield f"{name} at {offsets}", joined(header | {name: entry | {"data_offsets": offsets}}, body)
+            yield (
+                f"{name} at {offsets}",
+                joined(header | {name: entry | {"data_offsets": offsets}}, body),
+            )
         yield f"without {name}", joined({n: e for n, e in header.items() if n != name}, body)
-        yield f"{name} renamed", joined({n + "\n" * (n == name): e for n, e in header.items()}, body)
+        yield (
+            f"{name} renamed",
+            joined({n + "\n" * (n == name): e for n, e in header.items()}, body),
+        )
         for value in ("nan", "inf", "-inf"):
             yield (
                 f"{value} in {name}",
@@ -191,12 +282,18 @@ def headers(header, body):
             )
         if name.endswith("_std"):
             for value in (0.0, -1.0):
-                yield f"{value} in {name}", joined(header, body[:start] + struct.pack("<f", value) + body[start + 4 :])
+                yield (
+                    f"{value} in {name}",
+                    joined(header, body[:start] + struct.pack("<f", value) + body[start + 4 :]),
+                )
     extra = {"dtype": "F32", "shape": [1], "data_offsets": [len(body), len(body) + 4]}
     for name in ("pids.more", "router.alpha.4.weight", "more\nlines", "", "__metadata__"):
         yield f"one more, {name!r}", joined(header | {name: extra}, body + bytes(4))
     for n_bytes in (0, 1, 7, 8, 9, 2**20, 2**31, 2**62, 2**63, 2**64 - 1):
-        yield f"header of {n_bytes}", struct.pack("<Q", n_bytes) + json.dumps(header).encode() + body
+        yield (
+            f"header of {n_bytes}",
+            struct.pack("<Q", n_bytes) + json.dumps(header).encode() + body,
+        )
     for text in (
         b"",
         b"{}",
@@ -218,10 +315,16 @@ def places(where):
         yield f"no {name}", file.unlink
         yield f"{name} is a folder", lambda file=file: (file.unlink(), file.mkdir())
         yield f"{name} leads nowhere", lambda file=file: (file.unlink(), file.symlink_to("nowhere"))
-        yield f"{name} leads to itself", lambda file=file: (file.unlink(), file.symlink_to(file.name))
+        yield (
+            f"{name} leads to itself",
+            lambda file=file: (file.unlink(), file.symlink_to(file.name)),
+        )
         yield f"{name} is a pipe", lambda file=file: (file.unlink(), os.mkfifo(file))
         yield f"{name} is a device", lambda file=file: (file.unlink(), file.symlink_to("/dev/zero"))
-        yield f"{name} is a folder elsewhere", lambda file=file: (file.unlink(), file.symlink_to(file.parent.parent))
+        yield (
+            f"{name} is a folder elsewhere",
+            lambda file=file: (file.unlink(), file.symlink_to(file.parent.parent)),
+        )
         other = where / (WEIGHTS if name == CONFIG else CONFIG)
         yield f"{name} is the other file", lambda file=file, other=other: shutil.copy(other, file)
 
@@ -244,7 +347,7 @@ def damaged(whole, rng):
 
 
 @pytest.fixture
-def where(folder, tmp_path):  # noqa: F811
+def where(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "router")
 
 
@@ -261,12 +364,20 @@ def refusal(where):
     if took > SLOW:
         return f"took {took:.1f} s"
     is_named = CONFIG in said or WEIGHTS in said
-    return None if is_named and str(where) in said and len(said.splitlines()) == 1 else f"said {said!r:.200}"
+    return (
+        None
+        if is_named and str(where) in said and len(said.splitlines()) == 1
+        else f"said {said!r:.200}"
+    )
 
 
 def check(where, cases):
     """Applies each change to a fresh copy; all failures are shown at once."""
-    whole, failures, n_cases = {name: (where / name).read_bytes() for name in (CONFIG, WEIGHTS)}, [], 0
+    whole, failures, n_cases = (
+        {name: (where / name).read_bytes() for name in (CONFIG, WEIGHTS)},
+        [],
+        0,
+    )
     for case, change in cases:
         shutil.rmtree(where)
         where.mkdir()
@@ -301,16 +412,30 @@ def test_what_is_no_file_is_refused(where):
 
 def test_what_is_no_configuration_is_refused(where):
     text = (where / CONFIG).read_text()
-    check(where, ((case, lambda make=make: (where / CONFIG).write_text(make(text))) for case, make in texts()))
+    check(
+        where,
+        (
+            (case, lambda make=make: (where / CONFIG).write_text(make(text)))
+            for case, make in texts()
+        ),
+    )
 
 
 def test_forged_fields_with_right_checksums_are_refused(where):
-    assert check(where, ((case, lambda change=change: change(where)) for case, change in forged_fields())) > 400
+    assert (
+        check(
+            where, ((case, lambda change=change: change(where)) for case, change in forged_fields())
+        )
+        > 400
+    )
 
 
 def test_forged_weights_with_right_checksums_are_refused(where):
     cases = headers(*parts((where / WEIGHTS).read_bytes()))
-    assert check(where, ((case, lambda data=data: reweighted(where, data)) for case, data in cases)) > 500
+    assert (
+        check(where, ((case, lambda data=data: reweighted(where, data)) for case, data in cases))
+        > 500
+    )
 
 
 def test_damaged_headers_with_right_checksums_are_refused(where):
@@ -320,5 +445,11 @@ def test_damaged_headers_with_right_checksums_are_refused(where):
     versions = []
     for _ in range(200):
         text = damaged(data[8 : 8 + n_bytes], rng)
-        versions += [] if meaning(text) == meaning(data[8 : 8 + n_bytes]) else [joined(text, data[8 + n_bytes :])]
-    check(where, ((f"header {n}", lambda d=d: reweighted(where, d)) for n, d in enumerate(versions)))
+        versions += (
+            []
+            if meaning(text) == meaning(data[8 : 8 + n_bytes])
+            else [joined(text, data[8 + n_bytes :])]
+        )
+    check(
+        where, ((f"header {n}", lambda d=d: reweighted(where, d)) for n, d in enumerate(versions))
+    )

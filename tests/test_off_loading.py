@@ -45,19 +45,36 @@ def pair(request, folder):
 
 def state_of(model):
     """All that attaching, fitting and scoring touch, accelerate's hooks, and where every weight lies."""
-    hooks = [(*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks) for m in model.modules()]
-    own = [(id(vars(m).get("_hf_hook")), id(vars(m).get("forward")), m.training) for m in model.modules()]
-    weights = [(name, weight.is_meta, weight.requires_grad) for name, weight in model.named_parameters()]
+    hooks = [
+        (*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks) for m in model.modules()
+    ]
+    own = [
+        (id(vars(m).get("_hf_hook")), id(vars(m).get("forward")), m.training)
+        for m in model.modules()
+    ]
+    weights = [
+        (name, weight.is_meta, weight.requires_grad) for name, weight in model.named_parameters()
+    ]
     return hooks, own, weights, model.config._attn_implementation, sorted(vars(model))
 
 
 def fitted(model, tokenizer, encoder, folder=None):
-    config = FitConfig(n_prompts=9, demos_per_class=1, n_queries=9, rank=2, epochs=1, hidden_width=5, encoder=encoder)
+    config = FitConfig(
+        n_prompts=9,
+        demos_per_class=1,
+        n_queries=9,
+        rank=2,
+        epochs=1,
+        hidden_width=5,
+        encoder=encoder,
+    )
     return InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=folder)
 
 
 @pytest.mark.parametrize("features", ["encoder", HIDDEN])
-def test_a_fit_equals_that_in_memory_and_leaves_the_model_as_it_was(pair, features, encoder_folder, tmp_path):
+def test_a_fit_equals_that_in_memory_and_leaves_the_model_as_it_was(
+    pair, features, encoder_folder, tmp_path
+):
     whole, spread, tokenizer = pair
     encoder, before = str(encoder_folder) if features == "encoder" else features, state_of(spread)
     expected, got = fitted(whole, tokenizer, encoder), fitted(spread, tokenizer, encoder, tmp_path)
@@ -84,13 +101,18 @@ def test_activation_checkpointing_brings_off_loaded_layers_in_again(pair):
 def icr(pair, encoder_folder):
     whole, _, tokenizer = pair
     icr = fitted(whole, tokenizer, str(encoder_folder))
-    icr.router.alpha[-1].weight.normal_(generator=torch.Generator().manual_seed(0))  # so that it matters
+    icr.router.alpha[-1].weight.normal_(
+        generator=torch.Generator().manual_seed(0)
+    )  # so that it matters
     return icr
 
 
 def test_scores_and_generation_equal_those_in_memory(pair, icr):
     whole, spread, tokenizer = pair
-    texts, before = [tiny.task().prompt(example) for example in tiny.task().test[:3]], state_of(spread)
+    texts, before = (
+        [tiny.task().prompt(example) for example in tiny.task().test[:3]],
+        state_of(spread),
+    )
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
     inputs.pop("token_type_ids", None)
     found = []
@@ -103,7 +125,9 @@ def test_scores_and_generation_equal_those_in_memory(pair, icr):
     assert found[0][2] == found[1][2]
     assert state_of(spread) == before
     with icr.attached(whole, tokenizer, strength=0.0) as routed:
-        assert (routed.score(texts, OPTIONS) - found[0][0]).abs().max() > 100 * CLOSE, "the routing must matter"
+        assert (routed.score(texts, OPTIONS) - found[0][0]).abs().max() > 100 * CLOSE, (
+            "the routing must matter"
+        )
 
 
 def test_an_evaluation_equals_that_in_memory(pair, icr, tmp_path):
@@ -112,9 +136,13 @@ def test_an_evaluation_equals_that_in_memory(pair, icr, tmp_path):
     settings = Settings(router=str(tmp_path / "router"), demos_per_class=1, i2cl_epochs=1)
     task, before, found = tiny.task(), state_of(spread), []
     for name, model in (("whole", whole), ("spread", spread)):
-        evaluation = Evaluation(model, tokenizer, make(METHODS, settings), [task], tmp_path / f"{name}.jsonl")
+        evaluation = Evaluation(
+            model, tokenizer, make(METHODS, settings), [task], tmp_path / f"{name}.jsonl"
+        )
         evaluation.run([task], [0], 7)
-        found.append({record.key: record.option_logits for record in read(tmp_path / f"{name}.jsonl")})
+        found.append(
+            {record.key: record.option_logits for record in read(tmp_path / f"{name}.jsonl")}
+        )
     assert len(found[0]) == 7 * len(METHODS)
     assert found[0].keys() == found[1].keys()
     for key, expected in found[0].items():

@@ -12,7 +12,9 @@ def sample(n=60, seed=0):
     scales = torch.linspace(9, 0.1, QUERY_WIDTH)
     mix = torch.linalg.qr(torch.randn(QUERY_WIDTH, QUERY_WIDTH, generator=generator)).Q
     query = torch.randn(N_LAYERS, n, QUERY_WIDTH, generator=generator) * scales @ mix + 5
-    return query, torch.randn(N_LAYERS, n, KEY_WIDTH, generator=generator) * torch.arange(1, KEY_WIDTH + 1) - 2
+    return query, torch.randn(N_LAYERS, n, KEY_WIDTH, generator=generator) * torch.arange(
+        1, KEY_WIDTH + 1
+    ) - 2
 
 
 def moments_of(query, key, batch=8):
@@ -40,10 +42,15 @@ def test_streamed_moments_equal_the_covariance_of_all_at_once():
 
 def test_a_large_mean_leaves_the_covariance_as_it_is():
     query, key = sample()
-    near, far = moments_of(query, key), moments_of(query.double() + 9e3, key.double() - 9e3)  # 1,000 deviations or more
+    near, far = (
+        moments_of(query, key),
+        moments_of(query.double() + 9e3, key.double() - 9e3),
+    )  # 1,000 deviations or more
     for side in ("query", "key"):
         expected = near.covariance(side)
-        assert torch.allclose(far.covariance(side), expected, rtol=0, atol=1e-8 * expected.abs().max().item())
+        assert torch.allclose(
+            far.covariance(side), expected, rtol=0, atol=1e-8 * expected.abs().max().item()
+        )
 
 
 def test_merged_moments_equal_one_stream():
@@ -83,7 +90,9 @@ def test_pids_span_the_top_right_singular_vectors_of_the_centred_data():
 def test_pids_are_orthonormal_with_positive_largest_entry(basis):
     pids = fit(moments_of(*sample()), basis)
     for columns in (pids.query_pids, pids.key_pids):
-        assert torch.allclose(columns.mT @ columns, torch.eye(RANK).expand(N_LAYERS, -1, -1), atol=1e-6)
+        assert torch.allclose(
+            columns.mT @ columns, torch.eye(RANK).expand(N_LAYERS, -1, -1), atol=1e-6
+        )
         largest = columns.gather(1, columns.abs().argmax(1, keepdim=True))
         assert (largest > 0).all()
 
@@ -91,21 +100,31 @@ def test_pids_are_orthonormal_with_positive_largest_entry(basis):
 def test_whitened_directions_give_projections_of_variance_one():
     query, key = sample()
     pids = fit(moments_of(query, key), "whitened")
-    assert torch.allclose((query @ pids.query_directions()).var(1), torch.ones(N_LAYERS, RANK), atol=1e-4)
-    assert torch.allclose((key @ pids.key_directions()).var(1), torch.ones(N_LAYERS, RANK), atol=1e-4)
+    assert torch.allclose(
+        (query @ pids.query_directions()).var(1), torch.ones(N_LAYERS, RANK), atol=1e-4
+    )
+    assert torch.allclose(
+        (key @ pids.key_directions()).var(1), torch.ones(N_LAYERS, RANK), atol=1e-4
+    )
 
 
 def test_explained_variance_falls_and_stays_below_one():
     pids = fit(moments_of(*sample()))
     assert (pids.query_explained.diff(dim=1) <= 0).all()
     assert (pids.query_explained.sum(1) < 1).all()
-    assert (pids.query_explained.sum(1) > fit(moments_of(*sample()), "random").query_explained.sum(1)).all()
+    assert (
+        pids.query_explained.sum(1) > fit(moments_of(*sample()), "random").query_explained.sum(1)
+    ).all()
 
 
 def test_the_random_basis_is_drawn_from_its_generator():
     moments = moments_of(*sample())
-    assert torch.equal(fit(moments, "random", seed=1).query_pids, fit(moments, "random", seed=1).query_pids)
-    assert not torch.equal(fit(moments, "random", seed=1).query_pids, fit(moments, "random", seed=2).query_pids)
+    assert torch.equal(
+        fit(moments, "random", seed=1).query_pids, fit(moments, "random", seed=1).query_pids
+    )
+    assert not torch.equal(
+        fit(moments, "random", seed=1).query_pids, fit(moments, "random", seed=2).query_pids
+    )
 
 
 def test_too_few_prompts_and_too_wide_a_rank_are_refused():
@@ -125,5 +144,7 @@ def test_a_layer_that_tells_no_prompts_apart_is_refused(n):
     query[1] = query[1, :1] * (1 + 1e-7 * torch.randn(n, 6, generator=generator))
     for start in range(0, n, 7):
         moments.update(query[:, start : start + 7], key[:, start : start + 7])
-    with pytest.raises(ValueError, match="the same queries or keys in all prompts: route from a later layer on"):
+    with pytest.raises(
+        ValueError, match="the same queries or keys in all prompts: route from a later layer on"
+    ):
         fit_pids(moments, (0, 1), 2, "pca", torch.Generator())

@@ -9,8 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from icrouting import PAPER, FitConfig, InContextRouter, cli, commands
-from icrouting.config import Backbone
+from icrouting import PAPER, FitConfig, InContextRouter
+from icrouting.cli import fit as fit_command
+from icrouting.cli import main
+from icrouting.cli.options import Backbone
 from icrouting.decoder.families import decoder_of, dims_of, family_of
 from icrouting.decoder.loading import load_skeleton
 from icrouting.fitting import plan
@@ -19,7 +21,13 @@ from icrouting.routing.pids import late_third
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "recipes"
 # In billions, as their makers publish them.
-PUBLISHED = {"llama-2-7b": 6.74, "llama-3.1-8b": 8.03, "qwen2.5-7b": 7.62, "qwen3-32b": 32.8, "llama-3.1-70b": 70.6}
+PUBLISHED = {
+    "llama-2-7b": 6.74,
+    "llama-3.1-8b": 8.03,
+    "qwen2.5-7b": 7.62,
+    "qwen3-32b": 32.8,
+    "llama-3.1-70b": 70.6,
+}
 SPREAD = ("qwen3-32b", "llama-3.1-70b")  # larger than one device
 HUB = {
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
@@ -28,7 +36,15 @@ HUB = {
     "qwen3-32b": "Qwen/Qwen3-32B",
     "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
 }
-SMALL = FitConfig(n_prompts=12, demos_per_class=2, n_queries=500, rank=2, encoder="hidden", max_tokens=11, epochs=2)
+SMALL = FitConfig(
+    n_prompts=12,
+    demos_per_class=2,
+    n_queries=500,
+    rank=2,
+    encoder="hidden",
+    max_tokens=11,
+    epochs=2,
+)
 TASKS = (tiny.task("toy"), tiny.task("other", n_train=7))
 
 
@@ -46,7 +62,10 @@ def five_tasks(tmp_path_factory):
             rows = [{"text": f"{split} words {i}", "label": i % 2} for i in range(40)]
             if name in ("csqa", "piqa"):
                 choices = ["a", "b", "c", "d", "e"][: 5 if name == "csqa" else 2]
-                rows = [{"question": row["text"], "choices": choices, "label": row["label"]} for row in rows]
+                rows = [
+                    {"question": row["text"], "choices": choices, "label": row["label"]}
+                    for row in rows
+                ]
             (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -56,39 +75,56 @@ def test_parameters_are_those_of_the_real_model_though_no_weight_is_there(family
     tiny.ALL_CONFIGS[family].save_pretrained(tmp_path)
     skeleton, tokenizer = load_skeleton(tmp_path)
     assert tokenizer is None
-    assert planned(skeleton).n_parameters == sum(weight.numel() for weight in tiny.model(family, "eager").parameters())
+    assert planned(skeleton).n_parameters == sum(
+        weight.numel() for weight in tiny.model(family, "eager").parameters()
+    )
 
 
 @pytest.mark.parametrize("layers", [None, (1, 3)])
-def test_a_real_fit_runs_the_tokens_and_leaves_the_bytes_that_were_planned(layers, tokenizer, tmp_path):
+def test_a_real_fit_runs_the_tokens_and_leaves_the_bytes_that_were_planned(
+    layers, tokenizer, tmp_path
+):
     model = tiny.model("llama")
     config = FitConfig(**vars(SMALL) | {"layers": layers})
     expected, tokens = planned(model, tokenizer, config, sample=500), []
     family_of(model)  # the probe's passes are none of the fit's
     with decoder_of(model).register_forward_pre_hook(
-        lambda module, args, kwargs: tokens.append(int(kwargs["attention_mask"].sum())), with_kwargs=True
+        lambda module, args, kwargs: tokens.append(int(kwargs["attention_mask"].sum())),
+        with_kwargs=True,
     ):
         icr = InContextRouter.fit(model, tokenizer, TASKS, config)
     extraction, queries = (
-        sum(texts.tokens for texts in kind.values()) for kind in (expected.prompts, expected.queries)
+        sum(texts.tokens for texts in kind.values())
+        for kind in (expected.prompts, expected.queries)
     )
     assert sum(tokens) == extraction + (1 + config.epochs) * queries
     icr.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(expected.disk["router"], rel=0.05)
+    assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(
+        expected.disk["router"], rel=0.05
+    )
     assert expected.n_router == sum(weight.numel() for weight in icr.router.parameters())
     assert expected.layers == icr.pids.layers
 
 
 def test_prompts_are_counted_as_the_rows_allow_and_a_sample_stands_for_all(tokenizer):
     model = tiny.model("llama")
-    whole, sampled, guessed = planned(model, tokenizer), planned(model, tokenizer, sample=5), planned(model)
+    whole, sampled, guessed = (
+        planned(model, tokenizer),
+        planned(model, tokenizer, sample=5),
+        planned(model),
+    )
     assert {name: texts.count for name, texts in whole.prompts.items()} == {"toy": 12, "other": 7}
     assert {name: texts.count for name, texts in whole.queries.items()} == {"toy": 40, "other": 7}
     assert max(texts.longest for texts in guessed.queries.values()) <= SMALL.max_tokens
     for kind in ("prompts", "queries"):
-        counts = [{name: texts.count for name, texts in getattr(of, kind).items()} for of in (whole, sampled, guessed)]
+        counts = [
+            {name: texts.count for name, texts in getattr(of, kind).items()}
+            for of in (whole, sampled, guessed)
+        ]
         assert counts[0] == counts[1] == counts[2]
-        tokens = [sum(texts.tokens for texts in getattr(of, kind).values()) for of in (whole, sampled)]
+        tokens = [
+            sum(texts.tokens for texts in getattr(of, kind).values()) for of in (whole, sampled)
+        ]
         assert tokens[1] == pytest.approx(tokens[0], rel=0.2)
 
 
@@ -121,7 +157,9 @@ def test_the_work_of_a_pass_is_what_torch_counts(family):
 
 def test_a_third_of_the_layers_is_a_third_of_the_work():
     model, texts = tiny.model("llama"), [plan.Texts(2, 20, 200, 10)]
-    assert 5 * plan.pass_flops(model, texts, 2) == pytest.approx(2 * plan.pass_flops(model, texts, 5))
+    assert 5 * plan.pass_flops(model, texts, 2) == pytest.approx(
+        2 * plan.pass_flops(model, texts, 5)
+    )
     slow, fast = planned(model).seconds(1e9), planned(model).seconds(1e10)
     assert slow["training"] == pytest.approx(10 * fast["training"])
 
@@ -142,7 +180,9 @@ def test_what_just_fits_is_let_through_and_a_byte_less_is_refused_with_advice():
         assert "\n" not in str(caught.value)
 
 
-def test_a_quantised_checkpoints_weights_are_left_out_and_that_is_said(five_tasks, tmp_path, capsys):
+def test_a_quantised_checkpoints_weights_are_left_out_and_that_is_said(
+    five_tasks, tmp_path, capsys
+):
     model = tiny.model("llama")
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     model.config.save_pretrained(tmp_path)
@@ -154,7 +194,18 @@ def test_a_quantised_checkpoints_weights_are_left_out_and_that_is_said(five_task
         (tmp_path, "weights not reckoned, being quantised"),
         (RECIPES / "llama-2-7b", "weights 13.5 GB"),
     ):
-        cli.main(["fit", "--dry-run", "--model", str(folder), "--data", str(five_tasks), "--out", str(tmp_path / "r")])
+        main.main(
+            [
+                "fit",
+                "--dry-run",
+                "--model",
+                str(folder),
+                "--data",
+                str(five_tasks),
+                "--out",
+                str(tmp_path / "r"),
+            ]
+        )
         assert said in " ".join(capsys.readouterr().out.split())
 
 
@@ -181,7 +232,9 @@ def arguments_of(recipe, tmp_path, **environment):
         (tmp_path / name).chmod(0o755)
     path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **environment}
     command = ["bash", str(RECIPES / recipe / "run.sh"), str(tmp_path / "router")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **path})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, **path}
+    )
     program, *arguments = done.stdout.splitlines()
     return Path(program).name, arguments
 
@@ -190,11 +243,11 @@ def arguments_of(recipe, tmp_path, **environment):
 def test_a_recipe_is_the_papers_fit_of_its_model(recipe, tmp_path, monkeypatch):
     program, arguments = arguments_of(recipe, tmp_path)
     started = []
-    monkeypatch.setattr(commands, "fit", lambda *given: started.append(given))
-    cli.main(arguments)
+    monkeypatch.setattr(fit_command, "fit", lambda *given: started.append(given))
+    main.main(arguments)
     assert program == "icr"
     model = Backbone(HUB[recipe], "auto" if recipe in SPREAD else None)
-    assert started == [(tmp_path / "router", model, "hub", cli.HUB_TASKS[:5], PAPER)]
+    assert started == [(tmp_path / "router", model, "hub", main.HUB_TASKS[:5], PAPER)]
 
 
 def test_several_processes_get_the_same_arguments(tmp_path):
@@ -205,11 +258,15 @@ def test_several_processes_get_the_same_arguments(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
-def test_a_recipe_runs_dry_with_the_published_number_of_parameters(recipe, five_tasks, tmp_path, capsys):
+def test_a_recipe_runs_dry_with_the_published_number_of_parameters(
+    recipe, five_tasks, tmp_path, capsys
+):
     _, arguments = arguments_of(recipe, tmp_path, DRY="1", DATA=str(five_tasks))
-    cli.main(arguments[2:])
+    main.main(arguments[2:])
     shown = " ".join(capsys.readouterr().out.split())
-    n_parameters = int(shown.partition("base model ")[2].partition(" router")[0].strip(",").replace(",", ""))
+    n_parameters = int(
+        shown.partition("base model ")[2].partition(" router")[0].strip(",").replace(",", "")
+    )
     assert float(f"{n_parameters / 1e9:.3g}") == PUBLISHED[recipe]
     for said in ("no tokenizer", "moments", "trunk", "training", "at 100 TFLOP/s"):
         assert said in shown
@@ -221,14 +278,28 @@ def test_the_papers_sizes_take_what_the_scaling_page_says(recipe):
     page = (RECIPES.parents[1] / "docs" / "scaling.md").read_text()
     model, _ = load_skeleton(RECIPES / recipe)
     moments = planned(model, config=PAPER).memory["moments"]
-    assert f"| {plan.size(moments)} |" in next(line for line in page.splitlines() if line.startswith(f"| {recipe} |"))
+    assert f"| {plan.size(moments)} |" in next(
+        line for line in page.splitlines() if line.startswith(f"| {recipe} |")
+    )
 
 
-def test_a_fit_that_cannot_fit_is_refused_before_the_weights_are_read(five_tasks, tmp_path, monkeypatch, capsys):
+def test_a_fit_that_cannot_fit_is_refused_before_the_weights_are_read(
+    five_tasks, tmp_path, monkeypatch, capsys
+):
     tiny.ALL_CONFIGS["llama"].save_pretrained(tmp_path)
     monkeypatch.setattr(plan, "room_of", lambda out: (1000, 10**12, None))
     with pytest.raises(SystemExit) as caught:
-        cli.main(["fit", "--model", str(tmp_path), "--data", str(five_tasks), "--out", str(tmp_path / "router")])
+        main.main(
+            [
+                "fit",
+                "--model",
+                str(tmp_path),
+                "--data",
+                str(five_tasks),
+                "--out",
+                str(tmp_path / "router"),
+            ]
+        )
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "this fit needs" in line
@@ -239,6 +310,8 @@ def test_a_model_without_attention_heads_is_refused_in_a_sentence():
     from transformers import AutoModelForCausalLM, MambaConfig
 
     with torch.device("meta"):
-        mamba = AutoModelForCausalLM.from_config(MambaConfig(num_hidden_layers=2, hidden_size=8, vocab_size=20))
+        mamba = AutoModelForCausalLM.from_config(
+            MambaConfig(num_hidden_layers=2, hidden_size=8, vocab_size=20)
+        )
     with pytest.raises(ValueError, match="'mamba' models cannot be routed"):
         planned(mamba)

@@ -31,7 +31,9 @@ REFUSED = "cannot be routed: looked for queries and keys that reach the attentio
 
 
 def decoder(config_class, **settings):
-    return tiny.sharp(config_class(**tiny.SIZES | {"tie_word_embeddings": False} | settings), "eager")
+    return tiny.sharp(
+        config_class(**tiny.SIZES | {"tie_word_embeddings": False} | settings), "eager"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,7 +42,11 @@ def test_every_family_passes_and_is_left_as_it_was(family, dtype):
     model = tiny.model(family, "eager").to(dtype)
     model.train()
     model.get_output_embeddings().eval()
-    before, modes, seed = state_of(model), [m.training for m in model.modules()], torch.get_rng_state()
+    before, modes, seed = (
+        state_of(model),
+        [m.training for m in model.modules()],
+        torch.get_rng_state(),
+    )
     assert family_of(model) == FAMILIES[tiny.ALL_CONFIGS[family].model_type]
     assert (state_of(model), [m.training for m in model.modules()]) == (before, modes)
     assert torch.equal(torch.get_rng_state(), seed)
@@ -51,9 +57,17 @@ WRONG = {
     "llama": Family(Site("q_proj"), Site("v_proj")),
     "phi": Family(Site("k_proj"), Site("q_proj")),
     "opt": Family(Site("k_proj"), Site("q_proj")),
-    "gpt2": Family(Site("c_attn", fused_key), Site("c_attn", fused_query), layers="h", attention="attn"),
-    "gpt_neox": Family(Site("query_key_value", fused_query), Site("query_key_value", fused_key), attention="attention"),
-    "phi3": Family(Site("qkv_proj", fused_query), Site("qkv_proj", lambda output, dims: output[..., -30:])),
+    "gpt2": Family(
+        Site("c_attn", fused_key), Site("c_attn", fused_query), layers="h", attention="attn"
+    ),
+    "gpt_neox": Family(
+        Site("query_key_value", fused_query),
+        Site("query_key_value", fused_key),
+        attention="attention",
+    ),
+    "phi3": Family(
+        Site("qkv_proj", fused_query), Site("qkv_proj", lambda output, dims: output[..., -30:])
+    ),
     "qwen3": Family(),
     "olmo2": Family(),
     "gemma3_text": Family(Site("q_norm", token_major), Site("k_norm", token_major)),
@@ -99,7 +113,9 @@ def check_laws(model):
     assert (expected - plain).abs().max() > MATTERS
 
 
-@pytest.mark.parametrize("config_class", [GemmaConfig, MinistralConfig, Olmo3Config, Starcoder2Config])
+@pytest.mark.parametrize(
+    "config_class", [GemmaConfig, MinistralConfig, Olmo3Config, Starcoder2Config]
+)
 def test_an_unknown_model_of_known_build_is_routed(config_class):
     model = decoder(config_class)
     assert model.config.model_type not in FAMILIES
@@ -108,7 +124,9 @@ def test_an_unknown_model_of_known_build_is_routed(config_class):
 
 def test_a_family_is_added_as_the_page_says(monkeypatch):
     page = Path(__file__).parents[1] / "docs" / "families.md"
-    model = decoder(PersimmonConfig, hidden_size=60, num_key_value_heads=6, partial_rotary_factor=0.4)
+    model = decoder(
+        PersimmonConfig, hidden_size=60, num_key_value_heads=6, partial_rotary_factor=0.4
+    )
     with pytest.raises(ValueError, match=f"'persimmon' models {REFUSED}"):
         family_of(model)
     monkeypatch.setitem(FAMILIES, "persimmon", None)  # so that the page's row goes with the test
@@ -127,20 +145,33 @@ def test_a_family_is_added_as_the_page_says(monkeypatch):
 )
 def test_a_model_whose_queries_are_elsewhere_is_refused_in_a_sentence(config_class, settings):
     with pytest.raises(
-        ValueError, match=rf"'{config_class.model_type}' models {REFUSED}.*layers\.\*\.self_attn\.q_proj"
+        ValueError,
+        match=rf"'{config_class.model_type}' models {REFUSED}.*layers\.\*\.self_attn\.q_proj",
     ):
         family_of(decoder(config_class, **settings))
 
 
 def test_an_encoder_with_a_decoder_is_refused():
-    config = BartConfig(vocab_size=31, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8)
-    with pytest.raises(ValueError, match="'bart' models cannot be routed: expected a decoder, got an encoder"):
+    config = BartConfig(
+        vocab_size=31, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8
+    )
+    with pytest.raises(
+        ValueError, match="'bart' models cannot be routed: expected a decoder, got an encoder"
+    ):
         family_of(BartForConditionalGeneration(config))
 
 
 def test_rotary_tables_that_scale_a_part_of_the_head_pass():
-    longrope = {"rope_type": "longrope", "short_factor": [1.5] * 2, "long_factor": [3.0] * 2, "rope_theta": 1e4}
-    rope = {"rope_parameters": longrope | {"partial_rotary_factor": 0.4}, "original_max_position_embeddings": 64}
+    longrope = {
+        "rope_type": "longrope",
+        "short_factor": [1.5] * 2,
+        "long_factor": [3.0] * 2,
+        "rope_theta": 1e4,
+    }
+    rope = {
+        "rope_parameters": longrope | {"partial_rotary_factor": 0.4},
+        "original_max_position_embeddings": 64,
+    }
     model = decoder(Phi3Config, hidden_size=60, **rope)
     assert model.model.rotary_emb.attention_scaling > 1.1
     assert family_of(model) == FAMILIES["phi3"]

@@ -42,8 +42,12 @@ def blobs(n_classes, n=60, n_features=7, seed=0):
 @pytest.mark.parametrize("C", STRENGTHS)
 def test_the_minimum_is_that_of_the_textbook_loss(C, n_classes):
     features, labels = blobs(n_classes)
-    weight, bias = (found.requires_grad_() for found in logistic_regression(features, labels, n_classes, C))
-    losses = torch.nn.functional.cross_entropy(features.double() @ weight.mT + bias, labels, reduction="sum")
+    weight, bias = (
+        found.requires_grad_() for found in logistic_regression(features, labels, n_classes, C)
+    )
+    losses = torch.nn.functional.cross_entropy(
+        features.double() @ weight.mT + bias, labels, reduction="sum"
+    )
     (losses + weight.square().sum() / (2 * C)).backward()
     assert torch.allclose(weight.grad, torch.zeros_like(weight), atol=1e-4)
     assert torch.allclose(bias.grad, torch.zeros_like(bias), atol=1e-4)
@@ -63,12 +67,16 @@ def test_rows_of_one_class_are_refused():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_features_are_what_the_vocabulary_head_reads_at_the_last_token(family, settings, tokenizer):
+def test_hidden_features_are_what_the_vocabulary_head_reads_at_the_last_token(
+    family, settings, tokenizer
+):
     method = ProbeHidden(settings)
     method.model, method.tokenizer = tiny.model(family), tokenizer
     texts = [TASK.prompt(row) + "." * (5 * i % 7) + ":" for i, row in enumerate(TASK.test[:6])]
     read, seen = method.features(texts), []
-    with method.model.get_output_embeddings().register_forward_pre_hook(lambda head, args: seen.append(args[0])):
+    with method.model.get_output_embeddings().register_forward_pre_hook(
+        lambda head, args: seen.append(args[0])
+    ):
         for text in texts:
             method.model(**tokenizer(text, return_tensors="pt"))
     assert torch.allclose(read, torch.cat([state[:, -1] for state in seen]), atol=1e-4)
@@ -86,7 +94,9 @@ def test_a_probe_is_scikit_learns_on_standardised_features(kind, settings, token
     slow.fit(scaler.transform(read(TASK.train)), TASK.train_labels)
     found = method.adjusted(TASK, TASK.test, torch.zeros(len(TASK.test), 2))
     expected = torch.tensor(slow.decision_function(scaler.transform(read(TASK.test)))).float()
-    assert torch.allclose(found[:, 1] - found[:, 0], expected, atol=2e-3 * float(expected.abs().max()))
+    assert torch.allclose(
+        found[:, 1] - found[:, 0], expected, atol=2e-3 * float(expected.abs().max())
+    )
     assert (method.n_labelled, method.n_trained) == (46, method.n_cached(TASK))
     assert [tried["C"] for tried in method.tried] == list(STRENGTHS)
 
@@ -104,7 +114,9 @@ def test_the_hidden_probe_learns_a_task_that_the_model_cannot_do(settings, token
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_do_not_depend_on_the_batch_and_come_back_from_the_tensors(kind, settings, tokenizer):
+def test_scores_do_not_depend_on_the_batch_and_come_back_from_the_tensors(
+    kind, settings, tokenizer
+):
     method = fitted(kind, settings, tiny.model("llama"), tokenizer)
     together = method.adjusted(TASK, TASK.test, torch.zeros(30, 2))
     alone = torch.cat([method.adjusted(TASK, [row], torch.zeros(1, 2)) for row in TASK.test])
@@ -121,7 +133,9 @@ def test_the_encoders_probe_reads_the_prompts_text(settings, tokenizer, encoder_
     method = ProbeEncoder(settings)
     method.model, method.tokenizer = tiny.model("llama"), tokenizer
     texts = [TASK.prompt(row) for row in TASK.test[:5]]
-    assert torch.allclose(method.features(texts), load_encoder(str(encoder_folder), "cpu")(texts), atol=1e-5)
+    assert torch.allclose(
+        method.features(texts), load_encoder(str(encoder_folder), "cpu")(texts), atol=1e-5
+    )
 
 
 def test_examples_with_fewer_choices_are_scored_on_those(settings, tokenizer):
@@ -129,7 +143,9 @@ def test_examples_with_fewer_choices_are_scored_on_those(settings, tokenizer):
         return Example({"text": f"film {number}"}, tuple("abcd"[:n]), number % n)
 
     spec = TaskSpec("letters", "far", "{text}\n{choices}\nAnswer:")
-    task = Task(spec, tuple(row(i, 2 + i % 3) for i in range(20)), (), tuple(row(i, 3) for i in range(6)))
+    task = Task(
+        spec, tuple(row(i, 2 + i % 3) for i in range(20)), (), tuple(row(i, 3) for i in range(6))
+    )
     method = fitted(ProbeHidden, settings, tiny.model("llama"), tokenizer, task)
     wide = Example({"text": "film"}, tuple("abcde"), 4)  # wider than any row that was learned from
     found = method.adjusted(task, [row(0, 2), row(1, 3), wide], torch.zeros(3, 5))
@@ -144,9 +160,15 @@ def test_rows_are_at_most_those_of_the_settings(settings, tokenizer, encoder_fol
 
 def test_a_probe_without_validation_rows_or_with_two_tasks_says_so(settings, tokenizer):
     bare = Task(TASK.spec, TASK.train, TASK.test)
-    with pytest.raises(ValueError, match="probe-hidden chooses on validation rows: give 5 training rows or more"):
+    with pytest.raises(
+        ValueError, match="probe-hidden chooses on validation rows: give 5 training rows or more"
+    ):
         fitted(ProbeHidden, settings, tiny.model("llama"), tokenizer, bare)
     with pytest.raises(ValueError, match="one task's labels, got 2 tasks"):
-        ProbeHidden(settings).fit(tiny.model("llama"), tokenizer, [TASK, TASK], np.random.default_rng(0))
-    with pytest.raises(ValueError, match="there is no 'probe-hidden-once': a probe answers with the labels"):
+        ProbeHidden(settings).fit(
+            tiny.model("llama"), tokenizer, [TASK, TASK], np.random.default_rng(0)
+        )
+    with pytest.raises(
+        ValueError, match="there is no 'probe-hidden-once': a probe answers with the labels"
+    ):
         make(["probe-hidden-once"], settings)

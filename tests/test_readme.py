@@ -23,7 +23,9 @@ def test_the_ten_lines_run(tmp_path, monkeypatch):
         pytest.skip(f"the pinned wheels cannot be had here: {error}")
     monkeypatch.chdir(tmp_path)
     # The same lines, on fewer prompts and queries.
-    code, n_changes = re.subn(r"n_prompts=40, n_queries=400", "n_prompts=4, n_queries=16, epochs=1", BLOCKS[0])
+    code, n_changes = re.subn(
+        r"n_prompts=40, n_queries=400", "n_prompts=4, n_queries=16, epochs=1", BLOCKS[0]
+    )
     assert n_changes == 1
     names: dict = {}
     exec(code, names)
@@ -42,7 +44,10 @@ def test_the_own_task_reads_as_the_readme_says(tmp_path):
     exec(BLOCKS[2], names)
     (tmp_path / "tickets").mkdir()
     for split in ("train", "test"):
-        rows = [(f"the screen of the {split} is dark", 1), (f"I lost the password of the {split}", 0)]
+        rows = [
+            (f"the screen of the {split} is dark", 1),
+            (f"I lost the password of the {split}", 0),
+        ]
         lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
         (tmp_path / "tickets" / f"{split}.jsonl").write_text("\n".join(lines))
     task = load_task(names["spec"], data=tmp_path)
@@ -56,7 +61,9 @@ def test_tables_are_those_of_the_committed_runs():
     sys.path.append(str(ROOT / "docs"))
     import results
 
-    assert (ROOT / "docs" / "results.md").read_text() == results.page(), "run python docs/results.py"
+    assert (ROOT / "docs" / "results.md").read_text() == results.page(), (
+        "run python docs/results.py"
+    )
     assert results.readme(README) == README, "run python docs/results.py"
     assert "| mean all |" in README
 
@@ -80,5 +87,9 @@ def test_every_place_that_the_readme_links_exists(place):
 
 def test_every_module_is_in_the_file_map():
     named = set(re.findall(r"`(\w+)\.py`", README))
-    modules = {file.stem for file in (ROOT / "src" / "icrouting").glob("*.py")} - {"__init__", "config", "progress"}
+    modules = {file.stem for file in (ROOT / "src" / "icrouting").glob("*.py")} - {
+        "__init__",
+        "config",
+        "progress",
+    }
     assert modules <= named | {"config"}

@@ -28,7 +28,15 @@ ROUTING = {
     },
 }
 TRAINING = [
-    {"step": step, "loss": 2 / step, "ce": 1.9 / step, "conf": 0.1, "spar": 0.2, "gate": 0.5, "lr": 1e-4}
+    {
+        "step": step,
+        "loss": 2 / step,
+        "ce": 1.9 / step,
+        "conf": 0.1,
+        "spar": 0.2,
+        "gate": 0.5,
+        "lr": 1e-4,
+    }
     for step in range(1, 31)
 ]
 NO_FOLDER = Path("holds neither routing nor training")
@@ -40,7 +48,10 @@ def write_run(folder, some=ICR_LOSES_ON_MR, config=None, is_full=False):
     records.append(folder / "records.jsonl", some)
     if is_full:
         (folder / "routing.json").write_text(json.dumps(ROUTING))
-        lines = [json.dumps({**row, "validation_accuracy": 0.5} if row["step"] % 10 == 0 else row) for row in TRAINING]
+        lines = [
+            json.dumps({**row, "validation_accuracy": 0.5} if row["step"] % 10 == 0 else row)
+            for row in TRAINING
+        ]
         (folder / "training.jsonl").write_text("\n".join(lines) + '\n{"step": 31, "lo')
     return folder
 
@@ -49,7 +60,9 @@ def write_run(folder, some=ICR_LOSES_ON_MR, config=None, is_full=False):
 def run_folder(tmp_path_factory):
     """A finished run of three methods on three tasks, with its reports."""
     timing = {"method": "icr", "ratio": 1.04, "low": 1.01, "high": 1.07, "note": "seven pairs"}
-    config = fake_config(timing={"baseline": "zero-shot", "ratios": [timing]}, dtype="bfloat16", nested={"a": [1, 2]})
+    config = fake_config(
+        timing={"baseline": "zero-shot", "ratios": [timing]}, dtype="bfloat16", nested={"a": [1, 2]}
+    )
     folder = write_run(tmp_path_factory.mktemp("run") / "full", config=config, is_full=True)
     report.write(folder)
     return folder
@@ -61,7 +74,9 @@ def page(run_folder):
 
 
 def text_of(page):
-    return " ".join(markup.unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)).split())
+    return " ".join(
+        markup.unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)).split()
+    )
 
 
 def test_every_cell_is_in_every_format(run_folder, page):
@@ -142,7 +157,9 @@ def test_a_run_in_progress_renders_and_says_what_is_missing(tmp_path):
     assert "icr: no records on cb" in summary.unfinished
     assert "icr: 30 of 60 predictions on mr" in summary.unfinished
     few = [one for one in cut if one.method != "icr" or one.index > 3]
-    assert any(line.count("predictions on") == 2 for line in summarise(few, fake_config()).unfinished)
+    assert any(
+        line.count("predictions on") == 2 for line in summarise(few, fake_config()).unfinished
+    )
     text = text_of((tmp_path / "run" / "report.html").read_text())
     assert "This run is not complete" in text
     assert "So far" in text
@@ -176,9 +193,13 @@ def test_what_comes_from_the_run_is_escaped():
 
 def test_a_cell_that_was_refused_part_way_is_left_open(tmp_path):
     refused = [["few-shot", "mr", "a prompt is too long"]]
-    records = [record for record in ICR_LOSES_ON_MR if (record.method, record.task) != ("few-shot", "mr")]
+    records = [
+        record for record in ICR_LOSES_ON_MR if (record.method, record.task) != ("few-shot", "mr")
+    ]
     half = [r for r in ICR_LOSES_ON_MR if (r.method, r.task) == ("few-shot", "mr")][:10]
-    whole, cut = (summarise(found, fake_config(refused=refused)) for found in (records, [*records, *half]))
+    whole, cut = (
+        summarise(found, fake_config(refused=refused)) for found in (records, [*records, *half])
+    )
     assert cut.line("task", "mr", "few-shot") is None
     assert cut.unfinished == whole.unfinished == []
     assert cut.lines.drop(columns="confusion").equals(whole.lines.drop(columns="confusion"))
@@ -201,10 +222,17 @@ def test_a_missing_or_incomplete_configuration_is_a_clear_error(tmp_path):
     with pytest.raises(ValueError, match="is no run folder"):
         report.write(tmp_path)
     whole = fake_config()
-    spoilt = [{**whole, **change} for change in ({"seeds": 3}, {"tasks": [{"name": "mr"}]}, {"refused": [["icr"]]})]
+    spoilt = [
+        {**whole, **change}
+        for change in ({"seeds": 3}, {"tasks": [{"name": "mr"}]}, {"refused": [["icr"]]})
+    ]
     for text, message in (
         *(('{"model": "x"}', "missing"), ("[]", "got list"), ("{", "is not JSON")),
-        *zip(map(json.dumps, spoilt), ("seeds: .*array", "tasks.0.group: Field required", "refused.0.1"), strict=True),
+        *zip(
+            map(json.dumps, spoilt),
+            ("seeds: .*array", "tasks.0.group: Field required", "refused.0.1"),
+            strict=True,
+        ),
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -236,7 +264,9 @@ def test_in_a_browser_a_run_of_many_methods_does_not_scroll_sideways(tmp_path):
 
 def test_tasks_of_more_options_than_can_be_read_have_no_confusion_matrix(tmp_path):
     wide = [replace(r, option_logits=(*r.option_logits, *[-9.0] * 40)) for r in ICR_LOSES_ON_MR]
-    mixed = [many if many.task == "mr" else few for many, few in zip(wide, ICR_LOSES_ON_MR, strict=True)]
+    mixed = [
+        many if many.task == "mr" else few for many, few in zip(wide, ICR_LOSES_ON_MR, strict=True)
+    ]
     found = summarise(mixed, fake_config()).cells("icr").confusion
     assert [task for task, counts in found.items() if not counts] == ["mr"]
     pages = []

@@ -15,13 +15,14 @@ from icrouting.decoder.families import CACHE
 from icrouting.decoder.scoring import score_options
 from icrouting.evaluation.costs import fit_costs
 from icrouting.fitting import stages
-from icrouting.methods import LEARNING, Method, Settings, make
+from icrouting.methods import Method, Settings, make
 from icrouting.methods.controls import Refit
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.function_vectors import FunctionVectors
 from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.probes import ProbeEncoder
 from icrouting.methods.regimes import ONCE
+from icrouting.methods.registry import LEARNING
 from icrouting.methods.saved import load_method, save_method
 from icrouting.methods.soft_prompts import PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
@@ -49,7 +50,9 @@ def fitted(kind, model, tokenizer, settings, task=TASK, seed=0):
 
 def prompts():
     # of mixed lengths
-    return [TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:7])]
+    return [
+        TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:7])
+    ]
 
 
 def scores(model, tokenizer, texts):
@@ -67,7 +70,9 @@ def test_fit_apply_leave_save_load(kind, family, tokenizer, small, tmp_path):
     with method.attached(model, tokenizer, TASK):
         changed = scores(model, tokenizer, prompts())
         alone = torch.cat([scores(model, tokenizer, [prompt]) for prompt in prompts()])
-    assert torch.allclose(changed, alone, atol=1e-4), "a batch differs from its rows: is padding edited or read?"
+    assert torch.allclose(changed, alone, atol=1e-4), (
+        "a batch differs from its rows: is padding edited or read?"
+    )
     save_method(method, tmp_path / "saved")
     again = load_method(tmp_path / "saved", model, tokenizer)
     with again.attached(model, tokenizer, TASK):
@@ -90,7 +95,9 @@ def test_a_mask_by_position_and_a_static_cache_change_nothing(kind, tokenizer, s
     new = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with fitted(kind, model, tokenizer, small).attached(model, tokenizer, TASK), torch.no_grad():
         ids, mask = right["input_ids"], right["attention_mask"]
-        assert torch.equal(model(ids, mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+        assert torch.equal(
+            model(ids, mask).logits, model(input_ids=ids, attention_mask=mask).logits
+        )
         found = model.generate(**left, **new)
         if issubclass(kind, PromptTuning):
             with pytest.raises(ValueError, match="a cache that grows"):
@@ -113,7 +120,9 @@ def test_a_mask_by_position_and_a_static_cache_change_nothing(kind, tokenizer, s
 )
 def test_a_prompt_is_the_same_however_generation_runs_it(kind, way, tokenizer, small):
     model = tiny.model("llama")
-    given = tokenizer("Review: good good good\nSentiment: good good good\nReview: good", return_tensors="pt")
+    given = tokenizer(
+        "Review: good good good\nSentiment: good good good\nReview: good", return_tensors="pt"
+    )
     new = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     with fitted(kind, model, tokenizer, small).attached(model, tokenizer, TASK), torch.no_grad():
         expected = model.generate(**given, **new, num_beams=way.get("num_beams", 1))
@@ -123,7 +132,10 @@ def test_a_prompt_is_the_same_however_generation_runs_it(kind, way, tokenizer, s
 @pytest.mark.parametrize("kind", [TaskVectors, Elicit, IterativeVectors, FunctionVectors])
 def test_generated_tokens_are_left_alone_but_by_function_vectors(kind, tokenizer, small):
     model, token = tiny.model("llama"), torch.tensor([[7]])
-    method, given = fitted(kind, model, tokenizer, small), tokenizer(prompts()[0], return_tensors="pt")
+    method, given = (
+        fitted(kind, model, tokenizer, small),
+        tokenizer(prompts()[0], return_tensors="pt"),
+    )
     mask, found = torch.ones(1, given.input_ids.shape[1] + 1, dtype=torch.long), []
     for context in (method.attached(model, tokenizer, TASK), nullcontext()):
         with torch.no_grad(), method.attached(model, tokenizer, TASK):
@@ -148,25 +160,35 @@ def test_a_model_that_was_compiled_before_notices_what_is_attached(tokenizer, sm
 
 @EVERY
 def test_a_fit_is_made_by_its_seed_and_by_no_test_row(kind, tokenizer, small):
-    model, spoilt = tiny.model("llama"), [replace(row, fields={"text": "?"}, label=0) for row in TASK.test]
+    model, spoilt = (
+        tiny.model("llama"),
+        [replace(row, fields={"text": "?"}, label=0) for row in TASK.test],
+    )
     method = fitted(kind, model, tokenizer, small)
     again = fitted(kind, model, tokenizer, small, replace(TASK, test=tuple(spoilt)))
     other = fitted(kind, model, tokenizer, small, seed=1)
     assert_same(method, again)
     if kind.draws:
-        assert any(not torch.equal(tensor, other.tensors()[name]) for name, tensor in method.tensors().items())
+        assert any(
+            not torch.equal(tensor, other.tensors()[name])
+            for name, tensor in method.tensors().items()
+        )
     else:
         assert_same(method, other)
 
 
 @EVERY
-def test_what_is_in_force_is_the_best_that_was_tried_and_all_of_it_is_kept(kind, tokenizer, small, monkeypatch):
+def test_what_is_in_force_is_the_best_that_was_tried_and_all_of_it_is_kept(
+    kind, tokenizer, small, monkeypatch
+):
     model, accuracies = tiny.model("llama"), iter([1.0, 0.5])
     first = fitted(kind, model, tokenizer, replace(small, tries=1))
     monkeypatch.setattr(kind, "validated", lambda self: next(accuracies))  # the first is best
     method = fitted(kind, model, tokenizer, small)
     assert_same(method, first)
-    assert {name for name, value in vars(method).items() if isinstance(value, torch.Tensor)} <= set(kind.learned)
+    assert {name for name, value in vars(method).items() if isinstance(value, torch.Tensor)} <= set(
+        kind.learned
+    )
 
 
 def assert_same(method, other):
@@ -182,7 +204,10 @@ def test_what_was_learned_on_another_model_is_refused(kind, tokenizer, small, tm
     for model in (tiny.model("qwen3"), tiny.model("llama", seed=1)):
         with pytest.raises(ValueError, match="load the base model it was fitted on"):
             load_method(tmp_path, model, tokenizer)
-        with pytest.raises(ValueError, match="load the base model"), method.attached(model, tokenizer, TASK):
+        with (
+            pytest.raises(ValueError, match="load the base model"),
+            method.attached(model, tokenizer, TASK),
+        ):
             pass
 
 
@@ -230,15 +255,23 @@ def test_nothing_is_fitted_under_another_method(tokenizer, small, tmp_path):
     model, (inner,) = tiny.model("llama"), make(["task-vectors"], small)
     inner.fit(model, tokenizer, [TASK], np.random.default_rng(0), tmp_path / "fit.safetensors")
     with fitted(TaskVectors, model, tokenizer, small).attached(model, tokenizer, TASK):
-        for step in (lambda: inner.on(TASK), lambda: inner.attached(model, tokenizer, TASK).__enter__()):
-            with pytest.raises(ValueError, match="task-vectors is attached to this model: leave it before"):
+        for step in (
+            lambda: inner.on(TASK),
+            lambda: inner.attached(model, tokenizer, TASK).__enter__(),
+        ):
+            with pytest.raises(
+                ValueError, match="task-vectors is attached to this model: leave it before"
+            ):
                 step()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_router_and_a_rival_are_never_on_one_model_at_once(tokenizer, small):
     model, config = tiny.model("llama"), FitConfig(n_prompts=6, n_queries=6, encoder=small.encoder)
-    rival, before = fitted(TaskVectors, model, tokenizer, small), scores(model, tokenizer, prompts())
+    rival, before = (
+        fitted(TaskVectors, model, tokenizer, small),
+        scores(model, tokenizer, prompts()),
+    )
     steps = (
         lambda: stages.fit(model, tokenizer, [TASK], config),
         lambda: attach(model, tiny.pids(model)).__enter__(),
@@ -246,10 +279,15 @@ def test_a_router_and_a_rival_are_never_on_one_model_at_once(tokenizer, small):
     with rival.attached(model, tokenizer, TASK):
         under = scores(model, tokenizer, prompts())
         for step in steps:
-            with pytest.raises(ValueError, match="task-vectors is attached to this model: leave it before icr is"):
+            with pytest.raises(
+                ValueError, match="task-vectors is attached to this model: leave it before icr is"
+            ):
                 step()
         assert torch.equal(scores(model, tokenizer, prompts()), under)
-    with attach(model, tiny.pids(model)), pytest.raises(ValueError, match="icr is attached to this model"):
+    with (
+        attach(model, tiny.pids(model)),
+        pytest.raises(ValueError, match="icr is attached to this model"),
+    ):
         rival.attached(model, tokenizer, TASK).__enter__()
     assert torch.equal(scores(model, tokenizer, prompts()), before)
     with rival.attached(model, tokenizer, TASK):  # nothing holds the model any more
@@ -280,11 +318,17 @@ def test_a_method_fitted_on_each_task_is_attached_as_the_task_s_own(tokenizer, s
 @EVERY
 def test_a_second_method_is_refused_until_the_first_is_left(kind, tokenizer, small):
     model = tiny.model("llama")
-    method, other = fitted(kind, model, tokenizer, small), fitted(TaskVectors, model, tokenizer, small)
+    method, other = (
+        fitted(kind, model, tokenizer, small),
+        fitted(TaskVectors, model, tokenizer, small),
+    )
     for second in (method, other):
         with method.attached(model, tokenizer, TASK):
             expected = scores(model, tokenizer, prompts())
-            with pytest.raises(ValueError, match=f"{kind.name} is attached"), second.attached(model, tokenizer, TASK):
+            with (
+                pytest.raises(ValueError, match=f"{kind.name} is attached"),
+                second.attached(model, tokenizer, TASK),
+            ):
                 pass
             assert torch.equal(scores(model, tokenizer, prompts()), expected)
     with other.attached(model, tokenizer, TASK):
@@ -304,7 +348,7 @@ class Views(Method):
 
 def test_tensors_that_share_memory_or_are_turned_are_kept(tokenizer, small, tmp_path, monkeypatch):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
-    monkeypatch.setattr("icrouting.methods.LEARNING", [Views])
+    monkeypatch.setattr("icrouting.methods.registry.LEARNING", [Views])
     method = Views(small)
     method.fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
     save_method(method, tmp_path)
@@ -317,7 +361,13 @@ def test_tensors_that_share_memory_or_are_turned_are_kept(tokenizer, small, tmp_
 @EVERY
 def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small, tmp_path):
     method = kind(small)
-    method.fit(tiny.model("llama"), tokenizer, [TASK], np.random.default_rng(0), tmp_path / "fit.safetensors")
+    method.fit(
+        tiny.model("llama"),
+        tokenizer,
+        [TASK],
+        np.random.default_rng(0),
+        tmp_path / "fit.safetensors",
+    )
     assert method.cost["labelled"] > 0
     assert method.cost["seconds"] > 0
     if method.edits_model:  # a probe trains beside it
@@ -325,31 +375,52 @@ def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small, tmp_p
         assert (method.cost["backwards"] > 0) == (method.cost["trained"] > 0)
     assert all(0 <= tried["accuracy"] <= 1 for tried in method.tried)
     again = kind(small)
-    again.fit(tiny.model("llama"), tokenizer, [TASK], np.random.default_rng(0), tmp_path / "fit.safetensors")
+    again.fit(
+        tiny.model("llama"),
+        tokenizer,
+        [TASK],
+        np.random.default_rng(0),
+        tmp_path / "fit.safetensors",
+    )
     assert (again.cost, again.tried) == (method.cost, method.tried)
 
 
 def test_a_kept_fit_of_another_configuration_is_refused(tokenizer, small, tmp_path):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
     Refit(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
-    with pytest.raises(ValueError, match="was learned with n_queries=8, now with n_queries=9: put that back"):
-        Refit(replace(small, train_rows=9)).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    with pytest.raises(
+        ValueError, match="was learned with n_queries=8, now with n_queries=9: put that back"
+    ):
+        Refit(replace(small, train_rows=9)).fit(
+            model, tokenizer, [TASK], np.random.default_rng(0), file
+        )
 
 
 def test_a_kept_fit_of_another_model_or_other_settings_is_refused(tokenizer, small, tmp_path):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
     TaskVectors(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
     with pytest.raises(
-        ValueError, match="was learned with demos_per_class=2, now with demos_per_class=1: put that back"
+        ValueError,
+        match="was learned with demos_per_class=2, now with demos_per_class=1: put that back",
     ):
-        TaskVectors(replace(small, demos_per_class=1)).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
-    with pytest.raises(ValueError, match=r"was learned with [0-9a-f]{16}, now with [0-9a-f]{16}: put that back"):
-        TaskVectors(small).fit(tiny.model("llama", seed=1), tokenizer, [TASK], np.random.default_rng(0), file)
+        TaskVectors(replace(small, demos_per_class=1)).fit(
+            model, tokenizer, [TASK], np.random.default_rng(0), file
+        )
+    with pytest.raises(
+        ValueError, match=r"was learned with [0-9a-f]{16}, now with [0-9a-f]{16}: put that back"
+    ):
+        TaskVectors(small).fit(
+            tiny.model("llama", seed=1), tokenizer, [TASK], np.random.default_rng(0), file
+        )
 
 
 def test_the_cost_of_a_method_that_draws_nothing_is_found(tokenizer, small, tmp_path):
     Refit(small).fit(
-        tiny.model("llama"), tokenizer, [TASK], np.random.default_rng(0), tmp_path / "icr-refit.safetensors"
+        tiny.model("llama"),
+        tokenizer,
+        [TASK],
+        np.random.default_rng(0),
+        tmp_path / "icr-refit.safetensors",
     )
     (row,) = fit_costs(tmp_path, ["icr", "icr-refit"])
     assert (row["method"], row["fits"]) == ("icr-refit", 1)
@@ -358,7 +429,13 @@ def test_the_cost_of_a_method_that_draws_nothing_is_found(tokenizer, small, tmp_
 def test_a_task_s_name_may_hold_a_slash(tokenizer, small, tmp_path):
     task = Task(replace(TASK.spec, name="glue/toy"), TASK.train, TASK.test, TASK.validation)
     (inner,) = make(["task-vectors"], small)
-    inner.fit(tiny.model("llama"), tokenizer, [task], np.random.default_rng(0), tmp_path / "fit.safetensors")
+    inner.fit(
+        tiny.model("llama"),
+        tokenizer,
+        [task],
+        np.random.default_rng(0),
+        tmp_path / "fit.safetensors",
+    )
     inner.on(task)
     assert [file.name for file in tmp_path.iterdir()] == ["fit-glue%2Ftoy.safetensors"]
 
@@ -379,12 +456,23 @@ def test_a_regime_that_a_method_lacks_is_refused_with_the_reason(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in LEARNING if not kind.name.startswith("icr-")], ids=lambda kind: kind.name
+    "kind",
+    [kind for kind in LEARNING if not kind.name.startswith("icr-")],
+    ids=lambda kind: kind.name,
 )
-def test_a_decoder_inside_a_model_of_images_is_changed_or_refused_in_a_sentence(kind, tokenizer, small):
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+def test_a_decoder_inside_a_model_of_images_is_changed_or_refused_in_a_sentence(
+    kind, tokenizer, small
+):
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     text = tiny.ALL_CONFIGS["gemma3"].to_dict()
-    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    config = Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}
+    )
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(config).eval()
     plain = scores(model, tokenizer, prompts())

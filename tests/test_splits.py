@@ -15,7 +15,10 @@ def example(text, label=0):
     return Example({"text": text}, (), label)
 
 
-TRAIN = [example(f"film number {i} is {'dull' if i % 2 else 'a joy'} and so long", i % 2) for i in range(60)]
+TRAIN = [
+    example(f"film number {i} is {'dull' if i % 2 else 'a joy'} and so long", i % 2)
+    for i in range(60)
+]
 TEST = [example("a plain test sentence of seven words", 0)]
 
 
@@ -29,7 +32,14 @@ def test_validation_is_a_seeded_fifth_that_no_other_split_knows():
     assert len(task.train) == 48
     assert not set(texts(task.train)) & set(texts(task.validation))
     assert task == make_task(SPEC, TRAIN, TEST)
-    assert len(make_task(SPEC, TRAIN * 1 + [example(f"x {i}", i % 2) for i in range(900)], TEST).validation) == 100
+    assert (
+        len(
+            make_task(
+                SPEC, TRAIN * 1 + [example(f"x {i}", i % 2) for i in range(900)], TEST
+            ).validation
+        )
+        == 100
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +47,9 @@ def test_validation_is_a_seeded_fifth_that_no_other_split_knows():
 )
 def test_a_fifth_of_what_is_left_is_for_validation(n, n_pieces, n_kept, n_held):
     rows = [example(f"row {i} is one of quite a few words", i % 2) for i in range(n)]
-    task = make_task(SPEC, rows, [example(f"so then {row.fields['text']} it is") for row in rows[:n_pieces]])
+    task = make_task(
+        SPEC, rows, [example(f"so then {row.fields['text']} it is") for row in rows[:n_pieces]]
+    )
     assert (len(task.train), len(task.validation), task.n_dropped) == (n_kept, n_held, n_pieces)
 
 
@@ -55,7 +67,10 @@ def test_the_validation_slice_of_a_sorted_file_has_both_labels():
 
 
 def test_training_rows_that_repeat_one_another_or_a_test_row_are_left_out_and_counted():
-    again = [example("A PLAIN test sentence, of seven words!", 1), example("Film number 3 is dull -- and so long", 1)]
+    again = [
+        example("A PLAIN test sentence, of seven words!", 1),
+        example("Film number 3 is dull -- and so long", 1),
+    ]
     task = make_task(SPEC, [*TRAIN, *again], TEST)
     assert task.n_dropped == 2
     assert task.test == tuple(TEST)
@@ -74,7 +89,9 @@ def test_long_rows_around_or_inside_a_held_back_row_are_left_out_and_short_ones_
 def test_rows_of_several_fields_repeat_only_as_a_whole():
     spec = SPECS["mrpc"]
     rows = [
-        Example({"text1": f"one sentence with number {i}", "text2": f"other sentence {i}"}, (), i % 2)
+        Example(
+            {"text1": f"one sentence with number {i}", "text2": f"other sentence {i}"}, (), i % 2
+        )
         for i in range(20)
     ]
     swapped = Example({"text1": "other sentence 3", "text2": "one sentence with number 3"}, (), 1)
@@ -86,7 +103,8 @@ def test_rows_of_several_fields_repeat_only_as_a_whole():
 
 def test_a_task_of_one_class_is_refused():
     with pytest.raises(
-        ValueError, match=r"'sst2': expected training rows of two classes or more, got 3 of label \[1\]"
+        ValueError,
+        match=r"'sst2': expected training rows of two classes or more, got 3 of label \[1\]",
     ):
         make_task(SPEC, [example(f"text {i}", 1) for i in range(3)], TEST)
 
@@ -96,7 +114,9 @@ def test_texts_without_a_latin_letter_are_told_apart():
     assert len(make_task(SPEC, rows, TEST).train) == 2
 
 
-@pytest.mark.parametrize("text", ["фильм номер {} мне очень понравился", "我喜欢这个 iPhone 的电影 {}"])
+@pytest.mark.parametrize(
+    "text", ["фильм номер {} мне очень понравился", "我喜欢这个 iPhone 的电影 {}"]
+)
 def test_rows_in_other_scripts_are_told_apart(text):
     rows = [example(text.format(i), i % 2) for i in range(60)]
     task = make_task(SPEC, rows, TEST)
@@ -110,7 +130,9 @@ def test_the_last_row_of_a_rare_class_stays_in_training():
 
 
 @pytest.mark.parametrize(("longest", "less"), [(2, 0), (2, 1), (20, 0), (20, 1), (42, 0)])
-def test_rows_longer_than_the_context_are_left_out_whatever_their_length_in_bytes(longest, less, tokenizer):
+def test_rows_longer_than_the_context_are_left_out_whatever_their_length_in_bytes(
+    longest, less, tokenizer
+):
     rows = [example("a " * n, n % 2) for n in range(1, 300, 7)]
     task = Task(SPEC, tuple(rows), tuple(rows[1:]), tuple(rows[:2]))
     lengths = [len(tokenizer(task.prompt(row)).input_ids) for row in rows]
@@ -137,16 +159,18 @@ def test_apart_equals_comparing_all_pairs():
             or (is_long(a) and is_long(b) and text_key(a) in text_key(b))
         )
 
-    assert apart(rows, held) == [row for row in rows if not any(clash(row, other) for other in held)]
+    assert apart(rows, held) == [
+        row for row in rows if not any(clash(row, other) for other in held)
+    ]
 
 
 def test_the_count_is_printed_when_tasks_are_read(tmp_path, capsys):
-    from icrouting import commands
+    from icrouting.cli import loading
 
     folder = tmp_path / "sst2"
     folder.mkdir()
     for split, rows in (("train", [*TRAIN, TEST[0]]), ("test", TEST)):
         lines = [json.dumps({"text": row.fields["text"], "label": row.label}) for row in rows]
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
-    commands.load_tasks(["sst2"], str(tmp_path))
+    loading.load_tasks(["sst2"], str(tmp_path))
     assert "sst2 1" in capsys.readouterr().out

@@ -104,13 +104,17 @@ def test_pickle_with_code_is_refused_without_running_it(folder):
 )
 def test_damaged_file_is_named_in_a_one_line_error(folder, content):
     (folder / "trec.dataset").write_bytes(content)
-    with pytest.raises(ValueError, match=r"delete .* to fetch them anew; got trec\.dataset") as error:
+    with pytest.raises(
+        ValueError, match=r"delete .* to fetch them anew; got trec\.dataset"
+    ) as error:
         staicc.read_task(catalogue.SPECS["trec"])
     assert "\n" not in str(error.value)
 
 
 def test_task_that_the_wheel_lacks_is_answered_with_those_it_holds():
-    with pytest.raises(ValueError, match=r"holds agnews, .*emotion, got task 'csqa'.*csqa/train\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"holds agnews, .*emotion, got task 'csqa'.*csqa/train\.jsonl"
+    ):
         staicc.read_task(catalogue.SPECS["csqa"])
 
 
@@ -153,7 +157,9 @@ def test_repeated_texts_are_kept_once_and_not_at_all_where_labels_differ(folder)
 
 def test_keys_ignore_brackets_of_the_treebank_and_encodings():
     assert (
-        splits.text_key("A -LRB- fine -RRB- cliché .") == splits.text_key("a (fine) clich\u00c3\u00a9") == "afineclich"
+        splits.text_key("A -LRB- fine -RRB- cliché .")
+        == splits.text_key("a (fine) clich\u00c3\u00a9")
+        == "afineclich"
     )
 
 
@@ -164,7 +170,9 @@ def test_containment_agrees_with_comparing_all_pairs(seed):
         ["".join(rng.choice(list("ab"), rng.integers(shortest, 13))) for _ in range(n_keys)]
         for shortest, n_keys in ((1 + seed, 31), (1, 23))
     )
-    assert splits.inside(inner, outer) == [{i for i, key in enumerate(inner) if key in text} for text in outer]
+    assert splits.inside(inner, outer) == [
+        {i for i, key in enumerate(inner) if key in text} for text in outer
+    ]
 
 
 def test_nothing_lies_inside_when_there_is_nothing_to_look_for():
@@ -175,7 +183,9 @@ def test_sentences_of_sst2_are_tested_whole_and_trained_on_with_their_phrases(re
     task = staicc.read_task(catalogue.SPECS["sst2"])
     assert {len(example.fields["text"].split()) for example in task.test} == {13}
     assert task.n_dropped > 0, "phrases of the sentences that validation took"
-    lengths = Counter(len(example.fields["text"].split()) for example in task.train + task.validation)
+    lengths = Counter(
+        len(example.fields["text"].split()) for example in task.train + task.validation
+    )
     assert lengths.keys() == {13, 7}
     assert lengths.total() + task.n_dropped == 45
     assert len(task.test) == 10
@@ -199,7 +209,11 @@ def _n_rows(task):
 
 def test_row_inside_a_row_of_sst2_is_dropped_only_if_long(reviews):
     dealt = staicc.read_task(catalogue.SPECS["sst2"]).test[0].fields["text"].split()
-    dump(reviews, "mr", [([" ".join(dealt[3:9])], 0), ([" ".join(dealt[3:6])], 1), *numbered_rows(9, 2)])
+    dump(
+        reviews,
+        "mr",
+        [([" ".join(dealt[3:9])], 0), ([" ".join(dealt[3:6])], 1), *numbered_rows(9, 2)],
+    )
     task = staicc.read_task(catalogue.SPECS["mr"])
     texts = {example.fields["text"] for example in task.train + task.validation + task.test}
     assert {text for text in texts if "number" not in text} == {" ".join(dealt[3:6])}
@@ -209,7 +223,9 @@ def test_row_inside_a_row_of_sst2_is_dropped_only_if_long(reviews):
 def test_every_label_of_the_pinned_sets_is_in_both_splits(pinned_tasks):
     for name, task in pinned_tasks.items():
         for rows in (task.train, task.test):
-            assert set(Counter(row.label for row in rows)) == set(range(len(task.spec.options))), name
+            assert set(Counter(row.label for row in rows)) == set(range(len(task.spec.options))), (
+                name
+            )
 
 
 @pytest.mark.pinned
@@ -229,7 +245,9 @@ def test_pinned_sst2_shares_no_long_text_with_the_other_reviews(pinned_tasks, na
 
 @pytest.mark.pinned
 def test_no_row_of_pinned_sst2_lies_inside_a_row_of_its_other_split(pinned_tasks):
-    train, test = (set(keys_of(rows)) for rows in (pinned_tasks["sst2"].train, pinned_tasks["sst2"].test))
+    train, test = (
+        set(keys_of(rows)) for rows in (pinned_tasks["sst2"].train, pinned_tasks["sst2"].test)
+    )
     assert not count_inside(train, test)
     assert not count_inside(test, train)
 
@@ -251,8 +269,13 @@ def test_pinned_sets_read_the_same_twice(pinned_tasks, name):
         ("emotion", "@user happy birthday :) have a blessed day", "joy"),
     ],
 )
-def test_labels_of_the_pinned_sets_are_in_the_order_of_the_catalogue(pinned_folder, name, start, label):
-    labels = [row.label for row in _starting(start, staicc._read_rows(pinned_folder, catalogue.SPECS[name]))]
+def test_labels_of_the_pinned_sets_are_in_the_order_of_the_catalogue(
+    pinned_folder, name, start, label
+):
+    labels = [
+        row.label
+        for row in _starting(start, staicc._read_rows(pinned_folder, catalogue.SPECS[name]))
+    ]
     assert [catalogue.SPECS[name].options[i] for i in labels] == [label]
 
 

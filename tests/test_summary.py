@@ -50,7 +50,9 @@ def test_holm_corrects_over_the_tasks_of_one_method():
 def test_a_rivals_lead_is_its_accuracy_less_the_headlines():
     summary = summarise(ICR_LOSES_ON_MR, fake_config())
     ((rival, lead),) = summary.rivals.items()
-    ours, theirs = (summary.line("mean", "all", method).accuracy for method in (summary.headline, rival))
+    ours, theirs = (
+        summary.line("mean", "all", method).accuracy for method in (summary.headline, rival)
+    )
     assert lead.value == pytest.approx(theirs - ours)
 
 

@@ -19,7 +19,16 @@ def test_the_terminal_table_holds_brackets_of_notes_as_they_are():
 
 def test_tasks_stand_by_section_with_a_mean_after_each():
     titles = [row.title for row in summarise(ICR_LOSES_ON_MR, fake_config()).rows]
-    assert titles == ["agnews", "mean source", "mr", "mean near", "cb", "mean far", "mean unseen", "mean all"]
+    assert titles == [
+        "agnews",
+        "mean source",
+        "mr",
+        "mean near",
+        "cb",
+        "mean far",
+        "mean unseen",
+        "mean all",
+    ]
 
 
 def test_marks_and_collapse_name_the_loss():
@@ -62,7 +71,11 @@ def test_a_method_that_lacks_tasks_is_ranked_last():
 
 def test_a_time_that_was_not_measured_is_no_number():
     untimed = {"icr": {"seconds": math.nan}}
-    found = [dataclasses.replace(record, **untimed.get(record.method, {})) for record in ICR_LOSES_ON_MR]
+    found = [
+        dataclasses.replace(record, **untimed.get(record.method, {})) for record in ICR_LOSES_ON_MR
+    ]
     summary = summarise(found, fake_config())
     (times,) = (line for line in grid(summary, summary.methods) if line[0] == "ms per example")
-    assert [text == NONE for text in times[1:-2]] == [method.name == "icr" for method in summary.methods]
+    assert [text == NONE for text in times[1:-2]] == [
+        method.name == "icr" for method in summary.methods
+    ]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from icrouting import cli
+from icrouting.cli import main
 from icrouting.tasks.load import load_task
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
@@ -50,7 +50,7 @@ def test_the_documented_command_runs_on_a_task_file(stance, tmp_path, capsys):
     words = [str(replaced.get(word, word)) for word in line.split()[1:]]
     at = words.index("--tasks")
     words[at + 1 : at + 5] = [str(stance), "--sources", str(stance)]
-    cli.main([*words, "--demos-per-class", "1", "--n-test", "1"])
+    main.main([*words, "--demos-per-class", "1", "--n-test", "1"])
     assert "stance" in capsys.readouterr().out
 
 
@@ -69,24 +69,56 @@ def test_choices_come_from_a_csv_with_bars_between(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("options =", "optoins =", "3: key 'optoins' is not known: a task file has name, group, template"),
-        ('["against", "favour", "none"]', '"against"', "3: key 'options' must be a list, got 'against'"),
-        ('["against", "favour", "none"]', '["against"]', "3: key 'options' must list two different texts or more"),
-        ('["against", "favour", "none"]', '["a", "a"]', "3: key 'options' must list two different texts or more"),
-        ('["against", "favour", "none"]', '["a", 2]', "3: key 'options' must list two different texts or more"),
+        (
+            "options =",
+            "optoins =",
+            "3: key 'optoins' is not known: a task file has name, group, template",
+        ),
+        (
+            '["against", "favour", "none"]',
+            '"against"',
+            "3: key 'options' must be a list, got 'against'",
+        ),
+        (
+            '["against", "favour", "none"]',
+            '["against"]',
+            "3: key 'options' must list two different texts or more",
+        ),
+        (
+            '["against", "favour", "none"]',
+            '["a", "a"]',
+            "3: key 'options' must list two different texts or more",
+        ),
+        (
+            '["against", "favour", "none"]',
+            '["a", 2]',
+            "3: key 'options' must list two different texts or more",
+        ),
         ("{text}", "text", "must"),
-        ("{target}:", "{target}: ", "2: key 'template' needs slots such as {text} and no space at its end"),
+        (
+            "{target}:",
+            "{target}: ",
+            "2: key 'template' needs slots such as {text} and no space at its end",
+        ),
         ("{text}", "{text", "2: key 'template' is malformed"),
         ("{text}", "{0}", "2: key 'template' needs slots"),
         ("template =", "# template =", "1: key 'template' is missing"),
         ('test = "test.jsonl"', "", "5: key 'splits' must be train ="),
         ('test = "test.jsonl"', "test = 3", "5: key 'splits' must be train ="),
         ("[splits]", "[splits", "not TOML"),
-        ("{target}:", "{choices}:", "3: key 'options' must be left out where the template has {choices}"),
+        (
+            "{target}:",
+            "{choices}:",
+            "3: key 'options' must be left out where the template has {choices}",
+        ),
         ("{target}", "{target:d}", "2: key 'template' needs slots"),
         ("{target}", "{text:{target}}", "2: key 'template' needs slots"),
         ("options =", 'group = "source"\noptions =', "3: key 'group' must be"),
-        ("options =", 'words.text = "bar"\noptions =', "key 'words' must give a text for every value"),
+        (
+            "options =",
+            'words.text = "bar"\noptions =',
+            "key 'words' must give a text for every value",
+        ),
         ("options =", '"op(" = 1\noptions =', "key 'op(' is not known"),
         ("test.jsonl", "tset.jsonl", "cannot read"),
     ],
@@ -108,7 +140,8 @@ def test_a_bad_row_of_a_csv_is_named_by_file_and_line(stance):
     train = stance.parent / "train.csv"
     train.write_text(train.read_text().replace(",against\n", ",agianst\n"))
     with pytest.raises(
-        ValueError, match=r"train.csv:3: field 'label' must be an integer in 0..2 or one of against, fav"
+        ValueError,
+        match=r"train.csv:3: field 'label' must be an integer in 0..2 or one of against, fav",
     ):
         load_task(str(stance), data="")
 
@@ -136,9 +169,13 @@ def test_labels_may_be_letters_and_digits_that_are_options(tmp_path):
     (tmp_path / "t.csv").write_text("q,label\nfive,2\nsix,1\n")
     (tmp_path / "t2.csv").write_text("q,label\nseven,2\neight,1\n")
     assert [example.label for example in load_task(str(tmp_path / "a.toml"), "").test] == [1, 0]
-    (tmp_path / "b.toml").write_text('template = "{q} {choices}:"\nsplits = {train = "l.csv", test = "l2.csv"}')
+    (tmp_path / "b.toml").write_text(
+        'template = "{q} {choices}:"\nsplits = {train = "l.csv", test = "l2.csv"}'
+    )
     (tmp_path / "l2.csv").write_text("q,choices,label\nseven,a|b,B\neight,a|b,A\n")
-    (tmp_path / "l.csv").write_bytes("\ufeffq,choices,label\r\nfive,a|b,B\r\nsix,a|b,A\r\n".encode())
+    (tmp_path / "l.csv").write_bytes(
+        "\ufeffq,choices,label\r\nfive,a|b,B\r\nsix,a|b,A\r\n".encode()
+    )
     assert [example.label for example in load_task(str(tmp_path / "b.toml"), "").test] == [1, 0]
 
 

@@ -13,13 +13,18 @@ from icrouting.tasks.prompts import balanced_demos, extraction_prompts, few_shot
 from icrouting.tasks.task import Task, rows_digest
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside the checkout")
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the shared data folder is not beside the checkout"
+)
 
 
 def write(folder, rows, name="sst2", split="train"):
     file = folder / name / f"{split}.jsonl"
     file.parent.mkdir(exist_ok=True)
-    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    file.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows),
+        encoding="utf-8",
+    )
     return file
 
 
@@ -40,17 +45,23 @@ def test_phrases_of_other_tasks_test_rows_in_the_folder_are_left_out(tmp_path):
     write(tmp_path, rows)
     write(tmp_path, [{"text": "quite another sentence of some words", "label": 0}], split="test")
     assert load_task("sst2", tmp_path).n_dropped == 0
-    write(tmp_path, [{"text": f"so , {row['text']} !", "label": 1} for row in rows[:6]], "mr", "test")
+    write(
+        tmp_path, [{"text": f"so , {row['text']} !", "label": 1} for row in rows[:6]], "mr", "test"
+    )
     task = load_task("sst2", tmp_path)
     assert task.n_dropped == 6
-    assert {row.fields["text"] for row in (*task.train, *task.validation)} == {row["text"] for row in rows[6:]}
+    assert {row.fields["text"] for row in (*task.train, *task.validation)} == {
+        row["text"] for row in rows[6:]
+    }
 
 
 def test_multiple_choice_lists_its_choices_and_letters():
     spec = SPECS["csqa"]
     example = tiny.Example({"question": "where?"}, ("here", "there", "nowhere"), 2)
     task = Task(spec, (example,), (example,))
-    assert task.prompt(example) == "Question: where?\nA. here\nB. there\nC. nowhere\nAnswer (A/B/C):"
+    assert (
+        task.prompt(example) == "Question: where?\nA. here\nB. there\nC. nowhere\nAnswer (A/B/C):"
+    )
     assert task.options(example) == ("A", "B", "C")
     assert task.answer(example) == "C"
 
@@ -107,13 +118,17 @@ def test_every_task_of_the_paper_reads_and_its_options_are_distinct(name):
     for example in (*task.train[:200], *task.test[:200]):
         options = task.options(example)
         assert len(set(options)) == len(options) > example.label
-        assert "{" not in task.spec.template.format_map(dict.fromkeys((*task.spec.slots, "choices", "letters"), ""))
+        assert "{" not in task.spec.template.format_map(
+            dict.fromkeys((*task.spec.slots, "choices", "letters"), "")
+        )
         assert task.prompt(example).endswith(":")
 
 
 def test_demonstrations_are_balanced_seeded_and_never_the_query():
     task = tiny.task()
-    draw = [balanced_demos(task, 5, np.random.default_rng(seed), exclude=(7,)) for seed in (1, 1, 2)]
+    draw = [
+        balanced_demos(task, 5, np.random.default_rng(seed), exclude=(7,)) for seed in (1, 1, 2)
+    ]
     assert Counter(demo.label for demo in draw[0]) == {0: 5, 1: 5}
     assert draw[0] == draw[1] != draw[2]
     every = balanced_demos(task, 1000, np.random.default_rng(0), exclude=(7,))
@@ -132,7 +147,9 @@ def test_few_shot_prompts_end_with_the_zero_shot_prompt():
 
 def test_extraction_prompts_are_seeded_and_as_many_as_asked():
     task = tiny.task()
-    first, again = (list(extraction_prompts(task, 9, 2, np.random.default_rng(seed))) for seed in (0, 0))
+    first, again = (
+        list(extraction_prompts(task, 9, 2, np.random.default_rng(seed))) for seed in (0, 0)
+    )
     assert first == again
     assert len(set(first)) == len({prompt.context for prompt in first}) == 9
 
@@ -144,14 +161,18 @@ def test_extraction_prompts_may_share_demonstrations_that_none_of_them_is():
     assert [contexts.count(context) for context in dict.fromkeys(contexts)] == [4, 4, 1]
     assert len({prompt.query for prompt in prompts}) == 9
     for prompt in prompts:
-        assert not any(other.query in prompt.context for other in prompts if other.context == prompt.context)
+        assert not any(
+            other.query in prompt.context for other in prompts if other.context == prompt.context
+        )
 
 
 def test_extraction_prompts_hold_training_rows_alone_balanced_before_an_open_query():
     task = tiny.task()
     answered = {f"{task.prompt(example)} {task.answer(example)}\n" for example in task.train}
     queries = {task.prompt(example) for example in task.train}
-    for text in (prompt.text for prompt in extraction_prompts(task, 9, 2, np.random.default_rng(0))):
+    for text in (
+        prompt.text for prompt in extraction_prompts(task, 9, 2, np.random.default_rng(0))
+    ):
         query = next(query for query in queries if text.endswith(query))
         demos = re.findall(r"Review: .*\nSentiment: .*\n", text.removesuffix(query))
         assert "".join(demos) + query == text

@@ -18,7 +18,10 @@ FIRST = 3
 
 def token_lists():
     inputs = tiny.prompts((11, 5, 17, 8), "right")
-    return [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    return [
+        row[mask.bool()].tolist()
+        for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]
 
 
 @pytest.mark.parametrize("first", [0, 1, FIRST])
@@ -85,7 +88,9 @@ def test_a_file_of_another_size_is_not_a_finished_one(n_more, tmp_path):
     os.truncate(tmp_path / trunk.TRUNK_FILE, n_bytes + n_more)
     again = run_trunk(model, token_lists(), FIRST, 1, tmp_path)
     assert (tmp_path / trunk.TRUNK_FILE).stat().st_size == n_bytes
-    assert all(torch.equal(state.hidden, hidden) for state, hidden in zip(again, first, strict=True))
+    assert all(
+        torch.equal(state.hidden, hidden) for state, hidden in zip(again, first, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -93,7 +98,8 @@ def test_the_file_holds_the_very_states(dtype, tmp_path):
     model = tiny.model("llama").to(dtype)
     seen = {}
     with model.model.layers[FIRST].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.update(hidden=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        lambda _, args, kwargs: seen.update(hidden=args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
     ):
         for tokens in token_lists():
             (state,) = run_trunk(model, [tokens], FIRST, 1)
@@ -107,7 +113,9 @@ def test_a_disk_without_room_is_named_before_anything_runs(tmp_path, monkeypatch
         run_trunk(tiny.model("llama"), token_lists(), FIRST, 1, tmp_path)
 
 
-def test_a_disk_that_fills_while_states_are_written_leaves_a_fit_that_can_go_on(tmp_path, monkeypatch):
+def test_a_disk_that_fills_while_states_are_written_leaves_a_fit_that_can_go_on(
+    tmp_path, monkeypatch
+):
     limits, model = resource.getrlimit(resource.RLIMIT_FSIZE), tiny.model("llama")
     allocate = trunk._allocate
 

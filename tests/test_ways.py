@@ -21,7 +21,9 @@ def benches(encoder_folder):
     return {"encoder": Bench(encoder_folder), HIDDEN: Bench(HIDDEN)}
 
 
-@pytest.mark.parametrize(("way", "features"), TRIED, ids=[f"{way.group}: {way.name}: {kind}" for way, kind in TRIED])
+@pytest.mark.parametrize(
+    ("way", "features"), TRIED, ids=[f"{way.group}: {way.name}: {kind}" for way, kind in TRIED]
+)
 def test_a_way_of_running_does_what_the_support_page_says(way, features, benches):
     bench = benches[features]
     if way.raises:
@@ -31,7 +33,9 @@ def test_a_way_of_running_does_what_the_support_page_says(way, features, benches
     else:
         way.check(bench)
     assert "generate" not in vars(bench.model)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in bench.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in bench.model.modules()
+    )
 
 
 def test_every_way_has_a_name_of_its_own_and_a_reason_where_it_is_untested():

@@ -61,7 +61,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 # Families whose heads share the hidden size out among them.
-_SHARED = {name: size for name, size in SIZES.items() if name != "head_dim"} | {"num_key_value_heads": 6}
+_SHARED = {name: size for name, size in SIZES.items() if name != "head_dim"} | {
+    "num_key_value_heads": 6
+}
 # The experts' kernel wants rows of a multiple of 16 bytes.
 _EXPERTS = SIZES | {
     "hidden_size": 48,
@@ -78,9 +80,15 @@ ALL_CONFIGS: dict[str, PretrainedConfig] = CONFIGS | {
     "qwen3": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=2),
     "qwen3_moe": Qwen3MoeConfig(**_EXPERTS, norm_topk_prob=True),
     "gemma2": Gemma2Config(
-        **SIZES, sliding_window=7, query_pre_attn_scalar=13, attn_logit_softcapping=5.0, tie_word_embeddings=False
+        **SIZES,
+        sliding_window=7,
+        query_pre_attn_scalar=13,
+        attn_logit_softcapping=5.0,
+        tie_word_embeddings=False,
     ),
-    "phi": PhiConfig(**_SHARED | {"hidden_size": 60, "num_key_value_heads": 3, "partial_rotary_factor": 0.4}),
+    "phi": PhiConfig(
+        **_SHARED | {"hidden_size": 60, "num_key_value_heads": 3, "partial_rotary_factor": 0.4}
+    ),
     "phi3": Phi3Config(**SIZES, partial_rotary_factor=0.6),
     "olmo2": Olmo2Config(**SIZES),
     "granite": GraniteConfig(**SIZES, attention_multiplier=0.23, residual_multiplier=0.7),
@@ -95,7 +103,9 @@ def model(family: str, kernel: str = "sdpa", seed: int = 0) -> PreTrainedModel:
     return sharp(ALL_CONFIGS[family], kernel, seed, embed_std=0.4 if family == "gemma3" else 1.0)
 
 
-def sharp(config: PretrainedConfig, kernel: str = "sdpa", seed: int = 0, embed_std: float = 1.0) -> PreTrainedModel:
+def sharp(
+    config: PretrainedConfig, kernel: str = "sdpa", seed: int = 0, embed_std: float = 1.0
+) -> PreTrainedModel:
     """A random model in float32 whose attention is sharp enough for errors to show."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -112,7 +122,9 @@ def sharp(config: PretrainedConfig, kernel: str = "sdpa", seed: int = 0, embed_s
     return tiny.eval().requires_grad_(False)
 
 
-def pids(of: PreTrainedModel, layers: tuple[int, ...] = (3, 4), rank: int = 3, seed: int = 1) -> PIDs:
+def pids(
+    of: PreTrainedModel, layers: tuple[int, ...] = (3, 4), rank: int = 3, seed: int = 1
+) -> PIDs:
     """Random orthonormal directions for a model."""
     dims, generator = dims_of(of), torch.Generator().manual_seed(seed)
 
@@ -124,14 +136,18 @@ def pids(of: PreTrainedModel, layers: tuple[int, ...] = (3, 4), rank: int = 3, s
     return PIDs(layers, query, key, *ones, "pca")
 
 
-def routing(of: PreTrainedModel, batch: int, n_layers: int = 2, rank: int = 3, seed: int = 2) -> Routing:
+def routing(
+    of: PreTrainedModel, batch: int, n_layers: int = 2, rank: int = 3, seed: int = 2
+) -> Routing:
     """A random routing that is far from neutral."""
     generator = torch.Generator().manual_seed(seed)
     alpha = torch.rand(batch, n_layers, rank, generator=generator) * 2 - 1
     return Routing(alpha, torch.rand(batch, n_layers, dims_of(of).n_heads, generator=generator))
 
 
-def prompts(lengths: tuple[int, ...] = (11, 5, 17), side: str = "left", seed: int = 3) -> dict[str, torch.Tensor]:
+def prompts(
+    lengths: tuple[int, ...] = (11, 5, 17), side: str = "left", seed: int = 3
+) -> dict[str, torch.Tensor]:
     """Random prompts of mixed lengths, padded on one side, with mask and explicit position ids."""
     generator, longest = torch.Generator().manual_seed(seed), max(lengths)
     input_ids = torch.ones(len(lengths), longest, dtype=torch.long)
@@ -140,7 +156,11 @@ def prompts(lengths: tuple[int, ...] = (11, 5, 17), side: str = "left", seed: in
         where = slice(longest - length, longest) if side == "left" else slice(0, length)
         input_ids[row, where] = torch.randint(2, VOCAB, (length,), generator=generator)
         mask[row, where] = 1
-    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+    }
 
 
 _WORDS = "good bad film plot joy dull sharp weak actors scene of the a and moving boring ball goal match team vote"
@@ -166,7 +186,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     toy = task()
     texts = [f"{toy.prompt(e)} {toy.answer(e)}\n" for e in toy.train]
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=VOCAB, show_progress=False, special_tokens=["<eos>", "<pad>"])
+    bpe.train_from_iterator(
+        texts, vocab_size=VOCAB, show_progress=False, special_tokens=["<eos>", "<pad>"]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>", padding_side="left"
     )
@@ -190,7 +212,9 @@ def encoder_folder(folder: Path) -> Path:
         *letters,
         *(f"##{letter}" for letter in letters),
     ]
-    BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained(bert)
+    BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained(
+        bert
+    )
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=12,

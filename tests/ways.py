@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import accelerate
 import peft
 import torch
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, QuantizedCache, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+)
 
 import tiny
 from bench import CLOSE, MATTERS, Bench, rows_of
@@ -98,7 +104,9 @@ def in_inference_mode(bench):
 
 
 def looped_by_hand(bench):
-    def greedy(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    def greedy(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    ):
         for _ in range(generation_config.max_new_tokens):
             logits = model(input_ids=input_ids, use_cache=False).logits
             input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], 1)
@@ -168,7 +176,10 @@ def quantizes(bench):
     cache = QuantizedCache("fp8", config=bench.model.config)
     with bench.attached():
         bench.model(input_ids=prompt[:, :-4], **{CACHE: cache})
-        pieces = [bench.model(input_ids=ids, **{CACHE: cache}).logits for ids in prompt[:, -4:].split(1, 1)]
+        pieces = [
+            bench.model(input_ids=ids, **{CACHE: cache}).logits
+            for ids in prompt[:, -4:].split(1, 1)
+        ]
     # The routing is that of the first piece, so the slow run gets it too.
     text = bench.tokenizer.decode(prompt[0, :-4])
     with bench.attached() as routed:
@@ -182,7 +193,9 @@ def quantizes(bench):
 
 def allocates_ahead(bench):
     cache = static(bench.model.config)
-    cache.early_initialization(batch_size=1, num_heads=3, head_dim=10, dtype=torch.float32, device="cpu")
+    cache.early_initialization(
+        batch_size=1, num_heads=3, head_dim=10, dtype=torch.float32, device="cpu"
+    )
     bench.check_tokens(0, fast={CACHE: cache})
 
 
@@ -203,12 +216,17 @@ def interleaves_two_caches(bench):
         for number, step in enumerate(steps, 1):
             for row, cache in enumerate(caches):
                 got = bench.model(input_ids=step, **{CACHE: cache}).logits
-                expected = bench.slow_logits(row, input_ids=torch.cat([prompts[row], *steps[:number]], 1))
+                expected = bench.slow_logits(
+                    row, input_ids=torch.cat([prompts[row], *steps[:number]], 1)
+                )
                 assert (got[0, 0] - expected[0, -1]).abs().max() <= CLOSE
 
 
 def continues_a_foreign_cache(bench, through_generate=False):
-    cache, more = bench.foreign_cache(), torch.cat([bench.inputs(0)["input_ids"], torch.tensor([[9]])], 1)
+    cache, more = (
+        bench.foreign_cache(),
+        torch.cat([bench.inputs(0)["input_ids"], torch.tensor([[9]])], 1),
+    )
     with bench.attached():
         if through_generate:
             bench.model.generate(input_ids=more, max_new_tokens=2, **{CACHE: cache})
@@ -224,7 +242,9 @@ def continues_a_copied_cache(bench):
 def in_pieces_outside_generate(bench):
     prompt, cache = bench.inputs(0)["input_ids"], dynamic(bench.model.config)
     with bench.attached() as routed:
-        pieces = [bench.model(input_ids=piece, **{CACHE: cache}).logits for piece in prompt.split(7, 1)]
+        pieces = [
+            bench.model(input_ids=piece, **{CACHE: cache}).logits for piece in prompt.split(7, 1)
+        ]
         decided = routed.routing([bench.tokenizer.decode(prompt[0, :7])])
     with attach(bench.model, bench.icr.pids) as attachment:
         attachment.routing = decided
@@ -258,26 +278,36 @@ def routes_one_model_twice_at_once(bench):
 
 def wrapped(bench, config, kernel="sdpa"):
     torch.manual_seed(0)
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for an attribute by its old name
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    with (
+        warnings.catch_warnings()
+    ):  # peft 0.21 asks transformers 5.23 for an attribute by its old name
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
         return peft.get_peft_model(bench.fresh(kernel), config).eval().requires_grad_(False)
 
 
 def with_lora(bench, kernel="sdpa"):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False
+    )
     return wrapped(bench, config, kernel)
 
 
 def routes_a_lora(bench):
     model, dense = with_lora(bench), with_lora(bench, "eager")
     assert fingerprint(model) == fingerprint(bench.model)
-    assert (model(**bench.inputs(0)).logits - bench.model(**bench.inputs(0)).logits).abs().max() > MATTERS
+    assert (
+        model(**bench.inputs(0)).logits - bench.model(**bench.inputs(0)).logits
+    ).abs().max() > MATTERS
     bench.check_logits(0, 1, 2, model=model, dense=dense)
     bench.check_tokens(0, 1, 2, model=model, dense=dense)
 
 
 def fits_on_a_lora(bench):
-    config = FitConfig((3, 4), 3, n_prompts=6, demos_per_class=1, n_queries=6, epochs=1, encoder=str(bench.encoder))
+    config = FitConfig(
+        (3, 4), 3, n_prompts=6, demos_per_class=1, n_queries=6, epochs=1, encoder=str(bench.encoder)
+    )
     model = with_lora(bench)
     icr = InContextRouter.fit(model, bench.tokenizer, [tiny.task()], config)
     with icr.attached(model, bench.tokenizer) as routed:
@@ -324,7 +354,9 @@ def off_loads(load):
             bench.check_logits(0, 1, 2, model=model)
             bench.check_tokens(0, model=model)
             with bench.attached(model) as routed, bench.attached() as expected:
-                scores = [side.score(bench.texts, ["negative", "positive"]) for side in (routed, expected)]
+                scores = [
+                    side.score(bench.texts, ["negative", "positive"]) for side in (routed, expected)
+                ]
             assert torch.allclose(*scores, atol=CLOSE)
 
     return check
@@ -333,8 +365,12 @@ def off_loads(load):
 def by_device_map(bench, folder):
     bench.model.save_pretrained(folder)
     places = {f"model.layers.{layer}": "disk" if layer in (1, 4) else "cpu" for layer in range(5)}
-    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=f"{folder}/off")
+    places |= dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places, offload_folder=f"{folder}/off"
+    )
     model.generation_config.pad_token_id = 1
     return model.requires_grad_(False)
 
@@ -352,12 +388,16 @@ def trains_with_checkpointing(bench):
         router = Router(12, 2, 6, 3, 13, torch.Generator().manual_seed(0))
         torch.nn.init.ones_(router.alpha[-1].weight)
         last = model.model.layers[4]
-        trainer = Trainer(model, bench.icr.pids, router, queries, FitConfig((3, 4), 3, batch_size=3), 1)
+        trainer = Trainer(
+            model, bench.icr.pids, router, queries, FitConfig((3, 4), 3, batch_size=3), 1
+        )
         with attach(model, bench.icr.pids) as attachment, late_entry(model, 3) as entry:
             last.register_forward_pre_hook(lambda *args, runs=runs: runs.append(1))
             loss = sum(trainer._terms(entry, attachment, queries).values())
             loss.backward()
-        outcomes.append((loss.detach(), torch.cat([weight.grad.flatten() for weight in router.parameters()])))
+        outcomes.append(
+            (loss.detach(), torch.cat([weight.grad.flatten() for weight in router.parameters()]))
+        )
         assert len(runs) == 1 + checkpointing
         assert not any(type(layer).__name__ == "_Checkpointed" for layer in model.model.layers)
     for without, with_it in zip(*outcomes, strict=True):
@@ -420,7 +460,12 @@ WAYS = (
     Way("Padding", "a 4-D mask of one's own", seen_by_four_dimensional_mask),
     Way("Padding", "`torch.no_grad`, `torch.inference_mode`", in_inference_mode),
     Way("Padding", "`inputs_embeds` in a call", from_embeddings, EMBEDS),
-    Way("Padding", "`inputs_embeds` in `generate`", lambda bench: from_embeddings(bench, True), EMBEDS),
+    Way(
+        "Padding",
+        "`inputs_embeds` in `generate`",
+        lambda bench: from_embeddings(bench, True),
+        EMBEDS,
+    ),
     Way("Decoding", "greedy", generates(*ALL)),
     Way("Decoding", "sampling with a seed", generates(*ONE, do_sample=True, seed=5)),
     Way(
@@ -428,9 +473,17 @@ WAYS = (
         "sampling with top-k, top-p, min-p and typical filters",
         generates(*ONE, do_sample=True, top_k=9, top_p=0.9, min_p=0.01, typical_p=0.9),
     ),
-    Way("Decoding", "several samples of a prompt", generates(*ONE, do_sample=True, num_return_sequences=3)),
+    Way(
+        "Decoding",
+        "several samples of a prompt",
+        generates(*ONE, do_sample=True, num_return_sequences=3),
+    ),
     Way("Decoding", "beam search", generates(*ALL, num_beams=3)),
-    Way("Decoding", "several beams of a prompt", generates(*ALL, num_beams=3, num_return_sequences=2)),
+    Way(
+        "Decoding",
+        "several beams of a prompt",
+        generates(*ALL, num_beams=3, num_return_sequences=2),
+    ),
     Way("Decoding", "beam sampling", generates(*ONE, num_beams=3, do_sample=True)),
     Way(
         "Decoding",
@@ -451,7 +504,9 @@ WAYS = (
         note="the assistant is routed only if it is attached itself",
     ),
     Way(
-        "Decoding", "assisted by the model itself", generates(*ONE, fast=lambda bench: {"assistant_model": bench.model})
+        "Decoding",
+        "assisted by the model itself",
+        generates(*ONE, fast=lambda bench: {"assistant_model": bench.model}),
     ),
     Way("Decoding", "drafts by early exit", generates(*ONE, fast={"assistant_early_exit": 4})),
     Way("Decoding", "a streamer", streams),
@@ -467,9 +522,17 @@ WAYS = (
         note="inside `attached` everything runs uncompiled: a compiled graph does not notice hooks",
     ),
     Way("Caches", "none", generates(*ALL, fast={"use_cache": False})),
-    Way("Caches", "dynamic", generates(*ALL, fast=lambda bench: {CACHE: dynamic(bench.model.config)})),
+    Way(
+        "Caches",
+        "dynamic",
+        generates(*ALL, fast=lambda bench: {CACHE: dynamic(bench.model.config)}),
+    ),
     Way("Caches", "static", generates(*ALL, fast={"cache_implementation": "static"})),
-    Way("Caches", "static, with beams", generates(*ALL, num_beams=3, fast={"cache_implementation": "static"})),
+    Way(
+        "Caches",
+        "static, with beams",
+        generates(*ALL, num_beams=3, fast={"cache_implementation": "static"}),
+    ),
     Way("Caches", "static, allocated ahead", allocates_ahead),
     Way("Caches", "sliding, dynamic (Gemma 3)", generates(*ALL, family="gemma3")),
     Way(
@@ -483,7 +546,11 @@ WAYS = (
         "quantized, `quanto` and `hqq`",
         note="tried by hand, the packages being large; `q_group_size` must divide what heads, now wider, hold",
     ),
-    Way("Caches", "off-loaded, dynamic and static", note="transformers moves them on an accelerator's streams"),
+    Way(
+        "Caches",
+        "off-loaded, dynamic and static",
+        note="transformers moves them on an accelerator's streams",
+    ),
     Way("Caches", "chunked prefill, dynamic", generates(*ONE, fast={"prefill_chunk_size": 5})),
     Way(
         "Caches",
@@ -497,8 +564,18 @@ WAYS = (
         note="routed by the first piece",
     ),
     Way("Caches", "a kept cache in `model(...)`", takes_turns(dynamic, through_generate=False)),
-    Way("Caches", "a kept cache in `generate`, dynamic", takes_turns(dynamic), note="routed by the first turn"),
-    Way("Caches", "a kept cache in `generate`, static", takes_turns(static), note="routed by the first turn"),
+    Way(
+        "Caches",
+        "a kept cache in `generate`, dynamic",
+        takes_turns(dynamic),
+        note="routed by the first turn",
+    ),
+    Way(
+        "Caches",
+        "a kept cache in `generate`, static",
+        takes_turns(static),
+        note="routed by the first turn",
+    ),
     Way("Caches", "a kept cache that was cropped", takes_turns(dynamic, cropped=3)),
     Way("Caches", "a cache that was reset, and another prompt", starts_a_reset_cache_anew),
     Way("Caches", "two caches in turn", interleaves_two_caches),
@@ -516,8 +593,16 @@ WAYS = (
         "rows of a kept cache reordered or selected by hand",
         note="not followed, and not noticed: a row keeps the routing of its old place",
     ),
-    Way("Routers", "several threads in one `attached`", note="not safe: calls take turns in one state, use a lock"),
-    Way("Routers", "another routing for every row of a batch", lambda bench: bench.check_logits(2, 0, 1)),
+    Way(
+        "Routers",
+        "several threads in one `attached`",
+        note="not safe: calls take turns in one state, use a lock",
+    ),
+    Way(
+        "Routers",
+        "another routing for every row of a batch",
+        lambda bench: bench.check_logits(2, 0, 1),
+    ),
     Way("Routers", "two routed models at once", routes_two_models_at_once),
     Way("Routers", "two routers on one model, in turn", routes_one_model_twice_in_turn),
     Way(
@@ -526,9 +611,20 @@ WAYS = (
         routes_one_model_twice_at_once,
         "icr is attached to this model: leave it before icr is fitted or attached",
     ),
-    Way("Models", "a LoRA, in peft's wrapper", routes_a_lora, note="on the queries, keys and values that it makes"),
+    Way(
+        "Models",
+        "a LoRA, in peft's wrapper",
+        routes_a_lora,
+        note="on the queries, keys and values that it makes",
+    ),
     Way("Models", "a router fitted with a LoRA in place", fits_on_a_lora),
-    Way("Models", "a merged LoRA", routes_a_merged_lora, "this router was fitted on", "other weights: fit a router"),
+    Way(
+        "Models",
+        "a merged LoRA",
+        routes_a_merged_lora,
+        "this router was fitted on",
+        "other weights: fit a router",
+    ),
     Way(
         "Models",
         "prompt and prefix tuning",
@@ -541,7 +637,11 @@ WAYS = (
     Way(
         "Models",
         "all of it off-loaded to disk by accelerate",
-        off_loads(lambda bench, folder: accelerate.disk_offload(bench.fresh(), folder, execution_device="cpu")),
+        off_loads(
+            lambda bench, folder: accelerate.disk_offload(
+                bench.fresh(), folder, execution_device="cpu"
+            )
+        ),
     ),
     Way(
         "Models",
@@ -554,12 +654,26 @@ WAYS = (
         note="the demo's model, which is a download",
         elsewhere="tests/test_smollm2.py",
     ),
-    Way("Models", "weights in 8 or 4 bits, several devices, tensor parallelism", note="needs accelerators"),
+    Way(
+        "Models",
+        "weights in 8 or 4 bits, several devices, tensor parallelism",
+        note="needs accelerators",
+    ),
     Way("Training", "activation (gradient) checkpointing", trains_with_checkpointing),
     Way("Kernels", "`eager`", by_kernel("eager")),
     Way("Kernels", "`sdpa`", by_kernel("sdpa")),
     Way("Kernels", "`flash_attention_2`", note=FLASH),
     Way("Kernels", "`flash_attention_3`", note=FLASH),
-    Way("Kernels", "`flex_attention`", by_flex, "attention implementation 'flex_attention' cannot be routed"),
-    Way("Kernels", "`output_attentions` on `eager`", gives_attention_weights, note="`sdpa` gives none, routed or not"),
+    Way(
+        "Kernels",
+        "`flex_attention`",
+        by_flex,
+        "attention implementation 'flex_attention' cannot be routed",
+    ),
+    Way(
+        "Kernels",
+        "`output_attentions` on `eager`",
+        gives_attention_weights,
+        note="`sdpa` gives none, routed or not",
+    ),
 )

@@ -13,22 +13,6 @@ HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """Which frozen model, and where it goes.
-
-    Attributes:
-        model: Hub id, local folder, .gguf file, or "pinned:smollm2-135m".
-        device_map: "auto" or "balanced" spreads it over accelerators, memory and disk; by default one device holds it.
-    """
-
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    device_map: str | None = None
-
-    def __str__(self) -> str:
-        return self.model
-
-
-@dataclass(frozen=True)
 class FitConfig:
     """Settings of the three stages; units in brackets.
 
@@ -90,4 +74,12 @@ class FitConfig:
 
 
 # The paper's own settings (sections 2 to 4), but for the 10,000 prompts that it takes of AG News alone.
-PAPER = FitConfig(basis="pca", n_prompts=5000, n_queries=5000, ce_scope="vocabulary", lr=1e-4, batch_size=4, epochs=2)
+PAPER = FitConfig(
+    basis="pca",
+    n_prompts=5000,
+    n_queries=5000,
+    ce_scope="vocabulary",
+    lr=1e-4,
+    batch_size=4,
+    epochs=2,
+)

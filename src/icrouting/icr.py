@@ -78,7 +78,12 @@ class InContextRouter(ModelHubMixin):
 
     @contextmanager
     def attached(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, strength: float = 1.0, gate: Gate | None = None
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        strength: float = 1.0,
+        gate: Gate | None = None,
     ) -> Iterator[Routed]:
         """Inside, every plain `model(...)` and `model.generate(...)` is routed by the prompt it is given.
 

@@ -31,13 +31,19 @@ class _Run:
         self.cache = self.cache if self.cache is not None else cache  # the first forward is its own
         if cache is not None:
             return cache is self.cache
-        return (ids := given.get("input_ids")) is None or self.input_ids is None or _goes_on(ids, self.input_ids)
+        return (
+            (ids := given.get("input_ids")) is None
+            or self.input_ids is None
+            or _goes_on(ids, self.input_ids)
+        )
 
 
 def _goes_on(ids: Int[Tensor, "n_rows q_len"], prompt: Int[Tensor, "n_prompts n_tokens"]) -> bool:
     """Whether rows begin with the prompts, each one's side by side."""
     times, over = divmod(len(ids), len(prompt))
-    return not over and torch.equal(ids[:, : prompt.shape[1]], prompt.repeat_interleave(times, 0).to(ids.device))
+    return not over and torch.equal(
+        ids[:, : prompt.shape[1]], prompt.repeat_interleave(times, 0).to(ids.device)
+    )
 
 
 class Answering:
@@ -54,12 +60,22 @@ class Answering:
     def prompts(self) -> list[list[int]]:
         """Returns the tokens of every row's prompt, without those that an earlier call put into the cache."""
         given, run = self._given, self._run
-        input_ids, mask = (run.input_ids, run.mask) if run else (given.get("input_ids"), given.get("attention_mask"))
+        input_ids, mask = (
+            (run.input_ids, run.mask)
+            if run
+            else (given.get("input_ids"), given.get("attention_mask"))
+        )
         if input_ids is None:
-            raise ValueError("this method reads the prompt: give the model `input_ids`, not `inputs_embeds` alone")
-        is_real = attended(input_ids, mask, run.n_prompt - input_ids.shape[1] if run else n_seen(given))
+            raise ValueError(
+                "this method reads the prompt: give the model `input_ids`, not `inputs_embeds` alone"
+            )
+        is_real = attended(
+            input_ids, mask, run.n_prompt - input_ids.shape[1] if run else n_seen(given)
+        )
         lists = [row[keep].tolist() for row, keep in zip(input_ids, is_real, strict=True)]
-        return [tokens for tokens in lists for _ in range(len(read_by(given)) // len(lists))]  # beams
+        return [
+            tokens for tokens in lists for _ in range(len(read_by(given)) // len(lists))
+        ]  # beams
 
     def generate(self, plain_generate: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls `plain_generate` and remembers its prompt meanwhile."""
@@ -67,11 +83,18 @@ class Answering:
         read = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else ids
         if read is None:
             return plain_generate(*args, **kwargs)
-        n_tokens = read.shape[1] + (seen if read.shape[1] <= seen else 0)  # all of them, or those behind the cache
+        n_tokens = read.shape[1] + (
+            seen if read.shape[1] <= seen else 0
+        )  # all of them, or those behind the cache
         n_prompt = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else n_tokens
         run = _Run(ids, mask, n_prompt, cache_of(kwargs))
         outer = self._runs[-1] if self._runs else None
-        if outer and ids is not None and outer.input_ids is not None and _goes_on(ids, outer.input_ids):  # it drafts
+        if (
+            outer
+            and ids is not None
+            and outer.input_ids is not None
+            and _goes_on(ids, outer.input_ids)
+        ):  # it drafts
             run = replace(outer, cache=run.cache)
         self._runs.append(run)
         try:

@@ -14,22 +14,37 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from icrouting.decoder.probe import agrees, has_sites
-from icrouting.decoder.sites import Dims, Family, Site, fused_key, fused_query, head_major, interleaved, token_major
+from icrouting.decoder.sites import (
+    Dims,
+    Family,
+    Site,
+    fused_key,
+    fused_query,
+    head_major,
+    interleaved,
+    token_major,
+)
 
 # What transformers calls a cache, in calls and in outputs: the first name since 5.24, the second before.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 _confirmed: weakref.WeakKeyDictionary[nn.Module, Family] = weakref.WeakKeyDictionary()
 
-_POST_NORMED = Family(attention_branch="post_attention_layernorm", mlp_branch="post_feedforward_layernorm")
+_POST_NORMED = Family(
+    attention_branch="post_attention_layernorm", mlp_branch="post_feedforward_layernorm"
+)
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "granite"), Family()),
     "phi": Family(output="dense"),
     "gemma2": _POST_NORMED,
     "opt": Family(mlp_branch="fc2", output="out_proj"),
-    **dict.fromkeys(("qwen3", "qwen3_moe"), Family(Site("q_norm", token_major), Site("k_norm", token_major))),
-    "gemma3_text": replace(_POST_NORMED, query=Site("q_norm", head_major), key=Site("k_norm", head_major)),
+    **dict.fromkeys(
+        ("qwen3", "qwen3_moe"), Family(Site("q_norm", token_major), Site("k_norm", token_major))
+    ),
+    "gemma3_text": replace(
+        _POST_NORMED, query=Site("q_norm", head_major), key=Site("k_norm", head_major)
+    ),
     "olmo2": replace(_POST_NORMED, query=Site("q_norm"), key=Site("k_norm")),
     "phi3": Family(Site("qkv_proj", fused_query), Site("qkv_proj", fused_key)),
     "gpt_neox": Family(
@@ -39,7 +54,11 @@ FAMILIES: dict[str, Family] = {
         output="dense",
     ),
     "gpt2": Family(
-        Site("c_attn", fused_query), Site("c_attn", fused_key), layers="h", attention="attn", output="c_proj"
+        Site("c_attn", fused_query),
+        Site("c_attn", fused_key),
+        layers="h",
+        attention="attn",
+        output="c_proj",
     ),
 }
 
@@ -47,7 +66,9 @@ FAMILIES: dict[str, Family] = {
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, also inside a peft wrapper."""
     if hasattr(model, "prompt_encoder"):
-        raise ValueError(f"{type(model).__name__} puts tokens of its own before the prompt: expected a LoRA or none")
+        raise ValueError(
+            f"{type(model).__name__} puts tokens of its own before the prompt: expected a LoRA or none"
+        )
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
@@ -58,7 +79,9 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     """The stack of layers under the vocabulary head; its forward builds masks and rotary tables."""
     decoder = base_of(model).get_decoder()
     if not isinstance(decoder, PreTrainedModel):
-        raise ValueError(f"{type(base_of(model)).__name__} cannot be routed: transformers names no decoder inside it")
+        raise ValueError(
+            f"{type(base_of(model)).__name__} cannot be routed: transformers names no decoder inside it"
+        )
     return decoder
 
 
@@ -71,9 +94,19 @@ def family_of(model: nn.Module) -> Family:
     if decoder not in _confirmed:
         model_type = decoder.config.model_type
         if base.config.is_encoder_decoder:
-            raise ValueError(f"{model_type!r} models cannot be routed: expected a decoder, got an encoder with one")
-        rows = [FAMILIES[model_type]] if model_type in FAMILIES else list(dict.fromkeys(FAMILIES.values()))
-        fitting = (row for row in rows if has_sites(decoder, row) and agrees(base, decoder, row, dims_of(model)))
+            raise ValueError(
+                f"{model_type!r} models cannot be routed: expected a decoder, got an encoder with one"
+            )
+        rows = (
+            [FAMILIES[model_type]]
+            if model_type in FAMILIES
+            else list(dict.fromkeys(FAMILIES.values()))
+        )
+        fitting = (
+            row
+            for row in rows
+            if has_sites(decoder, row) and agrees(base, decoder, row, dims_of(model))
+        )
         family = next(fitting, None)
         if family is None:
             raise ValueError(
@@ -97,15 +130,25 @@ def attention_of(model: nn.Module, layer: int) -> nn.Module:
 
 def branches_of(model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
     """The modules of one layer whose outputs the attention and the MLP branch add to the residual stream."""
-    family, block, model_type = family_of(model), layers_of(model)[layer], decoder_of(model).config.model_type
+    family, block, model_type = (
+        family_of(model),
+        layers_of(model)[layer],
+        decoder_of(model).config.model_type,
+    )
     if model_type not in FAMILIES:  # the probe checks queries and keys alone
-        raise ValueError(f"the branches of {model_type!r} models are not known: add a row to families.FAMILIES")
-    return getattr(block, family.attention_branch or family.attention), getattr(block, family.mlp_branch)
+        raise ValueError(
+            f"the branches of {model_type!r} models are not known: add a row to families.FAMILIES"
+        )
+    return getattr(block, family.attention_branch or family.attention), getattr(
+        block, family.mlp_branch
+    )
 
 
 def all_branches_of(model: nn.Module) -> list[nn.Module]:
     """The branches of every layer in order, each layer's attention before its MLP."""
-    return [branch for layer in range(len(layers_of(model))) for branch in branches_of(model, layer)]
+    return [
+        branch for layer in range(len(layers_of(model))) for branch in branches_of(model, layer)
+    ]
 
 
 def output_of(model: nn.Module, layer: int) -> nn.Module:
@@ -125,7 +168,9 @@ def dims_of(model: nn.Module) -> Dims:
     config = decoder_of(model).config
     n_heads = getattr(config, "num_attention_heads", None)
     if n_heads is None:
-        raise ValueError(f"{config.model_type!r} models cannot be routed: their config names no attention heads")
+        raise ValueError(
+            f"{config.model_type!r} models cannot be routed: their config names no attention heads"
+        )
     return Dims(
         n_layers=config.num_hidden_layers,
         n_heads=n_heads,

@@ -43,7 +43,9 @@ def replaced(model: nn.Module, **methods: Callable) -> Iterator[None]:
 def check_alone(model: nn.Module, name: str) -> None:
     """ValueError while a method is attached to a model: another would learn under it, or add to it."""
     if (other := _held.get(base_of(model))) is not None:
-        raise ValueError(f"{other} is attached to this model: leave it before {name} is fitted or attached")
+        raise ValueError(
+            f"{other} is attached to this model: leave it before {name} is fitted or attached"
+        )
 
 
 @contextmanager
@@ -54,11 +56,16 @@ def hooked(base: PreTrainedModel, name: str) -> Iterator[None]:
     """
     before, _held[base] = _held.get(base), name
     try:
-        with replaced(base, init_continuous_batching=_refuse_packing), torch.compiler.set_stance("force_eager"):
+        with (
+            replaced(base, init_continuous_batching=_refuse_packing),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         _held[base] = before
 
 
 def _refuse_packing(*args: Any, **kwargs: Any) -> None:
-    raise ValueError("an attached model cannot batch continuously, which packs all prompts into one row: pad them")
+    raise ValueError(
+        "an attached model cannot batch continuously, which packs all prompts into one row: pad them"
+    )

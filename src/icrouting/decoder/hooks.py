@@ -19,7 +19,9 @@ Editor = Callable[[Sequence[nn.Module], Edit], AbstractContextManager[None]]
 
 @contextmanager
 def edited(
-    modules: Sequence[nn.Module], edit: Edit, register: Callable[..., Any] = nn.Module.register_forward_hook
+    modules: Sequence[nn.Module],
+    edit: Edit,
+    register: Callable[..., Any] = nn.Module.register_forward_hook,
 ) -> Iterator[None]:
     """Inside, a module gives what `edit` makes of its place in `modules` and its output, [batch, q_len, hidden_size].
 
@@ -62,22 +64,31 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
     """
     rows = {"forwards": 0, "backwards": 0}
 
-    def begin(decoder: nn.Module, args: tuple, kwargs: dict) -> None:  # a pass may end before the last layer
+    def begin(
+        decoder: nn.Module, args: tuple, kwargs: dict
+    ) -> None:  # a pass may end before the last layer
         rows["forwards"] += len(read_by(called_with(decoder, args, kwargs)))
 
     def end(decoder: nn.Module, args: tuple, output: Any) -> None:
         hidden = output[0]
-        head = base_of(model).get_output_embeddings()  # asked for each time, since LoRA may stand in its place
+        head = base_of(
+            model
+        ).get_output_embeddings()  # asked for each time, since LoRA may stand in its place
         weights = head.parameters() if head is not None and torch.is_grad_enabled() else ()
         trains_head = any(weight.requires_grad for weight in weights)
         rows["backwards"] += len(hidden) if hidden.requires_grad or trains_head else 0
 
     decoder = decoder_of(model)
-    with decoder.register_forward_pre_hook(begin, with_kwargs=True), decoder.register_forward_hook(end):
+    with (
+        decoder.register_forward_pre_hook(begin, with_kwargs=True),
+        decoder.register_forward_hook(end),
+    ):
         yield rows
 
 
-def added(states: Float[Tensor, "*n_states hidden_size"], vectors: Tensor) -> Float[Tensor, "*n_states hidden_size"]:
+def added(
+    states: Float[Tensor, "*n_states hidden_size"], vectors: Tensor
+) -> Float[Tensor, "*n_states hidden_size"]:
     """Returns states with vectors added in float32, one to each state or one to all."""
     return (states.float() + vectors.to(states.device)).to(states.dtype)
 

@@ -30,7 +30,9 @@ def check_fitted_on(model: nn.Module, what: str, name: str | None, expected: str
 def weights_digest(module: nn.Module) -> str:
     """Returns 16 hex digits that identify a module's weights."""
     tied = getattr(module, "all_tied_weights_keys", {})  # off-loaded ones are no longer one object
-    names = [name for name, _ in module.named_parameters() if "lora_" not in name and name not in tied]
+    names = [
+        name for name, _ in module.named_parameters() if "lora_" not in name and name not in tied
+    ]
     samples = {}
     for prefix, owner in module.named_modules():
         with align_module_device(owner):  # brings off-loaded weights in
@@ -39,4 +41,6 @@ def weights_digest(module: nn.Module) -> str:
                 sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
                 samples[name] = f"{tuple(weight.shape)}{sample.tolist()}"
     weights = sorted((name.replace(".base_layer", ""), samples[name]) for name in names)
-    return hashlib.sha256("".join(f"{name}{sample}" for name, sample in weights).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        "".join(f"{name}{sample}" for name, sample in weights).encode()
+    ).hexdigest()[:16]

@@ -8,7 +8,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 
 @contextmanager
-def attention_function(model: PreTrainedModel, name: str, function: Callable, masks: str) -> Iterator[None]:
+def attention_function(
+    model: PreTrainedModel, name: str, function: Callable, masks: str
+) -> Iterator[None]:
     """Inside, the model's attention modules call `function`, with the masks of the kernel `masks`."""
     original = model.config._attn_implementation
     assert original is not None, "transformers gives every loaded model an attention implementation"

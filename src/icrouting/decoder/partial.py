@@ -15,7 +15,9 @@ from icrouting.decoder.passes import next_token_logits
 TOKEN_BUDGET = 4096
 
 
-LateEntry = Callable[[Batch, Float[Tensor, "batch q_len hidden_size"]], Float[Tensor, "batch vocab"]]
+LateEntry = Callable[
+    [Batch, Float[Tensor, "batch q_len hidden_size"]], Float[Tensor, "batch vocab"]
+]
 
 
 class _Reached(Exception):
@@ -33,7 +35,11 @@ def entering_states(
         for group in by_length(token_lists, TOKEN_BUDGET):
             batch = pad([token_lists[i] for i in group], pad_id).to(device_of(model))
             with suppress(_Reached):
-                decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
+                decoder(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask.long(),
+                    use_cache=False,
+                )
             for row, hidden in zip(group, entering.pop(), strict=True):
                 entered[row] = hidden[: len(token_lists[row])]
     return entered
@@ -88,9 +94,14 @@ def late_entry(model: PreTrainedModel, first: int) -> Iterator[LateEntry]:
     layers = layers_of(model)
     kept = list(layers)
     bridges = [_PassThrough() for _ in kept[:first]]
-    late = [_Checkpointed(lay) if getattr(lay, "gradient_checkpointing", False) else lay for lay in kept[first:]]
+    late = [
+        _Checkpointed(lay) if getattr(lay, "gradient_checkpointing", False) else lay
+        for lay in kept[first:]
+    ]
 
-    def logits_of(batch: Batch, hidden: Float[Tensor, "batch q_len hidden_size"]) -> Float[Tensor, "batch vocab"]:
+    def logits_of(
+        batch: Batch, hidden: Float[Tensor, "batch q_len hidden_size"]
+    ) -> Float[Tensor, "batch vocab"]:
         if bridges:
             bridges[0].states = hidden.to(device_of(model))
         return next_token_logits(model, batch)

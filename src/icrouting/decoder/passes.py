@@ -29,12 +29,16 @@ class KeptContext:
     @property
     def n_numbers(self) -> int:
         """Keys and values held, over all layers."""
-        held = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
+        held = [
+            getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")
+        ]
         return sum(tensor.numel() for tensor in held if tensor is not None)
 
 
 @contextmanager
-def last_position_only(model: PreTrainedModel, attention_mask: Bool[Tensor, "batch q_len"]) -> Iterator[None]:
+def last_position_only(
+    model: PreTrainedModel, attention_mask: Bool[Tensor, "batch q_len"]
+) -> Iterator[None]:
     """Inside, the model's `logits` are those of each row's last attended position, [batch, vocab].
 
     A hook hands the vocabulary head a contiguous [batch, hidden_size] tensor. `logits_to_keep=1` would take
@@ -56,7 +60,9 @@ def last_position_only(model: PreTrainedModel, attention_mask: Bool[Tensor, "bat
 def next_token_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
     """Returns the logits after each row's last token, in float32."""
     with last_position_only(model, batch.attention_mask):
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
+        output = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+        )
     return output.logits.float()
 
 
@@ -77,7 +83,11 @@ def by_context(
         is_shared = kept is not None or counts[prompt.context] > 1
         contexts.setdefault(prompt.context if is_shared else "", []).append(row)
     for context, rows in contexts.items():
-        before = _context_of(model, context, [token_lists[row] for row in rows], kept) if context else None
+        before = (
+            _context_of(model, context, [token_lists[row] for row in rows], kept)
+            if context
+            else None
+        )
         n_cached, cache = (len(before.tokens), before.cache) if before else (0, None)
         tails = [token_lists[row][n_cached:] for row in rows]
         for group in by_length(tails, token_budget, n_cached):
@@ -86,12 +96,19 @@ def by_context(
 
 
 def _context_of(
-    model: PreTrainedModel, context: str, token_lists: list[list[int]], kept: dict[str, KeptContext] | None
+    model: PreTrainedModel,
+    context: str,
+    token_lists: list[list[int]],
+    kept: dict[str, KeptContext] | None,
 ) -> KeptContext | None:
     found = kept.get(context) if kept is not None else None
-    if found and all(t[: len(found.tokens)] == found.tokens and len(t) > len(found.tokens) for t in token_lists):
+    if found and all(
+        t[: len(found.tokens)] == found.tokens and len(t) > len(found.tokens) for t in token_lists
+    ):
         return found
-    n_shared = sum(1 for _ in takewhile(lambda column: len({*column}) == 1, zip(*token_lists, strict=False)))
+    n_shared = sum(
+        1 for _ in takewhile(lambda column: len({*column}) == 1, zip(*token_lists, strict=False))
+    )
     # every list keeps at least one token
     if prefix := token_lists[0][: min(n_shared, *(len(tokens) - 1 for tokens in token_lists))]:
         found = KeptContext(prefix, run_prefix(model, prefix))
@@ -108,7 +125,9 @@ def run_prefix(model: PreTrainedModel, prefix: list[int]) -> Cache:
         return model(input_ids=input_ids, use_cache=True)[CACHE]
 
 
-def after_prefix(model: PreTrainedModel, prefix_cache: Cache, batch: Batch) -> Float[Tensor, "batch vocab"]:
+def after_prefix(
+    model: PreTrainedModel, prefix_cache: Cache, batch: Batch
+) -> Float[Tensor, "batch vocab"]:
     """Returns the logits after each row, where all rows go on from one prefix."""
     n_rows, n_new = batch.input_ids.shape
     n_seen, device = prefix_cache.get_seq_length(), batch.input_ids.device

@@ -10,18 +10,28 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.decoder.batches import context_length, pad_id_of, tokenize
-from icrouting.decoder.passes import TOKEN_BUDGET, KeptContext, after_prefix, by_context, next_token_logits
+from icrouting.decoder.passes import (
+    TOKEN_BUDGET,
+    KeptContext,
+    after_prefix,
+    by_context,
+    next_token_logits,
+)
 from icrouting.tasks.prompts import Prompt
 
 _say_once = lru_cache(None)(logging.getLogger(__name__).warning)
 
 
-def option_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]) -> list[int]:
+def option_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]
+) -> list[int]:
     """Returns the token with which each option, after a space, goes on from this very prompt.
 
     An option of several tokens is known by its first.
     """
-    prompt_ids, *option_lists = tokenizer([prompt, *(f"{prompt} {option}" for option in options)]).input_ids
+    prompt_ids, *option_lists = tokenizer(
+        [prompt, *(f"{prompt} {option}" for option in options)]
+    ).input_ids
     ids = []
     for option, tokens in zip(options, option_lists, strict=True):
         if tokens[: len(prompt_ids)] != prompt_ids or len(tokens) == len(prompt_ids):
@@ -31,13 +41,19 @@ def option_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequenc
             )
         ids.append(tokens[len(prompt_ids)])
         if len(tokens) > len(prompt_ids) + 1:
-            _say_once(f"option {option!r} is several tokens, and known by its first, {tokenizer.decode(ids[-1:])!r}")
+            _say_once(
+                f"option {option!r} is several tokens, and known by its first, {tokenizer.decode(ids[-1:])!r}"
+            )
     for position, (option, token) in enumerate(zip(options, ids, strict=True)):
         word, twin = str(tokenizer.decode([token])), options[ids.index(token)]
         if not word.strip():
-            raise ValueError(f"option {option!r} begins with a token that is a bare space: choose another word for it")
+            raise ValueError(
+                f"option {option!r} begins with a token that is a bare space: choose another word for it"
+            )
         if token in ids[:position]:
-            raise ValueError(f"options {twin!r} and {option!r} share their first token {word!r}: let them differ there")
+            raise ValueError(
+                f"options {twin!r} and {option!r} share their first token {word!r}: let them differ there"
+            )
     return ids
 
 
@@ -66,20 +82,35 @@ def score_options(
     prompts = [Prompt("", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     per_prompt = _options_per_prompt(options, len(prompts))
     token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], context_length(model))
-    ids = [option_ids(tokenizer, p.query, chosen) for p, chosen in zip(prompts, per_prompt, strict=True)]
+    ids = [
+        option_ids(tokenizer, p.query, chosen)
+        for p, chosen in zip(prompts, per_prompt, strict=True)
+    ]
     scores = torch.full((len(prompts), max(map(len, ids), default=0)), -torch.inf)
-    for cache, batch in by_context(model, prompts, token_lists, pad_id_of(tokenizer), token_budget, kept):
-        logits = after_prefix(model, cache, batch) if cache is not None else next_token_logits(model, batch)
+    for cache, batch in by_context(
+        model, prompts, token_lists, pad_id_of(tokenizer), token_budget, kept
+    ):
+        logits = (
+            after_prefix(model, cache, batch)
+            if cache is not None
+            else next_token_logits(model, batch)
+        )
         for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
             scores[row, : len(ids[row])] = row_logits[ids[row]]
     return scores
 
 
-def _options_per_prompt(options: Sequence[str] | Sequence[Sequence[str]], n: int) -> list[Sequence[str]]:
+def _options_per_prompt(
+    options: Sequence[str] | Sequence[Sequence[str]], n: int
+) -> list[Sequence[str]]:
     shared = [option for option in options if isinstance(option, str)]
-    per_prompt: list[Sequence[str]] = [shared] * n if shared else [list(chosen) for chosen in options]
+    per_prompt: list[Sequence[str]] = (
+        [shared] * n if shared else [list(chosen) for chosen in options]
+    )
     if len(per_prompt) != n or (shared and len(shared) != len(options)):
-        raise ValueError(f"expected one list of options, or one per prompt ({n}), got {len(options)} entries")
+        raise ValueError(
+            f"expected one list of options, or one per prompt ({n}), got {len(options)} entries"
+        )
     if any(len(chosen) < 2 for chosen in per_prompt):
         raise ValueError("expected at least two options for every prompt")
     return per_prompt

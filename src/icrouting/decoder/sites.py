@@ -50,7 +50,9 @@ def fused_key(output: Tensor, dims: Dims) -> Tensor:
 
 def interleaved(part: int) -> Reader:
     """Reads part 0 (query) or 1 (key) of heads that are [query, key, value] one by one."""
-    return lambda output, dims: output.unflatten(-1, (dims.n_heads, 3, dims.head_dim))[..., part, :].flatten(2)
+    return lambda output, dims: output.unflatten(-1, (dims.n_heads, 3, dims.head_dim))[
+        ..., part, :
+    ].flatten(2)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Family:
 
     def __str__(self) -> str:
         place = f"{self.layers}.*.{self.attention}"
-        return " and ".join(f"{place}.{name}" for name in dict.fromkeys((self.query.module, self.key.module)))
+        return " and ".join(
+            f"{place}.{name}" for name in dict.fromkeys((self.query.module, self.key.module))
+        )
 
 
 @contextmanager
@@ -93,5 +97,7 @@ def watched(attention: nn.Module, family: Family, dims: Dims) -> Iterator[dict[s
 
     with ExitStack() as stack:
         for name, site in (("query", family.query), ("key", family.key)):
-            stack.enter_context(getattr(attention, site.module).register_forward_hook(partial(keep, name, site)))
+            stack.enter_context(
+                getattr(attention, site.module).register_forward_hook(partial(keep, name, site))
+            )
         yield store

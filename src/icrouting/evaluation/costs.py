@@ -19,21 +19,34 @@ def fit_costs(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     An in-domain method has a fit for every task and seed, a train-once method one for every seed.
     """
     kept = _kept(folder, names)
-    costs = pd.DataFrame([{"method": name, **notes["cost"]} for name, _, notes in kept if notes["cost"]])
+    costs = pd.DataFrame(
+        [{"method": name, **notes["cost"]} for name, _, notes in kept if notes["cost"]]
+    )
     if costs.empty:
         return []
     grouped = costs.groupby("method", sort=False)
-    return [{"method": name, "fits": len(found), **found[list(COLUMNS)].mean().to_dict()} for name, found in grouped]
+    return [
+        {"method": name, "fits": len(found), **found[list(COLUMNS)].mean().to_dict()}
+        for name, found in grouped
+    ]
 
 
 def write_tried(folder: Path, names: Sequence[str], file: Path) -> None:
     """Writes every setting that a fit tried, with its accuracy on validation rows, as a line of a CSV."""
     tried = [
-        {"method": name, "fit": stem, "accuracy": setting.pop("accuracy"), "setting": json.dumps(setting)}
+        {
+            "method": name,
+            "fit": stem,
+            "accuracy": setting.pop("accuracy"),
+            "setting": json.dumps(setting),
+        }
         for name, stem, notes in _kept(folder, names)
         for setting in notes["tried"]
     ]
-    save_text(file, pd.DataFrame(tried, columns=["method", "fit", "setting", "accuracy"]).to_csv(index=False))
+    save_text(
+        file,
+        pd.DataFrame(tried, columns=["method", "fit", "setting", "accuracy"]).to_csv(index=False),
+    )
 
 
 def _kept(folder: Path, names: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -45,5 +58,11 @@ def _kept(folder: Path, names: Sequence[str]) -> list[tuple[str, str, dict[str, 
                 notes = opened.metadata() or {}
             if notes.get("method") == name:
                 fit = file.stem.removeprefix(name).removeprefix("-")
-                found.append((name, fit, {key: json.loads(notes.get(key, "[]")) for key in ("cost", "tried")}))
+                found.append(
+                    (
+                        name,
+                        fit,
+                        {key: json.loads(notes.get(key, "[]")) for key in ("cost", "tried")},
+                    )
+                )
     return found

@@ -61,14 +61,27 @@ class Evaluation:
         method that refuses a task (ValueError) is left out there, and `refused` says why.
         """
         chosen = [(task, draw_items(task, n_test)) for task in tasks]
-        jobs = [(task, items[at : at + CHUNK]) for task, items in chosen for at in range(0, len(items), CHUNK)]
+        jobs = [
+            (task, items[at : at + CHUNK])
+            for task, items in chosen
+            for at in range(0, len(items), CHUNK)
+        ]
         for seed in seeds:
-            missing = [any(self._missing(method, *job, seed) for method in self.methods) for job in jobs]
+            missing = [
+                any(self._missing(method, *job, seed) for method in self.methods) for job in jobs
+            ]
             if any(joined(missing)):
                 self._fit_together(seed, tasks)
-            mine_missing = [job for job, is_missing in zip(mine(jobs), mine(missing), strict=True) if is_missing]
-            sizes = [sum(len(self._missing(method, *job, seed)) for method in self.methods) for job in mine_missing]
-            for task, items in track(mine_missing, f"evaluation, seed {seed}", sizes, "predictions"):
+            mine_missing = [
+                job for job, is_missing in zip(mine(jobs), mine(missing), strict=True) if is_missing
+            ]
+            sizes = [
+                sum(len(self._missing(method, *job, seed)) for method in self.methods)
+                for job in mine_missing
+            ]
+            for task, items in track(
+                mine_missing, f"evaluation, seed {seed}", sizes, "predictions"
+            ):
                 for method in self.methods:
                     self._answer(method, task, self._missing(method, task, items, seed), seed)
         self.refused = dict(joined(list(self.refused.items())))
@@ -82,7 +95,9 @@ class Evaluation:
         if here().num_processes > 1:
             for task in mine(tasks):
                 for method in self.methods:
-                    with suppress(ValueError):  # it is refused, with its reason, where it is asked for an answer
+                    with suppress(
+                        ValueError
+                    ):  # it is refused, with its reason, where it is asked for an answer
                         method.on(task)
             wait()
 
@@ -105,7 +120,9 @@ class Evaluation:
             self._kept.pop(method.name, None)
 
     def _missing(self, method: Method, task: Task, items: Sequence[int], seed: int) -> list[int]:
-        missing = [index for index in items if (method.name, task.name, seed, index) not in self._done]
+        missing = [
+            index for index in items if (method.name, task.name, seed, index) not in self._done
+        ]
         if missing and method.name in self._unfit:
             self.refused[method.name, task.name] = self._unfit[method.name]
         return [] if (method.name, task.name) in self.refused else missing
@@ -127,19 +144,32 @@ class Evaluation:
             self._done.add(record.key)
             self._answers[record.method, record.task][record.index] = record
 
-    def predict(self, method: Method, task: Task, indices: Sequence[int], seed: int) -> list[Record]:
+    def predict(
+        self, method: Method, task: Task, indices: Sequence[int], seed: int
+    ) -> list[Record]:
         """Returns the records of one method on some test items of one task."""
         method = method.on(task)
         examples = [task.test[index] for index in indices]
         prompts = [method.prompt(task, example) for example in examples]
         options = [task.options(example) for example in examples]
-        n_tokens = [len(tokens) for tokens in tokenize(self.tokenizer, [prompt.text for prompt in prompts])]
+        n_tokens = [
+            len(tokens) for tokens in tokenize(self.tokenizer, [prompt.text for prompt in prompts])
+        ]
         scores, seconds = self._scores(method, task, prompts, options)
         started = time.monotonic()
         scores = method.adjusted(task, examples, scores)
         seconds += (time.monotonic() - started) / len(prompts)
-        logits = [tuple(row[: len(chosen)].tolist()) for row, chosen in zip(scores, options, strict=True)]
-        found = zip(indices, [row.label for row in examples], scores.argmax(1).tolist(), logits, n_tokens, strict=True)
+        logits = [
+            tuple(row[: len(chosen)].tolist()) for row, chosen in zip(scores, options, strict=True)
+        ]
+        found = zip(
+            indices,
+            [row.label for row in examples],
+            scores.argmax(1).tolist(),
+            logits,
+            n_tokens,
+            strict=True,
+        )
         return [Record(method.name, task.name, seed, *one, seconds) for one in found]
 
     def _scores(
@@ -160,7 +190,9 @@ class Evaluation:
             self._plain = (prompts, options), scores, seconds
         return scores, seconds
 
-    def time_ratios(self, task: Task, *, n_items: int = 4, n_rounds: int = 5) -> list[dict[str, object]]:
+    def time_ratios(
+        self, task: Task, *, n_items: int = 4, n_rounds: int = 5
+    ) -> list[dict[str, object]]:
         """Returns each method's time over zero-shot's, measured in turns on the same items.
 
         Prompts run as they would arrive at a server, alone in their context. Where a method's prompts have a
@@ -170,8 +202,14 @@ class Evaluation:
         options = [task.options(example) for example in examples]
         baseline = Method(self.methods[0].settings)
         baseline.name = BASELINE
-        methods = [baseline, *(method.on(task) for method in self.methods if method.name != BASELINE)]
-        prompts = {method.name: [method.prompt(task, example) for example in examples] for method in methods}
+        methods = [
+            baseline,
+            *(method.on(task) for method in self.methods if method.name != BASELINE),
+        ]
+        prompts = {
+            method.name: [method.prompt(task, example) for example in examples]
+            for method in methods
+        }
         ways: list[tuple[str, Method, dict[str, KeptContext] | None]] = []
         for method in methods:
             ways.append((method.name, method, None))
@@ -180,7 +218,11 @@ class Evaluation:
         seconds: dict[str, list[float]] = {name: [] for name, _, _ in ways}
         for _ in track(range(n_rounds + 1), "timing, in turns", [1] * (n_rounds + 1), "turns"):
             for name, method, kept in ways:
-                asked = prompts[method.name] if kept is not None else [p.text for p in prompts[method.name]]
+                asked = (
+                    prompts[method.name]
+                    if kept is not None
+                    else [p.text for p in prompts[method.name]]
+                )
                 with method.applied(task):
                     started = time.monotonic()
                     scores = score_options(self.model, self.tokenizer, asked, options, kept=kept)
@@ -191,6 +233,17 @@ class Evaluation:
         for name, method, kept in ways[1:]:
             ratios = np.array(seconds[name][1:]) / np.array(seconds[BASELINE][1:])
             low, middle, high = (float(end) for end in np.percentile(ratios, [0, 50, 100]))
-            n_cached = method.n_cached(task) + sum(context.n_numbers for context in (kept or {}).values())
-            rows.append({"method": name, "ratio": middle, "low": low, "high": high, "n_cached": n_cached, "note": note})
+            n_cached = method.n_cached(task) + sum(
+                context.n_numbers for context in (kept or {}).values()
+            )
+            rows.append(
+                {
+                    "method": name,
+                    "ratio": middle,
+                    "low": low,
+                    "high": high,
+                    "n_cached": n_cached,
+                    "note": note,
+                }
+            )
         return rows

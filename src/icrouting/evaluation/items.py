@@ -19,7 +19,9 @@ def within(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int | None) ->
 
     def fits(row: Example) -> bool:
         text = task.prompt(row)  # a token takes a byte or more, but for two before the text
-        return room is None or len(text.encode()) + 2 <= room or len(tokenizer(text).input_ids) <= room
+        return (
+            room is None or len(text.encode()) + 2 <= room or len(tokenizer(text).input_ids) <= room
+        )
 
     room = None if limit is None else limit - SPARE
     rows = {split: vars(task)[split] for split in ("train", "validation", "test")}
@@ -28,7 +30,9 @@ def within(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int | None) ->
     labels = [{row.label for row in of["train"]} for of in (rows, kept)]
     if not left or labels[0] != labels[1] or any(rows[split] and not kept[split] for split in rows):
         return task, ""
-    return replace(task, **kept), f"Left out, as longer than {room} tokens: {', '.join(left)} rows of {task.name}."
+    return replace(
+        task, **kept
+    ), f"Left out, as longer than {room} tokens: {', '.join(left)} rows of {task.name}."
 
 
 _ITEM_SEED = 0

@@ -39,7 +39,9 @@ class Record:
     def __post_init__(self):
         for name, option in (("label", self.label), ("prediction", self.prediction)):
             if not 0 <= option < len(self.option_logits):
-                raise ValueError(f"{name} must be in 0..{len(self.option_logits) - 1}, got {option}")
+                raise ValueError(
+                    f"{name} must be in 0..{len(self.option_logits) - 1}, got {option}"
+                )
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -57,7 +59,11 @@ def append(path: Path, records: Iterable[Record]) -> None:
         content = file.read()
         end = content.rfind(b"\n") + 1
         if end < len(content):
-            log.info("%s: removed a last line that was cut short after %d bytes", path, len(content) - end)
+            log.info(
+                "%s: removed a last line that was cut short after %d bytes",
+                path,
+                len(content) - end,
+            )
         file.truncate(end)
         file.write(b"".join(json.dumps(asdict(record)).encode() + b"\n" for record in records))
         file.flush()

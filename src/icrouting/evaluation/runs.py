@@ -87,20 +87,40 @@ def claim(folder: Path, config: RunConfig) -> None:
     Methods, with the router of one, seeds and test items may be added to a run; their records join the others.
     """
     file, settings = folder / "config.json", config.flat()
-    begun = {"command": _command(), "commit": commit(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    begun = {
+        "command": _command(),
+        "commit": commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     found = load_json(file) if file.exists() else {**settings, **begun}
     if missing := {"command", *_GROWING} - found.keys():
-        raise ValueError(f"{file} is no run's, it lacks {', '.join(sorted(missing))}: choose another folder with --out")
+        raise ValueError(
+            f"{file} is no run's, it lacks {', '.join(sorted(missing))}: choose another folder with --out"
+        )
     routers = {found["router"], settings["router"]} - {None}
-    different = [key for key in settings if key not in _GROWING and found.get(key, settings[key]) != settings[key]]
-    with_no_router = settings if settings["router"] is None else found  # whose controls of ICR have the defaults
-    is_mixed = len({found["router"], settings["router"]}) > 1 and any("icr-" in m for m in with_no_router["methods"])
+    different = [
+        key
+        for key in settings
+        if key not in _GROWING and found.get(key, settings[key]) != settings[key]
+    ]
+    with_no_router = (
+        settings if settings["router"] is None else found
+    )  # whose controls of ICR have the defaults
+    is_mixed = len({found["router"], settings["router"]}) > 1 and any(
+        "icr-" in m for m in with_no_router["methods"]
+    )
     different += ["router"] if len(routers) > 1 or is_mixed else []
     different += ["n_test"] if settings["n_test"] < found["n_test"] else []
     if different:
-        changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different)
-        raise ValueError(f"{folder} holds another run ({changes}): choose another folder with --out")
-    grown = {key: list(dict.fromkeys([*found[key], *settings[key]])) for key in ("methods", "seeds")}
+        changes = "; ".join(
+            f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different
+        )
+        raise ValueError(
+            f"{folder} holds another run ({changes}): choose another folder with --out"
+        )
+    grown = {
+        key: list(dict.fromkeys([*found[key], *settings[key]])) for key in ("methods", "seeds")
+    }
     grown |= {"n_test": settings["n_test"], "router": next(iter(routers), None)}
     if _command() not in found["command"]:
         grown["command"] = f"{found['command']} && {_command()}"
@@ -110,22 +130,35 @@ def claim(folder: Path, config: RunConfig) -> None:
 
 def _cuts(settings: dict[str, Any]) -> list[str]:
     """What a run takes less of than was published, or than is usual here."""
-    names, n_seeds, n_test = " ".join(settings["methods"]), len(settings["seeds"]), settings["n_test"]
+    names, n_seeds, n_test = (
+        " ".join(settings["methods"]),
+        len(settings["seeds"]),
+        settings["n_test"],
+    )
     i2cl, epochs = settings["i2cl_epochs"], settings["train_epochs"]
     usual = {name: getattr(Settings(), name) for name in ("tries", "train_rows", "train_epochs")}
-    less = [f"{name} {settings[name]} (usual: {most})" for name, most in usual.items() if settings[name] < most]
-    seeds = f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most (paper: 3, 500)."
+    less = [
+        f"{name} {settings[name]} (usual: {most})"
+        for name, most in usual.items()
+        if settings[name] < most
+    ]
+    seeds = (
+        f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most (paper: 3, 500)."
+    )
     cuts = {
         seeds: n_seeds < 3 or n_test < 500,
         f"I2CL is calibrated for {i2cl} epochs (published: 100).": "i2cl" in names and i2cl < 100,
-        f"Prompt tuning is trained for {epochs} epochs (published: 50).": "prompt-tuning" in names and epochs < 50,
-        f"Methods that learn are held to less, where they would take more: {', '.join(less)}.": bool(less),
+        f"Prompt tuning is trained for {epochs} epochs (published: 50).": "prompt-tuning" in names
+        and epochs < 50,
+        f"Methods that learn are held to less, where they would take more: {', '.join(less)}.": bool(
+            less
+        ),
     }
     return [text for text, is_cut in cuts.items() if is_cut]
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name.replace("cli.py", "icr"), *sys.argv[1:]])
+    return " ".join([Path(sys.argv[0]).name.replace("__main__.py", "icr"), *sys.argv[1:]])
 
 
 def _short(value: object) -> str:
@@ -139,7 +172,9 @@ def commit() -> str:
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         subprocess.run(is_tracked, cwd=here.parent, capture_output=True, check=True)
-        return subprocess.run(describe, cwd=here.parent, capture_output=True, check=True, text=True).stdout.strip()
+        return subprocess.run(
+            describe, cwd=here.parent, capture_output=True, check=True, text=True
+        ).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -26,7 +26,10 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[dic
     """
     family, dims = family_of(model), dims_of(model)
     with ExitStack() as stack:
-        yield [stack.enter_context(watched(attention_of(model, layer), family, dims)) for layer in layers]
+        yield [
+            stack.enter_context(watched(attention_of(model, layer), family, dims))
+            for layer in layers
+        ]
 
 
 @torch.no_grad()
@@ -38,7 +41,9 @@ def capture_last_tokens(
     *,
     skip_nan: bool = False,
     token_budget: int = TOKEN_BUDGET,
-) -> Iterator[tuple[Float[Tensor, "n_layers batch query_width"], Float[Tensor, "n_layers batch key_width"]]]:
+) -> Iterator[
+    tuple[Float[Tensor, "n_layers batch query_width"], Float[Tensor, "n_layers batch key_width"]]
+]:
     """Yields the last token's queries and keys of a batch of prompts at a time, in float32.
 
     Prompts are batched by length, so the order is not theirs. A context that several share is computed once. ValueError
@@ -46,16 +51,24 @@ def capture_last_tokens(
     """
     token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], context_length(model))
     with captured(model, layers) as stores:
-        for cache, batch in by_context(model, prompts, token_lists, pad_id_of(tokenizer), token_budget):
+        for cache, batch in by_context(
+            model, prompts, token_lists, pad_id_of(tokenizer), token_budget
+        ):
             if cache is not None:
                 after_prefix(model, cache, batch)
             else:  # the vocabulary head need not run
                 mask = batch.attention_mask.long()
                 decoder_of(model)(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
-            places = torch.arange(len(batch.rows)), batch.last.cpu()  # layers may lie on several devices
+            places = (
+                torch.arange(len(batch.rows)),
+                batch.last.cpu(),
+            )  # layers may lie on several devices
             query, key = (
-                torch.stack([store[name][places].float().cpu() for store in stores]) for name in ("query", "key")
+                torch.stack([store[name][places].float().cpu() for store in stores])
+                for name in ("query", "key")
             )
             finite = (query.isfinite().all(-1) & key.isfinite().all(-1)).all(0)
-            rows_kept = finite_rows(finite, [prompts[row].query for row in batch.rows], "queries or keys", skip_nan)
+            rows_kept = finite_rows(
+                finite, [prompts[row].query for row in batch.rows], "queries or keys", skip_nan
+            )
             yield query[:, rows_kept], key[:, rows_kept]

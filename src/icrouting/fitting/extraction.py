@@ -45,7 +45,11 @@ def extract(
     of processes can go on from there; the memory taken does not depend on the number of prompts.
     """
     rng, shape = np.random.default_rng(config.seed), (config.n_prompts, config.demos_per_class)
-    prompts = (p for task in tasks for p in extraction_prompts(task, *shape, rng, config.queries_per_context))
+    prompts = (
+        p
+        for task in tasks
+        for p in extraction_prompts(task, *shape, rng, config.queries_per_context)
+    )
     n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
     dims, place, n_done = dims_of(model), here(), 0
     moments = QKMoments(len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
@@ -54,7 +58,11 @@ def extract(
         tensors, metadata = load_tensors(kept)
         n_done = int(metadata["n_done"])
         moments = QKMoments.from_tensors(tensors) if place.is_main_process else moments
-    due, blocks, held = time.monotonic() + SAVE_EVERY_SECONDS, list(range(n_done, n_prompts, BLOCK)), []
+    due, blocks, held = (
+        time.monotonic() + SAVE_EVERY_SECONDS,
+        list(range(n_done, n_prompts, BLOCK)),
+        [],
+    )
     sizes = [min(BLOCK, n_prompts - start) for start in blocks]
     deque(islice(prompts, n_done), maxlen=0)
     for number, start in enumerate(track(blocks, "extraction", sizes, "prompts", n_done)):
@@ -73,7 +81,9 @@ def extract(
             # Moments of a wide model are gigabytes: writing them takes a twentieth of the time at most.
             due = time.monotonic() + max(SAVE_EVERY_SECONDS, 20 * (time.monotonic() - begun))
     moments = QKMoments.from_tensors(_summed(moments))
-    return fit_pids(moments, layers, config.rank, config.basis, torch.Generator().manual_seed(config.seed))
+    return fit_pids(
+        moments, layers, config.rank, config.basis, torch.Generator().manual_seed(config.seed)
+    )
 
 
 def _summed(moments: QKMoments) -> dict[str, Tensor]:

@@ -15,7 +15,9 @@ def entropy(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
 
 
 def option_loss(
-    logits: Float[Tensor, "batch vocab"], option_ids: Int[Tensor, "batch n_options"], labels: Int[Tensor, "batch"]
+    logits: Float[Tensor, "batch vocab"],
+    option_ids: Int[Tensor, "batch n_options"],
+    labels: Int[Tensor, "batch"],
 ) -> Float[Tensor, ""]:
     """Returns the cross-entropy of the answers among their task's options.
 
@@ -26,17 +28,23 @@ def option_loss(
     return torch.nn.functional.cross_entropy(options, labels)
 
 
-def confidence_loss(logits: Float[Tensor, "batch vocab"], plain_entropy: Float[Tensor, "batch"]) -> Float[Tensor, ""]:
+def confidence_loss(
+    logits: Float[Tensor, "batch vocab"], plain_entropy: Float[Tensor, "batch"]
+) -> Float[Tensor, ""]:
     """Returns L_conf = mean ReLU(H(routed) - H(plain)): routing must not make the model less certain."""
     return (entropy(logits) - plain_entropy).relu().mean()
 
 
-def sparsity_loss(routing_vector: Float[Tensor, "batch n_layers rank"], deepest_weight: float) -> Float[Tensor, ""]:
+def sparsity_loss(
+    routing_vector: Float[Tensor, "batch n_layers rank"], deepest_weight: float
+) -> Float[Tensor, ""]:
     """Returns L_spar = mean_l w_l |alpha_l|_1 / rank, w_l rising from 1 to `deepest_weight` with depth.
 
     The paper names the end of the ramp and not its start (open: 1.0).
     """
-    weights = torch.linspace(1.0, deepest_weight, routing_vector.shape[1], device=routing_vector.device)
+    weights = torch.linspace(
+        1.0, deepest_weight, routing_vector.shape[1], device=routing_vector.device
+    )
     return (routing_vector.abs().mean(-1) * weights).mean()
 
 

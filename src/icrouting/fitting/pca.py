@@ -31,13 +31,17 @@ class QKMoments:
         return int(self._state["count"])
 
     def update(
-        self, query: Float[Tensor, "n_layers batch query_width"], key: Float[Tensor, "n_layers batch key_width"]
+        self,
+        query: Float[Tensor, "n_layers batch query_width"],
+        key: Float[Tensor, "n_layers batch key_width"],
     ) -> None:
         """Adds the last-token queries and keys of a batch of prompts."""
         self._state["count"] += query.shape[1]
         for side, vectors in (("query", query.double()), ("key", key.double())):
             self._state[f"{side}_sum"] += vectors.sum(1)
-            self._state[f"{side}_outer"].baddbmm_(vectors.mT, vectors)  # in place: a product apart takes as much again
+            self._state[f"{side}_outer"].baddbmm_(
+                vectors.mT, vectors
+            )  # in place: a product apart takes as much again
 
     def merge(self, other: "QKMoments") -> None:
         """Adds what another accumulator has seen."""
@@ -51,7 +55,10 @@ class QKMoments:
 
     def of_layer(self, place: int) -> "QKMoments":
         """The moments of one layer, which is alone; not a copy."""
-        state = {name: value[place : place + 1] if value.ndim else value for name, value in self._state.items()}
+        state = {
+            name: value[place : place + 1] if value.ndim else value
+            for name, value in self._state.items()
+        }
         return self.from_tensors(state)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -63,12 +70,16 @@ class QKMoments:
         """The accumulator that `tensors` came from."""
         moments = cls(0, 0, 0)
         if odd := sorted(state.keys() ^ moments._state.keys()):
-            raise ValueError(f"moments of another version ({odd}): delete moments.safetensors, and they are made anew")
+            raise ValueError(
+                f"moments of another version ({odd}): delete moments.safetensors, and they are made anew"
+            )
         moments._state = dict(state)
         return moments
 
 
-def fit_pids(moments: QKMoments, layers: tuple[int, ...], rank: int, basis: Basis, generator: torch.Generator) -> PIDs:
+def fit_pids(
+    moments: QKMoments, layers: tuple[int, ...], rank: int, basis: Basis, generator: torch.Generator
+) -> PIDs:
     """Returns the PIDs of accumulated moments.
 
     `layers` are in the order of the moments; the generator draws the random basis.
@@ -77,19 +88,31 @@ def fit_pids(moments: QKMoments, layers: tuple[int, ...], rank: int, basis: Basi
     if not 1 <= rank <= widest:
         raise ValueError(f"rank must lie in 1..{widest} (the width of the keys), got {rank}")
     if moments.count <= rank:
-        raise ValueError(f"{rank} directions need more than {rank} prompts, got {moments.count}: add prompts or tasks")
+        raise ValueError(
+            f"{rank} directions need more than {rank} prompts, got {moments.count}: add prompts or tasks"
+        )
     query_pids, query_std, query_explained = _directions(moments, "query", rank, basis, generator)
     key_pids, key_std, key_explained = _directions(moments, "key", rank, basis, generator)
-    return PIDs(layers, query_pids, key_pids, query_std, key_std, query_explained, key_explained, basis)
+    return PIDs(
+        layers, query_pids, key_pids, query_std, key_std, query_explained, key_explained, basis
+    )
 
 
 def _directions(
-    moments: QKMoments, side: Literal["query", "key"], rank: int, basis: Basis, generator: torch.Generator
+    moments: QKMoments,
+    side: Literal["query", "key"],
+    rank: int,
+    basis: Basis,
+    generator: torch.Generator,
 ) -> list[Tensor]:
     outer, total = (moments.tensors()[f"{side}_{part}"] for part in ("outer", "sum"))
     (n_layers, width), size = total.shape, outer.diagonal(dim1=1, dim2=2).sum(1) / moments.count
-    if not (size - (total / moments.count).square().sum(1) > SAME * size).all():  # as all last tokens are in layer 0
-        raise ValueError("a routed layer has the same queries or keys in all prompts: route from a later layer on")
+    if not (
+        size - (total / moments.count).square().sum(1) > SAME * size
+    ).all():  # as all last tokens are in layer 0
+        raise ValueError(
+            "a routed layer has the same queries or keys in all prompts: route from a later layer on"
+        )
     gaussian = None
     if basis == "random":
         gaussian = torch.randn(n_layers, width, rank, dtype=torch.float64, generator=generator)
@@ -113,4 +136,8 @@ def _described(columns: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Ten
     total = covariance.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
     floor = torch.finfo(torch.float32).eps * total.sqrt()
     # Contiguous, as a loaded file's are: kernels may round by the layout.
-    return columns.float().contiguous(), torch.maximum(variance.sqrt(), floor).float(), (variance / total).float()
+    return (
+        columns.float().contiguous(),
+        torch.maximum(variance.sqrt(), floor).float(),
+        (variance / total).float(),
+    )

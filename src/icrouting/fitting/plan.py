@@ -75,11 +75,23 @@ class Plan:
         fewer = f"route fewer than {len(self.layers)} layers (--layers) or take a smaller model"
         for what, needed, free, advice in (
             ("memory", moments + (weights if device is None else 0), memory, fewer),
-            ("disk space", sum(self.disk.values()), disk, "lower --n-queries or set --out to another disk"),
-            ("accelerator memory", weights, device, "spread the model over more devices or take a smaller one"),
+            (
+                "disk space",
+                sum(self.disk.values()),
+                disk,
+                "lower --n-queries or set --out to another disk",
+            ),
+            (
+                "accelerator memory",
+                weights,
+                device,
+                "spread the model over more devices or take a smaller one",
+            ),
         ):
             if free is not None and needed > free:
-                raise ValueError(f"this fit needs {size(needed)} of {what}, {size(free)} are free: {advice}")
+                raise ValueError(
+                    f"this fit needs {size(needed)} of {what}, {size(free)} are free: {advice}"
+                )
 
 
 def size(n_bytes: int) -> str:
@@ -120,10 +132,17 @@ def plan_fit(
     layer's matrices, `n_outputs` a token, a pass makes about three times as many, and backward keeps twice as many.
     """
     dims, decoder, itemsize = dims_of(model), decoder_of(model).config, dtype.itemsize
-    hidden_size, is_quantised = int(decoder.hidden_size), getattr(model.config, "quantization_config", None) is not None
+    hidden_size, is_quantised = (
+        int(decoder.hidden_size),
+        getattr(model.config, "quantization_config", None) is not None,
+    )
     layers = check_layers(config.layers or late_third(dims.n_layers), dims.n_layers)
     prompts, queries = _texts(model, tokenizer, tasks, config, sample)
-    n_routed, n_late, longest = len(layers), dims.n_layers - layers[0], max(of.longest for of in queries.values())
+    n_routed, n_late, longest = (
+        len(layers),
+        dims.n_layers - layers[0],
+        max(of.longest for of in queries.values()),
+    )
     widths = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
     n_router = _n_router(config, hidden_size, n_routed * (config.rank + dims.n_heads))
     moments = 8 * n_routed * sum(width**2 + width for width in widths)
@@ -148,7 +167,10 @@ def plan_fit(
         "training": 2 * config.epochs * (pass_flops(model, queries.values(), n_late) + head),
     }
     products = moments / 8 * sum(of.count for of in prompts.values())
-    processor = products * SECONDS_PER_PRODUCT + n_routed * sum(width**3 for width in widths) * SECONDS_PER_CUBE
+    processor = (
+        products * SECONDS_PER_PRODUCT
+        + n_routed * sum(width**3 for width in widths) * SECONDS_PER_CUBE
+    )
     return Plan(n_parameters, n_router, layers, prompts, queries, memory, disk, flops, processor)
 
 
@@ -167,19 +189,37 @@ def _texts(
     """Every task's prompts and queries, drawn as the fit draws them: up to the sample they are the same ones."""
 
     def measured(texts: list[str], count: int, limit: float) -> Texts:
-        read, per_token = (texts, CHARS_PER_TOKEN) if tokenizer is None else (tokenize(tokenizer, texts), 1)
-        lengths, scale = np.minimum([len(each) / per_token for each in read], limit), count / len(texts)
-        return Texts(count, round(lengths.sum() * scale), round((lengths**2).sum() * scale), math.ceil(lengths.max()))
+        read, per_token = (
+            (texts, CHARS_PER_TOKEN) if tokenizer is None else (tokenize(tokenizer, texts), 1)
+        )
+        lengths, scale = (
+            np.minimum([len(each) / per_token for each in read], limit),
+            count / len(texts),
+        )
+        return Texts(
+            count,
+            round(lengths.sum() * scale),
+            round((lengths**2).sum() * scale),
+            math.ceil(lengths.max()),
+        )
 
-    prompts, queries, limit = {}, {}, float(min(config.max_tokens, context_length(model) or config.max_tokens))
+    prompts, queries, limit = (
+        {},
+        {},
+        float(min(config.max_tokens, context_length(model) or config.max_tokens)),
+    )
     draws = np.random.default_rng(config.seed), np.random.default_rng(config.seed + 1)
     for task in tasks:
-        n_prompts, n_queries = (min(n, len(task.train)) for n in (config.n_prompts, config.n_queries))
+        n_prompts, n_queries = (
+            min(n, len(task.train)) for n in (config.n_prompts, config.n_queries)
+        )
         shape = min(n_prompts, sample), config.demos_per_class
         shown = extraction_prompts(task, *shape, draws[0], config.queries_per_context)
         prompts[task.name] = measured([prompt.text for prompt in shown], n_prompts, math.inf)
         rows = draws[1].permutation(len(task.train))[: min(n_queries, sample)]
-        queries[task.name] = measured([task.prompt(task.train[row]) for row in rows], n_queries, limit)
+        queries[task.name] = measured(
+            [task.prompt(task.train[row]) for row in rows], n_queries, limit
+        )
     return prompts, queries
 
 
@@ -192,4 +232,6 @@ def pass_flops(model: PreTrainedModel, prompts: Iterable[Texts], n_layers: int) 
     """Returns the FLOP of prompts' pass through `n_layers` layers, without the vocabulary head."""
     dims, prompts = dims_of(model), list(prompts)
     matrices = 2.0 * _n_matrix(model) / dims.n_layers * sum(texts.tokens for texts in prompts)
-    return n_layers * (matrices + 4.0 * dims.n_heads * dims.head_dim * sum(texts.squares for texts in prompts))
+    return n_layers * (
+        matrices + 4.0 * dims.n_heads * dims.head_dim * sum(texts.squares for texts in prompts)
+    )

@@ -35,12 +35,19 @@ def training_queries(
     """
     rng = np.random.default_rng(config.seed + 1)
     chosen = [
-        (task, task.train[index]) for task in tasks for index in rng.permutation(len(task.train))[: config.n_queries]
+        (task, task.train[index])
+        for task in tasks
+        for index in rng.permutation(len(task.train))[: config.n_queries]
     ]
     texts = [task.prompt(row) for task, row in chosen]
-    ids = [option_ids(tokenizer, text, task.options(row)) for text, (task, row) in zip(texts, chosen, strict=True)]
+    ids = [
+        option_ids(tokenizer, text, task.options(row))
+        for text, (task, row) in zip(texts, chosen, strict=True)
+    ]
     limit = min(config.max_tokens, context_length(model) or config.max_tokens)
-    token_lists = [_tail(tokens, limit, tokenizer.bos_token_id) for tokens in tokenize(tokenizer, texts)]
+    token_lists = [
+        _tail(tokens, limit, tokenizer.bos_token_id) for tokens in tokenize(tokenizer, texts)
+    ]
     states = run_trunk(model, token_lists, first_layer, pad_id_of(tokenizer), folder)
     chunks = mine(range(0, len(states), READ_AT_ONCE))
     vectors = torch.zeros(len(states), features.n_features)
@@ -49,12 +56,18 @@ def training_queries(
         read = [state.tokens for state in states[chunk]], [state.hidden for state in states[chunk]]
         vectors[chunk] = features.read(*read).cpu()
     vectors, entropies = total(vectors), torch.tensor([state.entropy for state in states])
-    kept = finite_rows(vectors.isfinite().all(1) & entropies.isfinite(), texts, "states", config.skip_nan)
+    kept = finite_rows(
+        vectors.isfinite().all(1) & entropies.isfinite(), texts, "states", config.skip_nan
+    )
     if not kept:
-        raise ValueError("no training query has finite states: load the model in float32 or bfloat16")
+        raise ValueError(
+            "no training query has finite states: load the model in float32 or bfloat16"
+        )
     mean, std = features.scale(vectors[kept])
     scaled = (vectors - mean) / std
-    queries = [Query(states[row], scaled[row], ids[row], chosen[row][1].label, texts[row]) for row in kept]
+    queries = [
+        Query(states[row], scaled[row], ids[row], chosen[row][1].label, texts[row]) for row in kept
+    ]
     return queries, (mean, std)
 
 
@@ -62,4 +75,8 @@ def _tail(tokens: list[int], limit: int, bos: object) -> list[int]:
     """The last `limit` tokens, behind the first one where that is the beginning-of-text token."""
     if len(tokens) <= limit:
         return tokens
-    return [tokens[0], *tokens[len(tokens) - limit + 1 :]] if tokens[0] == bos and limit > 1 else tokens[-limit:]
+    return (
+        [tokens[0], *tokens[len(tokens) - limit + 1 :]]
+        if tokens[0] == bos and limit > 1
+        else tokens[-limit:]
+    )

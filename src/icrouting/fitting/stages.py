@@ -45,28 +45,43 @@ def fit(
     dims, device = dims_of(model), device_of(model)
     layers = check_layers(config.layers or late_third(dims.n_layers), dims.n_layers)
     if config.encoder == HIDDEN and layers[0] == 0:
-        raise ValueError("what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up")
+        raise ValueError(
+            "what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up"
+        )
     with claimed(folder, config, tasks, fingerprint(model)):
         features = features_of(config.encoder, model, tokenizer, str(device))
         generator = torch.Generator().manual_seed(config.seed)
-        router = kind(features.n_features, len(layers), dims.n_heads, config.rank, config.hidden_width, generator)
+        router = kind(
+            features.n_features,
+            len(layers),
+            dims.n_heads,
+            config.rank,
+            config.hidden_width,
+            generator,
+        )
         router.to(device)
         with frozen(model):
             pids = router.adopt(extract(model, tokenizer, tasks, layers, config, folder))
-            queries, scale = training_queries(model, tokenizer, tasks, features, layers[0], config, folder)
+            queries, scale = training_queries(
+                model, tokenizer, tasks, features, layers[0], config, folder
+            )
             Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), folder).run()
     router.absorb(*scale)
     return pids, router.eval().requires_grad_(False), features
 
 
 @contextmanager
-def claimed(folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str) -> Iterator[None]:
+def claimed(
+    folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str
+) -> Iterator[None]:
     """Inside, a folder is one fit's alone, made or taken up where it was left, and the same fit for all processes.
 
     ValueError names what differs, where the folder holds another fit or the processes were given different ones.
     """
     settings = {**dataclasses.asdict(config), "tasks": [task.name for task in tasks]}
-    settings = json.loads(json.dumps({**settings, "model": fingerprint, "rows": rows_digest(tasks)}))
+    settings = json.loads(
+        json.dumps({**settings, "model": fingerprint, "rows": rows_digest(tasks)})
+    )
     agree(**settings)
     if folder is None:
         yield
@@ -74,10 +89,16 @@ def claimed(folder: Path | None, config: FitConfig, tasks: Sequence[Task], finge
     with locked(folder):
         with first_one_first():
             file = folder / "fit.json"
-            if not file.exists():  # so for the first process alone: others would write over each other
+            if (
+                not file.exists()
+            ):  # so for the first process alone: others would write over each other
                 save_json(file, settings)
             found = load_json(file)
             if different := [key for key in settings if found.get(key) != settings[key]]:
-                changes = ", ".join(f"{key} was {found.get(key)!r}, is {settings[key]!r}" for key in different)
-                raise ValueError(f"{folder} holds a fit with other settings ({changes}): choose another folder")
+                changes = ", ".join(
+                    f"{key} was {found.get(key)!r}, is {settings[key]!r}" for key in different
+                )
+                raise ValueError(
+                    f"{folder} holds a fit with other settings ({changes}): choose another folder"
+                )
         yield

@@ -71,10 +71,17 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end, from where the last checkpoint stands."""
         steps = range(self.step, self.n_steps)
-        with attach(self.model, self.pids) as attachment, late_entry(self.model, self.pids.layers[0]) as entry:
+        with (
+            attach(self.model, self.pids) as attachment,
+            late_entry(self.model, self.pids.layers[0]) as entry,
+        ):
             try:
                 for _ in track(steps, "training", [1] * len(steps), "steps", done=self.step):
-                    self._update(self._terms(entry, attachment, [self.queries[row] for row in mine(self._rows())]))
+                    self._update(
+                        self._terms(
+                            entry, attachment, [self.queries[row] for row in mine(self._rows())]
+                        )
+                    )
                     if self.step % CHECKPOINT_EVERY == 0:
                         self._save()
             finally:  # ctrl-C loses no step
@@ -87,16 +94,22 @@ class Trainer:
         order = torch.randperm(len(self.queries), generator=generator)
         return order.split(self.config.batch_size)[position].tolist()
 
-    def _terms(self, entry: LateEntry, attachment: Attachment, queries: Sequence[Query]) -> dict[str, Tensor]:
+    def _terms(
+        self, entry: LateEntry, attachment: Attachment, queries: Sequence[Query]
+    ) -> dict[str, Tensor]:
         """Returns the means of the objective's terms over queries, and the number of "queries" behind them."""
         config, device = self.config, device_of(self.model)
         if not queries:  # more processes than queries in this step, or none that is finite
             return {name: torch.zeros((), device=device) for name in (*_TERMS, "queries")}
         batch, hidden = pad_states([query.state for query in queries], self.pad_id)
         routing = self.router(torch.stack([query.features for query in queries]).to(device))
-        attachment.routing = routing.scaled(alpha_scale(self.step, self.n_steps, config.final_alpha_scale))
+        attachment.routing = routing.scaled(
+            alpha_scale(self.step, self.n_steps, config.final_alpha_scale)
+        )
         logits = entry(batch.to(device), hidden)
-        kept = finite_rows(logits.isfinite().all(-1), [query.text for query in queries], "logits", config.skip_nan)
+        kept = finite_rows(
+            logits.isfinite().all(-1), [query.text for query in queries], "logits", config.skip_nan
+        )
         if len(kept) < len(queries):  # once more without them: backward, zero times NaN is NaN
             return self._terms(entry, attachment, [queries[row] for row in kept])
         labels = torch.tensor([query.label for query in queries], dtype=torch.long, device=device)
@@ -105,7 +118,9 @@ class Trainer:
         if config.ce_scope == "options":
             ce = losses.option_loss(logits, option_ids, labels)
         else:
-            ce = torch.nn.functional.cross_entropy(logits, option_ids.gather(1, labels[:, None])[:, 0])
+            ce = torch.nn.functional.cross_entropy(
+                logits, option_ids.gather(1, labels[:, None])[:, 0]
+            )
         plain_entropy = torch.tensor([query.state.entropy for query in queries], device=device)
         return {
             "ce": ce,
@@ -124,7 +139,11 @@ class Trainer:
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
         if n_queries:
             gradients = list(torch.autograd.grad((means @ weights) * n_queries, parameters))
-        flat = total(torch.cat([part.detach().flatten() for part in (*gradients, means * n_queries, n_queries)]))
+        flat = total(
+            torch.cat(
+                [part.detach().flatten() for part in (*gradients, means * n_queries, n_queries)]
+            )
+        )
         if not flat[-1]:  # none was finite
             self.step += 1
             return
@@ -153,12 +172,16 @@ class Trainer:
             tensors |= {f"optimizer.{index}.{name}": value.clone() for name, value in state.items()}
         metadata = {"step": str(self.step), "log": json.dumps(self.log)}
         save_tensors(self.folder / "training.safetensors", tensors, metadata)
-        (self.folder / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
+        (self.folder / "training.jsonl").write_text(
+            "".join(json.dumps(entry) + "\n" for entry in self.log)
+        )
 
     def _restore(self, folder: Path) -> None:
         tensors, metadata = load_tensors(folder / "training.safetensors")
         self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
-        self.router.load_state_dict({name: tensors.pop(f"router.{name}") for name in self.router.state_dict()})
+        self.router.load_state_dict(
+            {name: tensors.pop(f"router.{name}") for name in self.router.state_dict()}
+        )
         optimizer = self.optimizer.state_dict()
         for name, value in tensors.items():
             _, index, kind = name.split(".")

@@ -62,33 +62,51 @@ def run_trunk(
         if folder is None:  # the file stays readable while it is mapped
             folder = Path(decided(stack.enter_context(tempfile.TemporaryDirectory())))
         file, finished = folder / TRUNK_FILE, folder / "trunk.safetensors"
-        lengths, width = [len(tokens) for tokens in token_lists], decoder_of(model).config.hidden_size
+        lengths, width = (
+            [len(tokens) for tokens in token_lists],
+            decoder_of(model).config.hidden_size,
+        )
         n_bytes = sum(lengths) * width * model.dtype.itemsize
-        about = {"first": str(first), "shape": str([sum(lengths), width]), "dtype": str(model.dtype)}
+        about = {
+            "first": str(first),
+            "shape": str([sum(lengths), width]),
+            "dtype": str(model.dtype),
+        }
         # The first process alone looks: it may change both files before another one would.
         is_whole = is_first() and file.exists() and file.stat().st_size == n_bytes
         if not decided(is_whole and finished.exists() and load_tensors(finished)[1] == about):
             if is_first():
-                finished.unlink(missing_ok=True)  # it would vouch for a file that a kill leaves half filled
+                finished.unlink(
+                    missing_ok=True
+                )  # it would vouch for a file that a kill leaves half filled
                 _allocate(file, n_bytes)
             wait()
             try:
                 entropies = _fill(file, model, token_lists, first, pad_id, token_budget)
             except OSError as error:
-                raise OSError(f"cannot write {file} ({error}): make room or choose another folder") from error
+                raise OSError(
+                    f"cannot write {file} ({error}): make room or choose another folder"
+                ) from error
             entropies = total(entropies)
             if is_first():
                 save_tensors(finished, {"entropies": entropies}, about)
             wait()
         entropies = load_tensors(finished)[0]["entropies"].tolist()
-        flat = torch.from_file(str(file), shared=False, size=sum(lengths) * width, dtype=model.dtype)
+        flat = torch.from_file(
+            str(file), shared=False, size=sum(lengths) * width, dtype=model.dtype
+        )
         wait()
     states = flat.view(-1, width).split(lengths)
     return [TrunkState(*parts) for parts in zip(token_lists, states, entropies, strict=True)]
 
 
 def _fill(
-    file: Path, model: PreTrainedModel, token_lists: Sequence[list[int]], first: int, pad_id: int, token_budget: int
+    file: Path,
+    model: PreTrainedModel,
+    token_lists: Sequence[list[int]],
+    first: int,
+    pad_id: int,
+    token_budget: int,
 ) -> Float[Tensor, "n_prompts"]:
     """Writes the states of this process's share of prompts, and returns their entropies; 0 for the others."""
     ends, entropies = list(accumulate(map(len, token_lists))), torch.zeros(len(token_lists))

@@ -1,48 +1,20 @@
-"""The methods under test: what they are called and how they are made. A new one is a file and a line here."""
+"""Methods: ICR and its rivals, one file each. The names below are imported when first used."""
 
-from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from icrouting.methods import controls
-from icrouting.methods.base import Method
-from icrouting.methods.calibration import Calibration
-from icrouting.methods.elicit import Elicit
-from icrouting.methods.function_vectors import FunctionVectors
-from icrouting.methods.i2cl import I2CL
-from icrouting.methods.icr import Icr, IcrGated
-from icrouting.methods.icv import ICV
-from icrouting.methods.iterative_vectors import IterativeVectors
-from icrouting.methods.live import Live
-from icrouting.methods.lora import LoraBlock, LoraBlockMore, LoraHead
-from icrouting.methods.m2iv import M2IV
-from icrouting.methods.probes import ProbeEncoder, ProbeHidden
-from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
-from icrouting.methods.regimes import regimes
-from icrouting.methods.settings import Settings
-from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
-from icrouting.methods.task_vectors import TaskVectors
-from icrouting.runtime.checks import known
+if TYPE_CHECKING:
+    from icrouting.methods.base import Method
+    from icrouting.methods.registry import METHODS, make
+    from icrouting.methods.settings import Settings
 
-LEARNING: tuple[type[Method], ...] = (
-    *(TaskVectors, FunctionVectors, ICV, Elicit, IterativeVectors),
-    *(I2CL, Live, M2IV),
-    *(LoraBlock, LoraHead, LoraBlockMore, PrefixTuning, PromptTuning),
-    *(controls.Refit, controls.RandomBasis, controls.LearnedDirections, controls.ConstantFeatures),
-    *(controls.RandomFeatures, controls.UniformAlpha, controls.UniformGates),
-    *(ProbeHidden, ProbeEncoder),
-)
-METHODS: dict[str, Callable[[Settings], Method]] = {
-    **{kind.name: kind for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr, IcrGated)},
-    **{name: maker for kind in LEARNING for name, maker in regimes(kind).items()},
-}
-
-
-def make(names: Sequence[str], settings: Settings) -> list[Method]:
-    """Returns methods by name; ValueError for a regime that a method lacks, or with near matches on an unknown one."""
-    lacking = {kind.name + regime: reason for kind in LEARNING for regime, reason in kind.lacks.items()}
-    if missing := [name for name in names if name in lacking]:
-        raise ValueError(f"there is no {missing[0]!r}: {lacking[missing[0]]}")
-    kinds = [known("method", name, METHODS) for name in dict.fromkeys(names)]
-    return [kind(settings) for kind in kinds]
-
+_ROOMS = {"METHODS": "registry", "Method": "base", "Settings": "settings", "make": "registry"}
 
 __all__ = ["METHODS", "Method", "Settings", "make"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'icrouting.methods' has no attribute {name!r}")
+    room = import_module(f"icrouting.methods.{_ROOMS[name]}")
+    return getattr(room, name)

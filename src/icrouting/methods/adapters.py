@@ -26,7 +26,9 @@ def load_peft() -> Any:
     try:
         return import_module("peft")
     except ModuleNotFoundError as error:
-        raise ValueError(f"LoRA and soft prompts come from peft ({error}): pip install 'icrouting[peft]'") from error
+        raise ValueError(
+            f"LoRA and soft prompts come from peft ({error}): pip install 'icrouting[peft]'"
+        ) from error
 
 
 @contextmanager
@@ -42,7 +44,9 @@ def injected(
     peft, seed = load_peft(), adapter if isinstance(adapter, int) else None
     originals = {name: base.get_submodule(name) for name in targets}
     if any(".lora_" in name for name, _ in base.named_modules()):
-        raise ValueError("expected a model without LoRA, got one that has it: merge it first (merge_and_unload)")
+        raise ValueError(
+            "expected a model without LoRA, got one that has it: merge it first (merge_and_unload)"
+        )
     config = peft.LoraConfig(
         r=RANK,
         lora_alpha=alpha,
@@ -61,7 +65,9 @@ def injected(
             for name, weight in ours.items():
                 device = device_of(originals[name.partition(".lora_")[0]])
                 kept = weight if isinstance(adapter, int) else adapter[name]
-                base.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(kept.detach().float().to(device))
+                base.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(
+                    kept.detach().float().to(device)
+                )
             yield {name: base.get_parameter(name) for name in ours}
         finally:
             for name, module in originals.items():
@@ -70,7 +76,9 @@ def injected(
 
 
 @contextmanager
-def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual width"]) -> Iterator[nn.Parameter]:
+def in_front(
+    base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual width"]
+) -> Iterator[nn.Parameter]:
     """Inside, a soft prompt stands before every prompt of a model, whose outputs are those of its own tokens.
 
     peft makes the embeddings or the cache; its wrapper would answer for the virtual tokens too, and leave the
@@ -83,7 +91,9 @@ def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual 
     peft, decoder, n_virtual = load_peft(), decoder_of(base), len(prompt)
     n_cut, withheld = [0], dict[str, None]()
 
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def before(
+        module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
         withheld.clear()
         keeps = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
@@ -100,7 +110,9 @@ def in_front(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual 
 
     with frozen(base), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what peft asks transformers by an old name
-        width = {"token_dim": prompt.shape[1]} if kind == "PromptTuningConfig" else {}  # OPT's embeddings may be narrow
+        width = (
+            {"token_dim": prompt.shape[1]} if kind == "PromptTuningConfig" else {}
+        )  # OPT's embeddings may be narrow
         config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=n_virtual, **width)
         wrapped = peft.get_peft_model(base, config)
     weight = wrapped.prompt_encoder["default"].embedding.weight
@@ -120,8 +132,12 @@ def _with_prompt(
     given, seen, cache = read_by(kwargs), n_seen(kwargs), kwargs.get(CACHE)
     n_rows, q_len = given.shape[:2]
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if isinstance(cache, StaticCache) or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
-        raise ValueError("a soft prompt needs one attention mask [batch, kv_len] and a cache that grows: give neither")
+    if isinstance(cache, StaticCache) or not (
+        mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    ):
+        raise ValueError(
+            "a soft prompt needs one attention mask [batch, kv_len] and a cache that grows: give neither"
+        )
     is_counted = positions is None or int(positions.max()) + 1 >= seen + q_len
     if seen and (is_counted if mask is None else mask.shape[1] == seen + q_len):
         return kwargs, 0  # whoever filled the cache counts what is in it
@@ -132,10 +148,14 @@ def _with_prompt(
     if seen:
         return kwargs, 0
     if n_virtual + q_len > (limit := context_length(base) or math.inf):
-        raise ValueError(f"{q_len} tokens behind {n_virtual} virtual ones exceed the context of {limit}: shorten them")
+        raise ValueError(
+            f"{q_len} tokens behind {n_virtual} virtual ones exceed the context of {limit}: shorten them"
+        )
     prompt = make(n_rows)
     if isinstance(prompt, Cache):
-        layers: Any = () if cache is None else prompt.layers  # a cache of the caller's, who may go on with it
+        layers: Any = (
+            () if cache is None else prompt.layers
+        )  # a cache of the caller's, who may go on with it
         for place, layer in enumerate(layers):
             kwargs[CACHE].update(layer.keys, layer.values, place)
         kwargs[CACHE] = prompt if cache is None else cache

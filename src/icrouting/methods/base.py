@@ -83,26 +83,40 @@ class Method:
             self.restore(tensors)
             for name, now in self._made_with().items():  # an earlier version kept less
                 check_same(str(file), notes.get(name, now), now)
-            self.tried, self.cost = (json.loads(notes.get(name, empty)) for name, empty in _NOTES.items())
+            self.tried, self.cost = (
+                json.loads(notes.get(name, empty)) for name, empty in _NOTES.items()
+            )
             return
-        family_of(model)  # a model met for the first time is asked what it is, which is no part of the cost
+        family_of(
+            model
+        )  # a model met for the first time is asked what it is, which is no part of the cost
         if self.learned and not self.sources:
-            raise ValueError(f"{self.name} learns from training rows: give at least one source task")
+            raise ValueError(
+                f"{self.name} learns from training rows: give at least one source task"
+            )
         started = time.monotonic()
         with counted_rows(model) as rows:
             self.learn(rng)
         if wrong := [name for name in self.learned if not isinstance(vars(self).get(name), Tensor)]:
-            raise TypeError(f"{self.name}: what `learned` names must be tensors after `learn`, not so {wrong}")
+            raise TypeError(
+                f"{self.name}: what `learned` names must be tensors after `learn`, not so {wrong}"
+            )
         self.cost = {"labelled": self.n_labelled, "trained": self.n_trained, **rows}
         self.cost["seconds"] = time.monotonic() - started
         if file is not None and (learned := self.tensors()):
             file.parent.mkdir(parents=True, exist_ok=True)
             notes = {name: json.dumps(vars(self)[name]) for name in _NOTES}
-            save_tensors(file, unshared(learned), {"method": self.name, **self._made_with(), **notes})
+            save_tensors(
+                file, unshared(learned), {"method": self.name, **self._made_with(), **notes}
+            )
 
     def _made_with(self) -> dict[str, str]:
         """What a fit that is kept is held against; the router, which a run may take more of, is in `depends_on`."""
-        settings = {name: f"{name}={value!r}" for name, value in vars(self.settings).items() if name != "router"}
+        settings = {
+            name: f"{name}={value!r}"
+            for name, value in vars(self.settings).items()
+            if name != "router"
+        }
         return {"depends_on": self.depends_on(), "model": fingerprint(self.model), **settings}
 
     def learn(self, rng: np.random.Generator) -> None:
@@ -140,7 +154,9 @@ class Method:
         """Takes up what `tensors` gave."""
         vars(self).update(tensors)
 
-    def choose(self, settings: Sequence[Mapping[str, Any]], build: Callable[..., dict[str, Tensor]]) -> None:
+    def choose(
+        self, settings: Sequence[Mapping[str, Any]], build: Callable[..., dict[str, Tensor]]
+    ) -> None:
         """Takes up what `build` makes of the setting that is right on most validation rows, the first of equals.
 
         Every method has the same budget of settings: those beyond `Settings.tries` are not tried. Where there is
@@ -148,7 +164,9 @@ class Method:
         """
         best, kept, allowed = -1.0, {}, settings[: self.settings.tries]
         if len(allowed) > 1 and not all(task.validation for task in self.sources):
-            raise ValueError(f"{self.name} chooses on validation rows: give 5 training rows or more")
+            raise ValueError(
+                f"{self.name} chooses on validation rows: give 5 training rows or more"
+            )
         for setting in allowed:
             built = build(**setting)
             self.restore(built)
@@ -170,13 +188,17 @@ class Method:
             rows = task.validation
             options = [task.options(row) for row in rows]
             with self.applied(task):
-                scores = score_options(self.model, self.tokenizer, [self.prompt(task, row) for row in rows], options)
+                scores = score_options(
+                    self.model, self.tokenizer, [self.prompt(task, row) for row in rows], options
+                )
             predicted = self.adjusted(task, rows, scores).argmax(1).tolist()
             hits += [guess == row.label for guess, row in zip(predicted, rows, strict=True)]
         return float(np.mean(hits))
 
     @contextmanager
-    def attached(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> Iterator["Method"]:
+    def attached(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
+    ) -> Iterator["Method"]:
         """Inside, the model (ValueError for another) is under the influence of what was learned, for one task.
 
         ValueError while another method is attached: how two would add up, none of them says.

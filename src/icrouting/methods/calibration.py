@@ -40,9 +40,12 @@ class Calibration(Method):
         key = task.name, len(example.choices)
         if key not in self._levels:
             blanks = [
-                Example(dict.fromkeys(example.fields, text), (text,) * len(example.choices), 0) for text in CONTENT_FREE
+                Example(dict.fromkeys(example.fields, text), (text,) * len(example.choices), 0)
+                for text in CONTENT_FREE
             ]
             prompts = [task.prompt(blank) for blank in blanks]
-            scores = score_options(self.model, self.tokenizer, prompts, [task.options(blank) for blank in blanks])
+            scores = score_options(
+                self.model, self.tokenizer, prompts, [task.options(blank) for blank in blanks]
+            )
             self._levels[key] = scores.softmax(-1).mean(0).log()
         return self._levels[key]

@@ -41,28 +41,56 @@ class Refit(Method):
     def __init__(self, settings: Settings):
         super().__init__(settings)
         config = _config(settings)
-        self.config = replace(config, basis=self.basis or config.basis, encoder=self.blind + config.encoder)
+        self.config = replace(
+            config, basis=self.basis or config.basis, encoder=self.blind + config.encoder
+        )
 
     def learn(self, rng: np.random.Generator) -> None:
         """Fits directions and router; `n_labelled` is a bound, since demonstrations are drawn anew for each prompt."""
         with alone():  # others may be learning another task
-            pids, router, _ = stages.fit(self.model, self.tokenizer, self.sources, self.config, kind=self.kind)
-        self.layers, sides = torch.tensor(pids.layers), (pids.query_directions(), pids.key_directions())
+            pids, router, _ = stages.fit(
+                self.model, self.tokenizer, self.sources, self.config, kind=self.kind
+            )
+        self.layers, sides = (
+            torch.tensor(pids.layers),
+            (pids.query_directions(), pids.key_directions()),
+        )
         self.query_directions, self.key_directions = (side.detach().cpu() for side in sides)
-        self.weights = parameters_to_vector(v.cpu() for n, v in router.named_parameters() if not n.endswith("_pids"))
+        self.weights = parameters_to_vector(
+            v.cpu() for n, v in router.named_parameters() if not n.endswith("_pids")
+        )
         self.n_trained = sum(parameter.numel() for parameter in router.parameters())
-        per_class, n_queries = self.config.n_prompts * self.config.demos_per_class, self.config.n_queries
-        n_drawn = [n_queries + per_class * len(set(task.train_labels.tolist())) for task in self.sources]
-        self.n_labelled = sum(min(len(task.train), n) for task, n in zip(self.sources, n_drawn, strict=True))
+        per_class, n_queries = (
+            self.config.n_prompts * self.config.demos_per_class,
+            self.config.n_queries,
+        )
+        n_drawn = [
+            n_queries + per_class * len(set(task.train_labels.tolist())) for task in self.sources
+        ]
+        self.n_labelled = sum(
+            min(len(task.train), n) for task, n in zip(self.sources, n_drawn, strict=True)
+        )
 
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt."""
-        model, layers, rank = self.model, tuple(self.layers.tolist()), self.query_directions.shape[-1]
+        model, layers, rank = (
+            self.model,
+            tuple(self.layers.tolist()),
+            self.query_directions.shape[-1],
+        )
         features = features_of(self.config.encoder, model, self.tokenizer, "cpu")
-        sizes = features.n_features, len(layers), dims_of(model).n_heads, rank, self.config.hidden_width
+        sizes = (
+            features.n_features,
+            len(layers),
+            dims_of(model).n_heads,
+            rank,
+            self.config.hidden_width,
+        )
         router = self.kind(*sizes).requires_grad_(False)
         vector_to_parameters(self.weights, router.parameters())
-        one = torch.ones(len(layers), rank)  # the directions are whitened already where the basis is
+        one = torch.ones(
+            len(layers), rank
+        )  # the directions are whitened already where the basis is
         pids = PIDs(layers, self.query_directions, self.key_directions, one, one, one, one, "pca")
         router, scale = router.to(device_of(model)), self.config.final_alpha_scale
         return rerouted(Reader(model, self.tokenizer, features, router, layers[0], scale), pids)
@@ -76,7 +104,9 @@ def _config(settings: Settings) -> FitConfig:
     if settings.router is not None:
         return InContextRouter.from_pretrained(settings.router).description.fit
     config = FitConfig(demos_per_class=settings.demos_per_class, encoder=settings.encoder)
-    n_prompts = max(config.rank + 1, min(config.n_prompts, settings.train_rows))  # PCA needs more than directions
+    n_prompts = max(
+        config.rank + 1, min(config.n_prompts, settings.train_rows)
+    )  # PCA needs more than directions
     return replace(config, n_prompts=n_prompts, n_queries=settings.train_rows)
 
 

@@ -49,7 +49,9 @@ class Distilled(Method, ABC):
     strengths: Float[Tensor, "n_places"]
 
     @abstractmethod
-    def _edited(self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]) -> Context:
+    def _edited(
+        self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]
+    ) -> Context:
         """Inside, the model runs under these vectors."""
 
     def applied(self, task: Task) -> Context:
@@ -74,7 +76,9 @@ def lessons_of(method: Method, rng: np.random.Generator) -> Lessons:
             demos = balanced_demos(task, settings.demos_per_class, rng, exclude=[i])
             shown.append(few_shot(task, rows[i], [(task, demo) for demo in demos]).text)
     if not pairs:
-        raise ValueError(f"{method.name} learns from training rows: give at least one source task that has some")
+        raise ValueError(
+            f"{method.name} learns from training rows: give at least one source task that has some"
+        )
     token_lists, labels = map(list, zip(*answered(model, tokenizer, pairs), strict=True))
     return Lessons(token_lists, labels, teacher_log_probs(model, tokenizer, shown, N_DRAWS))
 
@@ -117,20 +121,30 @@ def distilled(
     vocabulary. Differs: LIVE's code takes the KL from the answer's first token on, one position later, and the
     cross-entropy over the question too; and it visits rows in one order, where these are shuffled.
     """
-    model, generator, rng = method.model, torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    model, generator, rng = (
+        method.model,
+        torch.Generator().manual_seed(seed),
+        np.random.default_rng(seed),
+    )
     drawn = torch.randn(n_places, decoder_of(model).config.hidden_size, generator=generator)
     vectors = (drawn * FIRST_STD).to(device_of(model)).requires_grad_()
     strengths = torch.full((n_places,), FIRST_STRENGTH, device=device_of(model), requires_grad=True)
     orders = [rng.permutation(len(lessons.labels)).tolist() for _ in range(epochs)]
-    steps = [order[at : at + BATCH_SIZE] for order in orders for at in range(0, len(order), BATCH_SIZE)]
+    steps = [
+        order[at : at + BATCH_SIZE] for order in orders for at in range(0, len(order), BATCH_SIZE)
+    ]
     groups = [{"params": [vectors], "lr": lr}, {"params": [strengths], "lr": STRENGTH_LR}]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * len(steps)), len(steps))
     losses = []
     with frozen(model), edits(vectors, strengths), torch.enable_grad():
         for rows in track(steps, method.name, list(map(len, steps)), "rows"):
-            batch = pad([lessons.token_lists[row] for row in rows], pad_id_of(method.tokenizer)).to(device_of(model))
-            loss = lesson_loss(next_token_logits(model, batch), lessons, rows) + (extra(batch) if extra else 0.0)
+            batch = pad([lessons.token_lists[row] for row in rows], pad_id_of(method.tokenizer)).to(
+                device_of(model)
+            )
+            loss = lesson_loss(next_token_logits(model, batch), lessons, rows) + (
+                extra(batch) if extra else 0.0
+            )
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([vectors, strengths], CLIP)
@@ -141,9 +155,18 @@ def distilled(
     return {**trained, "losses": torch.tensor(losses)}
 
 
-def lesson_loss(logits: Float[Tensor, "batch vocab"], lessons: Lessons, rows: list[int]) -> Float[Tensor, ""]:
+def lesson_loss(
+    logits: Float[Tensor, "batch vocab"], lessons: Lessons, rows: list[int]
+) -> Float[Tensor, ""]:
     """Returns KL(teacher || student) + 0.5 * cross-entropy of the label, the mean over rows, in nats."""
-    teacher = torch.stack([lessons.teacher[row] for row in rows]).to(logits.device).float().log_softmax(-1)
-    mimicry = nn.functional.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean", log_target=True)
+    teacher = (
+        torch.stack([lessons.teacher[row] for row in rows])
+        .to(logits.device)
+        .float()
+        .log_softmax(-1)
+    )
+    mimicry = nn.functional.kl_div(
+        logits.log_softmax(-1), teacher, reduction="batchmean", log_target=True
+    )
     targets = torch.tensor([lessons.labels[row] for row in rows], device=logits.device)
     return mimicry + W_LABEL * nn.functional.cross_entropy(logits, targets)

@@ -19,7 +19,9 @@ from icrouting.tasks.prompts import episodes, few_shot
 from icrouting.tasks.task import Task
 
 N_PROMPTS, N_TOP, N_ROWS = 10, 10, 100
-GRID = [{"weight": weight, "recall": recall} for weight in (2.0, 1.0, 0.5) for recall in (0.8, 0.7, 0.9)]
+GRID = [
+    {"weight": weight, "recall": recall} for weight in (2.0, 1.0, 0.5) for recall in (0.8, 0.7, 0.9)
+]
 
 
 class Elicit(Method):
@@ -49,11 +51,18 @@ class Elicit(Method):
     def learn(self, rng: np.random.Generator) -> None:
         """Fills the library, trains the retriever, and chooses layers, weight and recall on validation rows."""
         if not self.sources or not all(task.validation for task in self.sources):
-            raise ValueError("ELICIT chooses layers on validation rows: give 5 training rows or more per source task")
+            raise ValueError(
+                "ELICIT chooses layers on validation rows: give 5 training rows or more per source task"
+            )
         self.n_labelled = sum(len(task.validation) for task in self.sources)
         library = [self._prompts(task, rng) for task in self.sources]
-        texts, blocks = [text for shown, _ in library for text in shown], list(layers_of(self.model))
-        states = torch.stack([mean_last_outputs(self.model, self.tokenizer, blocks, [text]) for text in texts])
+        texts, blocks = (
+            [text for shown, _ in library for text in shown],
+            list(layers_of(self.model)),
+        )
+        states = torch.stack(
+            [mean_last_outputs(self.model, self.tokenizer, blocks, [text]) for text in texts]
+        )
         retriever, likely = {"features": torch.zeros(0, 0), "head": torch.zeros(0)}, torch.zeros(1)
         if len(library) > 1:
             retriever, likely = self._retriever(texts, [queries for _, queries in library], rng)
@@ -62,23 +71,34 @@ class Elicit(Method):
         def build(weight: float, recall: float) -> dict[str, Tensor]:
             if weight not in layers:
                 layers[weight] = self._best_layers(states, weight)
-            own = {"states": states, "layers": layers[weight], "weight": torch.tensor(weight), **retriever}
+            own = {
+                "states": states,
+                "layers": layers[weight],
+                "weight": torch.tensor(weight),
+                **retriever,
+            }
             return {**own, "threshold": likely.quantile(1 - recall, interpolation="lower")}
 
-        self.choose(GRID if len(library) > 1 else GRID[::3], build)  # recall means nothing without a retriever
+        self.choose(
+            GRID if len(library) > 1 else GRID[::3], build
+        )  # recall means nothing without a retriever
 
     def depends_on(self) -> str:
         """Returns the fingerprint of the retriever's encoder, if there is one."""
         return load_encoder(self.settings.encoder).fingerprint if len(self.head) else ""
 
     @torch.no_grad()
-    def retrieved(self, texts: Sequence[str]) -> tuple[Float[Tensor, "batch hidden_size"], Int[Tensor, "batch"]]:
+    def retrieved(
+        self, texts: Sequence[str]
+    ) -> tuple[Float[Tensor, "batch hidden_size"], Int[Tensor, "batch"]]:
         """Returns what is added for each prompt, and at which layer: -1 where the prompt is left alone."""
         likely = torch.ones(len(texts), len(self.states))
         if len(self.head):
             likely = same_task(self.head, load_encoder(self.settings.encoder)(texts), self.features)
         top = likely.topk(N_TOP)
-        layers = nn.functional.one_hot(self.layers[top.indices], self.states.shape[1]).sum(1).argmax(1)
+        layers = (
+            nn.functional.one_hot(self.layers[top.indices], self.states.shape[1]).sum(1).argmax(1)
+        )
         vectors = self.weight * self.states[top.indices, layers[:, None]].mean(1)
         return vectors, layers.masked_fill(top.values[:, 0] < self.threshold, -1)
 
@@ -103,9 +123,15 @@ class Elicit(Method):
         used = {id(row) for demos, query in drawn for row in (*demos, query)}
         self.n_labelled += len(used)
         unused = [row for row in task.train if id(row) not in used] or list(task.train)
-        rows = [unused[i] for i in rng.permutation(len(unused))[: min(N_ROWS, self.settings.train_rows)]]
-        queries = [text for row in rows for text in (task.prompt(row), " ".join(row.fields.values()))]
-        return [few_shot(task, query, [(task, demo) for demo in demos]).text for demos, query in drawn], queries
+        rows = [
+            unused[i] for i in rng.permutation(len(unused))[: min(N_ROWS, self.settings.train_rows)]
+        ]
+        queries = [
+            text for row in rows for text in (task.prompt(row), " ".join(row.fields.values()))
+        ]
+        return [
+            few_shot(task, query, [(task, demo) for demo in demos]).text for demos, query in drawn
+        ], queries
 
     def _best_layers(self, states: Tensor, weight: float) -> Int[Tensor, "n_prompts"]:
         """Returns for each library prompt where its task's mean state does best, the earliest of equals."""
@@ -114,7 +140,10 @@ class Elicit(Method):
             rows = [(task, row) for row in task.validation]
             accuracies = sweep(self.model, self.tokenizer, rows, weight * own.mean(0), kept=1.0)
             of = {"library of": task.name, "weight": weight}
-            self.tried += [{**of, "layer": layer, "accuracy": one} for layer, one in enumerate(accuracies.tolist())]
+            self.tried += [
+                {**of, "layer": layer, "accuracy": one}
+                for layer, one in enumerate(accuracies.tolist())
+            ]
             found.append(accuracies.argmax())
         return torch.stack(found).repeat_interleave(N_PROMPTS)
 
@@ -135,5 +164,7 @@ def _read(
     encoder: SentenceEncoder, by_task: Sequence[Sequence[str]], owners: Int[Tensor, "n_prompts"]
 ) -> tuple[Float[Tensor, "n_queries n_features"], Bool[Tensor, "n_queries n_prompts"]]:
     """Returns the features of queries, and which library prompts are of their task."""
-    tasks = torch.arange(len(by_task)).repeat_interleave(torch.tensor([len(texts) for texts in by_task]))
+    tasks = torch.arange(len(by_task)).repeat_interleave(
+        torch.tensor([len(texts) for texts in by_task])
+    )
     return encoder([text for texts in by_task for text in texts]), tasks[:, None] == owners

@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.decoder.batches import context_length, tokenize
-from icrouting.decoder.families import attention_of, branches_of, decoder_of, device_of, dims_of, layers_of, output_of
+from icrouting.decoder.families import (
+    attention_of,
+    branches_of,
+    decoder_of,
+    device_of,
+    dims_of,
+    layers_of,
+    output_of,
+)
 from icrouting.decoder.hooks import edited_inputs, edited_last
 from icrouting.decoder.scoring import option_ids
 from icrouting.decoder.states import last_outputs, last_token_variants
@@ -23,7 +31,9 @@ from icrouting.tasks.task import Example, Task
 log = logging.getLogger(__name__)
 N_PROMPTS, N_SHUFFLED, MIN_RIGHT = 100, 25, 20
 TOP_HEADS = (20, 10, 50)
-Trial = tuple[Task, Example, list[tuple[Task, Example]]]  # a training example, and demonstrations that it is not of
+Trial = tuple[
+    Task, Example, list[tuple[Task, Example]]
+]  # a training example, and demonstrations that it is not of
 
 
 class FunctionVectors(Method):
@@ -45,14 +55,24 @@ class FunctionVectors(Method):
     def learn(self, rng: np.random.Generator) -> None:
         """Finds the heads and what they write; chooses k and layer."""
         trials = _trials(self.sources, self.settings.demos_per_class, rng)
-        asked = [(task.prompt(query), task.options(query), query.label) for task, query, _ in trials]
-        answers = [option_ids(self.tokenizer, prompt, options)[label] for prompt, options, label in asked]
+        asked = [
+            (task.prompt(query), task.options(query), query.label) for task, query, _ in trials
+        ]
+        answers = [
+            option_ids(self.tokenizer, prompt, options)[label] for prompt, options, label in asked
+        ]
         texts, projections = [few_shot(*trial).text for trial in trials], _projections(self.model)
-        given, likeliest = last_outputs(self.model, self.tokenizer, projections, texts, edited_inputs)
+        given, likeliest = last_outputs(
+            self.model, self.tokenizer, projections, texts, edited_inputs
+        )
         self.right = likeliest == torch.tensor(answers)
         kept = self.right.nonzero()[:, 0].tolist()
         if len(kept) < MIN_RIGHT:
-            log.info("function vectors: %d of %d prompts are answered rightly: all are used", len(kept), len(trials))
+            log.info(
+                "function vectors: %d of %d prompts are answered rightly: all are used",
+                len(kept),
+                len(trials),
+            )
             kept = list(range(len(trials)))
         means = torch.stack(given)[:, kept].mean(1).unflatten(-1, (dims_of(self.model).n_heads, -1))
         shuffled = [(_shuffled(trials[i], rng), answers[i]) for i in kept[:N_SHUFFLED]]
@@ -61,8 +81,12 @@ class FunctionVectors(Method):
         ranked, n_layers = written(self.model, means).flatten(0, 1)[ranks], len(means)
         layers = dict.fromkeys((n_layers // 3, n_layers // 4, n_layers // 2))
         grid = [{"k": k, "layer": layer} for layer in layers for k in TOP_HEADS]
-        self.choose(grid, lambda k, layer: {"vector": ranked[:k].sum(0), "layer": torch.tensor(layer)})
-        self.n_labelled = len({id(row) for _, query, demos in trials for row in (query, *(demo for _, demo in demos))})
+        self.choose(
+            grid, lambda k, layer: {"vector": ranked[:k].sum(0), "layer": torch.tensor(layer)}
+        )
+        self.n_labelled = len(
+            {id(row) for _, query, demos in trials for row in (query, *(demo for _, demo in demos))}
+        )
         self.n_labelled += self.n_validation
 
     def applied(self, task: Task) -> Context:
@@ -83,7 +107,9 @@ def _shuffled(trial: Trial, rng: np.random.Generator) -> str:
     """The prompt with its answers permuted, as words: examples may differ in their options."""
     task, query, demos = trial
     answers = rng.permutation([task.answer(demo) for _, demo in demos])
-    lines = [f"{task.prompt(demo)} {answer}\n" for (_, demo), answer in zip(demos, answers, strict=True)]
+    lines = [
+        f"{task.prompt(demo)} {answer}\n" for (_, demo), answer in zip(demos, answers, strict=True)
+    ]
     return "".join(lines) + task.prompt(query)
 
 
@@ -107,7 +133,9 @@ def indirect_effects(
         (tokens,) = tokenize(tokenizer, [text], context_length(model))
         found = last_token_variants(model, tokens, n, _projections(model), patch, edited_inputs)
         probabilities = torch.cat([logits.softmax(-1)[:, answer].cpu() for logits in found])
-        rises.append(probabilities[:-1] - probabilities[-1])  # the last one's head lies beyond the last layer
+        rises.append(
+            probabilities[:-1] - probabilities[-1]
+        )  # the last one's head lies beyond the last layer
     return torch.stack(rises).mean(0).view(means.shape[:2])
 
 
@@ -130,7 +158,9 @@ def written(
     """
     n_heads, parts = means.shape[1], []
     scale = getattr(decoder_of(model).config, "residual_multiplier", 1.0)  # Granite's
-    shown = torch.cat([torch.eye(n_heads), torch.zeros(1, n_heads), torch.ones(1, n_heads)])[..., None]  # and all
+    shown = torch.cat([torch.eye(n_heads), torch.zeros(1, n_heads), torch.ones(1, n_heads)])[
+        ..., None
+    ]  # and all
     for layer, projection in enumerate(_projections(model)):
         mixed = projection((shown * means[layer]).flatten(1).to(device_of(projection), model.dtype))
         part, branch = mixed[:-2].float() - mixed[-2].float(), branches_of(model, layer)[0]

@@ -21,7 +21,9 @@ from icrouting.tasks.prompts import balanced_demos, demonstration
 from icrouting.tasks.task import Example, Task
 
 WEIGHT_DECAY, WARM_UP, BATCH_SIZE = 1e-3, 0.05, 2
-GRID = [{"lr": lr, "noise": noise} for lr in (1e-2, 3e-3) for noise in (1e-3, 0.0)]  # as published, then others
+GRID = [
+    {"lr": lr, "noise": noise} for lr in (1e-2, 3e-3) for noise in (1e-3, 0.0)
+]  # as published, then others
 FIRST_LAMBDA, FIRST_BETA = 0.1, 1.0
 Scalars = Float[Tensor, "n_branches 2"]
 
@@ -43,9 +45,15 @@ class I2CL(Method):
     def learn(self, rng: np.random.Generator) -> None:
         """Records the vectors and calibrates the scalars."""
         per_class = self.settings.demos_per_class
-        demos = [(task, demo) for task in self.sources for demo in balanced_demos(task, per_class, rng)]
-        shown = [demonstration(*demo) for demo in demos]  # each ends with a newline, where the output is taken
-        self.vectors = mean_last_outputs(self.model, self.tokenizer, all_branches_of(self.model), shown)
+        demos = [
+            (task, demo) for task in self.sources for demo in balanced_demos(task, per_class, rng)
+        ]
+        shown = [
+            demonstration(*demo) for demo in demos
+        ]  # each ends with a newline, where the output is taken
+        self.vectors = mean_last_outputs(
+            self.model, self.tokenizer, all_branches_of(self.model), shown
+        )
         grid = GRID if all(task.validation for task in self.sources) else GRID[:1]
         self.choose(grid, lambda lr, noise: self._calibrated(demos, rng, lr, noise))
         self.n_labelled, self.n_trained = len(demos) + self.n_validation, self.scalars.numel()
@@ -54,7 +62,9 @@ class I2CL(Method):
         """Edits every branch."""
         return self._edited(self.scalars.to(device_of(self.model)))
 
-    def _edited(self, scalars: Scalars, noise: float = 0.0, draws: torch.Generator | None = None) -> Context:
+    def _edited(
+        self, scalars: Scalars, noise: float = 0.0, draws: torch.Generator | None = None
+    ) -> Context:
         vectors = self.vectors.to(scalars.device)
 
         def edit(place: int, output: Tensor) -> Tensor:
@@ -69,21 +79,31 @@ class I2CL(Method):
         return edited(all_branches_of(self.model), edit)
 
     def _calibrated(
-        self, demos: Sequence[tuple[Task, Example]], rng: np.random.Generator, lr: float, noise: float
+        self,
+        demos: Sequence[tuple[Task, Example]],
+        rng: np.random.Generator,
+        lr: float,
+        noise: float,
     ) -> dict[str, Tensor]:
         """Returns what is learned with scalars that are trained anew."""
         model, tokenizer = self.model, self.tokenizer
         token_lists, labels = zip(*answered(model, tokenizer, demos), strict=True)
-        scalars = torch.tensor([[FIRST_LAMBDA, FIRST_BETA]] * len(self.vectors), device=device_of(model))
+        scalars = torch.tensor(
+            [[FIRST_LAMBDA, FIRST_BETA]] * len(self.vectors), device=device_of(model)
+        )
         scalars.requires_grad_()
         n_steps = self.settings.i2cl_epochs * max(1, len(demos) // BATCH_SIZE)
         optimizer = torch.optim.AdamW([scalars], lr=lr, weight_decay=WEIGHT_DECAY)
-        schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(WARM_UP * n_steps)), n_steps)
+        schedule = get_cosine_schedule_with_warmup(
+            optimizer, max(1, round(WARM_UP * n_steps)), n_steps
+        )
         draws, losses = torch.Generator().manual_seed(int(rng.integers(2**31))), []
         with frozen(model), self._edited(scalars, noise, draws), torch.enable_grad():
             for _ in track(range(n_steps), "i2cl", [1] * n_steps, "steps"):
                 rows = rng.permutation(len(demos))[:BATCH_SIZE]
-                batch = pad([token_lists[row] for row in rows], pad_id_of(tokenizer)).to(device_of(model))
+                batch = pad([token_lists[row] for row in rows], pad_id_of(tokenizer)).to(
+                    device_of(model)
+                )
                 target = torch.tensor([labels[row] for row in rows], device=device_of(model))
                 loss = nn.functional.cross_entropy(next_token_logits(model, batch), target)
                 optimizer.zero_grad()
@@ -91,4 +111,8 @@ class I2CL(Method):
                 optimizer.step()
                 schedule.step()
                 losses.append(loss.item())
-        return {"vectors": self.vectors, "scalars": scalars.detach().cpu(), "losses": torch.tensor(losses)}
+        return {
+            "vectors": self.vectors,
+            "scalars": scalars.detach().cpu(),
+            "losses": torch.tensor(losses),
+        }

@@ -28,7 +28,9 @@ class Icr(Method):
     def __init__(self, settings: Settings):
         super().__init__(settings)
         if settings.router is None:
-            raise ValueError(f"the method {self.name!r} needs --router, a folder or hub id: fit one with `icr fit`")
+            raise ValueError(
+                f"the method {self.name!r} needs --router, a folder or hub id: fit one with `icr fit`"
+            )
         self._router = InContextRouter.from_pretrained(settings.router)
 
     def applied(self, task: Task) -> Context:
@@ -61,19 +63,36 @@ class IcrGated(Icr):
     def learn(self, rng: np.random.Generator) -> None:
         """Keeps the states of rows, and how far the other rows are from them."""
         if (before := self._router.pids.layers[0] - 1) < 0:
-            raise ValueError("what enters layer 0 tells no prompts apart: gate a router that routes from layer 1 up")
-        rows = {t.name: [t.prompt(t.train[i]) for i in rng.permutation(len(t.train))[:N_ROWS]] for t in self.sources}
-        lengths, wanted = {name: len(own) for name, own in rows.items()}, sorted(self._router.description.tasks)
+            raise ValueError(
+                "what enters layer 0 tells no prompts apart: gate a router that routes from layer 1 up"
+            )
+        rows = {
+            t.name: [t.prompt(t.train[i]) for i in rng.permutation(len(t.train))[:N_ROWS]]
+            for t in self.sources
+        }
+        lengths, wanted = (
+            {name: len(own) for name, own in rows.items()},
+            sorted(self._router.description.tasks),
+        )
         if sorted(rows) != wanted or min(lengths.values()) < FEWEST:
             raise ValueError(
                 f"a gate needs {FEWEST} rows of each of its router's source tasks, {wanted}; these give {lengths}"
             )
         texts = [*chain(*rows.values())]
-        ((states,), _) = last_outputs(self.model, self.tokenizer, [layers_of(self.model)[before]], texts)
-        parts = [own.tensor_split([len(own) * N_KNOWN // N_ROWS]) for own in states.split([*lengths.values()])]
+        ((states,), _) = last_outputs(
+            self.model, self.tokenizer, [layers_of(self.model)[before]], texts
+        )
+        parts = [
+            own.tensor_split([len(own) * N_KNOWN // N_ROWS])
+            for own in states.split([*lengths.values()])
+        ]
         self.known = torch.cat([own for own, _ in parts])
-        self.owners = torch.cat([torch.full((len(own),), place) for place, (own, _) in enumerate(parts)])
-        self.limit = self._distances(torch.cat([others for _, others in parts])).quantile(1 - SHUT_OUT)
+        self.owners = torch.cat(
+            [torch.full((len(own),), place) for place, (own, _) in enumerate(parts)]
+        )
+        self.limit = self._distances(torch.cat([others for _, others in parts])).quantile(
+            1 - SHUT_OUT
+        )
 
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt that is not new."""

@@ -28,10 +28,16 @@ def _pair(task: Task, demos: Demos) -> list[tuple[str, str]]:
 def _few_minus_zero(task: Task, demos: Demos) -> list[tuple[str, str]]:
     """Every demonstration's prompt alone and behind the other demonstrations, so that both end alike."""
     others = [[*demos[:i], *demos[i + 1 :]] for i in range(len(demos))]
-    return [(task.prompt(demo), few_shot(task, demo, rest).text) for (_, demo), rest in zip(demos, others, strict=True)]
+    return [
+        (task.prompt(demo), few_shot(task, demo, rest).text)
+        for (_, demo), rest in zip(demos, others, strict=True)
+    ]
 
 
-FORMS: dict[str, Callable[[Task, Demos], list[tuple[str, str]]]] = {"pair": _pair, "few-minus-zero": _few_minus_zero}
+FORMS: dict[str, Callable[[Task, Demos], list[tuple[str, str]]]] = {
+    "pair": _pair,
+    "few-minus-zero": _few_minus_zero,
+}
 
 
 class ICV(Method):
@@ -52,17 +58,30 @@ class ICV(Method):
 
     def learn(self, rng: np.random.Generator) -> None:
         """Finds the directions, and chooses strength and form."""
-        drawn = [(task, balanced_demos(task, self.settings.demos_per_class, rng)) for task in self.sources]
+        drawn = [
+            (task, balanced_demos(task, self.settings.demos_per_class, rng))
+            for task in self.sources
+        ]
 
         @cache
         def directions(form: str) -> Float[Tensor, "n_layers hidden_size"]:
-            texts = [pair for task, demos in drawn for pair in FORMS[form](task, [(task, demo) for demo in demos])]
+            texts = [
+                pair
+                for task, demos in drawn
+                for pair in FORMS[form](task, [(task, demo) for demo in demos])
+            ]
             before, after = (self._states(side) for side in zip(*texts, strict=True))
             n_layers, width = len(layers_of(self.model)), decoder_of(self.model).config.hidden_size
             return icv_direction(after - before)[-n_layers * width :].view(n_layers, width)
 
         grid = [{"strength": strength, "form": form} for strength in STRENGTHS for form in FORMS]
-        self.choose(grid, lambda strength, form: {"directions": directions(form), "strength": torch.tensor(strength)})
+        self.choose(
+            grid,
+            lambda strength, form: {
+                "directions": directions(form),
+                "strength": torch.tensor(strength),
+            },
+        )
         self.n_labelled = sum(len(demos) for _, demos in drawn) + self.n_validation
 
     def applied(self, task: Task) -> Context:
@@ -71,7 +90,9 @@ class ICV(Method):
         def edit(layer: int, output: Tensor) -> Tensor:
             return turned(output, self.directions[layer].to(output.device), float(self.strength))
 
-        return edited([branches_of(self.model, layer)[1] for layer in range(len(layers_of(self.model)))], edit)
+        return edited(
+            [branches_of(self.model, layer)[1] for layer in range(len(layers_of(self.model)))], edit
+        )
 
     def _states(self, texts: Sequence[str]) -> Float[Tensor, "n_texts width"]:
         """The last token's states, embedding and blocks side by side."""

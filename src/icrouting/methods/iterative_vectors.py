@@ -21,7 +21,10 @@ from icrouting.tasks.task import Example, Task
 
 N_EPISODES, REFRESH, SHOTS = 200, 10, 1
 # The default of the published code first; its own grid has .1, .3, .5, .7 and .9 for both.
-GRID = [{"strength": s, "extraction_strength": e} for s, e in product((1.0, 0.9, 0.5, 0.1), (0.1, 0.5, 0.9))]
+GRID = [
+    {"strength": s, "extraction_strength": e}
+    for s, e in product((1.0, 0.9, 0.5, 0.1), (0.1, 0.5, 0.9))
+]
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,27 @@ class IterativeVectors(Method):
     def learn(self, rng: np.random.Generator) -> None:
         """Extracts the vectors at every extraction strength, and chooses on the validation rows."""
         n_each = -(-min(N_EPISODES, self.settings.train_rows) // len(self.sources))
-        *firsts, n_rows = np.cumsum([1, *(task.train_labels.max(initial=0) + 1 for task in self.sources)]).tolist()
+        *firsts, n_rows = np.cumsum(
+            [1, *(task.train_labels.max(initial=0) + 1 for task in self.sources)]
+        ).tolist()
         turns = zip(*(episodes(task, n_each, SHOTS, rng) for task in self.sources), strict=True)
         drawn = [each for turn in turns for each in zip(self.sources, firsts, turn, strict=True)]
-        shown = [_episode(self.model, self.tokenizer, task, first, *each) for task, first, each in drawn]
-        alone = [_episode(self.model, self.tokenizer, task, first, [], query) for task, first, (_, query) in drawn]
+        shown = [
+            _episode(self.model, self.tokenizer, task, first, *each) for task, first, each in drawn
+        ]
+        alone = [
+            _episode(self.model, self.tokenizer, task, first, [], query)
+            for task, first, (_, query) in drawn
+        ]
         dims = len(layers_of(self.model)), decoder_of(self.model).config.hidden_size
         plain, found = [outputs_at(self.model, query, torch.zeros(1, *dims)) for query in alone], {}
         used = {id(row) for _, _, (demos, query) in drawn for row in (*demos, query)}
 
         def build(strength: float, extraction_strength: float) -> dict[str, Tensor]:
             if extraction_strength not in found:
-                found[extraction_strength] = extract(self.model, shown, plain, extraction_strength, n_rows)
+                found[extraction_strength] = extract(
+                    self.model, shown, plain, extraction_strength, n_rows
+                )
             return {"vectors": found[extraction_strength], "strength": torch.tensor(strength)}
 
         self.choose(GRID, build)
@@ -81,7 +93,9 @@ class IterativeVectors(Method):
     def applied(self, task: Task) -> Context:
         """Adds the query's vectors at each row's last token, in float32."""
         vectors, attention = self.strength * self.vectors[0], all_branches_of(self.model)[::2]
-        return edited_last(self.model, attention, lambda layer, h: added(h, vectors[layer]), in_steps=False)
+        return edited_last(
+            self.model, attention, lambda layer, h: added(h, vectors[layer]), in_steps=False
+        )
 
 
 def _episode(
@@ -94,11 +108,15 @@ def _episode(
 ) -> Episode:
     """Returns an episode of a task whose first class has row `first_row`."""
     contexts = accumulate((demonstration(task, demo) for demo in demos), initial="")
-    texts = [context + task.prompt(row) for context, row in zip(contexts, (*demos, query), strict=True)]
+    texts = [
+        context + task.prompt(row) for context, row in zip(contexts, (*demos, query), strict=True)
+    ]
     token_lists = tokenize(tokenizer, texts, context_length(model))
     whole = token_lists[-1]
     if any(whole[: len(tokens)] != tokens for tokens in token_lists):
-        raise ValueError(f"the prompts of {task.name!r} merge with their answers in tokens: end its template with ':'")
+        raise ValueError(
+            f"the prompts of {task.name!r} merge with their answers in tokens: end its template with ':'"
+        )
     rows = [*(first_row + demo.label for demo in demos), 0]
     return Episode(whole, [len(tokens) - 1 for tokens in token_lists], rows)
 
@@ -111,7 +129,9 @@ def outputs_at(
 
     def add(layer: int, output: Tensor) -> Tensor:
         changed = output.clone()
-        changed[0, episode.positions] = added(output[0, episode.positions], vectors[episode.rows, layer])
+        changed[0, episode.positions] = added(
+            output[0, episode.positions], vectors[episode.rows, layer]
+        )
         return changed
 
     # What is read includes what was added: hooks run in the order in which they came.
@@ -121,13 +141,20 @@ def outputs_at(
 
 
 def extract(
-    model: PreTrainedModel, shown: Sequence[Episode], plain: Sequence[Tensor], strength: float, n_rows: int
+    model: PreTrainedModel,
+    shown: Sequence[Episode],
+    plain: Sequence[Tensor],
+    strength: float,
+    n_rows: int,
 ) -> Float[Tensor, "n_rows n_layers hidden_size"]:
     """Returns each row's mean change against `plain`, the query alone, with `strength` times the mean so far added."""
     total, counts = torch.zeros(n_rows, *plain[0].shape[1:]), torch.zeros(n_rows, 1, 1)
     vectors = torch.zeros_like(total)
     for number in track(range(len(shown)), "iterative-vectors", [1] * len(shown), "episodes"):
-        change, whose = outputs_at(model, shown[number], strength * vectors) - plain[number], shown[number].rows
+        change, whose = (
+            outputs_at(model, shown[number], strength * vectors) - plain[number],
+            shown[number].rows,
+        )
         for row in set(whose):
             total[row] += change[torch.tensor(whose) == row].mean(0)
             counts[row] += 1

@@ -32,14 +32,26 @@ class Live(Distilled):
         all_epochs = self.settings.train_epochs
         durations = dict.fromkeys((all_epochs, max(1, round(0.3 * all_epochs))))
         grid = [{"lr": lr, "epochs": epochs} for epochs in durations for lr in LRS]
-        self.choose(grid, partial(distilled, self, lessons, len(layers), self._edited, seed=int(rng.integers(2**31))))
+        self.choose(
+            grid,
+            partial(
+                distilled, self, lessons, len(layers), self._edited, seed=int(rng.integers(2**31))
+            ),
+        )
         self._count(lessons)
 
-    def _edited(self, vectors: Float[Tensor, "n_layers hidden_size"], strengths: Float[Tensor, "n_layers"]) -> Context:
-        return edited(list(layers_of(self.model)), lambda layer, h: turned(h, vectors[layer], strengths[layer]))
+    def _edited(
+        self, vectors: Float[Tensor, "n_layers hidden_size"], strengths: Float[Tensor, "n_layers"]
+    ) -> Context:
+        return edited(
+            list(layers_of(self.model)),
+            lambda layer, h: turned(h, vectors[layer], strengths[layer]),
+        )
 
 
-def turned(hidden: Tensor, vector: Float[Tensor, "hidden_size"], strength: Float[Tensor, ""]) -> Tensor:
+def turned(
+    hidden: Tensor, vector: Float[Tensor, "hidden_size"], strength: Float[Tensor, ""]
+) -> Tensor:
     """Returns hidden states moved along a vector and brought back to the norm that each token's had."""
     before = hidden.float()
     moved = before + (strength * vector).to(hidden.device)

@@ -71,19 +71,30 @@ class LoraBlock(Method):
 
     def _targets(self) -> list[str]:
         block = layers_of(self.model)[-1]
-        return _names(self.model, [part for part in block.modules() if isinstance(part, nn.Linear | Conv1D)])
+        return _names(
+            self.model, [part for part in block.modules() if isinstance(part, nn.Linear | Conv1D)]
+        )
 
     def _states(self, pairs: Sequence[tuple[Task, Example]]) -> States:
         """Returns what enters the last block for every row, kept off the accelerator, and the row's answer."""
         rows, last = answered(self.model, self.tokenizer, pairs), len(layers_of(self.model)) - 1
-        hidden = entering_states(self.model, [tokens for tokens, _ in rows], last, pad_id_of(self.tokenizer))
-        kept = [TrunkState(tokens, states.cpu(), 0.0) for (tokens, _), states in zip(rows, hidden, strict=True)]
+        hidden = entering_states(
+            self.model, [tokens for tokens, _ in rows], last, pad_id_of(self.tokenizer)
+        )
+        kept = [
+            TrunkState(tokens, states.cpu(), 0.0)
+            for (tokens, _), states in zip(rows, hidden, strict=True)
+        ]
         return [(state, answer) for state, (_, answer) in zip(kept, rows, strict=True)]
 
-    def _trained(self, rows: States, held: States, seed: int, lr: float, alpha: int) -> dict[str, Tensor]:
+    def _trained(
+        self, rows: States, held: States, seed: int, lr: float, alpha: int
+    ) -> dict[str, Tensor]:
         base, rng = base_of(self.model), np.random.default_rng(seed)
         with torch.random.fork_rng(), injected(base, self._targets(), alpha, seed) as adapter:
-            dropouts = nn.ModuleList(part for name, part in base.named_modules() if name.endswith(".lora_dropout"))
+            dropouts = nn.ModuleList(
+                part for name, part in base.named_modules() if name.endswith(".lora_dropout")
+            )
             with late_entry(base, len(layers_of(base)) - 1) as entry:
 
                 def logits_of(states: list[TrunkState]) -> Tensor:
@@ -91,7 +102,15 @@ class LoraBlock(Method):
                     batch, hidden = pad_states(states, pad_id_of(self.tokenizer))
                     return entry(batch.to(device_of(base)), hidden)
 
-                tune(list(adapter.values()), rows, held, logits_of, lr=lr, n_epochs=self._n_epochs(), rng=rng)
+                tune(
+                    list(adapter.values()),
+                    rows,
+                    held,
+                    logits_of,
+                    lr=lr,
+                    n_epochs=self._n_epochs(),
+                    rng=rng,
+                )
             scale = {name: alpha / RANK if ".lora_B." in name else 1.0 for name in adapter}
             return {name: (weight.detach() * scale[name]).cpu() for name, weight in adapter.items()}
 
@@ -118,4 +137,8 @@ class LoraBlockMore(LoraBlock):
 
 
 def _names(model: nn.Module, modules: Sequence[nn.Module | None]) -> list[str]:
-    return [name for name, part in base_of(model).named_modules() if any(part is module for module in modules)]
+    return [
+        name
+        for name, part in base_of(model).named_modules()
+        if any(part is module for module in modules)
+    ]

@@ -38,13 +38,17 @@ class M2IV(Distilled):
         self.choose(grid, lambda lr, w_synergy: self._distilled(lessons, lr, w_synergy, seed))
         self._count(lessons)
 
-    def _distilled(self, lessons: Lessons, lr: float, w_synergy: float, seed: int) -> dict[str, Tensor]:
+    def _distilled(
+        self, lessons: Lessons, lr: float, w_synergy: float, seed: int
+    ) -> dict[str, Tensor]:
         branches = all_branches_of(self.model)
         bank: deque[Tensor] = deque(maxlen=BANK // BATCH_SIZE - 1)
 
         # Outputs are taken before the vectors are added: being the same in every row, these cancel in the synergy.
         def weighed(batch: Batch) -> Tensor:
-            states = torch.stack([last_of(out, batch.last).float().to(batch.last.device) for out in outputs])
+            states = torch.stack(
+                [last_of(out, batch.last).float().to(batch.last.device) for out in outputs]
+            )
             views = states.unflatten(0, (-1, 2)).mean(0)  # [2, batch, hidden_size]
             attention, mlp = torch.cat([*bank, views], dim=1)
             bank.append(views.detach())
@@ -52,10 +56,24 @@ class M2IV(Distilled):
 
         extra, epochs = weighed if w_synergy else None, self.settings.train_epochs
         with recorded(branches) as outputs:
-            return distilled(self, lessons, len(branches), self._edited, lr=lr, epochs=epochs, seed=seed, extra=extra)
+            return distilled(
+                self,
+                lessons,
+                len(branches),
+                self._edited,
+                lr=lr,
+                epochs=epochs,
+                seed=seed,
+                extra=extra,
+            )
 
-    def _edited(self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]) -> Context:
-        return edited(all_branches_of(self.model), lambda place, h: added(h, strengths[place] * vectors[place]))
+    def _edited(
+        self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]
+    ) -> Context:
+        return edited(
+            all_branches_of(self.model),
+            lambda place, h: added(h, strengths[place] * vectors[place]),
+        )
 
 
 def synergy(

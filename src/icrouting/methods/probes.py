@@ -43,7 +43,9 @@ class Probe(Method, ABC):
     def learn(self, rng: np.random.Generator) -> None:
         """Trains a probe for each strength of regularisation and keeps the best."""
         if len(self.sources) != 1:
-            raise ValueError(f"a probe learns one task's labels, got {len(self.sources)} tasks: fit one for each")
+            raise ValueError(
+                f"a probe learns one task's labels, got {len(self.sources)} tasks: fit one for each"
+            )
         (task,) = self.sources
         rows = [task.train[i] for i in rng.permutation(len(task.train))[: self.settings.train_rows]]
         every, n = [*rows, *task.validation], len(rows)
@@ -55,12 +57,17 @@ class Probe(Method, ABC):
         std[std <= 1e-6 * mean.abs()] = torch.inf  # a channel that only rounding moves is left out
 
         def build(C: float) -> dict[str, Tensor]:
-            weight, bias = logistic_regression((features[:n] - mean) / std, labels[:n], max(n_options), C)
+            weight, bias = logistic_regression(
+                (features[:n] - mean) / std, labels[:n], max(n_options), C
+            )
             weight = weight / std
             return {"weight": weight.float(), "bias": (bias - weight @ mean).float()}
 
         self.choose([{"C": C} for C in STRENGTHS], build)
-        self.n_labelled, self.n_trained = n + self.n_validation, self.weight.numel() + self.bias.numel()
+        self.n_labelled, self.n_trained = (
+            n + self.n_validation,
+            self.weight.numel() + self.bias.numel(),
+        )
 
     def validated(self) -> float:
         """Returns the accuracy on the validation rows; the model need not run for it."""
@@ -72,10 +79,14 @@ class Probe(Method, ABC):
         features = self.features([self.prompt(task, example).text for example in examples])
         return self._scores(features, [len(task.options(example)) for example in examples])
 
-    def _scores(self, features: Tensor, n_options: Sequence[int]) -> Float[Tensor, "n_examples n_options"]:
+    def _scores(
+        self, features: Tensor, n_options: Sequence[int]
+    ) -> Float[Tensor, "n_examples n_options"]:
         found = features @ self.weight.mT + self.bias
         scores = torch.full((len(features), max(n_options)), -torch.inf)
-        for row, n in enumerate(min(n, found.shape[1]) for n in n_options):  # a letter never seen is never answered
+        for row, n in enumerate(
+            min(n, found.shape[1]) for n in n_options
+        ):  # a letter never seen is never answered
             scores[row, :n] = found[row, :n]
         return scores
 
@@ -114,11 +125,18 @@ def logistic_regression(
     """Returns weight and bias that minimise C * (sum of cross-entropies) + |weight|^2 / 2; -inf for unseen classes."""
     seen = labels.unique()
     if len(seen) < 2:
-        raise ValueError("a probe tells labels apart, and its training rows have one only: give it more rows")
+        raise ValueError(
+            "a probe tells labels apart, and its training rows have one only: give it more rows"
+        )
     # for two classes scikit-learn fits one weight in place of two opposite halves, which have half its penalty
     signs = torch.tensor([[-0.5], [0.5]]) if len(seen) == 2 else torch.eye(len(seen))
     found = LogisticRegression(C=2 * C if len(seen) == 2 else C, tol=1e-7, max_iter=10_000)
     found.fit(features.double().numpy(), labels.numpy())
-    weight, bias = torch.zeros(n_classes, features.shape[1]).double(), torch.full((n_classes,), -torch.inf).double()
-    weight[seen], bias[seen] = (signs.double() @ torch.tensor(part) for part in (found.coef_, found.intercept_))
+    weight, bias = (
+        torch.zeros(n_classes, features.shape[1]).double(),
+        torch.full((n_classes,), -torch.inf).double(),
+    )
+    weight[seen], bias[seen] = (
+        signs.double() @ torch.tensor(part) for part in (found.coef_, found.intercept_)
+    )
     return weight, bias

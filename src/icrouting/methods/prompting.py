@@ -54,5 +54,9 @@ class MultiTaskFewShot(FewShot):
         if not self.sources:
             raise ValueError(f"{self.name} shows rows of source tasks: give at least one")
         rng, n = np.random.default_rng(self.entropy), self.settings.demos_per_source
-        demos = [(source, source.train[i]) for source in self.sources for i in rng.permutation(len(source.train))[:n]]
+        demos = [
+            (source, source.train[i])
+            for source in self.sources
+            for i in rng.permutation(len(source.train))[:n]
+        ]
         return [demos[i] for i in rng.permutation(len(demos))]

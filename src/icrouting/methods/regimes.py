@@ -46,4 +46,6 @@ def once(kind: type[Method]) -> type[Method]:
 def regimes(kind: type[Method]) -> dict[str, Callable[[Settings], Method]]:
     """Returns the makers of a learning method by name: as it is called, in-domain; with "-once", train-once."""
     makers = {"": lambda settings: InDomain(settings, kind), ONCE: once(kind)}
-    return {kind.name + regime: maker for regime, maker in makers.items() if regime not in kind.lacks}
+    return {
+        kind.name + regime: maker for regime, maker in makers.items() if regime not in kind.lacks
+    }

@@ -11,7 +11,9 @@ N_PAIRS, LR, WEIGHT_DECAY, BATCH_SIZE, EPOCHS = 10_000, 1e-3, 0.01, 32, 15
 
 
 def _new_head(n_features: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(2 * n_features, WIDTH), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(WIDTH, 2))
+    return nn.Sequential(
+        nn.Linear(2 * n_features, WIDTH), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(WIDTH, 2)
+    )
 
 
 @torch.no_grad()
@@ -25,7 +27,9 @@ def same_task(
         head = _new_head(prompts.shape[1]).eval()
     vector_to_parameters(weights, head.parameters())
     shape = len(queries), len(prompts), -1
-    return head(torch.cat([queries[:, None].expand(shape), prompts.expand(shape)], -1)).softmax(-1)[..., 1]
+    return head(torch.cat([queries[:, None].expand(shape), prompts.expand(shape)], -1)).softmax(-1)[
+        ..., 1
+    ]
 
 
 def train_head(
@@ -42,7 +46,9 @@ def train_head(
         head = _new_head(prompts.shape[1])
         optimizer = torch.optim.AdamW(head.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
         for _ in range(EPOCHS):
-            for query, prompt in (batch.T for batch in pairs[torch.randperm(len(pairs))].split(BATCH_SIZE)):
+            for query, prompt in (
+                batch.T for batch in pairs[torch.randperm(len(pairs))].split(BATCH_SIZE)
+            ):
                 logits = head(torch.cat([queries[query], prompts[prompt]], -1))
                 loss = nn.functional.cross_entropy(logits, same[query, prompt].long())
                 optimizer.zero_grad()

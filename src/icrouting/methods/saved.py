@@ -9,7 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.decoder.identity import check_fitted_on, fingerprint
 from icrouting.methods.base import Method
+from icrouting.methods.icr import IcrGated
 from icrouting.methods.regimes import ONCE
+from icrouting.methods.registry import LEARNING
 from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same, known, read
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors, unshared
@@ -63,17 +65,23 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
 
 
-def load_method(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Method:
+def load_method(
+    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Method:
     """Returns a saved method on its model; ValueError for a damaged folder, another model or another encoder."""
-    from icrouting.methods import LEARNING, IcrGated
-
     folder = Path(folder)
     if not all((folder / name).exists() for name in (CONFIG, TENSORS)):
-        raise ValueError(f"{folder} holds no saved method: expected {CONFIG} and {TENSORS}, see `save_method`")
+        raise ValueError(
+            f"{folder} holds no saved method: expected {CONFIG} and {TENSORS}, see `save_method`"
+        )
     digest = _digest(folder)
-    found = read(Saved, {"tensors_sha256": digest, **load_json(folder / CONFIG)})  # an earlier version kept none
+    found = read(
+        Saved, {"tensors_sha256": digest, **load_json(folder / CONFIG)}
+    )  # an earlier version kept none
     if found.tensors_sha256 != digest:
-        raise ValueError(f"{folder / TENSORS} is damaged: its sha256 is not the one in {CONFIG}; save the method again")
+        raise ValueError(
+            f"{folder / TENSORS} is damaged: its sha256 is not the one in {CONFIG}; save the method again"
+        )
     check_fitted_on(model, str(folder), found.model, found.fingerprint)
     kind = known("method", found.method, {kind.name: kind for kind in (*LEARNING, IcrGated)})
     method = kind(read(Settings, found.settings))

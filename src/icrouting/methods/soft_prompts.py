@@ -38,7 +38,11 @@ class PromptTuning(Method):
         """Trains one soft prompt on the pooled rows of all sources."""
         n = self.settings.train_rows
         load_peft()
-        pairs = [(task, task.train[i]) for task in self.sources for i in rng.permutation(len(task.train))[:n]]
+        pairs = [
+            (task, task.train[i])
+            for task in self.sources
+            for i in rng.permutation(len(task.train))[:n]
+        ]
         rows = answered(self.model, self.tokenizer, pairs)
         self.choose(self.grid, partial(self._trained, rows, int(rng.integers(2**31))))
         self.n_labelled, self.n_trained = len(pairs) + self.n_validation, self.soft_prompt.numel()
@@ -57,13 +61,19 @@ class PromptTuning(Method):
         self, rows: Sequence[tuple[list[int], int]], seed: int, n_virtual: int, lr: float
     ) -> dict[str, Tensor]:
         base, rng = base_of(self.model), np.random.default_rng(seed)
-        literals = [text for task in self.sources for text, *_ in string.Formatter().parse(task.spec.template)]
+        literals = [
+            text
+            for task in self.sources
+            for text, *_ in string.Formatter().parse(task.spec.template)
+        ]
         words = self.tokenizer("".join(literals) or "\n", add_special_tokens=False).input_ids
         with torch.no_grad():
             start = self.start([words[i % len(words)] for i in range(n_virtual)])
 
         def logits_of(token_lists: list[list[int]]) -> Tensor:
-            return next_token_logits(base, pad(token_lists, pad_id_of(self.tokenizer)).to(device_of(base)))
+            return next_token_logits(
+                base, pad(token_lists, pad_id_of(self.tokenizer)).to(device_of(base))
+            )
 
         with in_front(base, self.kind, start) as prompt:
             tune([prompt], rows, (), logits_of, lr=lr, n_epochs=self.settings.train_epochs, rng=rng)
@@ -85,5 +95,9 @@ class PrefixTuning(PromptTuning):
         """Returns the prefix that does what tokens in front of the prompt would do."""
         cache, input_ids = DynamicCache(), torch.tensor([tokens], device=device_of(self.model))
         decoder_of(self.model)(input_ids=input_ids, use_cache=True, **{CACHE: cache})
-        held = [getattr(layer, name)[0].float().cpu() for layer in cache.layers for name in ("keys", "values")]
+        held = [
+            getattr(layer, name)[0].float().cpu()
+            for layer in cache.layers
+            for name in ("keys", "values")
+        ]
         return torch.stack(held).permute(2, 0, 1, 3).flatten(1)

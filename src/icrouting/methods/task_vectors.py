@@ -34,14 +34,21 @@ class TaskVectors(Method):
         """Records the states and chooses the layer."""
         validation = [(task, example) for task in self.sources for example in task.validation]
         if not validation:
-            raise ValueError("task vectors choose their layer on validation rows: give 5 training rows or more")
+            raise ValueError(
+                "task vectors choose their layer on validation rows: give 5 training rows or more"
+            )
         shown = [_few_shot_texts(task, self.settings.demos_per_class, rng) for task in self.sources]
         texts, n_demos = [texts for texts, _ in shown], sum(n_demos for _, n_demos in shown)
         blocks = list(layers_of(self.model))
-        states = [mean_last_outputs(self.model, self.tokenizer, blocks, prompts) for prompts in texts]
+        states = [
+            mean_last_outputs(self.model, self.tokenizer, blocks, prompts) for prompts in texts
+        ]
         self.vectors = torch.stack(states).mean(0)
         self.accuracies = sweep(self.model, self.tokenizer, validation, self.vectors)
-        self.tried = [{"layer": layer, "accuracy": found} for layer, found in enumerate(self.accuracies.tolist())]
+        self.tried = [
+            {"layer": layer, "accuracy": found}
+            for layer, found in enumerate(self.accuracies.tolist())
+        ]
         self.n_labelled = len(validation) + n_demos
 
     @property
@@ -64,7 +71,9 @@ def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> tup
     demos = [(task, demo) for demo in balanced_demos(task, per_class, rng)]
     used = {id(demo) for _, demo in demos}
     spare = [example for example in task.train if id(example) not in used] or list(task.train)
-    return [few_shot(task, spare[i], demos).text for i in rng.permutation(len(spare))[:N_DUMMIES]], len(demos)
+    return [
+        few_shot(task, spare[i], demos).text for i in rng.permutation(len(spare))[:N_DUMMIES]
+    ], len(demos)
 
 
 @torch.no_grad()
@@ -84,7 +93,9 @@ def sweep(
 
     def replace(group: Int[Tensor, "n"], layer: int, states: Tensor) -> Tensor:
         replaced, rows = states.clone(), (group == layer).nonzero()[:, 0]
-        replaced[rows] = (kept * states[rows].float() + vectors[layer].to(states.device)).to(states.dtype)
+        replaced[rows] = (kept * states[rows].float() + vectors[layer].to(states.device)).to(
+            states.dtype
+        )
         return replaced
 
     for task, example in items:

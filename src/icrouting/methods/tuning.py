@@ -20,7 +20,9 @@ BATCH_SIZE, HELD_BATCH_SIZE, WARM_UP, PATIENCE = 4, 16, 0.05, 3
 
 
 def answered(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[Task, Example]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[Task, Example]],
 ) -> list[tuple[list[int], int]]:
     """Returns every row's zero-shot prompt as tokens, with the token that its right option begins with."""
     texts = [task.prompt(row) for task, row in pairs]
@@ -70,10 +72,16 @@ def tune(
 
 @torch.no_grad()
 def _held_loss(logits_of: Callable[[list[T]], Tensor], held: Sequence[tuple[T, int]]) -> float:
-    groups = [held[start : start + HELD_BATCH_SIZE] for start in range(0, len(held), HELD_BATCH_SIZE)]
+    groups = [
+        held[start : start + HELD_BATCH_SIZE] for start in range(0, len(held), HELD_BATCH_SIZE)
+    ]
     return sum(_mean_loss(logits_of, group).item() * len(group) for group in groups) / len(held)
 
 
-def _mean_loss(logits_of: Callable[[list[T]], Tensor], rows: Sequence[tuple[T, int]]) -> Float[Tensor, ""]:
+def _mean_loss(
+    logits_of: Callable[[list[T]], Tensor], rows: Sequence[tuple[T, int]]
+) -> Float[Tensor, ""]:
     logits = logits_of([row for row, _ in rows])
-    return nn.functional.cross_entropy(logits, torch.tensor([answer for _, answer in rows], device=logits.device))
+    return nn.functional.cross_entropy(
+        logits, torch.tensor([answer for _, answer in rows], device=logits.device)
+    )

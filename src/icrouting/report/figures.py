@@ -30,7 +30,9 @@ def accuracies(summary: Summary) -> str:
     """Returns accuracy per task and method, with intervals and the chance level."""
     figure, axes = _per_task(summary, [method.name for method in summary.methods], "accuracy")
     for row, task in enumerate(summary.tasks):
-        axes.plot([100 * task.chance] * 2, [row - 0.45, row + 0.45], color=GREY, linestyle=":", zorder=1)
+        axes.plot(
+            [100 * task.chance] * 2, [row - 0.45, row + 0.45], color=GREY, linestyle=":", zorder=1
+        )
     axes.set_xlabel("accuracy, % (dotted line: chance)")
     return _svg(figure)
 
@@ -38,7 +40,9 @@ def accuracies(summary: Summary) -> str:
 @in_our_style
 def gains(summary: Summary) -> str:
     """Returns the change against zero-shot per task and method; filled where significant."""
-    figure, axes = _per_task(summary, [method.name for method in summary.methods if method.name != BASELINE], "gain")
+    figure, axes = _per_task(
+        summary, [method.name for method in summary.methods if method.name != BASELINE], "gain"
+    )
     axes.axvline(0, color="black", linewidth=1, zorder=1)
     axes.set_xlabel(f"points above {BASELINE} (filled: significant)")
     return _svg(figure)
@@ -58,7 +62,13 @@ def costs(summary: Summary, n_cached: Mapping[str, int]) -> str:
     for axes, (title, values) in zip(panels, costs_of.items(), strict=True):
         for method, cost in zip(methods, values, strict=True):
             low, value, high = _percent(summary.line("mean", "all", method.name), "accuracy")
-            axes.plot([cost, cost], [low, high], color=looks[method.name]["color"], linewidth=1.2, alpha=0.6)
+            axes.plot(
+                [cost, cost],
+                [low, high],
+                color=looks[method.name]["color"],
+                linewidth=1.2,
+                alpha=0.6,
+            )
             axes.plot(cost, value, **looks[method.name], ms=6.0)
         axes.set(xlabel=title, xlim=(0, 1.1 * max(values, default=1) or 1))
         axes.grid(True)
@@ -78,7 +88,10 @@ def complete(summary: Summary) -> list[Method]:
 @in_our_style
 def routing(layers: Sequence[int], tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns heat maps of each task's `head_gates` [n_layers, n_heads] and `routing_vector_abs` [n_layers, rank]."""
-    maps = {name: (np.array(t["head_gates"]), np.array(t["routing_vector_abs"])) for name, t in tasks.items()}
+    maps = {
+        name: (np.array(t["head_gates"]), np.array(t["routing_vector_abs"]))
+        for name, t in tasks.items()
+    }
     top = max(float(weights.max()) for _, weights in maps.values()) or 1.0
     figure = Figure(figsize=(WIDTH, 0.5 + len(maps) * (1.1 + 0.06 * len(layers))))
     rows = figure.subplots(len(maps), 2, squeeze=False, sharex="col", sharey=True)
@@ -95,7 +108,10 @@ def routing(layers: Sequence[int], tasks: Mapping[str, Mapping[str, Any]]) -> st
 @in_our_style
 def training(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the loss and its regularisers over the steps, one of `rows` each."""
-    panels = {"loss": ("loss", "ce"), "regularisers, before their weights": ("conf", "spar", "gate")}
+    panels = {
+        "loss": ("loss", "ce"),
+        "regularisers, before their weights": ("conf", "spar", "gate"),
+    }
     steps = pd.DataFrame(rows)
     figure = Figure(figsize=(WIDTH, 1.9 * len(panels)))
     grid = figure.subplots(len(panels), 1, sharex=True)
@@ -143,12 +159,18 @@ def _per_task(summary: Summary, methods: Sequence[str], name: str) -> tuple[Figu
                 height = row + step * (place + 0.5) - 0.4
                 low, value, high = _percent(cell, name)
                 fill = looks[method]["color"] if name == "accuracy" or cell.direction else "white"
-                axes.plot([low, high], [height, height], color=looks[method]["color"], linewidth=1.2)
+                axes.plot(
+                    [low, high], [height, height], color=looks[method]["color"], linewidth=1.2
+                )
                 axes.plot(value, height, **looks[method], mfc=fill, ms=4.5)
     for row, (above, below) in enumerate(itertools.pairwise(tasks), start=1):
         is_border = above.section != below.section
-        axes.axhline(row - 0.5, color=GREY if is_border else "#e4e4e4", linewidth=1 if is_border else 0.6)
-    axes.set_yticks(range(len(tasks)), [f"{task.name}\n({task.section})" for task in tasks], fontsize=8)
+        axes.axhline(
+            row - 0.5, color=GREY if is_border else "#e4e4e4", linewidth=1 if is_border else 0.6
+        )
+    axes.set_yticks(
+        range(len(tasks)), [f"{task.name}\n({task.section})" for task in tasks], fontsize=8
+    )
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.grid(True, axis="x")
     axes.tick_params(top=True, labeltop=True)
@@ -160,11 +182,17 @@ def _looks(summary: Summary) -> dict[str, dict[str, Any]]:
     """Colour and shape of each method's dots, the same in every picture."""
     shapes = [SHAPES[(i + i // len(COLOURS)) % len(SHAPES)] for i in range(len(summary.methods))]
     dots = zip(summary.methods, itertools.cycle(COLOURS), shapes, strict=False)
-    return {method.name: {"color": colour, "marker": shape, "linestyle": "none"} for method, colour, shape in dots}
+    return {
+        method.name: {"color": colour, "marker": shape, "linestyle": "none"}
+        for method, colour, shape in dots
+    }
 
 
 def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
-    handles = [figure.axes[0].plot([], [], label=label(name), **look, ms=5.0)[0] for name, look in looks.items()]
+    handles = [
+        figure.axes[0].plot([], [], label=label(name), **look, ms=5.0)[0]
+        for name, look in looks.items()
+    ]
     figure.legend(handles=handles, loc="outside upper left", ncols=3)
 
 
@@ -172,10 +200,14 @@ def _percent(line: Any, name: str) -> tuple[float, float, float]:
     return 100 * line[f"{name}_low"], 100 * line[name], 100 * line[f"{name}_high"]
 
 
-def _heat(axes: Axes, values: Float[np.ndarray, "n_layers columns"], layers: Sequence[int], top: float) -> None:
+def _heat(
+    axes: Axes, values: Float[np.ndarray, "n_layers columns"], layers: Sequence[int], top: float
+) -> None:
     """Draws one heat map with its scale, the deepest layer on top."""
     edges = (-0.5, values.shape[1] - 0.5, -0.5, len(layers) - 0.5)
-    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto", origin="lower", extent=edges)
+    image = axes.imshow(
+        values, cmap="cividis", vmin=0, vmax=top, aspect="auto", origin="lower", extent=edges
+    )
     ticks = range(0, len(layers), max(1, len(layers) // 4))
     axes.set_yticks(ticks, [str(layers[tick]) for tick in ticks])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))

@@ -31,7 +31,12 @@ class Estimate:
 
     def columns(self, name: str) -> dict[str, float]:
         """The estimate as columns of a frame."""
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high, f"{name}_n": self.n}
+        return {
+            name: self.value,
+            f"{name}_low": self.low,
+            f"{name}_high": self.high,
+            f"{name}_n": self.n,
+        }
 
 
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
@@ -39,8 +44,12 @@ NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
     """Returns a line a record: its fields, whether it is `right` (1.0 or 0.0), `n_options`, its `item` and `pair`."""
-    lines = pd.DataFrame([vars(record) for record in records], columns=[field.name for field in fields(Record)])
-    lines = lines.assign(right=(lines.label == lines.prediction) * 1.0, n_options=lines.option_logits.map(len))
+    lines = pd.DataFrame(
+        [vars(record) for record in records], columns=[field.name for field in fields(Record)]
+    )
+    lines = lines.assign(
+        right=(lines.label == lines.prediction) * 1.0, n_options=lines.option_logits.map(len)
+    )
     item = list(zip(lines.task, lines["index"], strict=True))
     return lines.assign(item=item, pair=list(zip(item, lines.seed, strict=True)))
 
@@ -51,11 +60,21 @@ def accuracy(records: pd.DataFrame) -> Estimate:
     Where items repeat over seeds, Wilson's n is the effective sample size (`effective_n`). Differs from a
     cluster bootstrap in that it needs no draws and keeps its width when every prediction is right.
     """
-    share, effective = float(records.right.mean()), effective_n(records.right.to_numpy(), _items(records))
+    share, effective = (
+        float(records.right.mean()),
+        effective_n(records.right.to_numpy(), _items(records)),
+    )
     spread = Z95**2 / effective
     centre = (share + spread / 2) / (1 + spread)
-    half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / effective + spread / (4 * effective))
-    return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), len(records))
+    half = (
+        Z95 / (1 + spread) * math.sqrt(share * (1 - share) / effective + spread / (4 * effective))
+    )
+    return Estimate(
+        share,
+        min(share, max(0.0, centre - half)),
+        max(share, min(1.0, centre + half)),
+        len(records),
+    )
 
 
 def effective_n(values: Float[np.ndarray, "n"], items: Int[np.ndarray, "n"]) -> float:
@@ -120,7 +139,12 @@ def difference(records: pd.DataFrame, baseline: pd.DataFrame) -> Estimate:
     net, moved = float(changes.mean()) * (n - 2), float(np.abs(changes).mean()) * (n - 2)
     half = Z95 * math.sqrt(moved + 1 - net**2 / n) / n
     value = float(changes.mean())
-    return Estimate(value, min(value, max(-1.0, net / n - half)), max(value, min(1.0, net / n + half)), len(pairs))
+    return Estimate(
+        value,
+        min(value, max(-1.0, net / n - half)),
+        max(value, min(1.0, net / n + half)),
+        len(pairs),
+    )
 
 
 def mcnemar(records: pd.DataFrame, baseline: pd.DataFrame) -> float:
@@ -134,7 +158,9 @@ def mcnemar(records: pd.DataFrame, baseline: pd.DataFrame) -> float:
         flips = np.zeros(2 * size * count + 1)
         flips[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
         law = np.convolve(law, flips)
-    return min(1.0, float(law[np.abs(np.arange(len(law)) - len(law) // 2) >= abs(changes.sum())].sum()))
+    return min(
+        1.0, float(law[np.abs(np.arange(len(law)) - len(law) // 2) >= abs(changes.sum())].sum())
+    )
 
 
 def holm(p_values: pd.Series) -> pd.Series:
@@ -150,11 +176,18 @@ def mean(estimates: pd.DataFrame, name: str) -> Estimate:
     Distances to each end add in squares (Zou and Donner, 2008), which keeps Wilson's asymmetry. The tasks
     are taken as given: the interval says nothing about tasks that were not run.
     """
-    values, lows, highs = (estimates[column].dropna() for column in (name, f"{name}_low", f"{name}_high"))
+    values, lows, highs = (
+        estimates[column].dropna() for column in (name, f"{name}_low", f"{name}_high")
+    )
     if not (n := len(values)):
         return NOTHING
     value = sum(values) / n
-    return Estimate(value, value - math.hypot(*(values - lows)) / n, value + math.hypot(*(highs - values)) / n, n)
+    return Estimate(
+        value,
+        value - math.hypot(*(values - lows)) / n,
+        value + math.hypot(*(highs - values)) / n,
+        n,
+    )
 
 
 def chance(records: pd.DataFrame) -> float:

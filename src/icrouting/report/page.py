@@ -67,7 +67,10 @@ def write(run_folder: Path) -> Summary:
 
 def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
     """Returns the page: conclusion, table, pictures and configuration; no scripts, nothing fetched."""
-    ordered = sorted(summary.methods, key=lambda method: (method.name != summary.headline, method.name != BASELINE))
+    ordered = sorted(
+        summary.methods,
+        key=lambda method: (method.name != summary.headline, method.name != BASELINE),
+    )
     confused = [method.name for method in ordered if any(summary.cells(method.name).confusion)]
     return render(
         "report/templates/report.html.j2",
@@ -78,7 +81,9 @@ def html(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> str:
         baseline=BASELINE,
         most_options=MOST_OPTIONS,
         config=config,
-        pictures={name: _data_uri(svg) for name, svg in _pictures(summary, config, run_folder).items()},
+        pictures={
+            name: _data_uri(svg) for name, svg in _pictures(summary, config, run_folder).items()
+        },
         confusions={name: _data_uri(figures.confusions(summary, name)) for name in confused},
     )
 
@@ -105,7 +110,9 @@ def _pictures(summary: Summary, config: Mapping[str, Any], run_folder: Path) -> 
     pictures = {"accuracies": figures.accuracies(summary)}
     if figures.complete(summary):
         ratios = config.get("timing", {}).get("ratios", ())
-        n_cached = {row["method"].removesuffix(", context kept"): row.get("n_cached", 0) for row in ratios}
+        n_cached = {
+            row["method"].removesuffix(", context kept"): row.get("n_cached", 0) for row in ratios
+        }
         pictures["costs"] = figures.costs(summary, n_cached)
     if summary.lines.gain_n.any():
         pictures["gains"] = figures.gains(summary)

@@ -98,19 +98,31 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
         raise ValueError("no records to summarise: the run has not scored an example yet")
     refused, lines = config.get("refused", ()), metrics.frame(records)
     n_answered = lines.groupby(["method", "task", "seed"]).label.transform("size")
-    is_whole = n_answered == n_answered.groupby(lines.task).transform("max")  # of a refused cell, seeds that are
-    is_open = pd.MultiIndex.from_arrays([lines.method, lines.task]).isin([tuple(cell[:2]) for cell in refused])
+    is_whole = n_answered == n_answered.groupby(lines.task).transform(
+        "max"
+    )  # of a refused cell, seeds that are
+    is_open = pd.MultiIndex.from_arrays([lines.method, lines.task]).isin(
+        [tuple(cell[:2]) for cell in refused]
+    )
     shown = lines.loc[is_whole | ~is_open]
     by_cell: dict[Any, pd.DataFrame] = dict(iter(shown.groupby(["method", "task"], sort=False)))
-    kinds = {task["name"]: "source" if task["role"] == "source" else task["group"] for task in config["tasks"]}
+    kinds = {
+        task["name"]: "source" if task["role"] == "source" else task["group"]
+        for task in config["tasks"]
+    }
     sections = {task: SECTIONS.get(kind, kind) for task, kind in kinds.items()}
     if unknown := sorted({task for _, task in by_cell} - set(sections)):
         raise ValueError(f"config.json does not describe the tasks {unknown}, which have records")
     groups = _groups(sections)
     # the levels and the full size of a task are those of the method with the most records
-    fullest = {task: max((found for (_, of), found in by_cell.items() if of == task), key=len) for _, task in by_cell}
+    fullest = {
+        task: max((found for (_, of), found in by_cell.items() if of == task), key=len)
+        for _, task in by_cell
+    }
     methods = list(dict.fromkeys([*config["methods"], *(method for method, _ in by_cell)]))
-    keys = [(method, task) for method in methods for task in groups["all"] if (method, task) in by_cell]
+    keys = [
+        (method, task) for method in methods for task in groups["all"] if (method, task) in by_cell
+    ]
     cells = pd.DataFrame([_cell(*key, by_cell) for key in keys])
     cells["p_holm"] = cells.groupby("method").p_value.transform(metrics.holm)
     cells["direction"] = np.where(cells.p_holm < metrics.SIGNIFICANCE, np.sign(cells.gain), 0)
@@ -123,16 +135,28 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
         rows=_rows(groups, sections, fullest),
         lines=pd.concat([cells, _means(cells, groups)]).set_index(["kind", "name", "method"]),
         rivals=_rivals(headline, by_cell),
-        unfinished=_unfinished(methods, list(sections), by_cell, fullest, {(m, task) for m, task, _ in refused}),
-        notes=(*config.get("notes", ()), *(f"{m} does not fit {task}: {said}" for m, task, said in refused)),
-        origin=ORIGIN.format_map({"dtype": "dtype not kept", **config, "seeds": ", ".join(map(str, config["seeds"]))}),
+        unfinished=_unfinished(
+            methods, list(sections), by_cell, fullest, {(m, task) for m, task, _ in refused}
+        ),
+        notes=(
+            *config.get("notes", ()),
+            *(f"{m} does not fit {task}: {said}" for m, task, said in refused),
+        ),
+        origin=ORIGIN.format_map(
+            {"dtype": "dtype not kept", **config, "seeds": ", ".join(map(str, config["seeds"]))}
+        ),
     )
 
 
 def _groups(sections: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Task names by section, and those of the unseen and of all tasks."""
-    ranked = sorted(dict.fromkeys(sections.values()), key=lambda section: (*SECTIONS.values(), section).index(section))
-    groups = {section: tuple(name for name in sections if sections[name] == section) for section in ranked}
+    ranked = sorted(
+        dict.fromkeys(sections.values()),
+        key=lambda section: (*SECTIONS.values(), section).index(section),
+    )
+    groups = {
+        section: tuple(name for name in sections if sections[name] == section) for section in ranked
+    }
     unseen = tuple(name for section in ranked if section != "source" for name in groups[section])
     everything = (*groups.get("source", ()), *unseen)
     return {**groups, **({"unseen": unseen} if unseen else {}), "all": everything}
@@ -141,7 +165,9 @@ def _groups(sections: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 def _cell(method: str, task: str, by_cell: Cells) -> dict[str, Any]:
     """A method's figures on a task, before any correction."""
     records = by_cell[method, task]
-    baseline = records.head(0) if method == BASELINE else by_cell.get((BASELINE, task), records.head(0))
+    baseline = (
+        records.head(0) if method == BASELINE else by_cell.get((BASELINE, task), records.head(0))
+    )
     gain = metrics.difference(records, baseline)
     return {
         **{"kind": "task", "name": task, "method": method},
@@ -155,7 +181,9 @@ def _cell(method: str, task: str, by_cell: Cells) -> dict[str, Any]:
         "n_tokens": records.n_tokens.mean(),
         "by_seed": records.groupby("seed").right.mean().tolist(),
         "gain_by_seed": metrics.paired(records, baseline).groupby("seed").change.mean().to_dict(),
-        "confusion": metrics.confusion(records).tolist() if records.n_options.max() <= MOST_OPTIONS else [],
+        "confusion": metrics.confusion(records).tolist()
+        if records.n_options.max() <= MOST_OPTIONS
+        else [],
     }
 
 
@@ -165,9 +193,25 @@ def _means(cells: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> pd.DataF
     for method, found in cells.groupby("method", sort=False):
         for group, tasks in groups.items():
             members = found.set_index("name").reindex(tasks)
-            accuracy, gain = (metrics.mean(members, name).columns(name) for name in ("accuracy", "gain"))
-            by_seed = pd.DataFrame([of for of in members.gain_by_seed.dropna() if of]).dropna(axis=1).mean().to_dict()
-            means.append({"kind": "mean", "name": group, "method": method, "gain_by_seed": by_seed, **accuracy, **gain})
+            accuracy, gain = (
+                metrics.mean(members, name).columns(name) for name in ("accuracy", "gain")
+            )
+            by_seed = (
+                pd.DataFrame([of for of in members.gain_by_seed.dropna() if of])
+                .dropna(axis=1)
+                .mean()
+                .to_dict()
+            )
+            means.append(
+                {
+                    "kind": "mean",
+                    "name": group,
+                    "method": method,
+                    "gain_by_seed": by_seed,
+                    **accuracy,
+                    **gain,
+                }
+            )
     return pd.DataFrame(means).query("accuracy_n > 0")
 
 
@@ -178,11 +222,21 @@ def _method(name: str, cells: pd.DataFrame) -> Method:
 
 
 def _rows(
-    groups: Mapping[str, tuple[str, ...]], sections: Mapping[str, str], fullest: Mapping[str, pd.DataFrame]
+    groups: Mapping[str, tuple[str, ...]],
+    sections: Mapping[str, str],
+    fullest: Mapping[str, pd.DataFrame],
 ) -> list[Row]:
     """The table's lines, without the means of groups that repeat the tasks of an earlier one."""
     levels = {
-        task: Row("task", task, sections[task], 1, most.item.nunique(), metrics.chance(most), metrics.majority(most))
+        task: Row(
+            "task",
+            task,
+            sections[task],
+            1,
+            most.item.nunique(),
+            metrics.chance(most),
+            metrics.majority(most),
+        )
         for task, most in fullest.items()
     }
     rows, seen = [], set()
@@ -205,18 +259,36 @@ def _rivals(headline: str | None, by_cell: Cells) -> dict[str, metrics.Estimate]
         if headline and method not in (headline, BASELINE) and (headline, task) in by_cell
     ]
     compared = pd.DataFrame(leads, columns=["method", "lead", "lead_low", "lead_high"]).dropna()
-    return {str(method): metrics.mean(found, "lead") for method, found in compared.groupby("method", sort=False)}
+    return {
+        str(method): metrics.mean(found, "lead")
+        for method, found in compared.groupby("method", sort=False)
+    }
 
 
 def _unfinished(
-    methods: Sequence[str], tasks: Sequence[str], by_cell: Cells, fullest: Mapping[str, pd.DataFrame], refused: set[Any]
+    methods: Sequence[str],
+    tasks: Sequence[str],
+    by_cell: Cells,
+    fullest: Mapping[str, pd.DataFrame],
+    refused: set[Any],
 ) -> list[str]:
     """What is missing against the configuration, and against the method with the most records on a task."""
     lines = []
     for method in methods:
-        missing = [task for task in tasks if (method, task) not in by_cell and (method, task) not in refused]
+        missing = [
+            task
+            for task in tasks
+            if (method, task) not in by_cell and (method, task) not in refused
+        ]
         lines += [f"{method}: no records on {', '.join(missing)}"] if missing else []
-        found = {task: (len(by_cell.get((method, task), ())), len(fullest.get(task, ()))) for task in tasks}
-        short = [f"{n} of {most} predictions on {task}" for task, (n, most) in found.items() if 0 < n < most]
+        found = {
+            task: (len(by_cell.get((method, task), ())), len(fullest.get(task, ())))
+            for task in tasks
+        }
+        short = [
+            f"{n} of {most} predictions on {task}"
+            for task, (n, most) in found.items()
+            if 0 < n < most
+        ]
         lines += [f"{method}: {', '.join(short)}"] if short else []
     return lines

@@ -26,19 +26,34 @@ DRAWS = (
 WIDE = 7  # methods; more are lines rather than columns
 CSV_COLUMNS = (
     *("kind", "name", "method", "n", "accuracy", "accuracy_low", "accuracy_high"),
-    *("gain", "gain_low", "gain_high", "p_value", "p_holm", "macro_f1", "macro_f1_low", "macro_f1_high"),
+    *(
+        "gain",
+        "gain_low",
+        "gain_high",
+        "p_value",
+        "p_holm",
+        "macro_f1",
+        "macro_f1_low",
+        "macro_f1_high",
+    ),
     *("is_above_chance", "seconds", "n_tokens", "by_seed"),
 )
 
 
 def marks(cell: Any) -> str:
     """Returns the marks of `LEGEND` that a method has earned on a task."""
-    return {1: ABOVE, -1: BELOW, 0: ""}[cell.direction] + ("" if cell.is_above_chance else AT_CHANCE)
+    return {1: ABOVE, -1: BELOW, 0: ""}[cell.direction] + (
+        "" if cell.is_above_chance else AT_CHANCE
+    )
 
 
 def collapse(method: Method) -> str:
     """Returns on how many tasks a method is below the baseline, and on how many significantly."""
-    return f"{method.n_collapsed} ({method.n_collapsed_significantly} sig.)" if method.n_compared else NONE
+    return (
+        f"{method.n_collapsed} ({method.n_collapsed_significantly} sig.)"
+        if method.n_compared
+        else NONE
+    )
 
 
 def milliseconds(seconds: float) -> str:
@@ -54,7 +69,10 @@ def seeds(summary: Summary) -> list[list[str]]:
         found = [summary.line("mean", row.name, method.name) for row in groups]
         gains = [[] if line is None else line.gain_by_seed.values() for line in found]
         if any(len(set(shares)) > 1 for shares in gains):
-            texts = [" ".join(points(share, is_signed=True) for share in shares) or NONE for shares in gains]
+            texts = [
+                " ".join(points(share, is_signed=True) for share in shares) or NONE
+                for shares in gains
+            ]
             lines.append([label(method.name), *texts])
     return [["gain by seed", *(row.title for row in groups)], *lines] if lines else []
 
@@ -87,7 +105,10 @@ def grids(summary: Summary) -> list[list[list[str]]]:
 def ranked(summary: Summary) -> list[Method]:
     """Returns the methods by their mean accuracy over all tasks, best first; those that lack tasks come last."""
     means = {method.name: summary.line("mean", "all", method.name) for method in summary.methods}
-    return sorted(summary.methods, key=lambda method: (-means[method.name].accuracy_n, -means[method.name].accuracy))
+    return sorted(
+        summary.methods,
+        key=lambda method: (-means[method.name].accuracy_n, -means[method.name].accuracy),
+    )
 
 
 def terminal_table(summary: Summary) -> Group:

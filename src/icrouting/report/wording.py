@@ -13,7 +13,9 @@ def conclusion(summary: Summary) -> str:
     if method is None:
         return f"{opening}there is no gain to report: only {summary.methods[0].name} has been run.".capitalize()
     parts = [_group_clause(summary, method, group) for group in ("source", "unseen")]
-    sentences = [f"{opening}{label(method)} scores {', and '.join(part for part in parts if part)}."]
+    sentences = [
+        f"{opening}{label(method)} scores {', and '.join(part for part in parts if part)}."
+    ]
     return " ".join([*sentences, *_collapse_sentence(summary, method), *_rival_sentence(summary)])
 
 
@@ -31,7 +33,9 @@ def verdict(gain: Estimate) -> str:
     """A paired mean difference in words, with its interval."""
     doubt = "; not distinguishable from no change" if gain.low <= 0 <= gain.high else ""
     size = points(abs(gain.value))
-    side = f"{size} points {'above' if gain.value > 0 else 'below'}" if size != "0.0" else "level with"
+    side = (
+        f"{size} points {'above' if gain.value > 0 else 'below'}" if size != "0.0" else "level with"
+    )
     return f"{side} {BASELINE} ({span(gain)}{doubt})"
 
 
@@ -41,7 +45,11 @@ def _group_clause(summary: Summary, method: str, group: str) -> str:
     if mean is None:
         return ""
     done, of = mean.accuracy_n, len(summary.groups[group])
-    which = f"the {done} {group} task{'s' if done > 1 else ''}" if done == of else f"{done} of the {of} {group} tasks"
+    which = (
+        f"the {done} {group} task{'s' if done > 1 else ''}"
+        if done == of
+        else f"{done} of the {of} {group} tasks"
+    )
     gain = Estimate(mean.gain, mean.gain_low, mean.gain_high, int(mean.gain_n))
     against = f", {verdict(gain)}" if gain.n else f" (no {BASELINE} records to compare with)"
     return f"{points(mean.accuracy)} {'on average over' if done > 1 else 'on'} {which}{against}"
@@ -53,8 +61,12 @@ def _collapse_sentence(summary: Summary, method: str) -> list[str]:
     if lost.empty:
         return [f"It is below {BASELINE} on none of {_tasks(len(cells))}."] if len(cells) else []
     surely = ", ".join(lost.index[lost.direction < 0])
-    ending = f"significantly on {surely} (Holm-corrected)" if surely else "on none of them significantly"
-    return [f"It is below {BASELINE} on {len(lost)} of {_tasks(len(cells))} ({', '.join(lost.index)}), {ending}."]
+    ending = (
+        f"significantly on {surely} (Holm-corrected)" if surely else "on none of them significantly"
+    )
+    return [
+        f"It is below {BASELINE} on {len(lost)} of {_tasks(len(cells))} ({', '.join(lost.index)}), {ending}."
+    ]
 
 
 def _rival_sentence(summary: Summary) -> list[str]:

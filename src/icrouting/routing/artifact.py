@@ -37,7 +37,14 @@ _MEANING = {
     "site": "query and key projections before rotary embedding, after the family's own norm if it has one",
     "scale": "logits = scaling * q.k + gate * (Q U_q) diag(alpha) (K U_k)^T, the bias not scaled",
 }
-_PID_TENSORS = ("query_pids", "key_pids", "query_std", "key_std", "query_explained", "key_explained")
+_PID_TENSORS = (
+    "query_pids",
+    "key_pids",
+    "query_std",
+    "key_std",
+    "query_explained",
+    "key_explained",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,11 @@ class Description:
 
 
 def describe(
-    model: PreTrainedModel, tasks: Sequence[Task], fit: FitConfig, layers: tuple[int, ...], features: Features
+    model: PreTrainedModel,
+    tasks: Sequence[Task],
+    fit: FitConfig,
+    layers: tuple[int, ...],
+    features: Features,
 ) -> Description:
     """Returns the description of a router fitted on `model`."""
     return Description(
@@ -84,7 +95,9 @@ def describe(
     )
 
 
-def save(folder: Path, description: Description, pids: PIDs, router: Router, source: Path | None = None) -> None:
+def save(
+    folder: Path, description: Description, pids: PIDs, router: Router, source: Path | None = None
+) -> None:
     """Writes an artifact; a kill between its two files leaves a folder that `load` refuses.
 
     A card that names these weights, in `source` or in the folder itself, is kept as it stands, with what it records.
@@ -97,7 +110,14 @@ def save(folder: Path, description: Description, pids: PIDs, router: Router, sou
     save_json(folder / "config.json", {**config, "checksum": _checksum(config)})
     known = sha256[:16]
     cards = [where / "README.md" for where in (source, folder) if where]
-    kept = next((text for card in cards if card.is_file() and known.encode() in (text := card.read_bytes())), None)
+    kept = next(
+        (
+            text
+            for card in cards
+            if card.is_file() and known.encode() in (text := card.read_bytes())
+        ),
+        None,
+    )
     (folder / "README.md").write_bytes(kept or model_card(description, known).encode())
 
 
@@ -105,8 +125,14 @@ def model_card(description: Description, digest: str) -> str:
     """Returns the text of a router's README.md; `digest` identifies its weights."""
     # The hub refuses a card whose front matter names anything but one of its ids.
     is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", description.base_model)
-    template = resources.files("icrouting.routing").joinpath("templates/card.md.j2").read_text(encoding="utf-8")
-    page = jinja2.Template(template, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    template = (
+        resources.files("icrouting.routing")
+        .joinpath("templates/card.md.j2")
+        .read_text(encoding="utf-8")
+    )
+    page = jinja2.Template(
+        template, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
     return page.render(vars(description), digest=digest, is_hub_id=is_hub_id, hidden=HIDDEN)
 
 
@@ -144,7 +170,9 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
     try:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"no router at {name!r}: expected a folder or a hub id; {first_line(error)}") from error
+        raise ValueError(
+            f"no router at {name!r}: expected a folder or a hub id; {first_line(error)}"
+        ) from error
 
 
 def load(folder: Path) -> tuple[Description, PIDs, Router]:
@@ -161,7 +189,9 @@ def load(folder: Path) -> tuple[Description, PIDs, Router]:
         raise ValueError(f"{folder} is no router: model.safetensors is missing")
     found, expected = hashlib.sha256(weights.read_bytes()).hexdigest(), config.get("weights_sha256")
     if found != expected:
-        raise ValueError(f"{weights} is damaged: its sha256 is {found[:12]}…, not {expected!r:.14}…; fetch it again")
+        raise ValueError(
+            f"{weights} is damaged: its sha256 is {found[:12]}…, not {expected!r:.14}…; fetch it again"
+        )
     return description, *_assemble(load_tensors(weights)[0], description, weights)
 
 
@@ -170,10 +200,16 @@ def _description(config: dict[str, Any]) -> Description:
         raise ValueError('this does not describe an icrouting artifact: expected "method": "icr"')
     found = config.get("format_version")
     if type(found) is not int or found != FORMAT_VERSION:
-        raise ValueError(f"this is of format {found!r}, this version reads {FORMAT_VERSION}: update icrouting")
+        raise ValueError(
+            f"this is of format {found!r}, this version reads {FORMAT_VERSION}: update icrouting"
+        )
     if config.get("checksum") != _checksum(config):
-        raise ValueError("this is damaged or was edited: its checksum does not match; fetch it again")
-    content = {name: value for name, value in config.items() if name not in ("checksum", "weights_sha256")}
+        raise ValueError(
+            "this is damaged or was edited: its checksum does not match; fetch it again"
+        )
+    content = {
+        name: value for name, value in config.items() if name not in ("checksum", "weights_sha256")
+    }
     if {name: content.pop(name, None) for name in _MEANING} != _MEANING:
         raise ValueError(f"expected its weights to mean {_MEANING}: another version wrote it")
     fit, description = read(FitConfig, content.get("fit")), read(Description, content)
@@ -186,28 +222,46 @@ def _description(config: dict[str, Any]) -> Description:
 def _shapes(description: Description) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, from the description alone: nothing is allocated for a size that is a lie."""
     n_routed, fit = len(description.layers), description.fit
-    shapes: dict[str, tuple[int, ...]] = {f"pids.{name}": (n_routed, fit.rank) for name in _PID_TENSORS[2:]}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"pids.{name}": (n_routed, fit.rank) for name in _PID_TENSORS[2:]
+    }
     shapes["pids.query_pids"] = (n_routed, description.n_heads * description.head_dim, fit.rank)
     shapes["pids.key_pids"] = (n_routed, description.n_kv_heads * description.head_dim, fit.rank)
     for part, n_out in (("alpha", n_routed * fit.rank), ("gamma", n_routed * description.n_heads)):
-        for layer, shape in ((0, (fit.hidden_width, description.n_features)), (2, (n_out, fit.hidden_width))):
-            shapes |= {f"router.{part}.{layer}.weight": shape, f"router.{part}.{layer}.bias": shape[:1]}
+        for layer, shape in (
+            (0, (fit.hidden_width, description.n_features)),
+            (2, (n_out, fit.hidden_width)),
+        ):
+            shapes |= {
+                f"router.{part}.{layer}.weight": shape,
+                f"router.{part}.{layer}.bias": shape[:1],
+            }
     return shapes
 
 
-def _assemble(tensors: dict[str, Tensor], description: Description, weights: Path) -> tuple[PIDs, Router]:
+def _assemble(
+    tensors: dict[str, Tensor], description: Description, weights: Path
+) -> tuple[PIDs, Router]:
     expected = {name: (shape, torch.float32) for name, shape in _shapes(description).items()}
     found = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
-            raise ValueError(f"{weights}: {name!r} should be {expected.get(name)}, is {found.get(name)}")
+            raise ValueError(
+                f"{weights}: {name!r} should be {expected.get(name)}, is {found.get(name)}"
+            )
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{weights}: {name} holds NaN or infinity")
         if name.endswith("_std") and value.min() <= 0:
             raise ValueError(f"{weights}: {name} holds a deviation that is not positive")
     fit, n_routed = description.fit, len(description.layers)
-    router = Router(description.n_features, n_routed, description.n_heads, fit.rank, fit.hidden_width)
-    router.load_state_dict({name.removeprefix("router."): tensors[name] for name in tensors if name[0] == "r"})
+    router = Router(
+        description.n_features, n_routed, description.n_heads, fit.rank, fit.hidden_width
+    )
+    router.load_state_dict(
+        {name.removeprefix("router."): tensors[name] for name in tensors if name[0] == "r"}
+    )
     parts = {name: tensors[f"pids.{name}"] for name in _PID_TENSORS}
-    return PIDs(layers=description.layers, basis=fit.basis, **parts), router.eval().requires_grad_(False)
+    return PIDs(layers=description.layers, basis=fit.basis, **parts), router.eval().requires_grad_(
+        False
+    )

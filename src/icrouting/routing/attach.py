@@ -38,15 +38,27 @@ _routed: weakref.WeakKeyDictionary[nn.Module, "RoutedLayer"] = weakref.WeakKeyDi
 class RoutedLayer:
     """What one attention module needs while it is routed."""
 
-    def __init__(self, attachment: "Attachment", position: int, pids: PIDs, store: dict[str, Tensor]):
-        self.attachment, self.position, self.rank, self.store = attachment, position, pids.rank, store
-        self.query_directions, self.key_directions = pids.query_directions()[position], pids.key_directions()[position]
+    def __init__(
+        self, attachment: "Attachment", position: int, pids: PIDs, store: dict[str, Tensor]
+    ):
+        self.attachment, self.position, self.rank, self.store = (
+            attachment,
+            position,
+            pids.rank,
+            store,
+        )
+        self.query_directions, self.key_directions = (
+            pids.query_directions()[position],
+            pids.key_directions()[position],
+        )
 
     def widen_cached(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the current tokens, widened."""
         states = self.store["key"]
         self.key_directions = _moved(self.key_directions, states.device)
-        return widen_key(key, project(states, self.key_directions.to(states.device))), widen_value(value, self.rank)
+        return widen_key(key, project(states, self.key_directions.to(states.device))), widen_value(
+            value, self.rank
+        )
 
     def widen_queries(self, query: Tensor, weights: Tensor) -> Tensor:
         """Queries of the current tokens, widened by weights with a row for each of theirs."""
@@ -54,7 +66,9 @@ class RoutedLayer:
         self.query_directions = _moved(self.query_directions, states.device)
         return widen_query(query, project(states, self.query_directions.to(states.device)), weights)
 
-    def swap_cache(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def swap_cache(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """Before the attention module: puts a view that widens what is stored in its cache's place."""
         for name in ("cache", "past_key_values", "layer_past"):
             if kwargs.get(name) is not None:
@@ -76,8 +90,13 @@ class _WideningCache:
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         key, value = self._layer.widen_cached(key, value)
-        for kept in self._cache.layers[layer_idx : layer_idx + 1]:  # allocated ahead, for the plain width
-            if getattr(kept, "k_head_dim", key.shape[-1]) != key.shape[-1] and int(kept.get_seq_length()) == 0:
+        for kept in self._cache.layers[
+            layer_idx : layer_idx + 1
+        ]:  # allocated ahead, for the plain width
+            if (
+                getattr(kept, "k_head_dim", key.shape[-1]) != key.shape[-1]
+                and int(kept.get_seq_length()) == 0
+            ):
                 kept.lazy_initialization(key, value)
         return self._cache.update(key, value, layer_idx, *args, **kwargs)
 
@@ -92,7 +111,9 @@ class Attachment:
         self.routing: Routing | None = None
         self._placed: tuple[Routing, int, Routing | None, dict[int, Tensor]] | None = None
 
-    def weights_for(self, position: int, n_rows: int, scaling: float, device: torch.device) -> Tensor | None:
+    def weights_for(
+        self, position: int, n_rows: int, scaling: float, device: torch.device
+    ) -> Tensor | None:
         """One layer's weights, one row per batch row; None where they add nothing and are not being trained."""
         if self.routing is None:
             raise ValueError("the model is attached but has no routing: call it with `input_ids`")
@@ -103,9 +124,14 @@ class Attachment:
         routing, kept = self._placed[2:]
         if routing is None or position in kept:
             return kept.get(position)
-        alpha, gates = routing.routing_vector[:, position, None, None], routing.head_gates[:, position, :, None, None]
+        alpha, gates = (
+            routing.routing_vector[:, position, None, None],
+            routing.head_gates[:, position, :, None, None],
+        )
         weights = (gates * alpha / scaling).to(device)
-        if not (alpha.requires_grad or gates.requires_grad):  # checkpointing counts what each layer computes
+        if not (
+            alpha.requires_grad or gates.requires_grad
+        ):  # checkpointing counts what each layer computes
             kept[position] = weights
         return weights
 
@@ -126,15 +152,23 @@ def _attention_function(original: str) -> Callable:
         kernel = eager if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
         assert kernel is not None, f"{type(module).__name__} has no eager attention function"
         layer = _routed.get(module)
-        weights = layer and layer.attachment.weights_for(layer.position, query.shape[0], scaling, query.device)
+        weights = layer and layer.attachment.weights_for(
+            layer.position, query.shape[0], scaling, query.device
+        )
         if layer is None or weights is None:
-            if key.shape[-1] != query.shape[-1]:  # wider heads may round differently, so what adds nothing is left out
-                key, value = (states[..., : query.shape[-1]].contiguous() for states in (key, value))
+            if (
+                key.shape[-1] != query.shape[-1]
+            ):  # wider heads may round differently, so what adds nothing is left out
+                key, value = (
+                    states[..., : query.shape[-1]].contiguous() for states in (key, value)
+                )
             return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         if key.shape[-1] == query.shape[-1]:  # no cache has widened them
             key, value = layer.widen_cached(key, value)
         query = layer.widen_queries(query, weights)
-        output, attn_weights = kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        output, attn_weights = kernel(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
         return output[..., : -layer.rank].contiguous(), attn_weights
 
     return routed_attention
@@ -175,7 +209,9 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
             store = stack.enter_context(watched(attention, family, dims))
             _routed[attention] = layer = RoutedLayer(attachment, position, pids, store)
             stack.callback(_routed.pop, attention)
-            stack.enter_context(attention.register_forward_pre_hook(layer.swap_cache, with_kwargs=True))
+            stack.enter_context(
+                attention.register_forward_pre_hook(layer.swap_cache, with_kwargs=True)
+            )
         stack.enter_context(routed_kernel(base))
         stack.enter_context(hooked(base, "icr"))
         yield attachment

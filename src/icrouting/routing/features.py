@@ -54,7 +54,9 @@ _BLIND: dict[str, Callable[[Sequence[int], int], Tensor]] = {
 }
 
 
-def features_of(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str) -> Features:
+def features_of(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str
+) -> Features:
     """Returns the features that `FitConfig.encoder` names; a sentence encoder runs on `device`.
 
     Differs: "hidden", the state at the prompt's last token, is not in the paper. Nor are the controls: "constant:"
@@ -63,11 +65,21 @@ def features_of(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     kind, _, masked = name.partition(":")
     if kind in _BLIND:
         width, blind = features_of(masked, model, tokenizer, device).n_features, _BLIND[kind]
-        return Features(width, name, False, lambda lists, _: torch.stack([blind(tokens, width) for tokens in lists]))
+        return Features(
+            width,
+            name,
+            False,
+            lambda lists, _: torch.stack([blind(tokens, width) for tokens in lists]),
+        )
     if name == HIDDEN:
         width = int(decoder_of(model).config.hidden_size)
-        return Features(width, HIDDEN, True, lambda _, hidden: torch.stack([row[-1].float() for row in hidden]))
+        return Features(
+            width, HIDDEN, True, lambda _, hidden: torch.stack([row[-1].float() for row in hidden])
+        )
     encoder = load_encoder(name, device)
     return Features(
-        encoder.n_features, encoder.fingerprint, False, lambda tokens, _: encoder(query_texts(tokenizer, tokens))
+        encoder.n_features,
+        encoder.fingerprint,
+        False,
+        lambda tokens, _: encoder(query_texts(tokenizer, tokens)),
     )

@@ -67,21 +67,30 @@ def inspect_prompt(routed: Routed, prompt: str, options: Sequence[str] | None = 
     routing = routed.routing([prompt])
     probabilities = passes.logits.softmax(-1)
     top = probabilities.amax(0).topk(min(N_TOP, probabilities.shape[-1])).indices.tolist()
-    tokens, top_texts = ([str(tokenizer.decode([token])) for token in ids] for ids in (token_ids, top))
+    tokens, top_texts = (
+        [str(tokenizer.decode([token])) for token in ids] for ids in (token_ids, top)
+    )
     likeliest = _candidates(top_texts, passes.logits[:, top], probabilities[:, top])
     among = passes.logits[:, chosen]
     listed = _candidates(options or [], among, among.softmax(-1))
     return Inspection(routed.strength, tokens, passes, routing, listed, likeliest)
 
 
-def _candidates(texts: Sequence[str], logits: Float[Tensor, "2 n"], shares: Float[Tensor, "2 n"]) -> list[Candidate]:
+def _candidates(
+    texts: Sequence[str], logits: Float[Tensor, "2 n"], shares: Float[Tensor, "2 n"]
+) -> list[Candidate]:
     pairs = zip(texts, logits.T.tolist(), shares.T.tolist(), strict=True)
-    return [Candidate(text, (plain, routed), (before, after)) for text, (plain, routed), (before, after) in pairs]
+    return [
+        Candidate(text, (plain, routed), (before, after))
+        for text, (plain, routed), (before, after) in pairs
+    ]
 
 
 def html(seen: Inspection, about: str) -> str:
     """Returns the page: numbers and pictures, no scripts, nothing fetched; `about` names model and router."""
-    return render("routing/templates/inspect.html.j2", _FILTERS, seen=seen, about=about, quoted=repr)
+    return render(
+        "routing/templates/inspect.html.j2", _FILTERS, seen=seen, about=about, quoted=repr
+    )
 
 
 def text(seen: Inspection) -> str:

@@ -39,7 +39,11 @@ class PIDs:
 
     def query_directions(self) -> Float[Tensor, "n_layers query_width rank"]:
         """What queries are projected on: the PIDs, scaled as the basis says."""
-        return self.query_pids / self.query_std[:, None] if self.basis == "whitened" else self.query_pids
+        return (
+            self.query_pids / self.query_std[:, None]
+            if self.basis == "whitened"
+            else self.query_pids
+        )
 
     def key_directions(self) -> Float[Tensor, "n_layers key_width rank"]:
         """What keys are projected on: the PIDs, scaled as the basis says."""
@@ -54,5 +58,7 @@ def late_third(n_layers: int) -> tuple[int, ...]:
 def check_layers(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
     """Returns `layers`; ValueError unless they are ascending indices into `n_layers` layers."""
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= n_layers:
-        raise ValueError(f"routed layers must be ascending indices below {n_layers}, one or more; got {list(layers)}")
+        raise ValueError(
+            f"routed layers must be ascending indices below {n_layers}, one or more; got {list(layers)}"
+        )
     return layers

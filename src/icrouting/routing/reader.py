@@ -38,7 +38,10 @@ class Reader:
         """Returns the routing of prompts, given the states that enter the first routed layer."""
         # Beams and samples repeat their query; a text is read once. Hidden states depend on more than the tokens.
         first: dict[tuple[int, ...], int] = {}
-        keys = [(row,) if self.features.reads_hidden else tuple(tokens) for row, tokens in enumerate(token_lists)]
+        keys = [
+            (row,) if self.features.reads_hidden else tuple(tokens)
+            for row, tokens in enumerate(token_lists)
+        ]
         rows = [first.setdefault(key, row) for row, key in enumerate(keys)]
         chosen = list(first.values())
         states = [hidden[row] for row in chosen if hidden]
@@ -49,7 +52,9 @@ class Reader:
         if self.gate is not None:
             factors = torch.as_tensor(self.gate(states)).to(routing.routing_vector)
             if factors.shape != (len(states),) or not factors.isfinite().all():
-                raise ValueError(f"`gate` must give a finite factor for each of {len(states)} prompts, got {factors}")
+                raise ValueError(
+                    f"`gate` must give a finite factor for each of {len(states)} prompts, got {factors}"
+                )
             routing = routing.scaled(factors[:, None, None])
         places = torch.tensor([chosen.index(row) for row in rows], device=routing.head_gates.device)
         return Routing(routing.routing_vector[places], routing.head_gates[places])
@@ -58,5 +63,7 @@ class Reader:
         """Returns the routing of prompts; the model runs only up to the first routed layer, and only if read."""
         hidden: Sequence[Tensor] = ()
         if self.features.reads_hidden or self.gate is not None:
-            hidden = entering_states(self.model, token_lists, self.first_layer, pad_id_of(self.tokenizer))
+            hidden = entering_states(
+                self.model, token_lists, self.first_layer, pad_id_of(self.tokenizer)
+            )
         return self.of_states(token_lists, hidden)

@@ -54,13 +54,17 @@ class _Rerouter:
 
     def generate(self, plain_generate: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls `plain_generate` with one routing for all of its forwards: the cache's, or the prompt's."""
-        if self._held is not None or self._generating is not None:  # it drafts for itself: a draft is no prompt
+        if (
+            self._held is not None or self._generating is not None
+        ):  # it drafts for itself: a draft is no prompt
             return plain_generate(*args, **kwargs)
         input_ids, cache = asked(args, kwargs), cache_of(kwargs)
         if n_seen(kwargs) > 0:
             self._held = self._of_cache.get(cache)
         elif input_ids is not None:
-            self._generating = _Prompt(input_ids, attended(input_ids, kwargs.get("attention_mask")), cache)
+            self._generating = _Prompt(
+                input_ids, attended(input_ids, kwargs.get("attention_mask")), cache
+            )
         try:
             return plain_generate(*args, **kwargs)
         finally:
@@ -84,7 +88,9 @@ class _Rerouter:
         else:
             input_ids = given.get("input_ids")
             if input_ids is None:
-                raise ValueError("a routed model needs `input_ids` to be routed by, got `inputs_embeds` alone")
+                raise ValueError(
+                    "a routed model needs `input_ids` to be routed by, got `inputs_embeds` alone"
+                )
             self._await(_Prompt(input_ids, attended(input_ids, given.get("attention_mask")), cache))
 
     def _await(self, prompt: _Prompt) -> None:
@@ -100,13 +106,18 @@ class _Rerouter:
             finally:
                 self._is_reading = False
         else:
-            self._pending = _Prompt(prompt.input_ids[:, :n_tokens], prompt.is_real[:, :n_tokens], prompt.cache)
+            self._pending = _Prompt(
+                prompt.input_ids[:, :n_tokens], prompt.is_real[:, :n_tokens], prompt.cache
+            )
 
     def at_first_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         prompt = self._pending
         if prompt is not None:
             hidden = entering_of(args, kwargs)[:, : prompt.is_real.shape[1]]
-            states = [row[keep] for row, keep in zip(hidden, prompt.is_real.to(hidden.device), strict=True)]
+            states = [
+                row[keep]
+                for row, keep in zip(hidden, prompt.is_real.to(hidden.device), strict=True)
+            ]
             self.last[:] = prompt.token_lists()
             self._use(self._reader.of_states(self.last, states), prompt.cache)
 
@@ -119,7 +130,11 @@ class _Rerouter:
 
     def after_forward(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         cache = output.get(CACHE) if isinstance(output, dict) else None
-        if isinstance(cache, Cache) and cache not in self._of_cache and self._attachment.routing is not None:
+        if (
+            isinstance(cache, Cache)
+            and cache not in self._of_cache
+            and self._attachment.routing is not None
+        ):
             self._of_cache[cache] = self._attachment.routing
 
 
@@ -133,8 +148,12 @@ def rerouted(reader: Reader, pids: PIDs) -> Iterator[list[list[int]]]:
     decoder, first = decoder_of(model), layers_of(model)[reader.first_layer]
     with attach(model, pids) as attachment, ExitStack() as stack:
         rerouter = _Rerouter(reader, attachment)
-        stack.callback(decoder.register_forward_pre_hook(rerouter.before_forward, with_kwargs=True).remove)
-        stack.callback(first.register_forward_pre_hook(rerouter.at_first_layer, with_kwargs=True).remove)
+        stack.callback(
+            decoder.register_forward_pre_hook(rerouter.before_forward, with_kwargs=True).remove
+        )
+        stack.callback(
+            first.register_forward_pre_hook(rerouter.at_first_layer, with_kwargs=True).remove
+        )
         stack.callback(decoder.register_forward_hook(rerouter.after_forward).remove)
         base = base_of(model)
         plain_generate: Callable = base.generate  # pyright: ignore[reportAssignmentType]

@@ -41,7 +41,9 @@ class Routed:
 
     def routing(self, prompts: Sequence[str]) -> Routing:
         """Returns what the router decides for prompts; no routed layer runs."""
-        return self.reader.of_tokens(tokenize(self.reader.tokenizer, prompts, context_length(self.reader.model)))
+        return self.reader.of_tokens(
+            tokenize(self.reader.tokenizer, prompts, context_length(self.reader.model))
+        )
 
     def effect(self, prompts: Sequence[str] | None = None) -> str:
         """Returns in one line of numbers what routing does to prompts; warns when that is numerically nothing.
@@ -50,17 +52,27 @@ class Routed:
         plain call at strength 0 is not seen.
         """
         reader, model = self.reader, self.reader.model
-        found = self.last if prompts is None else tokenize(reader.tokenizer, prompts, context_length(model))
-        token_lists = [list(tokens) for tokens in dict.fromkeys(map(tuple, found))]  # beams repeat their prompt
+        found = (
+            self.last
+            if prompts is None
+            else tokenize(reader.tokenizer, prompts, context_length(model))
+        )
+        token_lists = [
+            list(tokens) for tokens in dict.fromkeys(map(tuple, found))
+        ]  # beams repeat their prompt
         if not token_lists:
-            raise ValueError("nothing has been routed yet: give `effect` prompts, or call the model first")
+            raise ValueError(
+                "nothing has been routed yet: give `effect` prompts, or call the model first"
+            )
         passes = [run_both(model, tokens, self.layers) for tokens in token_lists]
         self.last[:] = token_lists
         warn_if_nothing(passes)
         return describe(passes, reader.of_tokens(token_lists))
 
 
-def routing_summary(routed: Routed, layers: Sequence[int], tasks: Sequence[Task], n_items: int = 50) -> dict[str, Any]:
+def routing_summary(
+    routed: Routed, layers: Sequence[int], tasks: Sequence[Task], n_items: int = 50
+) -> dict[str, Any]:
     """Returns what a router decides on each task: its mean head gates and mean |alpha|, for the report."""
     found = {}
     for task in tasks:

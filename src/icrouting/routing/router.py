@@ -34,10 +34,15 @@ class Routing:
         """The same routing for rows that are a multiple of the queries, each one's side by side (beams, samples)."""
         times, over = divmod(n_rows, n_queries := len(self.routing_vector))
         if over:
-            raise ValueError(f"the routing is for {n_queries} queries: expected a multiple of rows, got {n_rows}")
+            raise ValueError(
+                f"the routing is for {n_queries} queries: expected a multiple of rows, got {n_rows}"
+            )
         if times == 1:
             return self
-        return Routing(self.routing_vector.repeat_interleave(times, 0), self.head_gates.repeat_interleave(times, 0))
+        return Routing(
+            self.routing_vector.repeat_interleave(times, 0),
+            self.head_gates.repeat_interleave(times, 0),
+        )
 
 
 class Router(nn.Module):
@@ -48,7 +53,13 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, n_features: int, n_layers: int, n_heads: int, rank: int, hidden_width: int, rng: Generator | None = None
+        self,
+        n_features: int,
+        n_layers: int,
+        n_heads: int,
+        rank: int,
+        hidden_width: int,
+        rng: Generator | None = None,
     ):
         super().__init__()
         self.n_layers = n_layers

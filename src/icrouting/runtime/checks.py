@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
@@ -33,12 +33,31 @@ def read(kind: type[T], values: object) -> T:
     return kind(**{name: getattr(model, name) for name in names})
 
 
+def differences(
+    kept: Mapping[str, object], asked: Mapping[str, object], shown: Callable[[object], str] = repr
+) -> list[str]:
+    """Returns a phrase for each key of `asked` whose kept value is another: "rank was 8, is 4".
+
+    A key that was not kept counts as None; `shown` says how values read.
+    """
+    phrases = []
+    for name, value in asked.items():
+        kept_value = kept.get(name)
+        if kept_value != value:
+            phrases.append(f"{name} was {shown(kept_value)}, is {shown(value)}")
+    return phrases
+
+
 def check_same(what: str, kept: str, now: str) -> None:
     """ValueError unless two lists of parts are the same; it names those that differ."""
     if kept != now:
         sides = [set(side.split(", ")) for side in (kept, now)]
-        was, is_now = (", ".join(sorted(one - other)) or "nothing" for one, other in (sides, sides[::-1]))
-        raise ValueError(f"{what} was learned with {was}, now with {is_now}: put that back, or delete it and fit anew")
+        was, is_now = (
+            ", ".join(sorted(one - other)) or "nothing" for one, other in (sides, sides[::-1])
+        )
+        raise ValueError(
+            f"{what} was learned with {was}, now with {is_now}: put that back, or delete it and fit anew"
+        )
 
 
 def in_words(error: ValidationError) -> str:
@@ -57,8 +76,12 @@ def first_line(error: Exception) -> str:
 
 @cache
 def _model_of(kind: type) -> type[BaseModel]:
-    fields: dict[str, Any] = {name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()}
-    return create_model(kind.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
+    fields: dict[str, Any] = {
+        name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()
+    }
+    return create_model(
+        kind.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields
+    )
 
 
 def known(kind: str, name: str, among: Mapping[str, T]) -> T:

@@ -21,7 +21,9 @@ def locked(folder: Path) -> Iterator[None]:
             own = folder / f"lock.{here().process_index}"
             stack.enter_context(_held(own))
             if is_first():
-                for left in {*folder.glob("lock.*")} - {own}:  # a process may have outlived the first of its run
+                for left in {*folder.glob("lock.*")} - {
+                    own
+                }:  # a process may have outlived the first of its run
                     with _held(left):
                         pass
         yield
@@ -32,7 +34,12 @@ def _held(file: Path) -> AbstractContextManager[object]:
     try:
         return FileLock(file).acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"another run is writing to {file.parent}: wait for it, or choose another folder") from error
-    except (NotImplementedError, OSError) as error:  # how filelock 3, and the system, say that there are no locks
+        raise ValueError(
+            f"another run is writing to {file.parent}: wait for it, or choose another folder"
+        ) from error
+    except (
+        NotImplementedError,
+        OSError,
+    ) as error:  # how filelock 3, and the system, say that there are no locks
         log.warning("%s: cannot be locked against other runs (%s)", file, error)
         return nullcontext()

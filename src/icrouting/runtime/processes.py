@@ -28,7 +28,9 @@ def here() -> PartialState:
     if PartialState._shared_state:
         return PartialState()
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
-    if state.backend == "gloo":  # whose threads abort an interpreter that ends before them (pytorch #190489)
+    if (
+        state.backend == "gloo"
+    ):  # whose threads abort an interpreter that ends before them (pytorch #190489)
         atexit.register(state.destroy_process_group)
     return state
 
@@ -97,7 +99,9 @@ def agree(**values: Any) -> None:
     for name in values:
         given = [one[name] for one in every]
         if any(value != given[0] for value in given):
-            raise ValueError(f"the processes were started with different {name} ({given}): give all of them the same")
+            raise ValueError(
+                f"the processes were started with different {name} ({given}): give all of them the same"
+            )
 
 
 @contextmanager

@@ -46,7 +46,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Writes safetensors; OSError if the disk does not take them."""
     scratch = file.with_name(file.name + ".part")
     try:
@@ -59,7 +61,10 @@ def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns copies that lie apart and in one piece, as safetensors asks."""
-    return {name: tensor.detach().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
+    return {
+        name: tensor.detach().clone(memory_format=contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -72,7 +77,9 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = opened.metadata() or {}
         return {name: value.clone() for name, value in load_file(file).items()}, metadata
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}): delete it and what it held is made anew") from error
+        raise ValueError(
+            f"{file} is damaged ({error}): delete it and what it held is made anew"
+        ) from error
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:

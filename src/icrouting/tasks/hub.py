@@ -50,11 +50,15 @@ def _read(spec: TaskSpec, split: str, mirror: Path | None) -> list[Example]:
     try:
         found = datasets.load_dataset(kind, data_files=str(place), split="train").flatten()
     except Exception as error:  # the hub's errors have no common type
-        raise ValueError(f"task {spec.name!r}: cannot read {files} of the dataset {repo!r}: {error}") from error
+        raise ValueError(
+            f"task {spec.name!r}: cannot read {files} of the dataset {repo!r}: {error}"
+        ) from error
     try:
         return [parse_row(_mapped(row, source), spec) for row in found]  # pyright: ignore[reportArgumentType]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"task {spec.name!r}: the dataset {repo!r} has other columns: {error}") from error
+        raise ValueError(
+            f"task {spec.name!r}: the dataset {repo!r} has other columns: {error}"
+        ) from error
 
 
 def _mapped(row: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:

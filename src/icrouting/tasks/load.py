@@ -31,7 +31,9 @@ def load_task(name: str | TaskSpec, data: str | Path) -> Task:
         return hub.read_task(spec, Path(place) if place else None)
     folder = Path(data) / spec.name
     if not folder.is_dir():
-        raise ValueError(f"task {spec.name!r}: expected a folder {folder} with train.jsonl and test.jsonl")
+        raise ValueError(
+            f"task {spec.name!r}: expected a folder {folder} with train.jsonl and test.jsonl"
+        )
     train, test = (rows.read_rows(folder / f"{split}.jsonl", spec) for split in ("train", "test"))
     others = catalogue.APART_FROM.get(spec.name, ()) if spec in catalogue.SPECS.values() else ()
     files = [(Path(data) / other / "test.jsonl", catalogue.SPECS[other]) for other in others]

@@ -31,7 +31,9 @@ def demonstration(task: Task, example: Example) -> str:
     return f"{task.prompt(example)} {task.answer(example)}\n"
 
 
-def balanced_demos(task: Task, per_class: int, rng: np.random.Generator, exclude: Sequence[int] = ()) -> list[Example]:
+def balanced_demos(
+    task: Task, per_class: int, rng: np.random.Generator, exclude: Sequence[int] = ()
+) -> list[Example]:
     """Returns `per_class` training examples of every class, shuffled (paper, section 2).
 
     A class with fewer examples gives all it has; multiple-choice tasks are balanced over the letters. Training examples
@@ -40,9 +42,13 @@ def balanced_demos(task: Task, per_class: int, rng: np.random.Generator, exclude
     order = rng.permutation(len(task.train))
     labels, allowed = task.train_labels[order], ~np.isin(order, exclude)
     classes = labels[np.sort(np.unique(labels, return_index=True)[1])]
-    chosen = np.concatenate([order[:0], *(order[(labels == label) & allowed][:per_class] for label in classes)])
+    chosen = np.concatenate(
+        [order[:0], *(order[(labels == label) & allowed][:per_class] for label in classes)]
+    )
     if not len(chosen):
-        raise ValueError(f"task {task.name!r} has no training example left for {per_class} demonstrations a class")
+        raise ValueError(
+            f"task {task.name!r} has no training example left for {per_class} demonstrations a class"
+        )
     return [task.train[i] for i in rng.permutation(chosen)]
 
 
@@ -55,7 +61,9 @@ def episodes(
     task: Task, n_episodes: int, per_class: int, rng: np.random.Generator
 ) -> Iterator[tuple[list[Example], Example]]:
     """Yields balanced demonstrations and a training query that is none of them; a query returns when all had a turn."""
-    order = rng.permutation(len(task.train)).tolist() or [0]  # without any, `balanced_demos` says so
+    order = rng.permutation(len(task.train)).tolist() or [
+        0
+    ]  # without any, `balanced_demos` says so
     for index in islice(cycle(order), n_episodes):
         yield balanced_demos(task, per_class, rng, exclude=[index]), task.train[index]
 

@@ -27,23 +27,35 @@ def parse_row(row: object, spec: TaskSpec) -> Example:
     choices = () if spec.options else row["choices"]
     if isinstance(choices, str):
         choices = tuple(choice.strip() for choice in choices.split("|"))
-    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+    if not isinstance(choices, list | tuple) or not all(
+        isinstance(choice, str) for choice in choices
+    ):
         raise ValueError(f"field 'choices' must be a list of texts, got {choices!r}")
     n_options = len(spec.options or choices)
     if n_options < 2 or len(choices) > 26:
-        raise ValueError(f"an example needs 2 options or more, and 26 letters at most; got {n_options}")
-    return Example({name: row[name] for name in spec.slots}, tuple(choices), _label(row["label"], spec, n_options))
+        raise ValueError(
+            f"an example needs 2 options or more, and 26 letters at most; got {n_options}"
+        )
+    return Example(
+        {name: row[name] for name in spec.slots},
+        tuple(choices),
+        _label(row["label"], spec, n_options),
+    )
 
 
 def _label(label: object, spec: TaskSpec, n_options: int) -> int:
     names = spec.options or tuple(string.ascii_uppercase[:n_options])
     if isinstance(label, str) and label in names:
         label = names.index(label)
-    elif isinstance(label, str) and label.isdecimal() and not any(name.isdecimal() for name in names):
+    elif (
+        isinstance(label, str) and label.isdecimal() and not any(name.isdecimal() for name in names)
+    ):
         label = int(label)
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < n_options:
         words = ", ".join(names)
-        raise ValueError(f"field 'label' must be an integer in 0..{n_options - 1} or one of {words}, got {label!r}")
+        raise ValueError(
+            f"field 'label' must be an integer in 0..{n_options - 1} or one of {words}, got {label!r}"
+        )
     return label
 
 
@@ -54,7 +66,9 @@ def read_rows(path: Path, spec: TaskSpec) -> tuple[Example, ...]:
     except OSError as error:
         raise ValueError(f"task {spec.name!r}: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"task {spec.name!r}: {path} is not UTF-8 text ({error.reason})") from error
+        raise ValueError(
+            f"task {spec.name!r}: {path} is not UTF-8 text ({error.reason})"
+        ) from error
     examples = []
     for number, row in _csv_lines(text, path) if path.suffix == ".csv" else _json_lines(text, path):
         try:

@@ -18,7 +18,10 @@ _NOT_KEY = bytes(set(range(128)) - set(b"abcdefghijklmnopqrstuvwxyz0123456789"))
 
 
 def make_task(
-    spec: TaskSpec, train: Sequence[Example], test: Sequence[Example], others: Sequence[Example] = ()
+    spec: TaskSpec,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    others: Sequence[Example] = (),
 ) -> Task:
     """Returns a task whose splits know nothing of one another, nor training and validation rows of `others`.
 
@@ -35,14 +38,18 @@ def make_task(
         candidates = [i for i in candidates if i not in firsts.values()]
     chosen = set(candidates[: min(N_VALIDATION, len(free) // 5)])
     validation = tuple(unique[i] for i in sorted(chosen))
-    kept = apart([row for i, row in enumerate(unique) if id(row) in free and i not in chosen], validation)
+    kept = apart(
+        [row for i, row in enumerate(unique) if id(row) in free and i not in chosen], validation
+    )
     labels = {example.label for example in kept}
     if len(labels) < 2:
         raise ValueError(
             f"task {spec.name!r}: expected training rows of two classes or more, got {len(kept)} of label "
             f"{sorted(labels)}: add rows of another class"
         )
-    return Task(spec, tuple(kept), tuple(test), validation, len(train) - len(kept) - len(validation))
+    return Task(
+        spec, tuple(kept), tuple(test), validation, len(train) - len(kept) - len(validation)
+    )
 
 
 def apart(rows: Sequence[Example], held: Sequence[Example]) -> list[Example]:

@@ -66,7 +66,11 @@ def _read_rows(folder: Path, spec: TaskSpec) -> list[Example]:
     conflicting = set()
     for text, label in _unpickle(folder / f"{STAICC[spec.name]}.dataset"):
         key = text_key(text)
-        if key and rows.setdefault(key, parse_row({"text": text.strip(), "label": label}, spec)).label != label:
+        if (
+            key
+            and rows.setdefault(key, parse_row({"text": text.strip(), "label": label}, spec)).label
+            != label
+        ):
             conflicting.add(key)
     return [row for key, row in rows.items() if key not in conflicting]
 
@@ -87,7 +91,9 @@ def _unpickle(path: Path) -> list[tuple[str, int]]:
     return pairs
 
 
-def _deal_reviews(rows: Sequence[Example], rng: np.random.Generator) -> tuple[list[Example], list[Example]]:
+def _deal_reviews(
+    rows: Sequence[Example], rng: np.random.Generator
+) -> tuple[list[Example], list[Example]]:
     """Returns the train and the test rows of SST-2: no row of either lies inside a row of the other.
 
     A sentence is a row that lies inside no other. Phrases that occur in a test sentence are left out of the

@@ -81,10 +81,17 @@ class Task:
 
     def prompt(self, example: Example) -> str:
         """The zero-shot prompt of an example, ending right before the space and the answer."""
-        values = {name: self.spec.words.get(name, {}).get(text, text) for name, text in example.fields.items()}
+        values = {
+            name: self.spec.words.get(name, {}).get(text, text)
+            for name, text in example.fields.items()
+        }
         letters = string.ascii_uppercase[: len(example.choices)]
-        lines = [f"{letter}. {choice}" for letter, choice in zip(letters, example.choices, strict=True)]
-        return self.spec.template.format(**values, choices="\n".join(lines), letters="/".join(letters))
+        lines = [
+            f"{letter}. {choice}" for letter, choice in zip(letters, example.choices, strict=True)
+        ]
+        return self.spec.template.format(
+            **values, choices="\n".join(lines), letters="/".join(letters)
+        )
 
     def answer(self, example: Example) -> str:
         """The right option of an example."""

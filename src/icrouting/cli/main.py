@@ -7,7 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from icrouting.config import Backbone, FitConfig
+from icrouting.cli.options import Backbone
+from icrouting.config import FitConfig
 from icrouting.methods.settings import Settings
 from icrouting.tasks.catalogue import PAPER_TASKS
 
@@ -45,11 +46,11 @@ def fit(
         tflops: The model's speed that a dry run reckons times with, in TFLOP/s.
         config: The settings below.
     """
-    from icrouting import commands
+    from icrouting.cli import fit as room
 
     if dry_run:
-        return commands.show_plan(model, data, tasks, config, tflops)
-    commands.fit(out, model, data, tasks, config)
+        return room.show_plan(model, data, tasks, config, tflops)
+    room.fit(out, model, data, tasks, config)
 
 
 def evaluate(
@@ -87,9 +88,9 @@ def evaluate(
         seeds: Each draws demonstrations and fits anew.
         settings: The methods' settings below.
     """
-    from icrouting import commands
+    from icrouting.cli import evaluate as room
 
-    commands.evaluate(out, model, data, tasks, sources, methods, n_test, seeds, settings)
+    room.evaluate(out, model, data, tasks, sources, methods, n_test, seeds, settings)
 
 
 def report(run: Annotated[Path, tyro.conf.Positional], card: Path | None = None) -> None:
@@ -101,12 +102,18 @@ def report(run: Annotated[Path, tyro.conf.Positional], card: Path | None = None)
         run: The run's folder.
         card: Folder of the router that the run measured: the table is written to its model card (README.md).
     """
-    from icrouting import commands
+    from icrouting.cli import evaluate as room
 
-    commands.show(run, card)
+    room.show(run, card)
 
 
-def generate(prompt: str, router: str, model: Base = BACKBONE, strength: float = 1.0, max_new_tokens: int = 64) -> None:
+def generate(
+    prompt: str,
+    router: str,
+    model: Base = BACKBONE,
+    strength: float = 1.0,
+    max_new_tokens: int = 64,
+) -> None:
     r"""Continue a prompt with and without routing, side by side.
 
     Example: icr generate --model pinned:smollm2-135m --router my-router --prompt "Review: a joy .\nSentiment:"
@@ -118,9 +125,9 @@ def generate(prompt: str, router: str, model: Base = BACKBONE, strength: float =
         strength: Factor on the routing; 0 is the untouched model.
         max_new_tokens: Tokens to generate.
     """
-    from icrouting import commands
+    from icrouting.cli import look
 
-    commands.generate(prompt.replace("\\n", "\n"), router, model, strength, max_new_tokens)
+    look.generate(prompt.replace("\\n", "\n"), router, model, strength, max_new_tokens)
 
 
 def inspect(
@@ -144,9 +151,9 @@ def inspect(
         strength: Factor on the routing; 0 is the untouched model.
         out: The page; it needs nothing beside it.
     """
-    from icrouting import commands
+    from icrouting.cli import look
 
-    commands.inspect(prompt.replace("\\n", "\n"), router, model, options or None, strength, out)
+    look.inspect(prompt.replace("\\n", "\n"), router, model, options or None, strength, out)
 
 
 def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
@@ -159,17 +166,26 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
         out: The run's folder; the router is written to its subfolder "router".
         quick: About three minutes: fewer prompts, queries and test items, and so a weaker router.
     """
-    from icrouting import commands
+    from icrouting.cli import evaluate as evaluating
+    from icrouting.cli import fit as fitting
+    from icrouting.cli.loading import console
 
     n_prompts, n_queries, n_test = (6, 60, 24) if quick else (40, 400, 120)
-    model, data, sources = Backbone("pinned:smollm2-135m"), "pinned:staicc", ("agnews", "sst2", "trec")
+    model, data, sources = (
+        Backbone("pinned:smollm2-135m"),
+        "pinned:staicc",
+        ("agnews", "sst2", "trec"),
+    )
     tasks = (*sources, "sst5", "mr", "subj", "emotion")
-    commands.console.print(f"ICR on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks")
+    console.print(f"ICR on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks")
     config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
-    commands.fit(out / "router", model, data, sources, config)
-    methods, settings = ("zero-shot", "calibration", "few-shot", "icr"), Settings(router=str(out / "router"))
-    commands.evaluate(out, model, data, tasks, sources, methods, n_test, [0], settings)
-    commands.console.print(f"router: {out / 'router'}", soft_wrap=True)
+    fitting.fit(out / "router", model, data, sources, config)
+    methods, settings = (
+        ("zero-shot", "calibration", "few-shot", "icr"),
+        Settings(router=str(out / "router")),
+    )
+    evaluating.evaluate(out, model, data, tasks, sources, methods, n_test, [0], settings)
+    console.print(f"router: {out / 'router'}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -177,17 +193,25 @@ def main(arguments: list[str] | None = None) -> None:
     # Bars of transformers' loaders would fill the terminal between our own.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    commands = {"fit": fit, "eval": evaluate, "report": report, "generate": generate, "inspect": inspect, "demo": demo}
+    commands = {
+        "fit": fit,
+        "eval": evaluate,
+        "report": report,
+        "generate": generate,
+        "inspect": inspect,
+        "demo": demo,
+    }
     about = "In-Context Routing: the few-shot effect at zero-shot cost."
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="icr", description=about, args=arguments)
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="icr", description=about, args=arguments
+        )
     except KeyboardInterrupt:
-        print("\nstopped; what was computed is kept, the same command goes on from there", file=sys.stderr)
+        print(
+            "\nstopped; what was computed is kept, the same command goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

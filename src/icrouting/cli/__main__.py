@@ -1,0 +1,5 @@
+"""`python -m icrouting.cli`: the command line where no script is installed, as under `accelerate launch`."""
+
+from icrouting.cli.main import main
+
+main()

@@ -1,0 +1,63 @@
+"""What `icr generate` and `icr inspect` do, once their arguments are parsed."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.panel import Panel
+from rich.table import Column, Table
+from rich.text import Text
+
+from icrouting.cli.loading import console, load
+from icrouting.cli.options import Backbone
+from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.families import device_of
+from icrouting.icr import InContextRouter
+from icrouting.routing import inspection
+from icrouting.runtime.storage import save_text
+
+
+def generate(
+    prompt: str, router: str, model: Backbone, strength: float, max_new_tokens: int
+) -> None:
+    """Prints a prompt's continuation with and without routing."""
+    icr = InContextRouter.from_pretrained(router)
+    base, tokenizer = load(model)
+    (tokens,) = tokenize(tokenizer, [prompt], context_length(base))
+    inputs = {"input_ids": torch.tensor([tokens], device=device_of(base))}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+
+    def go_on(title: str) -> Panel:
+        base.generate(**inputs, max_new_tokens=1)  # pyright: ignore[reportCallIssue]  # warms up, so that times compare
+        started = time.monotonic()
+        output = base.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore[reportCallIssue]
+        seconds, new = time.monotonic() - started, output[0, len(tokens) :]
+        text = Text(str(tokenizer.decode(new, skip_special_tokens=True)))
+        return Panel(text, title=f"{title}: {len(new)} tokens in {seconds:.1f} s")
+
+    plain = go_on("zero-shot")
+    with icr.attached(base, tokenizer, strength=strength) as routed:
+        beside = Table.grid(Column(ratio=1), Column(ratio=1), expand=True)
+        beside.add_row(plain, go_on(f"routed, strength {strength:g}"))
+        console.print(beside)
+        console.print(routed.effect([prompt]), markup=False, highlight=False)
+
+
+def inspect(
+    prompt: str,
+    router: str,
+    model: Backbone,
+    options: Sequence[str] | None,
+    strength: float,
+    out: Path,
+) -> None:
+    """Prints what a router does to one prompt and writes it as a page."""
+    icr = InContextRouter.from_pretrained(router)
+    with icr.attached(*load(model), strength=strength) as routed:
+        seen = inspection.inspect_prompt(routed, prompt, options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_text(out, inspection.html(seen, f"{model}, router {router} ({icr.digest()})"))
+    console.print(
+        f"{inspection.text(seen)}\npage: {out}", soft_wrap=True, markup=False, highlight=False
+    )
