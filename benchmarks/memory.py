@@ -73,7 +73,7 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
     import torch
 
     from icrouting.config import HIDDEN, FitConfig
-    from icrouting.decoder.batches import pad_id_of
+    from icrouting.decoder.decoder import Decoder
     from icrouting.decoder.families import dims_of
     from icrouting.fitting.extraction import extract
     from icrouting.fitting.queries import training_queries
@@ -84,17 +84,19 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
     model, tokenizer, task = world(max(size, 1000))
     config = FitConfig(n_prompts=size, n_queries=size, rank=4, encoder=HIDDEN, epochs=1)
     features, layers, started = (
-        features_of(HIDDEN, model, tokenizer, "cpu"),
+        features_of(HIDDEN, Decoder.of(model, tokenizer), "cpu"),
         (4, 5),
         time.monotonic(),
     )
     with Peak() as peak:
         if stage == "extraction":
-            extract(model, tokenizer, [task], layers, config, None)
+            extract(Decoder.of(model, tokenizer), [task], layers, config, None)
         else:
             few = dataclasses.replace(config, n_prompts=8)
-            pids = extract(model, tokenizer, [task], layers, few, None)
-            queries, _ = training_queries(model, tokenizer, [task], features, 4, config, folder)
+            pids = extract(Decoder.of(model, tokenizer), [task], layers, few, None)
+            queries, _ = training_queries(
+                Decoder.of(model, tokenizer), [task], features, 4, config, folder
+            )
             router = Router(
                 features.n_features,
                 2,
@@ -103,7 +105,7 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
                 32,
                 torch.Generator().manual_seed(0),
             )
-            trainer = Trainer(model, pids, router, queries, config, pad_id_of(tokenizer))
+            trainer = Trainer(Decoder.of(model, tokenizer), pids, router, queries, config)
             trainer.n_steps = 50
             trainer.run()
     file = folder / "trunk.bin"

@@ -20,7 +20,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from icrouting.decoder.batches import pad_id_of, tokenize
+from icrouting.decoder.batches import tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import entering_states
 from icrouting.evaluation import records
@@ -37,13 +38,13 @@ SHUT_OUT = (0.01, 0.05, 0.1, 0.25)
 
 def reader_of(model, tokenizer, encoder: str, first_layer: int):
     """Reads prompts three ways at once: the encoder's vector, the last token's state and the mean state."""
-    encode = features_of(encoder, model, tokenizer, "cpu").read
+    encode = features_of(encoder, Decoder.of(model, tokenizer), "cpu").read
 
     def read(prompts):
         lists, found = tokenize(tokenizer, prompts), defaultdict(list)
         for start in tqdm(range(0, len(lists), CHUNK), leave=False):
             chunk = lists[start : start + CHUNK]
-            states = entering_states(model, chunk, first_layer, pad_id_of(tokenizer))
+            states = entering_states(Decoder.of(model, tokenizer), chunk, first_layer)
             found[encoder].append(encode(chunk, states).cpu())
             found["hidden, last token"].append(torch.stack([row[-1].float() for row in states]))
             found["hidden, mean"].append(torch.stack([row.float().mean(0) for row in states]))

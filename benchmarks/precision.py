@@ -22,6 +22,7 @@ import torch
 
 from icrouting import InContextRouter
 from icrouting.decoder.batches import by_length, pad_id_of, tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import late_entry
 from icrouting.decoder.scoring import option_ids
@@ -154,7 +155,7 @@ def score(model, tokenizer, icr, task, indices, runs, spreads):
     token_lists = tokenize(tokenizer, texts)
     with icr.attached(model, tokenizer) as routed:
         routing = routed.routing(texts)
-    states, found = run_trunk(model, token_lists, first, pad_id), {}
+    states, found = run_trunk(Decoder.of(model, tokenizer), token_lists, first), {}
     for name, way in runs.items():
         for rows in by_length(token_lists, LENGTHS):
             with ExitStack() as stack:

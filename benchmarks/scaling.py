@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from icrouting.config import HIDDEN, FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
 from icrouting.fitting.extraction import extract
@@ -57,15 +58,17 @@ def measured(data: str, names: tuple[str, ...], config: FitConfig, trains: bool)
         "5"
     )  # Linux: the peak so far, of loading, is forgotten
     started = time.process_time()
-    pids = extract(model, tokenizer, tasks, layers, config, None)
+    pids = extract(Decoder.of(model, tokenizer), tasks, layers, config, None)
     seconds = {"extraction": time.process_time() - started}
     peak = (
         int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024 - before
     )
     if trains:
-        features = features_of(HIDDEN, model, tokenizer, "cpu")
+        features = features_of(HIDDEN, Decoder.of(model, tokenizer), "cpu")
         started = time.process_time()
-        queries, _ = training_queries(model, tokenizer, tasks, features, layers[0], config)
+        queries, _ = training_queries(
+            Decoder.of(model, tokenizer), tasks, features, layers[0], config
+        )
         seconds["trunk"] = time.process_time() - started
         started = time.process_time()
         router = Router(
@@ -75,7 +78,7 @@ def measured(data: str, names: tuple[str, ...], config: FitConfig, trains: bool)
             config.rank,
             config.hidden_width,
         )
-        Trainer(model, pids, router, queries, config, 0).run()
+        Trainer(Decoder.of(model, tokenizer), pids, router, queries, config).run()
         seconds["training"] = time.process_time() - started
     return {
         "seconds": seconds,

@@ -10,7 +10,8 @@ from speed_passes import RANK, World, dense_bias, twin
 
 from icrouting.config import HIDDEN, PAPER
 from icrouting.decoder.batches import by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.decoder.families import decoder_of, device_of, dims_of
+from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.families import device_of, dims_of, stack_of
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.scoring import option_ids
 from icrouting.fitting import losses
@@ -78,10 +79,12 @@ def training(world: World) -> None:
         ]
         seeded = torch.Generator().manual_seed(0)
         router = Router(n_features, len(layers), n_heads, RANK, 256, seeded).to(device_of(model))
-        return Trainer(model, world.pids, router, queries, config, 0)
+        return Trainer(Decoder.of(model, world.tokenizer), world.pids, router, queries, config)
 
     def ours(states=None):
-        trainer = trainer_of(states or run_trunk(model, lists, layers[0], 0))
+        trainer = trainer_of(
+            states or run_trunk(Decoder.of(model, world.tokenizer), lists, layers[0])
+        )
         trainer.run()
         logs["ours"] = [entry["loss"] for entry in trainer.log]
 
@@ -107,7 +110,7 @@ def training(world: World) -> None:
         }
 
     where = f"{len(chosen)} queries, 2 epochs, batches of {config.batch_size}"
-    states = run_trunk(model, lists, layers[0], 0)
+    states = run_trunk(Decoder.of(model, world.tokenizer), lists, layers[0])
     world.rows.measure("training", where, {"ours": ours, "the paper's algorithm": papers}, more)
     calls = {"ours, trunk there": lambda: ours(states), "the paper's algorithm": papers}
     world.rows.measure("training", where, calls, more)
@@ -133,12 +136,12 @@ def extraction(world: World) -> None:
         moments = QKMoments(
             len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
         )
-        for query, key in capture_last_tokens(model, world.tokenizer, prompts, layers):
+        for query, key in capture_last_tokens(Decoder.of(model, world.tokenizer), prompts, layers):
             moments.update(query, key)
 
     def bare():
         for batch in batches:
-            decoder_of(model)(
+            stack_of(model)(
                 batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
             )
 
@@ -152,8 +155,10 @@ def extraction(world: World) -> None:
 def loading(world: World, name: str) -> None:
     model, tokenizer, device = world.model, world.tokenizer, device_of(world.model)
     config = dataclasses.replace(PAPER, encoder=HIDDEN)
-    features = features_of(HIDDEN, model, tokenizer, str(device))
-    description = artifact.describe(model, world.tasks, config, world.pids.layers, features)
+    features = features_of(HIDDEN, Decoder.of(model, tokenizer), str(device))
+    description = artifact.describe(
+        Decoder.of(model, world.tokenizer), world.tasks, config, world.pids.layers, features
+    )
     made = InContextRouter(description, world.pids, world.reader(model, HIDDEN).router)
     with tempfile.TemporaryDirectory() as folder:
         made.save_pretrained(folder)

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from icrouting.config import HIDDEN
 from icrouting.decoder.batches import pad, tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, attention_of, device_of, dims_of
 from icrouting.decoder.kernels import attention_function
 from icrouting.decoder.partial import entering_states
@@ -79,7 +80,7 @@ class World:
     def reader(self, model: PreTrainedModel, encoder: str) -> Reader:
         device, first = str(device_of(model)), self.pids.layers[0]
         features, generator = (
-            features_of(encoder, model, self.tokenizer, device),
+            features_of(encoder, Decoder.of(model, self.tokenizer), device),
             torch.Generator().manual_seed(0),
         )
         router = Router(
@@ -88,7 +89,11 @@ class World:
         for weight in router.alpha.parameters():  # untrained, it would add nothing
             weight.data.add_(0.01 * torch.randn(weight.shape, generator=generator))
         return Reader(
-            model, self.tokenizer, features, router.requires_grad_(False).to(device), first, 1.0
+            Decoder.of(model, self.tokenizer),
+            features,
+            router.requires_grad_(False).to(device),
+            first,
+            1.0,
         )
 
 
@@ -124,7 +129,9 @@ def reading(world: World) -> None:
     for n_rows, length, where in world.shapes():
         lists = world.token_lists(n_rows, length)
         batch = pad(lists, 0).to(device_of(world.model))
-        states = entering_states(world.model, lists, by_hidden.first_layer, 0)
+        states = entering_states(
+            Decoder.of(world.model, world.tokenizer), lists, by_hidden.first_layer
+        )
         calls = {
             "zero-shot": lambda batch=batch: next_token_logits(world.model, batch),
             "router alone": lambda lists=lists, states=states: by_hidden.of_states(lists, states),

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 import tiny
 from icrouting.config import FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, base_of
 from icrouting.decoder.partial import entering_states
 from icrouting.icr import InContextRouter
@@ -47,13 +48,15 @@ class Bench:
 
     def router(self, seed=0, layers=(3, 4)):
         fit = FitConfig(layers=layers, rank=3, hidden_width=13, encoder=str(self.encoder))
-        features = features_of(str(self.encoder), self.model, self.tokenizer, "cpu")
-        described = (self.model, [tiny.task()], fit, layers, features)
+        features = features_of(str(self.encoder), Decoder.of(self.model, self.tokenizer), "cpu")
+        described = (Decoder.of(self.model, self.tokenizer), [tiny.task()], fit, layers, features)
         generator = torch.Generator().manual_seed(seed)
         router = Router(features.n_features, len(layers), 6, 3, 13, generator).requires_grad_(False)
         router.alpha[-1].weight.normal_(generator=generator)
         rows = self.tokenizer(self.texts).input_ids
-        vectors = features.read(rows, entering_states(self.model, rows, layers[0], 1))
+        vectors = features.read(
+            rows, entering_states(Decoder.of(self.model, self.tokenizer), rows, layers[0])
+        )
         for linear in (
             router.alpha[0],
             router.gamma[0],

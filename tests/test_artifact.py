@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from icrouting.config import FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.icr import InContextRouter
 from icrouting.routing import artifact
 from icrouting.routing.artifact import with_results
@@ -24,11 +25,11 @@ def folder(tmp_path_factory, encoder_folder):
     model = tiny.model("qwen2")
     fit = FitConfig(layers=(3, 4), rank=3, hidden_width=5, basis="pca")
     description = artifact.describe(
-        model,
+        Decoder.of(model, tiny.tokenizer()),
         [tiny.task()],
         fit,
         (3, 4),
-        features_of(str(encoder_folder), model, tiny.tokenizer(), "cpu"),
+        features_of(str(encoder_folder), Decoder.of(model, tiny.tokenizer()), "cpu"),
     )
     router = Router(12, 2, 6, 3, 5, torch.Generator().manual_seed(0))
     artifact.save(where, description, tiny.pids(model), router)

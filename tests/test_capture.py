@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig
 
 import tiny
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import attention_of, dims_of
 from icrouting.fitting.capture import capture_last_tokens, captured
 from icrouting.routing.pids import late_third
@@ -24,7 +25,9 @@ def test_captured_states_are_the_projections_of_the_last_token(family, tokenizer
         "a longer text of the film and its plot :",
     ]
     prompts = [Prompt("", text) for text in texts]
-    pieces = list(capture_last_tokens(model, tokenizer, prompts, LAYERS, token_budget=70))
+    pieces = list(
+        capture_last_tokens(Decoder.of(model, tokenizer), prompts, LAYERS, token_budget=70)
+    )
     assert len(pieces) > 2, "several batches"
     query, key = (torch.cat(side, dim=1) for side in zip(*pieces, strict=True))
     slow = []
@@ -61,12 +64,16 @@ def test_a_shared_context_computed_once_gives_the_same_states(family, tokenizer)
     with model.register_forward_pre_hook(
         lambda m, args, kw: ran.append(kw["input_ids"].numel()), with_kwargs=True
     ):
-        shared = list(capture_last_tokens(model, tokenizer, prompts, LAYERS, token_budget=70))
+        shared = list(
+            capture_last_tokens(Decoder.of(model, tokenizer), prompts, LAYERS, token_budget=70)
+        )
     cached = min(len(tokenizer(prompt.context).input_ids) for prompt in prompts)
     assert all(query.shape[1] <= max(1, 70 // cached) for query, _ in shared), (
         "what a row has cached counts too"
     )
-    alone = [p for q in prompts for p in capture_last_tokens(model, tokenizer, [q], LAYERS)]
+    alone = [
+        p for q in prompts for p in capture_last_tokens(Decoder.of(model, tokenizer), [q], LAYERS)
+    ]
     for side in (0, 1):
         got, expected = (
             torch.cat([piece[side][1] for piece in pieces]) for pieces in (shared, alone)
@@ -91,8 +98,8 @@ def test_a_prompt_that_is_not_finite_is_named_and_left_out_only_if_asked(tokeniz
     with pytest.raises(
         ValueError, match=r"NaN or infinity in the queries or keys of .* leave such prompts out"
     ):
-        list(capture_last_tokens(model, tokenizer, prompts, LAYERS))
-    pieces = list(capture_last_tokens(model, tokenizer, prompts, LAYERS, skip_nan=True))
+        list(capture_last_tokens(Decoder.of(model, tokenizer), prompts, LAYERS))
+    pieces = list(capture_last_tokens(Decoder.of(model, tokenizer), prompts, LAYERS, skip_nan=True))
     assert sum(query.shape[1] for query, _ in pieces) == len(prompts) - len(odd)
     assert all(query.isfinite().all() for query, _ in pieces)
     assert any(repr(prompt.query[-60:]) in caplog.text for prompt in odd)
@@ -114,7 +121,9 @@ def test_a_family_that_cannot_be_routed_is_refused_by_name(tokenizer):
     ):
         list(
             capture_last_tokens(
-                AutoModelForCausalLM.from_config(config), tokenizer, [Prompt("", "a")], (0,)
+                Decoder.of(AutoModelForCausalLM.from_config(config), tokenizer),
+                [Prompt("", "a")],
+                (0,),
             )
         )
 

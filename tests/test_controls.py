@@ -9,6 +9,7 @@ from accelerate import DistributedType
 
 import tiny
 from icrouting.config import FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids, score_options
 from icrouting.evaluation.evaluate import Evaluation
 from icrouting.fitting import stages
@@ -178,7 +179,7 @@ def test_a_batch_of_mixed_lengths_scores_like_single_prompts_under_both_paddings
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_learned_gives_the_same_routing(kind, fits, settings):
     method, again = fits[kind], kind(settings)
-    again.model, again.tokenizer = method.model, method.tokenizer
+    again.decoder = method.decoder
     again.restore({name: tensor.clone() for name, tensor in method.tensors().items()})
     for found, expected in zip(routing_under(again), routing_under(method), strict=True):
         assert torch.equal(found, expected)
@@ -213,14 +214,16 @@ def test_directions_get_the_gradient_of_a_finite_difference(config, tokenizer):
     """The fast way keeps one view of the directions for all steps; the slow one runs the loss at moved ones."""
     model, task = tiny.model("llama"), TASK
     config = dataclasses.replace(config, epochs=1, basis="random", w_conf=0.0)
-    features = features_of(config.encoder, model, tokenizer, "cpu")
-    pids = extract(model, tokenizer, [task], (3, 4), config, None)
-    queries, _ = training_queries(model, tokenizer, [task], features, 3, config)
+    features = features_of(config.encoder, Decoder.of(model, tokenizer), "cpu")
+    pids = extract(Decoder.of(model, tokenizer), [task], (3, 4), config, None)
+    queries, _ = training_queries(Decoder.of(model, tokenizer), [task], features, 3, config)
     router = controls._TrainedDirections(12, 2, 6, 3, 13, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(
         router.alpha[-1].weight, std=0.3, generator=torch.Generator().manual_seed(1)
     )
-    trainer = Trainer(model, router.adopt(pids), router, queries, config, 1)
+    trainer = Trainer(
+        Decoder.of(model, tiny.tokenizer()), router.adopt(pids), router, queries, config
+    )
 
     def loss():
         from icrouting.decoder.partial import late_entry
@@ -257,7 +260,7 @@ def test_constant_features_route_all_prompts_alike_and_random_ones_by_the_prompt
     method = fits[controls.RandomFeatures]
     alpha, _ = routing_under(method)
     assert (alpha - alpha[:1]).abs().amax((1, 2))[1:].min() > 0
-    read = features_of(method.config.encoder, method.model, tokenizer, "cpu").read
+    read = features_of(method.config.encoder, Decoder.of(method.model, tokenizer), "cpu").read
     tokens = [list(range(n, n + 5)) for n in range(400)]
     features = read(tokens, [])
     assert torch.equal(features[7:9], read(tokens[7:9], []))  # whatever they are batched with
@@ -272,7 +275,7 @@ def test_constant_features_route_all_prompts_alike_and_random_ones_by_the_prompt
 def test_features_that_say_nothing_have_the_width_of_the_ones_that_they_stand_for(tokenizer):
     model = tiny.model("llama")
     for kind in ("constant", "random"):
-        features = features_of(f"{kind}:hidden", model, tokenizer, "cpu")
+        features = features_of(f"{kind}:hidden", Decoder.of(model, tokenizer), "cpu")
         assert features.n_features == model.config.hidden_size
         assert not features.reads_hidden
         assert features.read([[3, 4]], []).shape == (1, 42)
@@ -321,7 +324,11 @@ def test_controls_are_fitted_once_for_all_seeds_and_labelled_rows_are_bounded(
 ):
     methods = make(["icr-constant-once", "icr-uniform-gates"], settings)
     evaluation = Evaluation(
-        tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "records", tmp_path / "fits"
+        Decoder.of(tiny.model("llama"), tokenizer),
+        methods,
+        [TASK],
+        tmp_path / "records",
+        tmp_path / "fits",
     )
     fits, fit = [], stages.fit
     with pytest.MonkeyPatch.context() as patch:

@@ -8,6 +8,7 @@ import torch
 
 import tiny
 from icrouting.decoder.batches import pad
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import all_branches_of, branches_of, layers_of
 from icrouting.decoder.hooks import recorded
 from icrouting.decoder.passes import next_token_logits
@@ -45,7 +46,7 @@ def fitted(kind, model, tokenizer, tasks=(TASK,), seed=0, **changes):
 def bare(kind, model, tokenizer, strength=0.1, scale=1.0):
     """A method whose vectors were not learned."""
     method = kind(Settings())
-    method.model, method.tokenizer = model, tokenizer
+    method.decoder = Decoder.of(model, tokenizer)
     n_places = len(layers_of(model)) * (1 if kind is Live else 2)
     generator = torch.Generator().manual_seed(4)
     method.vectors = scale * torch.randn(n_places, model.config.hidden_size, generator=generator)
@@ -254,7 +255,7 @@ def test_the_teacher_is_the_mean_over_draws_and_has_their_mean_gradient(tokenize
                 for text in texts
             ]
         )
-    found = torch.stack(d.teacher_log_probs(model, tokenizer, texts, 3))
+    found = torch.stack(d.teacher_log_probs(Decoder.of(model, tokenizer), texts, 3))
     assert found.dtype == torch.float16
     assert torch.allclose(found.float().exp(), each.reshape(3, 3, -1).mean(1), rtol=1e-2, atol=1e-6)
     logits = torch.randn(3, tiny.VOCAB, generator=torch.Generator().manual_seed(6)).requires_grad_()
@@ -277,10 +278,11 @@ def test_demonstrations_are_drawn_anew_for_every_row_among_the_training_rows_in_
     monkeypatch.setattr(
         d,
         "teacher_log_probs",
-        lambda m, t, texts, n: asked.extend(texts) or teacher(m, t, texts, n),
+        lambda decoder, texts, n: asked.extend(texts) or teacher(decoder, texts, n),
     )
     method = Live(Settings(demos_per_class=2, train_rows=10))
-    method.model, method.tokenizer, method.sources = tiny.model("llama"), tokenizer, [TASK, OTHER]
+    method.decoder = Decoder.of(tiny.model("llama"), tokenizer)
+    method.sources = [TASK, OTHER]
     lessons = d.lessons_of(method, np.random.default_rng(3))
     prompts = [tokenizer.decode(tokens) for tokens in lessons.token_lists]
     assert len(prompts) == len(lessons.teacher) == len(lessons.labels) == 20
@@ -371,7 +373,9 @@ def test_synergy_reads_both_branches_at_the_label_position_over_64_rows(tokenize
 
     monkeypatch.setattr(d, "next_token_logits", spy)
     monkeypatch.setattr(
-        d, "teacher_log_probs", lambda m, t, texts, n: [torch.zeros(tiny.VOCAB)] * (len(texts) // n)
+        d,
+        "teacher_log_probs",
+        lambda decoder, texts, n: [torch.zeros(tiny.VOCAB)] * (len(texts) // n),
     )
     method = fitted(M2IV, model, tokenizer, train_rows=32, train_epochs=3)
     assert [len(attention) for attention, _ in seen] == [16, 32, 48, 64, 64, 64]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import tiny
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, layers_of
 from icrouting.decoder.hooks import edited, recorded
 from icrouting.decoder.scoring import option_ids, score_options
@@ -93,7 +94,8 @@ def test_the_sweep_that_adds_equals_the_naive_one(family, tokenizer):
     naive = []
     for layer in range(5):
         method = Elicit(Settings())
-        method.model, method.tokenizer, method.weight = model, tokenizer, torch.tensor(1.0)
+        method.decoder = Decoder.of(model, tokenizer)
+        method.weight = torch.tensor(1.0)
         method.states, method.layers = vectors.expand(10, -1, -1), torch.full((10,), layer)
         method.features, method.head, method.threshold = (
             torch.zeros(0, 0),
@@ -107,7 +109,7 @@ def test_the_sweep_that_adds_equals_the_naive_one(family, tokenizer):
         naive.append(
             np.mean([guess == row.label for guess, (_, row) in zip(guesses, items, strict=True)])
         )
-    found = sweep(model, tokenizer, items, vectors, kept=1.0)
+    found = sweep(Decoder.of(model, tokenizer), items, vectors, kept=1.0)
     assert found.tolist() == pytest.approx(naive)
     assert len(set(naive)) > 1
 

@@ -11,6 +11,7 @@ from filelock import FileLock
 
 import tiny
 from icrouting.cli import main
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import layers_of
 from icrouting.decoder.hooks import edited
 from icrouting.evaluation import evaluate, records, runs
@@ -31,7 +32,9 @@ def methods():
 
 
 def run(methods, file, tokenizer, seeds=(0, 1), fits=None):
-    Evaluation(tiny.model("llama"), tokenizer, methods, TASKS[:1], file, fits).run(TASKS, seeds, 13)
+    Evaluation(Decoder.of(tiny.model("llama"), tokenizer), methods, TASKS[:1], file, fits).run(
+        TASKS, seeds, 13
+    )
     return sorted(records.read(file), key=lambda r: r.key)
 
 
@@ -86,7 +89,9 @@ def test_few_shot_demonstrations_do_not_depend_on_the_other_methods(tokenizer, t
     contexts = []
     for names in (["few-shot"], ["zero-shot", "few-shot"]):
         methods = make(names, Settings(demos_per_class=2))
-        Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none").fit(0)
+        Evaluation(
+            Decoder.of(tiny.model("llama"), tokenizer), methods, TASKS, tmp_path / "none"
+        ).fit(0)
         contexts.append(methods[-1].prompt(TASKS[0], TASKS[0].test[0]).context)
     assert contexts[0] == contexts[1]
 
@@ -117,7 +122,7 @@ def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encod
     small = {"demos_per_class": 1, "i2cl_epochs": 2, "tries": 2, "train_rows": 8, "train_epochs": 1}
     settings = Settings(**small, router=str(tmp_path), encoder=str(encoder_folder))
     (method,) = make([name], settings)
-    evaluation = Evaluation(model, tokenizer, [method], [task], tmp_path / "none")
+    evaluation = Evaluation(Decoder.of(model, tokenizer), [method], [task], tmp_path / "none")
     evaluation.fit(0)
     first = evaluation.predict(method, task, [0, 1, 2], 0)
     assert without_times(evaluation.predict(method, task, [0, 1, 2], 0)) == without_times(first)
@@ -130,7 +135,9 @@ def test_a_method_that_cannot_learn_leaves_the_others_their_run(tokenizer, tmp_p
         Task(task.spec, task.train, task.test) for task in TASKS
     ]  # nothing to choose a layer on
     methods = make(["zero-shot", "task-vectors-once", "task-vectors"], Settings(demos_per_class=1))
-    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, bare, tmp_path / "r")
+    evaluation = Evaluation(
+        Decoder.of(tiny.model("llama"), tokenizer), methods, bare, tmp_path / "r"
+    )
     evaluation.run(bare, (0,), 5)
     assert {record.method for record in records.read(tmp_path / "r")} == {"zero-shot"}
     assert evaluation.refused.keys() == {
@@ -153,7 +160,9 @@ def test_an_unknown_method_brings_near_matches():
 
 
 def test_times_are_ratios_to_the_first_method(methods, tokenizer, tmp_path):
-    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none")
+    evaluation = Evaluation(
+        Decoder.of(tiny.model("llama"), tokenizer), methods, TASKS, tmp_path / "none"
+    )
     evaluation.fit(0)
     plain, kept = evaluation.time_ratios(TASKS[0], n_items=3, n_rounds=3)
     assert [plain["method"], kept["method"]] == ["few-shot", "few-shot, context kept"]
@@ -193,7 +202,9 @@ def test_a_method_that_refuses_a_task_keeps_the_rest(tokenizer, tmp_path):
             return super().prompt(task, example)
 
     methods = [*make(["zero-shot"], Settings()), Picky(Settings())]
-    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "r")
+    evaluation = Evaluation(
+        Decoder.of(tiny.model("llama"), tokenizer), methods, TASKS, tmp_path / "r"
+    )
     evaluation.run(TASKS, (0, 1), 13)
     assert evaluation.refused == {("picky", "other"): "only toys here"}
     cells = {(r.method, r.task) for r in records.read(tmp_path / "r")}
@@ -214,7 +225,7 @@ def test_a_context_kept_under_one_task_s_edits_is_read_anew_for_the_next(tokeniz
 
     model, found = tiny.model("llama"), {}
     for name, tasks in (("both", TASKS), ("alone", TASKS[1:])):
-        Evaluation(model, tokenizer, [Nudge(Settings())], TASKS, tmp_path / name).run(
+        Evaluation(Decoder.of(model, tokenizer), [Nudge(Settings())], TASKS, tmp_path / name).run(
             tasks, (0,), 13
         )
         found[name] = [r.option_logits for r in records.read(tmp_path / name) if r.task == "other"]
@@ -356,7 +367,9 @@ def test_the_documented_methods_run_as_written(tokenizer, tmp_path):
         *make(["zero-shot"], Settings()),
         *(maker(Settings(demos_per_class=1)) for maker in makers),
     ]
-    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none")
+    evaluation = Evaluation(
+        Decoder.of(tiny.model("llama"), tokenizer), methods, TASKS, tmp_path / "none"
+    )
     evaluation.fit(0)
     plain, *found = (evaluation.predict(method, TASKS[0], [0, 1], 0) for method in methods)
     assert [[record.method for record in pair] for pair in found] == [
@@ -389,7 +402,9 @@ def test_processes_share_out_what_is_fitted_once(tokenizer, tmp_path, monkeypatc
         lambda items: order.append("joined") or [*items, ("third", "nor can it")],
     )
     monkeypatch.setattr(evaluate, "wait", lambda: None)
-    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, TASKS, tmp_path / "none")
+    evaluation = Evaluation(
+        Decoder.of(tiny.model("llama"), tokenizer), methods, TASKS, tmp_path / "none"
+    )
     evaluation._fit_together(0, [])
     assert order == [
         "second",

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import tiny
-from icrouting.decoder.families import CACHE, FAMILIES, decoder_of
+from icrouting.decoder.families import CACHE, FAMILIES, stack_of
 from icrouting.routing.attach import attach
 from icrouting.routing.router import Routing
 from reference import reference_routed
@@ -134,4 +134,4 @@ def test_leaving_restores_the_model_after_an_exception_in_generation(family, tra
         model.generate(**inputs, max_new_tokens=5, do_sample=False, logits_processor=[explode])
     assert [state_of(model), [m.training for m in model.modules()]] == before
     assert torch.equal(logits_of(model.eval(), inputs), plain)
-    assert decoder_of(model).config._attn_implementation == model.config._attn_implementation
+    assert stack_of(model).config._attn_implementation == model.config._attn_implementation

@@ -10,6 +10,7 @@ import torch
 import tiny
 from icrouting.decoder import states
 from icrouting.decoder.batches import pad, tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import (
     FAMILIES,
     attention_of,
@@ -54,7 +55,9 @@ def projections_of(model):
 
 def heads_of(model, tokenizer, text):
     """What the heads give at a text's last token."""
-    given, _ = last_outputs(model, tokenizer, projections_of(model), [text], edited_inputs)
+    given, _ = last_outputs(
+        Decoder.of(model, tokenizer), projections_of(model), [text], edited_inputs
+    )
     return torch.cat(given).unflatten(-1, (dims_of(model).n_heads, -1))
 
 
@@ -121,8 +124,10 @@ def test_one_head_writes_its_columns_of_the_projection_times_its_output(family, 
 def test_a_head_patched_with_its_own_output_has_no_effect(family, tokenizer):
     model, text = model_of(family), few_shot_text()
     own = heads_of(model, tokenizer, text)
-    assert indirect_effects(model, tokenizer, [(text, 7)], own).abs().max() < 1e-6
-    assert indirect_effects(model, tokenizer, [(text, 7)], own.flip(-1)).abs().max() > 1e-4
+    assert indirect_effects(Decoder.of(model, tokenizer), [(text, 7)], own).abs().max() < 1e-6
+    assert (
+        indirect_effects(Decoder.of(model, tokenizer), [(text, 7)], own.flip(-1)).abs().max() > 1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_effects_from_the_cache_equal_those_of_whole_prompts_patched_head_by_hea
                     slow[layer, head] += (
                         logits_of(model, tokenizer, [text]).softmax(-1)[0, answer] - plain
                     )
-    found = indirect_effects(model, tokenizer, prompts, means)
+    found = indirect_effects(Decoder.of(model, tokenizer), prompts, means)
     assert torch.allclose(found, slow / 2, atol=2e-6)
     assert found.abs().max() > 5e-4
 
@@ -248,13 +253,13 @@ def test_only_prompts_answered_rightly_are_averaged_unless_few_are(
 ):
     used, shown, real = [], [], function_vectors.last_outputs
 
-    def answered(model, tokenizer, modules, texts, by):
-        states, _ = real(model, tokenizer, modules, texts, by)
+    def answered(decoder, modules, texts, by):
+        states, _ = real(decoder, modules, texts, by)
         shown.extend(texts)
         truth = [option_ids(tokenizer, text, TASK.spec.options)[label_of(text)] for text in texts]
         return states, torch.tensor([*truth[:n_right], *(0 for _ in truth[n_right:])])
 
-    def effects(model, tokenizer, prompts, means):
+    def effects(decoder, prompts, means):
         used.append((prompts, means))
         return torch.zeros(means.shape[:2])
 

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from icrouting.decoder.decoder import Decoder
+
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import novelty
 
 import tiny
 from icrouting.config import FitConfig
-from icrouting.decoder.families import decoder_of
+from icrouting.decoder.families import stack_of
 from icrouting.decoder.scoring import score_options
 from icrouting.evaluation.evaluate import Evaluation
 from icrouting.icr import InContextRouter
@@ -133,7 +135,7 @@ def test_known_prompts_are_routed_and_new_ones_are_not(settings, model, tokenize
     )
     assert torch.allclose(alone, gated, atol=1e-5)
     assert torch.equal(scores(model, tokenizer), plain)
-    assert not decoder_of(model)._forward_hooks
+    assert not stack_of(model)._forward_hooks
 
 
 def test_generation_keeps_what_the_prompt_decided(settings, model, tokenizer):
@@ -249,7 +251,11 @@ def test_nothing_joins_what_routes_and_a_refusal_leaves_it_in_force(
 def test_every_seed_has_a_gate_of_its_own(settings, model, tokenizer, tmp_path):
     (method,) = make(["icr-gated"], settings)
     evaluation = Evaluation(
-        model, tokenizer, [method], [TASK], tmp_path / "records.jsonl", tmp_path / "fits"
+        Decoder.of(model, tokenizer),
+        [method],
+        [TASK],
+        tmp_path / "records.jsonl",
+        tmp_path / "fits",
     )
     known = []
     for seed in (0, 1):

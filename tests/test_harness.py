@@ -10,6 +10,7 @@ import torch
 
 import tiny
 from icrouting.config import HIDDEN, FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.partial import entering_states
@@ -256,14 +257,16 @@ def test_every_family_goes_on_from_its_padded_context(family, tokenizer):
     directions, generator = tiny.pids(model), torch.Generator().manual_seed(3)
     contexts = [torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist() for n in (13, 4)]
     options = [torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist() for n in (1, 5)]
-    features = features_of(HIDDEN, model, tokenizer, "cpu")
+    features = features_of(HIDDEN, Decoder.of(model, tokenizer), "cpu")
     router = Router(
         features.n_features, 2, dims_of(model).n_heads, 3, 13, generator
     ).requires_grad_(False)
     router.alpha[-1].weight.normal_(generator=generator)
-    vectors = features.read(contexts, entering_states(model, contexts, 3, 1))
+    vectors = features.read(
+        contexts, entering_states(Decoder.of(model, tiny.tokenizer()), contexts, 3)
+    )
     router.absorb(vectors.mean(0), vectors.std(0))  # so that the two contexts are told apart
-    reader = Reader(model, tokenizer, features, router, 3, 1.0)
+    reader = Reader(Decoder.of(model, tokenizer), features, router, 3, 1.0)
     routings = [reader.of_tokens([context]) for context in contexts]
     assert (routings[0].routing_vector - routings[1].routing_vector).abs().max() > 0.1
 

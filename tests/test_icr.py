@@ -8,6 +8,7 @@ import torch
 
 import tiny
 from icrouting.config import HIDDEN, FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.partial import entering_states, late_entry
 from icrouting.decoder.scoring import score_options
 from icrouting.fitting.queries import training_queries
@@ -219,9 +220,11 @@ def test_in_use_the_routing_vector_has_the_scale_where_training_ended(fitted, mo
 def test_queries_keep_their_own_features_and_the_end_of_a_long_prompt(config, model, tokenizer):
     short, features = (
         dataclasses.replace(config, max_tokens=9),
-        features_of(config.encoder, model, tokenizer, "cpu"),
+        features_of(config.encoder, Decoder.of(model, tokenizer), "cpu"),
     )
-    queries, (mean, std) = training_queries(model, tokenizer, [tiny.task()], features, 3, short)
+    queries, (mean, std) = training_queries(
+        Decoder.of(model, tokenizer), [tiny.task()], features, 3, short
+    )
     assert std.min() > 0
     ends = {task.prompt(example)[-12:] for task in [tiny.task()] for example in task.train}
     for query in queries:
@@ -246,12 +249,12 @@ def test_a_step_takes_the_four_terms_of_the_paper(ce_scope, config, model, token
     )
     generator, pids = torch.Generator().manual_seed(0), tiny.pids(model)
     prompts, options = texts()[:3], [[5, 9], [5, 9, 11, 30, 31], [7, 8]]
-    states = run_trunk(model, tokenizer(prompts).input_ids, 3, 1)
+    states = run_trunk(Decoder.of(model, tiny.tokenizer()), tokenizer(prompts).input_ids, 3)
     features = torch.randn(3, 12, generator=generator)
     queries = [Query(s, f, o, 1) for s, f, o in zip(states, features, options, strict=True)]
     router = Router(12, 2, 6, 3, 13, generator)
     torch.nn.init.normal_(router.alpha[-1].weight, generator=generator)
-    trainer = Trainer(model, pids, router, queries, config, 1)
+    trainer = Trainer(Decoder.of(model, tiny.tokenizer()), pids, router, queries, config)
     trainer.n_steps, trainer.step = 4, 2
     with attach(model, pids) as attachment, late_entry(model, 3) as entry:
         terms = trainer._terms(entry, attachment, queries)
@@ -363,7 +366,7 @@ def test_a_strength_that_is_no_number_is_refused(strength, fitted, model, tokeni
 
 def test_a_channel_that_says_nothing_is_left_out_and_does_not_blow_up(model, tokenizer):
     features, generator = (
-        features_of(HIDDEN, model, tokenizer, "cpu"),
+        features_of(HIDDEN, Decoder.of(model, tokenizer), "cpu"),
         torch.Generator().manual_seed(0),
     )
     vectors = torch.randn(20, 42, generator=generator)
@@ -435,7 +438,7 @@ def test_rows_of_equal_tokens_are_read_where_they_stand(fitted, model, tokenizer
 def test_autocast_leaves_the_router_in_float32(fitted, model, tokenizer):
     with fitted.attached(model, tokenizer) as routed:
         rows = tokenizer(texts()).input_ids
-        states = entering_states(model, rows, LAYERS[0], 1)
+        states = entering_states(Decoder.of(model, tiny.tokenizer()), rows, LAYERS[0])
         expected = routed.reader.of_states(rows, states)
         with torch.autocast("cpu", torch.bfloat16):
             got = routed.reader.of_states(rows, states)
@@ -485,7 +488,8 @@ def test_a_query_that_is_not_finite_is_named_and_left_out_only_if_asked(config, 
     )
     assert 0 < len(odd) < len(task.train)
     config = dataclasses.replace(config, n_queries=1000, epochs=1)
-    given = model, tokenizer, [task], features_of(config.encoder, model, tokenizer, "cpu"), 3
+    decoder = Decoder.of(model, tokenizer)
+    given = (decoder, [task], features_of(config.encoder, decoder, "cpu"), 3)
     with pytest.raises(
         ValueError, match=r"NaN or infinity in the states of .* leave such prompts out"
     ):
@@ -499,7 +503,7 @@ def test_a_query_that_is_not_finite_is_named_and_left_out_only_if_asked(config, 
 
 def test_a_step_without_a_finite_logit_is_left_out_only_if_asked(model, tokenizer):
     states, generator = (
-        run_trunk(model, tokenizer(texts()[:4]).input_ids, 3, 1),
+        run_trunk(Decoder.of(model, tiny.tokenizer()), tokenizer(texts()[:4]).input_ids, 3),
         torch.Generator().manual_seed(0),
     )
     states[2] = dataclasses.replace(states[2], hidden=torch.full_like(states[2].hidden, torch.nan))
@@ -509,13 +513,21 @@ def test_a_step_without_a_finite_logit_is_left_out_only_if_asked(model, tokenize
     for batch_size, n_steps in ((1, 3), (2, 2)):
         settings = FitConfig((3, 4), 3, batch_size=batch_size, epochs=1)
         trainer = Trainer(
-            model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1
+            Decoder.of(model, tiny.tokenizer()),
+            tiny.pids(model),
+            Router(12, 2, 6, 3, 13, generator),
+            queries,
+            settings,
         )
         with pytest.raises(ValueError, match="NaN or infinity in the logits"):
             trainer.run()
         settings = dataclasses.replace(settings, skip_nan=True)
         trainer = Trainer(
-            model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1
+            Decoder.of(model, tiny.tokenizer()),
+            tiny.pids(model),
+            Router(12, 2, 6, 3, 13, generator),
+            queries,
+            settings,
         )
         trainer.run()
         assert len(trainer.log) == n_steps
@@ -526,7 +538,7 @@ def test_a_gradient_that_is_not_finite_stops_training_before_the_router_is_touch
     model, tokenizer, monkeypatch
 ):
     states, generator = (
-        run_trunk(model, tokenizer(texts()[:2]).input_ids, 3, 1),
+        run_trunk(Decoder.of(model, tiny.tokenizer()), tokenizer(texts()[:2]).input_ids, 3),
         torch.Generator().manual_seed(0),
     )
     queries = [Query(state, torch.randn(12, generator=generator), [5, 9], 1) for state in states]
@@ -535,7 +547,11 @@ def test_a_gradient_that_is_not_finite_stops_training_before_the_router_is_touch
         torch.autograd.grad,
     )
     trainer = Trainer(
-        model, tiny.pids(model), Router(12, 2, 6, 3, 13, generator), queries, settings, 1
+        Decoder.of(model, tiny.tokenizer()),
+        tiny.pids(model),
+        Router(12, 2, 6, 3, 13, generator),
+        queries,
+        settings,
     )
     monkeypatch.setattr(
         torch.autograd, "grad", lambda *args: [part * torch.nan for part in plain(*args)]
@@ -548,8 +564,12 @@ def test_a_gradient_that_is_not_finite_stops_training_before_the_router_is_touch
 def test_a_fit_without_one_finite_query_is_refused(config, tokenizer):
     model = tiny.model("llama")
     torch.nn.init.constant_(model.get_output_embeddings().weight, torch.nan)
-    features = features_of(config.encoder, model, tokenizer, "cpu")
+    features = features_of(config.encoder, Decoder.of(model, tokenizer), "cpu")
     with pytest.raises(ValueError, match="no training query has finite states"):
         training_queries(
-            model, tokenizer, [tiny.task()], features, 3, dataclasses.replace(config, skip_nan=True)
+            Decoder.of(model, tokenizer),
+            [tiny.task()],
+            features,
+            3,
+            dataclasses.replace(config, skip_nan=True),
         )

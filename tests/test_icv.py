@@ -8,6 +8,7 @@ import torch
 
 import tiny
 from icrouting.decoder.batches import pad, tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import branches_of, layers_of
 from icrouting.decoder.hooks import recorded
 from icrouting.decoder.passes import next_token_logits
@@ -219,11 +220,13 @@ def test_last_outputs_stand_in_the_order_of_the_texts(tokenizer, monkeypatch):
     monkeypatch.setattr("icrouting.decoder.states.TOKEN_BUDGET", 40)
     model, texts = tiny.model("llama"), prompts_of(7)
     blocks = list(layers_of(model))
-    found, likeliest = last_outputs(model, tokenizer, blocks, texts)
+    found, likeliest = last_outputs(Decoder.of(model, tokenizer), blocks, texts)
     for row, text in enumerate(texts):
         with recorded(blocks) as outputs:
             logits = logits_of(model, tokenizer, [text])
         assert int(likeliest[row]) == int(logits.argmax())
         for states, output in zip(found, outputs, strict=True):
             assert torch.allclose(states[row], output[0, -1], atol=1e-5)
-    assert torch.equal(mean_last_outputs(model, tokenizer, blocks, texts)[2], found[2].mean(0))
+    assert torch.equal(
+        mean_last_outputs(Decoder.of(model, tokenizer), blocks, texts)[2], found[2].mean(0)
+    )

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import tiny
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import all_branches_of, branches_of, layers_of
 from icrouting.decoder.hooks import edited, recorded
 from icrouting.decoder.scoring import option_ids, score_options
@@ -18,8 +19,8 @@ LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
 
 def drawn(model, tokenizer, n=12, task=TASK, first=1, shots=2):
     pairs = list(episodes(task, n, shots, np.random.default_rng(3)))
-    shown = [_episode(model, tokenizer, task, first, *each) for each in pairs]
-    alone = [_episode(model, tokenizer, task, first, [], query) for _, query in pairs]
+    shown = [_episode(Decoder.of(model, tokenizer), task, first, *each) for each in pairs]
+    alone = [_episode(Decoder.of(model, tokenizer), task, first, [], query) for _, query in pairs]
     return shown, alone
 
 
@@ -98,7 +99,7 @@ def test_feedback_follows_its_recursion_where_nothing_lies_between(tokenizer):
 
 def test_io_positions_are_the_tokens_before_the_answers(tokenizer):
     (demos, query) = next(episodes(TASK, 1, 2, np.random.default_rng(0)))
-    episode = _episode(tiny.model("llama"), tokenizer, TASK, 4, demos, query)
+    episode = _episode(Decoder.of(tiny.model("llama"), tokenizer), TASK, 4, demos, query)
     assert episode.rows == [*(4 + demo.label for demo in demos), 0]
     assert episode.positions[-1] == len(episode.tokens) - 1
     for demo, position in zip(demos, episode.positions, strict=False):
@@ -192,7 +193,9 @@ def test_a_template_that_merges_with_its_answers_is_refused(tokenizer, monkeypat
 
     monkeypatch.setattr(iterative_vectors, "tokenize", merged)
     with pytest.raises(ValueError, match="merge with their answers"):
-        _episode(tiny.model("llama"), tokenizer, TASK, 1, [TASK.train[0]], TASK.train[1])
+        _episode(
+            Decoder.of(tiny.model("llama"), tokenizer), TASK, 1, [TASK.train[0]], TASK.train[1]
+        )
 
 
 def test_no_source_task_is_refused(tokenizer):

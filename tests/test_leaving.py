@@ -10,6 +10,7 @@ import torch
 
 import tiny
 from icrouting.config import FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.icr import InContextRouter
 from icrouting.routing import artifact
 from icrouting.routing.attach import attach
@@ -27,7 +28,11 @@ def router_for(model, encoder_folder):
     """A random router of a model, far from neutral."""
     fit = FitConfig(layers=LAYERS, rank=3, hidden_width=5, encoder=str(encoder_folder))
     description = artifact.describe(
-        model, [tiny.task()], fit, LAYERS, features_of(fit.encoder, model, tiny.tokenizer(), "cpu")
+        Decoder.of(model, tiny.tokenizer()),
+        [tiny.task()],
+        fit,
+        LAYERS,
+        features_of(fit.encoder, Decoder.of(model, tiny.tokenizer()), "cpu"),
     )
     generator = torch.Generator().manual_seed(0)
     router = Router(12, 2, description.n_heads, 3, 5, generator)

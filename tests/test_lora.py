@@ -11,6 +11,7 @@ from torch import nn
 
 import tiny
 from icrouting.decoder.batches import pad, pad_id_of
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import layers_of
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.passes import next_token_logits
@@ -63,7 +64,7 @@ def same(before, after):
 
 def of(model, kind):
     method = kind(Settings())
-    method.model = model
+    method.decoder = Decoder.of(model, tiny.tokenizer())
     return method
 
 
@@ -195,9 +196,8 @@ def test_training_on_kept_states_equals_training_on_whole_passes(kind, tokenizer
     """Against a plain loop over whole forward passes with peft's adapter, without dropout."""
     model, held = tiny.model("qwen3"), dataclasses.replace(TASK, validation=())
     method = of(model, kind)
-    method.tokenizer = tokenizer
     pairs = [(held, row) for row in TASK.train[:6]]
-    rows, targets = answered(model, tokenizer, pairs), method._targets()
+    rows, targets = answered(Decoder.of(model, tokenizer), pairs), method._targets()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("icrouting.methods.adapters.DROPOUT", 0.0)
         states = method._states(pairs)
@@ -219,7 +219,6 @@ def test_training_on_kept_states_equals_training_on_whole_passes(kind, tokenizer
 def test_training_lowers_the_loss_on_its_rows_and_stays_on_the_seed(tokenizer):
     model = tiny.model("llama")
     method = of(model, LoraBlock)
-    method.tokenizer = tokenizer
     rows = method._states([(TASK, row) for row in TASK.train[:8]])
     first, again = (method._trained(rows, (), 11, lr=3e-3, alpha=32) for _ in range(2))
     assert all(torch.equal(weight, again[name]) for name, weight in first.items())

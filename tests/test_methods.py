@@ -10,10 +10,11 @@ from transformers import FalconH1Config
 import tiny
 from icrouting.decoder.answering import answering
 from icrouting.decoder.batches import pad, tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, FAMILIES, branches_of, layers_of
 from icrouting.decoder.hooks import added, edited, recorded
 from icrouting.decoder.passes import next_token_logits
-from icrouting.decoder.scoring import option_ids, score_options
+from icrouting.decoder.scoring import option_ids, score, score_options
 from icrouting.decoder.states import last_of, last_token_variants
 from icrouting.evaluation import records
 from icrouting.evaluation.evaluate import Evaluation
@@ -41,7 +42,7 @@ def fitted(kind, model, tokenizer, tasks=(TASK,), **changes):
 
 
 def scores_under(method, model, tokenizer, prompts, task=TASK):
-    method.model = model
+    method.decoder = Decoder.of(model, tokenizer)
     wrapped = [Prompt("", prompt) for prompt in prompts]
     with method.applied(task):
         return score_options(model, tokenizer, wrapped, task.spec.options)
@@ -79,7 +80,7 @@ def test_a_task_vector_that_is_the_prompts_own_state_changes_nothing(family, tok
         TASK.prompt(TASK.test[0]),
     )
     method, batch = TaskVectors(Settings()), batch_of(tokenizer, [prompt])
-    method.model = model
+    method.decoder = Decoder.of(model, tokenizer)
     with recorded(list(layers_of(model))) as outputs, torch.no_grad():
         plain = next_token_logits(model, batch)
         own = torch.stack([output[0, -1] for output in outputs])
@@ -110,7 +111,9 @@ def test_the_cached_sweep_equals_the_naive_one(family, tokenizer):
         for task, example in items:
             scores = scores_under(method, model, tokenizer, [task.prompt(example)])
             naive[layer] += int(scores[0].argmax()) == example.label
-    assert torch.equal(sweep(model, tokenizer, items, method.vectors), naive / len(items))
+    assert torch.equal(
+        sweep(Decoder.of(model, tokenizer), items, method.vectors), naive / len(items)
+    )
 
 
 def test_the_cached_sweep_takes_a_prompt_of_one_token(tokenizer):
@@ -126,7 +129,7 @@ def test_the_cached_sweep_takes_a_prompt_of_one_token(tokenizer):
     for layer in range(n_layers):
         method.accuracies = torch.eye(n_layers)[layer]
         naive.append(int(scores_under(method, model, tokenizer, [":"], task)[0].argmax()) == 0)
-    assert sweep(model, tokenizer, [(task, example)], vectors).tolist() == naive
+    assert sweep(Decoder.of(model, tokenizer), [(task, example)], vectors).tolist() == naive
 
 
 def test_a_cache_that_holds_more_than_keys_and_values_is_never_swept_wrongly():
@@ -329,7 +332,9 @@ def test_the_learning_rate_warms_up_from_nothing_and_ends_at_nothing(tokenizer, 
 def test_calibration_divides_by_the_probabilities_on_content_free_inputs(tokenizer, tmp_path):
     model = tiny.model("llama")
     zero, calibrated = make(["zero-shot", "calibration"], Settings())
-    evaluation = Evaluation(model, tokenizer, [zero, calibrated], [OTHER], tmp_path / "none")
+    evaluation = Evaluation(
+        Decoder.of(model, tokenizer), [zero, calibrated], [OTHER], tmp_path / "none"
+    )
     evaluation.fit(0)
     plain, found = (evaluation.predict(method, TASK, range(8), 0) for method in (zero, calibrated))
     shares = []
@@ -351,11 +356,13 @@ def test_calibration_divides_by_the_probabilities_on_content_free_inputs(tokeniz
 def test_the_untouched_model_reads_equal_prompts_once(tokenizer, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "icrouting.evaluation.evaluate.score_options",
-        lambda *a, **k: calls.append(1) or score_options(*a, **k),
+        "icrouting.evaluation.evaluate.score",
+        lambda *a, **k: calls.append(1) or score(*a, **k),
     )
     methods = make(["zero-shot", "calibration"], Settings())
-    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "r")
+    evaluation = Evaluation(
+        Decoder.of(tiny.model("llama"), tokenizer), methods, [TASK], tmp_path / "r"
+    )
     evaluation.run([TASK, OTHER], (0,), 13)
     assert len(calls) == 2
 
@@ -364,14 +371,17 @@ def test_equal_prompts_with_other_options_are_read_anew(tokenizer, tmp_path):
     spec = TaskSpec("toy2", "far", TASK.spec.template, ("dull", "joy", "ball"))
     other = Task(spec, TASK.train, TASK.test, TASK.validation)
     evaluation = Evaluation(
-        tiny.model("llama"), tokenizer, make(["zero-shot"], Settings()), [TASK], tmp_path / "r"
+        Decoder.of(tiny.model("llama"), tokenizer),
+        make(["zero-shot"], Settings()),
+        [TASK],
+        tmp_path / "r",
     )
     evaluation.run([TASK, other], (0,), 30)  # all items, so that both tasks ask the same prompts
     found = {record.key: record for record in records.read(tmp_path / "r")}
     (alone,) = make(["zero-shot"], Settings())
-    for record in Evaluation(tiny.model("llama"), tokenizer, [alone], [], tmp_path / "n").predict(
-        alone, other, [3], 0
-    ):
+    for record in Evaluation(
+        Decoder.of(tiny.model("llama"), tokenizer), [alone], [], tmp_path / "n"
+    ).predict(alone, other, [3], 0):
         assert len(record.option_logits) == 3
     assert {len(r.option_logits) for r in found.values() if r.task == "toy2"} == {3}
 
@@ -414,7 +424,9 @@ def test_multi_task_prompts_hold_source_rows_only_and_are_one_for_all_tasks(toke
 
 def test_a_kept_context_gives_the_scores_of_whole_prompts(tokenizer, tmp_path):
     methods = make(["zero-shot", "few-shot"], Settings(demos_per_class=2))
-    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "none")
+    evaluation = Evaluation(
+        Decoder.of(tiny.model("llama"), tokenizer), methods, [TASK], tmp_path / "none"
+    )
     evaluation.fit(0)
     kept = [evaluation.predict(methods[1], TASK, items, 0) for items in ([0, 1, 2], [3], [4, 5])]
     whole = score_options(
@@ -431,7 +443,9 @@ def test_a_kept_context_gives_the_scores_of_whole_prompts(tokenizer, tmp_path):
 def test_the_two_regimes_learn_from_the_task_itself_or_from_the_sources(tokenizer, tmp_path):
     inner, pooled = make(["task-vectors", "task-vectors-once"], Settings(demos_per_class=2))
     model = tiny.model("llama")
-    evaluation = Evaluation(model, tokenizer, [inner, pooled], [TASK], tmp_path / "none")
+    evaluation = Evaluation(
+        Decoder.of(model, tokenizer), [inner, pooled], [TASK], tmp_path / "none"
+    )
     evaluation.fit(0)
     evaluation.predict(inner, OTHER, [0], 0)
     assert inner.on(OTHER).sources == [OTHER]

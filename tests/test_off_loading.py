@@ -6,6 +6,7 @@ import torch
 
 import tiny
 from icrouting.config import HIDDEN, FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.loading import load_model
 from icrouting.evaluation.evaluate import Evaluation
@@ -137,7 +138,10 @@ def test_an_evaluation_equals_that_in_memory(pair, icr, tmp_path):
     task, before, found = tiny.task(), state_of(spread), []
     for name, model in (("whole", whole), ("spread", spread)):
         evaluation = Evaluation(
-            model, tokenizer, make(METHODS, settings), [task], tmp_path / f"{name}.jsonl"
+            Decoder.of(model, tokenizer),
+            make(METHODS, settings),
+            [task],
+            tmp_path / f"{name}.jsonl",
         )
         evaluation.run([task], [0], 7)
         found.append(

@@ -13,7 +13,7 @@ from icrouting import PAPER, FitConfig, InContextRouter
 from icrouting.cli import fit as fit_command
 from icrouting.cli import main
 from icrouting.cli.options import Backbone
-from icrouting.decoder.families import decoder_of, dims_of, family_of
+from icrouting.decoder.families import dims_of, family_of, stack_of
 from icrouting.decoder.loading import load_skeleton
 from icrouting.fitting import plan
 from icrouting.fitting.pca import QKMoments
@@ -88,7 +88,7 @@ def test_a_real_fit_runs_the_tokens_and_leaves_the_bytes_that_were_planned(
     config = FitConfig(**vars(SMALL) | {"layers": layers})
     expected, tokens = planned(model, tokenizer, config, sample=500), []
     family_of(model)  # the probe's passes are none of the fit's
-    with decoder_of(model).register_forward_pre_hook(
+    with stack_of(model).register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(int(kwargs["attention_mask"].sum())),
         with_kwargs=True,
     ):
@@ -149,7 +149,7 @@ def test_moments_take_the_bytes_of_the_real_ones(family):
 def test_the_work_of_a_pass_is_what_torch_counts(family):
     model, batch, length = tiny.model(family, "eager"), 3, 29
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        decoder_of(model)(input_ids=torch.ones(batch, length, dtype=torch.long), use_cache=False)
+        stack_of(model)(input_ids=torch.ones(batch, length, dtype=torch.long), use_cache=False)
     texts = plan.Texts(batch, batch * length, batch * length**2, length)
     # biases and norms are weights that multiply no matrix: more of these models than of real ones
     assert plan.pass_flops(model, [texts], 5) == pytest.approx(counter.get_total_flops(), rel=0.1)

@@ -7,7 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import tiny
-from icrouting.decoder.families import decoder_of
+from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.families import stack_of
 from icrouting.evaluation import records
 from icrouting.evaluation.evaluate import Evaluation
 from icrouting.methods import Settings, make
@@ -104,7 +105,9 @@ def test_a_probe_is_scikit_learns_on_standardised_features(kind, settings, token
 def test_the_hidden_probe_learns_a_task_that_the_model_cannot_do(settings, tokenizer, tmp_path):
     """The toy task's label is the prompt's first word; a random model is at chance, its state is not."""
     methods = make(["zero-shot", "probe-hidden"], settings)
-    evaluation = Evaluation(tiny.model("llama"), tokenizer, methods, [TASK], tmp_path / "r")
+    evaluation = Evaluation(
+        Decoder.of(tiny.model("llama"), tokenizer), methods, [TASK], tmp_path / "r"
+    )
     evaluation.run([TASK], (0,), 30)
     right = {method.name: [] for method in methods}
     for record in records.read(tmp_path / "r"):
@@ -126,7 +129,7 @@ def test_scores_do_not_depend_on_the_batch_and_come_back_from_the_tensors(
     again.restore(method.tensors())
     assert torch.equal(again.adjusted(TASK, TASK.test, torch.zeros(30, 2)), together)
     assert not method.edits_model
-    assert not decoder_of(method.model)._forward_hooks
+    assert not stack_of(method.model)._forward_hooks
 
 
 def test_the_encoders_probe_reads_the_prompts_text(settings, tokenizer, encoder_folder):

@@ -11,6 +11,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny
 from icrouting.config import FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE
 from icrouting.decoder.scoring import score_options
 from icrouting.evaluation.costs import fit_costs
@@ -273,7 +274,7 @@ def test_a_router_and_a_rival_are_never_on_one_model_at_once(tokenizer, small):
         scores(model, tokenizer, prompts()),
     )
     steps = (
-        lambda: stages.fit(model, tokenizer, [TASK], config),
+        lambda: stages.fit(Decoder.of(model, tokenizer), [TASK], config),
         lambda: attach(model, tiny.pids(model)).__enter__(),
     )
     with rival.attached(model, tokenizer, TASK):

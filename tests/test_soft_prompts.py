@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache
 
 import tiny
-from icrouting.decoder.families import CACHE, decoder_of, dims_of
+from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.families import CACHE, dims_of, stack_of
 from icrouting.decoder.scoring import score_options
 from icrouting.methods import Settings
 from icrouting.methods.adapters import in_front
@@ -268,7 +269,7 @@ def test_training_lowers_the_loss_on_its_rows_and_stays_on_the_seed(kind, tokeni
     model = tiny.model("llama")
     method = kind(Settings(train_epochs=8))
     method.model, method.tokenizer, method.sources = model, tokenizer, (TASK,)
-    rows = answered(model, tokenizer, [(TASK, row) for row in TASK.train[:8]])
+    rows = answered(Decoder.of(model, tokenizer), [(TASK, row) for row in TASK.train[:8]])
     losses = []
     for lr in (1e-9, 1e-2):
         first, again = (method._trained(rows, 11, n_virtual=3, lr=lr) for _ in range(2))
@@ -288,7 +289,7 @@ def test_a_prompt_starts_as_pefts_own_start_from_the_template(tokenizer, tmp_pat
     model = tiny.model("gemma3")  # whose embeddings are scaled
     method = PromptTuning(Settings(train_epochs=1))
     method.model, method.tokenizer, method.sources = model, tokenizer, (TASK,)
-    rows = answered(model, tokenizer, [(TASK, row) for row in TASK.train[:2]])
+    rows = answered(Decoder.of(model, tokenizer), [(TASK, row) for row in TASK.train[:2]])
     text = "Review: \nSentiment:"
     for n_virtual in (1, len(tokenizer(text).input_ids), 20):
         config = peft.PromptTuningConfig(
@@ -349,7 +350,7 @@ def test_half_precision_models_get_a_soft_prompt_in_float32(kind, tokenizer):
     assert method.soft_prompt.dtype == torch.float32
     with method.applied(TASK):
         assert scores(model, tokenizer).isfinite().all()
-    assert not decoder_of(model)._forward_hooks
+    assert not stack_of(model)._forward_hooks
 
 
 def test_without_peft_its_extra_is_named(tokenizer, monkeypatch):

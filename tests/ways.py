@@ -20,6 +20,7 @@ from transformers import (
 import tiny
 from bench import CLOSE, MATTERS, Bench, rows_of
 from icrouting.config import FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.partial import late_entry
@@ -378,7 +379,10 @@ def by_device_map(bench, folder):
 def trains_with_checkpointing(bench):
     """Loss and gradients are the same, and every routed layer runs again in the backward pass."""
     prompts = bench.tokenizer(bench.texts).input_ids
-    states, generator = run_trunk(bench.model, prompts, 3, 1), torch.Generator().manual_seed(0)
+    states, generator = (
+        run_trunk(Decoder.of(bench.model, tiny.tokenizer()), prompts, 3),
+        torch.Generator().manual_seed(0),
+    )
     queries = [Query(state, torch.randn(12, generator=generator), [5, 9], 1) for state in states]
     outcomes = []
     for checkpointing in (False, True):
@@ -389,7 +393,11 @@ def trains_with_checkpointing(bench):
         torch.nn.init.ones_(router.alpha[-1].weight)
         last = model.model.layers[4]
         trainer = Trainer(
-            model, bench.icr.pids, router, queries, FitConfig((3, 4), 3, batch_size=3), 1
+            Decoder.of(model, tiny.tokenizer()),
+            bench.icr.pids,
+            router,
+            queries,
+            FitConfig((3, 4), 3, batch_size=3),
         )
         with attach(model, bench.icr.pids) as attachment, late_entry(model, 3) as entry:
             last.register_forward_pre_hook(lambda *args, runs=runs: runs.append(1))

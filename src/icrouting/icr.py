@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from icrouting.config import FitConfig
-from icrouting.decoder.families import base_of, device_of
-from icrouting.decoder.identity import check_fitted_on
+from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import stages
 from icrouting.routing import artifact
 from icrouting.routing.artifact import Description, model_card
@@ -71,10 +70,11 @@ class InContextRouter(ModelHubMixin):
         Raises:
             ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
         """
-        config, model = config or FitConfig(), base_of(model)
+        config = config or FitConfig()
+        decoder = Decoder.of(model, tokenizer)
         where = Path(folder) if folder is not None else None
-        pids, router, features = stages.fit(model, tokenizer, tasks, config, where)
-        return cls(artifact.describe(model, tasks, config, pids.layers, features), pids, router)
+        pids, router, features = stages.fit(decoder, tasks, config, where)
+        return cls(artifact.describe(decoder, tasks, config, pids.layers, features), pids, router)
 
     @contextmanager
     def attached(
@@ -99,19 +99,28 @@ class InContextRouter(ModelHubMixin):
         Raises:
             ValueError: another base model, or one that is attached already.
         """
+        decoder = Decoder.of(model, tokenizer)
+        with self.attached_to(decoder, strength=strength, gate=gate) as routed:
+            yield routed
+
+    @contextmanager
+    def attached_to(
+        self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None
+    ) -> Iterator[Routed]:
+        """Does what `attached` does, for whoever holds a decoder: its fingerprint is computed once."""
         if not math.isfinite(strength):
             raise ValueError(f"strength must be a finite number, got {strength}")
-        model, fitted = base_of(model), self.description
-        check_fitted_on(model, "this router", fitted.base_model, fitted.fingerprint)
-        self.router.to(device_of(model))
-        features = features_of(fitted.fit.encoder, model, tokenizer, "cpu")
+        fitted = self.description
+        decoder.check_fitted_on("this router", fitted.base_model, fitted.fingerprint)
+        self.router.to(decoder.device)
+        features = features_of(fitted.fit.encoder, decoder, "cpu")
         if features.fingerprint != fitted.encoder:
             raise ValueError(
                 f"the router was fitted with another sentence encoder than {fitted.fit.encoder!r} is here: "
                 f"expected weights {fitted.encoder}, got {features.fingerprint}"
             )
         scale = strength * fitted.fit.final_alpha_scale
-        reader = Reader(model, tokenizer, features, self.router, self.pids.layers[0], scale, gate)
+        reader = Reader(decoder, features, self.router, self.pids.layers[0], scale, gate)
         # Exact in every dtype at strength 0: wider heads round differently below float32.
         with rerouted(reader, self.pids) if strength else nullcontext([]) as last:
             yield Routed(reader, self.pids.layers, strength, last)

@@ -11,6 +11,7 @@ from icrouting import methods as registry
 from icrouting.cli.loading import console, load, load_tasks
 from icrouting.cli.options import Backbone
 from icrouting.decoder.batches import context_length
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.identity import fingerprint
 from icrouting.evaluation import costs, records, runs
 from icrouting.evaluation.evaluate import Evaluation
@@ -71,7 +72,7 @@ def evaluate(
     )
     with runs.claimed(out, config):
         evaluation = Evaluation(
-            base, tokenizer, methods, sources, out / "records.jsonl", out / "fits"
+            Decoder.of(base, tokenizer), methods, sources, out / "records.jsonl", out / "fits"
         )
         evaluation.run(tasks, seeds, n_test)  # ends when all processes have ended theirs
         if is_first():
@@ -124,7 +125,7 @@ def finish(
     runs.add_to_config(out, fits=costs.fit_costs(out / "fits", config["methods"]))
     costs.write_tried(out / "fits", config["methods"], out / "tried.csv")
     if icr is not None:
-        with icr.attached(evaluation.model, evaluation.tokenizer) as routed:
+        with icr.attached(evaluation.decoder.model, evaluation.decoder.tokenizer) as routed:
             save_json(out / "routing.json", routing_summary(routed, icr.pids.layers, tasks))
         if icr.folder is not None and (curve := icr.folder / "fit" / "training.jsonl").exists():
             shutil.copyfile(curve, out / "training.jsonl")

@@ -75,7 +75,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     raise TypeError(f"expected a transformers model, got {type(model).__name__}")
 
 
-def decoder_of(model: nn.Module) -> PreTrainedModel:
+def stack_of(model: nn.Module) -> PreTrainedModel:
     """The stack of layers under the vocabulary head; its forward builds masks and rotary tables."""
     decoder = base_of(model).get_decoder()
     if not isinstance(decoder, PreTrainedModel):
@@ -90,7 +90,7 @@ def family_of(model: nn.Module) -> Family:
 
     A model type without a row of its own is tried with every row there is.
     """
-    base, decoder = base_of(model), decoder_of(model)
+    base, decoder = base_of(model), stack_of(model)
     if decoder not in _confirmed:
         model_type = decoder.config.model_type
         if base.config.is_encoder_decoder:
@@ -120,7 +120,7 @@ def family_of(model: nn.Module) -> Family:
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers, in order."""
-    return getattr(decoder_of(model), family_of(model).layers)
+    return getattr(stack_of(model), family_of(model).layers)
 
 
 def attention_of(model: nn.Module, layer: int) -> nn.Module:
@@ -133,7 +133,7 @@ def branches_of(model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
     family, block, model_type = (
         family_of(model),
         layers_of(model)[layer],
-        decoder_of(model).config.model_type,
+        stack_of(model).config.model_type,
     )
     if model_type not in FAMILIES:  # the probe checks queries and keys alone
         raise ValueError(
@@ -154,7 +154,7 @@ def all_branches_of(model: nn.Module) -> list[nn.Module]:
 def output_of(model: nn.Module, layer: int) -> nn.Module:
     """The projection of one layer's attention that mixes what its heads give, [batch, q_len, n_heads * head_dim]."""
     name, attention = family_of(model).output, attention_of(model, layer)
-    model_type = decoder_of(model).config.model_type
+    model_type = stack_of(model).config.model_type
     if model_type not in FAMILIES or not hasattr(attention, name):
         raise ValueError(
             f"the output projection of {model_type!r} models is not known (looked for {name!r}): name it in a row of "
@@ -165,7 +165,7 @@ def output_of(model: nn.Module, layer: int) -> nn.Module:
 
 def dims_of(model: nn.Module) -> Dims:
     """The sizes of a decoder, from its config."""
-    config = decoder_of(model).config
+    config = stack_of(model).config
     n_heads = getattr(config, "num_attention_heads", None)
     if n_heads is None:
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from icrouting.decoder.answering import Answering, answering
 from icrouting.decoder.calls import called_with, read_by
-from icrouting.decoder.families import base_of, decoder_of
+from icrouting.decoder.families import base_of, stack_of
 
 Edit = Callable[[int, Tensor], Tensor]
 Editor = Callable[[Sequence[nn.Module], Edit], AbstractContextManager[None]]
@@ -78,7 +78,7 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
         trains_head = any(weight.requires_grad for weight in weights)
         rows["backwards"] += len(hidden) if hidden.requires_grad or trains_head else 0
 
-    decoder = decoder_of(model)
+    decoder = stack_of(model)
     with (
         decoder.register_forward_pre_hook(begin, with_kwargs=True),
         decoder.register_forward_hook(end),

@@ -18,15 +18,6 @@ def fingerprint(model: nn.Module) -> str:
     return weights_digest(base_of(model))
 
 
-def check_fitted_on(model: nn.Module, what: str, name: str | None, expected: str) -> None:
-    """ValueError unless a model's fingerprint is the one `expected` of model `name`, on which `what` was fitted."""
-    if (found := fingerprint(model)) != expected:
-        raise ValueError(
-            f"{what} was fitted on {name!r} (fingerprint {expected}), this model is "
-            f"{base_of(model).config.name_or_path!r} ({found}): load the base model it was fitted on, or fit anew"
-        )
-
-
 def weights_digest(module: nn.Module) -> str:
     """Returns 16 hex digits that identify a module's weights."""
     tied = getattr(module, "all_tied_weights_keys", {})  # off-loaded ones are no longer one object

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from icrouting.decoder.batches import Batch, by_length, pad
-from icrouting.decoder.families import decoder_of, device_of, layers_of
+from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.families import device_of, layers_of
 from icrouting.decoder.passes import next_token_logits
 
 TOKEN_BUDGET = 4096
@@ -26,16 +27,15 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def entering_states(
-    model: PreTrainedModel, token_lists: Sequence[Sequence[int]], first: int, pad_id: int
+    decoder: Decoder, token_lists: Sequence[Sequence[int]], first: int
 ) -> list[Float[Tensor, "q_len hidden_size"]]:
     """Returns what enters layer `first` for every prompt; the layers from there on do not run."""
     entered: list[Tensor] = [torch.empty(0)] * len(token_lists)
-    decoder = decoder_of(model)
-    with _entering(model, first, stop=True) as entering:
+    with _entering(decoder.model, first, stop=True) as entering:
         for group in by_length(token_lists, TOKEN_BUDGET):
-            batch = pad([token_lists[i] for i in group], pad_id).to(device_of(model))
+            batch = pad([token_lists[i] for i in group], decoder.pad_id).to(decoder.device)
             with suppress(_Reached):
-                decoder(
+                decoder.stack(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask.long(),
                     use_cache=False,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from icrouting.decoder.batches import Batch, by_length, pad
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, base_of, device_of
 from icrouting.tasks.prompts import Prompt
 
@@ -67,10 +68,9 @@ def next_token_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "ba
 
 
 def by_context(
-    model: PreTrainedModel,
+    decoder: Decoder,
     prompts: Sequence[Prompt],
     token_lists: list[list[int]],
-    pad_id: int,
     token_budget: int,
     kept: dict[str, KeptContext] | None = None,
 ) -> Iterator[tuple[Cache | None, Batch]]:
@@ -84,15 +84,15 @@ def by_context(
         contexts.setdefault(prompt.context if is_shared else "", []).append(row)
     for context, rows in contexts.items():
         before = (
-            _context_of(model, context, [token_lists[row] for row in rows], kept)
+            _context_of(decoder.model, context, [token_lists[row] for row in rows], kept)
             if context
             else None
         )
         n_cached, cache = (len(before.tokens), before.cache) if before else (0, None)
         tails = [token_lists[row][n_cached:] for row in rows]
         for group in by_length(tails, token_budget, n_cached):
-            batch = pad([tails[i] for i in group], pad_id, [rows[i] for i in group])
-            yield cache, batch.to(device_of(model))
+            batch = pad([tails[i] for i in group], decoder.pad_id, [rows[i] for i in group])
+            yield cache, batch.to(decoder.device)
 
 
 def _context_of(

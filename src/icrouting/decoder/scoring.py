@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.decoder.batches import context_length, pad_id_of, tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.passes import (
     TOKEN_BUDGET,
     KeptContext,
@@ -57,7 +57,6 @@ def option_ids(
     return ids
 
 
-@torch.no_grad()
 def score_options(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -67,9 +66,10 @@ def score_options(
     token_budget: int = TOKEN_BUDGET,
     kept: dict[str, KeptContext] | None = None,
 ) -> Float[Tensor, "n_prompts n_options"]:
-    """Returns each option's logit at the position after each prompt; -inf ends rows with fewer options than others.
+    """Returns each option's logit at the position after each prompt.
 
-    Prompts that share a non-empty `Prompt.context` have it computed once; the scores are the same.
+    Rows with fewer options than others end in -inf. Prompts that share a non-empty `Prompt.context` have it
+    computed once; the scores are the same.
 
     Args:
         model: the decoder; routed only where no context is shared, since a routed cache cannot be copied.
@@ -78,29 +78,47 @@ def score_options(
         options: the answers to choose from, for all prompts or one list per prompt.
         token_budget: padded tokens per forward pass, and as many cached ones.
         kept: contexts that earlier calls computed with this very model; those computed now join them.
+
+    Raises:
+        ValueError: a prompt is empty or too long, or its options cannot be told apart by their first tokens.
     """
-    prompts = [Prompt("", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    per_prompt = _options_per_prompt(options, len(prompts))
-    token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], context_length(model))
-    ids = [
-        option_ids(tokenizer, p.query, chosen)
-        for p, chosen in zip(prompts, per_prompt, strict=True)
+    decoder = Decoder.of(model, tokenizer)
+    return score(decoder, prompts, options, token_budget=token_budget, kept=kept)
+
+
+@torch.no_grad()
+def score(
+    decoder: Decoder,
+    prompts: Sequence[str | Prompt],
+    options: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    token_budget: int = TOKEN_BUDGET,
+    kept: dict[str, KeptContext] | None = None,
+) -> Float[Tensor, "n_prompts n_options"]:
+    """Returns what `score_options` does, for whoever holds a decoder."""
+    whole_prompts = []
+    for prompt in prompts:
+        whole_prompts.append(Prompt("", prompt) if isinstance(prompt, str) else prompt)
+    options_by_prompt = _options_by_prompt(options, len(whole_prompts))
+    token_lists = decoder.tokenize([prompt.text for prompt in whole_prompts])
+    ids_by_prompt = [
+        option_ids(decoder.tokenizer, prompt.query, prompt_options)
+        for prompt, prompt_options in zip(whole_prompts, options_by_prompt, strict=True)
     ]
-    scores = torch.full((len(prompts), max(map(len, ids), default=0)), -torch.inf)
-    for cache, batch in by_context(
-        model, prompts, token_lists, pad_id_of(tokenizer), token_budget, kept
-    ):
-        logits = (
-            after_prefix(model, cache, batch)
-            if cache is not None
-            else next_token_logits(model, batch)
-        )
+    most_options = max(map(len, ids_by_prompt), default=0)
+    scores = torch.full((len(whole_prompts), most_options), -torch.inf)
+    for cache, batch in by_context(decoder, whole_prompts, token_lists, token_budget, kept):
+        if cache is None:
+            logits = next_token_logits(decoder.model, batch)
+        else:
+            logits = after_prefix(decoder.model, cache, batch)
         for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
-            scores[row, : len(ids[row])] = row_logits[ids[row]]
+            ids = ids_by_prompt[row]
+            scores[row, : len(ids)] = row_logits[ids]
     return scores
 
 
-def _options_per_prompt(
+def _options_by_prompt(
     options: Sequence[str] | Sequence[Sequence[str]], n: int
 ) -> list[Sequence[str]]:
     shared = [option for option in options if isinstance(option, str)]

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from icrouting.decoder.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
+from icrouting.decoder.batches import Batch, by_length, pad
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, device_of
 from icrouting.decoder.hooks import Editor, edited, recorded
 from icrouting.decoder.passes import TOKEN_BUDGET, after_prefix, next_token_logits, run_prefix
@@ -31,8 +32,7 @@ def last_of(hidden: Tensor, positions: Int[Tensor, "batch"]) -> Float[Tensor, "b
 
 @torch.no_grad()
 def last_outputs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     modules: Sequence[nn.Module],
     texts: Sequence[str],
     by: Editor = edited,
@@ -42,17 +42,13 @@ def last_outputs(
     The states are a tensor per module (blocks, branches or projections; each may have a width of its own), in float32
     and, like the token ids, on the CPU. By `edited_inputs` they are what the modules are given instead.
     """
-    token_lists, likeliest = (
-        tokenize(tokenizer, texts, context_length(model)),
-        torch.zeros(len(texts)).long(),
-    )
+    token_lists = decoder.tokenize(texts)
+    likeliest = torch.zeros(len(texts)).long()
     found: list[list[Tensor]] = [[torch.empty(0)] * len(texts) for _ in modules]
     with recorded(modules, by) as outputs:
         for group in by_length(token_lists, TOKEN_BUDGET):
-            batch = pad([token_lists[i] for i in group], pad_id_of(tokenizer), group).to(
-                device_of(model)
-            )
-            likeliest[group] = next_token_logits(model, batch).argmax(-1).cpu()
+            batch = pad([token_lists[i] for i in group], decoder.pad_id, group).to(decoder.device)
+            likeliest[group] = next_token_logits(decoder.model, batch).argmax(-1).cpu()
             for states, output in zip(found, outputs, strict=True):
                 for row, state in zip(
                     group, last_of(output, batch.last).float().cpu(), strict=True
@@ -62,15 +58,12 @@ def last_outputs(
 
 
 def mean_last_outputs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     modules: Sequence[nn.Module],
     texts: Sequence[str],
 ) -> Float[Tensor, "n_modules hidden_size"]:
     """Returns what each module gives at a text's last token, the mean over texts, in float32."""
-    return torch.stack(
-        [states.mean(0) for states in last_outputs(model, tokenizer, modules, texts)[0]]
-    )
+    return torch.stack([states.mean(0) for states in last_outputs(decoder, modules, texts)[0]])
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.decoder.batches import tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.passes import KeptContext
-from icrouting.decoder.scoring import score_options
+from icrouting.decoder.scoring import score
 from icrouting.evaluation import records
 from icrouting.evaluation.items import draw_items
 from icrouting.evaluation.records import BASELINE, Record
@@ -36,14 +36,13 @@ class Evaluation:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        decoder: Decoder,
         methods: Sequence[Method],
         sources: Sequence[Task],
         file: Path,
         fits: Path | None = None,
     ):
-        self.model, self.tokenizer, self.fits = model, tokenizer, fits
+        self.decoder, self.fits = decoder, fits
         self.methods, self.sources = list(methods), list(sources)
         self.refused: dict[tuple[str, str], str] = {}
         self._unfit: dict[str, str] = {}
@@ -114,7 +113,7 @@ class Evaluation:
             file = self.fits / f"{method.name}{drawn}.safetensors" if self.fits else None
             rng = np.random.default_rng([seed, zlib.crc32(method.name.encode())])
             try:
-                method.fit(self.model, self.tokenizer, self.sources, rng, file)
+                method.fit_on(self.decoder, self.sources, rng, file)
             except ValueError as error:  # the others need not wait for what this one lacks
                 self._unfit[method.name] = str(error)
             self._kept.pop(method.name, None)
@@ -153,7 +152,8 @@ class Evaluation:
         prompts = [method.prompt(task, example) for example in examples]
         options = [task.options(example) for example in examples]
         n_tokens = [
-            len(tokens) for tokens in tokenize(self.tokenizer, [prompt.text for prompt in prompts])
+            len(tokens)
+            for tokens in tokenize(self.decoder.tokenizer, [prompt.text for prompt in prompts])
         ]
         scores, seconds = self._scores(method, task, prompts, options)
         started = time.monotonic()
@@ -184,7 +184,7 @@ class Evaluation:
         self._kept[method.name] = task.name, kept
         with method.applied(task):  # entered once for many prompts, so not in their time
             started = time.monotonic()
-            scores = score_options(self.model, self.tokenizer, prompts, options, kept=kept)
+            scores = score(self.decoder, prompts, options, kept=kept)
             seconds = (time.monotonic() - started) / len(prompts)
         if not method.edits_model:
             self._plain = (prompts, options), scores, seconds
@@ -225,7 +225,7 @@ class Evaluation:
                 )
                 with method.applied(task):
                     started = time.monotonic()
-                    scores = score_options(self.model, self.tokenizer, asked, options, kept=kept)
+                    scores = score(self.decoder, asked, options, kept=kept)
                     method.adjusted(task, examples, scores)
                     seconds[name].append(time.monotonic() - started)
         note = f"median of {n_rounds} turns on {len(examples)} prompts of {task.name}"

@@ -6,10 +6,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from icrouting.decoder.batches import context_length, finite_rows, pad_id_of, tokenize
-from icrouting.decoder.families import attention_of, decoder_of, dims_of, family_of
+from icrouting.decoder.batches import finite_rows
+from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.families import attention_of, dims_of, family_of
 from icrouting.decoder.passes import after_prefix, by_context
 from icrouting.decoder.sites import watched
 from icrouting.tasks.prompts import Prompt
@@ -34,8 +35,7 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[dic
 
 @torch.no_grad()
 def capture_last_tokens(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     prompts: Sequence[Prompt],
     layers: Sequence[int],
     *,
@@ -49,16 +49,14 @@ def capture_last_tokens(
     Prompts are batched by length, so the order is not theirs. A context that several share is computed once. ValueError
     where a prompt's queries or keys are not finite, and `skip_nan` does not say to leave it out.
     """
-    token_lists = tokenize(tokenizer, [prompt.text for prompt in prompts], context_length(model))
-    with captured(model, layers) as stores:
-        for cache, batch in by_context(
-            model, prompts, token_lists, pad_id_of(tokenizer), token_budget
-        ):
+    token_lists = decoder.tokenize([prompt.text for prompt in prompts])
+    with captured(decoder.model, layers) as stores:
+        for cache, batch in by_context(decoder, prompts, token_lists, token_budget):
             if cache is not None:
-                after_prefix(model, cache, batch)
+                after_prefix(decoder.model, cache, batch)
             else:  # the vocabulary head need not run
                 mask = batch.attention_mask.long()
-                decoder_of(model)(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
+                decoder.stack(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
             places = (
                 torch.arange(len(batch.rows)),
                 batch.last.cpu(),

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import FitConfig
-from icrouting.decoder.families import dims_of
+from icrouting.decoder.decoder import Decoder
 from icrouting.fitting.capture import capture_last_tokens
 from icrouting.fitting.pca import QKMoments, fit_pids
 from icrouting.routing.pids import PIDs
@@ -32,8 +31,7 @@ HELD = 64  # batches; the moments of a wide model are gigabytes, and slower to a
 
 
 def extract(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     tasks: Sequence[Task],
     layers: tuple[int, ...],
     config: FitConfig,
@@ -51,7 +49,7 @@ def extract(
         for p in extraction_prompts(task, *shape, rng, config.queries_per_context)
     )
     n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
-    dims, place, n_done = dims_of(model), here(), 0
+    dims, place, n_done = decoder.dims, here(), 0
     moments = QKMoments(len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
     kept = folder / "moments.safetensors" if folder else None
     if kept is not None and kept.exists():
@@ -68,7 +66,7 @@ def extract(
     for number, start in enumerate(track(blocks, "extraction", sizes, "prompts", n_done)):
         block, turn = list(islice(prompts, BLOCK)), number % place.num_processes
         if turn == place.process_index:
-            held += capture_last_tokens(model, tokenizer, block, layers, skip_nan=config.skip_nan)
+            held += capture_last_tokens(decoder, block, layers, skip_nan=config.skip_nan)
         is_last = start == blocks[-1]
         is_due = turn == place.num_processes - 1 and decided(time.monotonic() > due)
         if held and (is_due or is_last or len(held) >= HELD):

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.batches import context_length, tokenize
-from icrouting.decoder.families import decoder_of, dims_of
+from icrouting.decoder.families import dims_of, stack_of
 from icrouting.fitting.capture import TOKEN_BUDGET
 from icrouting.routing.pids import check_layers, late_third
 from icrouting.tasks.prompts import extraction_prompts
@@ -131,7 +131,7 @@ def plan_fit(
     Of every task `sample` prompts and queries are read, and their mean length stands for all. Of the outputs of a
     layer's matrices, `n_outputs` a token, a pass makes about three times as many, and backward keeps twice as many.
     """
-    dims, decoder, itemsize = dims_of(model), decoder_of(model).config, dtype.itemsize
+    dims, decoder, itemsize = dims_of(model), stack_of(model).config, dtype.itemsize
     hidden_size, is_quantised = (
         int(decoder.hidden_size),
         getattr(model.config, "quantization_config", None) is not None,
@@ -225,7 +225,7 @@ def _texts(
 
 def _n_matrix(model: PreTrainedModel) -> int:
     looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    return sum(weight.numel() for weight in {*decoder_of(model).parameters()} - looked_up)
+    return sum(weight.numel() for weight in {*stack_of(model).parameters()} - looked_up)
 
 
 def pass_flops(model: PreTrainedModel, prompts: Iterable[Texts], n_layers: int) -> float:

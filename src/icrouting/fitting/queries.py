@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import FitConfig
-from icrouting.decoder.batches import context_length, finite_rows, pad_id_of, tokenize
+from icrouting.decoder.batches import finite_rows, tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids
 from icrouting.fitting.training import Query
 from icrouting.fitting.trunk import run_trunk
@@ -21,8 +21,7 @@ READ_AT_ONCE = 64
 
 
 def training_queries(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     tasks: Sequence[Task],
     features: Features,
     first_layer: int,
@@ -41,14 +40,15 @@ def training_queries(
     ]
     texts = [task.prompt(row) for task, row in chosen]
     ids = [
-        option_ids(tokenizer, text, task.options(row))
+        option_ids(decoder.tokenizer, text, task.options(row))
         for text, (task, row) in zip(texts, chosen, strict=True)
     ]
-    limit = min(config.max_tokens, context_length(model) or config.max_tokens)
+    limit = min(config.max_tokens, decoder.context_length or config.max_tokens)
     token_lists = [
-        _tail(tokens, limit, tokenizer.bos_token_id) for tokens in tokenize(tokenizer, texts)
+        _tail(tokens, limit, decoder.tokenizer.bos_token_id)
+        for tokens in tokenize(decoder.tokenizer, texts)
     ]
-    states = run_trunk(model, token_lists, first_layer, pad_id_of(tokenizer), folder)
+    states = run_trunk(decoder, token_lists, first_layer, folder)
     chunks = mine(range(0, len(states), READ_AT_ONCE))
     vectors = torch.zeros(len(states), features.n_features)
     for start in track(chunks, "features", [READ_AT_ONCE] * len(chunks), "queries"):

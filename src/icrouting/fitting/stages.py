@@ -7,13 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import HIDDEN, FitConfig
-from icrouting.decoder.batches import pad_id_of
-from icrouting.decoder.families import device_of, dims_of, family_of
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, frozen
-from icrouting.decoder.identity import fingerprint
 from icrouting.fitting.extraction import extract
 from icrouting.fitting.queries import training_queries
 from icrouting.fitting.training import Trainer
@@ -27,8 +24,7 @@ from icrouting.tasks.task import Task, rows_digest
 
 
 def fit(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     tasks: Sequence[Task],
     config: FitConfig,
     folder: Path | None = None,
@@ -40,16 +36,18 @@ def fit(
     """
     if not tasks:
         raise ValueError("a fit needs at least one source task, got none")
-    check_alone(model, "icr")
-    family_of(model)
-    dims, device = dims_of(model), device_of(model)
+    check_alone(decoder.model, "icr")
+    # A model that cannot be routed is refused before anything is computed.
+    _ = decoder.family
+    dims = decoder.dims
+    device = decoder.device
     layers = check_layers(config.layers or late_third(dims.n_layers), dims.n_layers)
     if config.encoder == HIDDEN and layers[0] == 0:
         raise ValueError(
             "what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up"
         )
-    with claimed(folder, config, tasks, fingerprint(model)):
-        features = features_of(config.encoder, model, tokenizer, str(device))
+    with claimed(folder, config, tasks, decoder.fingerprint):
+        features = features_of(config.encoder, decoder, str(device))
         generator = torch.Generator().manual_seed(config.seed)
         router = kind(
             features.n_features,
@@ -60,12 +58,10 @@ def fit(
             generator,
         )
         router.to(device)
-        with frozen(model):
-            pids = router.adopt(extract(model, tokenizer, tasks, layers, config, folder))
-            queries, scale = training_queries(
-                model, tokenizer, tasks, features, layers[0], config, folder
-            )
-            Trainer(model, pids, router, queries, config, pad_id_of(tokenizer), folder).run()
+        with frozen(decoder.model):
+            pids = router.adopt(extract(decoder, tasks, layers, config, folder))
+            queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
+            Trainer(decoder, pids, router, queries, config, folder).run()
     router.absorb(*scale)
     return pids, router.eval().requires_grad_(False), features
 

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import finite_rows
-from icrouting.decoder.families import device_of
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.partial import LateEntry, late_entry
 from icrouting.fitting import losses
 from icrouting.fitting.trunk import TrunkState, pad_states
@@ -52,12 +51,11 @@ class Trainer:
     processes share the queries of each step and add up their gradients, so that all have the same router.
     """
 
-    model: PreTrainedModel
+    decoder: Decoder
     pids: PIDs
     router: Router
     queries: Sequence[Query]
     config: FitConfig
-    pad_id: int
     folder: Path | None = None
 
     def __post_init__(self):
@@ -72,8 +70,8 @@ class Trainer:
         """Trains to the end, from where the last checkpoint stands."""
         steps = range(self.step, self.n_steps)
         with (
-            attach(self.model, self.pids) as attachment,
-            late_entry(self.model, self.pids.layers[0]) as entry,
+            attach(self.decoder.model, self.pids) as attachment,
+            late_entry(self.decoder.model, self.pids.layers[0]) as entry,
         ):
             try:
                 for _ in track(steps, "training", [1] * len(steps), "steps", done=self.step):
@@ -98,10 +96,10 @@ class Trainer:
         self, entry: LateEntry, attachment: Attachment, queries: Sequence[Query]
     ) -> dict[str, Tensor]:
         """Returns the means of the objective's terms over queries, and the number of "queries" behind them."""
-        config, device = self.config, device_of(self.model)
+        config, device = self.config, self.decoder.device
         if not queries:  # more processes than queries in this step, or none that is finite
             return {name: torch.zeros((), device=device) for name in (*_TERMS, "queries")}
-        batch, hidden = pad_states([query.state for query in queries], self.pad_id)
+        batch, hidden = pad_states([query.state for query in queries], self.decoder.pad_id)
         routing = self.router(torch.stack([query.features for query in queries]).to(device))
         attachment.routing = routing.scaled(
             alpha_scale(self.step, self.n_steps, config.final_alpha_scale)

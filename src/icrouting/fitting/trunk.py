@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from icrouting.decoder.batches import Batch, by_length, pad
-from icrouting.decoder.families import decoder_of, device_of
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.partial import TOKEN_BUDGET, _entering
 from icrouting.decoder.passes import next_token_logits
 from icrouting.fitting.losses import entropy
@@ -44,10 +43,9 @@ class TrunkState:
 
 @torch.no_grad()
 def run_trunk(
-    model: PreTrainedModel,
+    decoder: Decoder,
     token_lists: Sequence[list[int]],
     first: int,
-    pad_id: int,
     folder: Path | None = None,
     *,
     token_budget: int = TOKEN_BUDGET,
@@ -64,13 +62,13 @@ def run_trunk(
         file, finished = folder / TRUNK_FILE, folder / "trunk.safetensors"
         lengths, width = (
             [len(tokens) for tokens in token_lists],
-            decoder_of(model).config.hidden_size,
+            decoder.hidden_size,
         )
-        n_bytes = sum(lengths) * width * model.dtype.itemsize
+        n_bytes = sum(lengths) * width * decoder.model.dtype.itemsize
         about = {
             "first": str(first),
             "shape": str([sum(lengths), width]),
-            "dtype": str(model.dtype),
+            "dtype": str(decoder.model.dtype),
         }
         # The first process alone looks: it may change both files before another one would.
         is_whole = is_first() and file.exists() and file.stat().st_size == n_bytes
@@ -82,7 +80,7 @@ def run_trunk(
                 _allocate(file, n_bytes)
             wait()
             try:
-                entropies = _fill(file, model, token_lists, first, pad_id, token_budget)
+                entropies = _fill(file, decoder, token_lists, first, token_budget)
             except OSError as error:
                 raise OSError(
                     f"cannot write {file} ({error}): make room or choose another folder"
@@ -93,7 +91,7 @@ def run_trunk(
             wait()
         entropies = load_tensors(finished)[0]["entropies"].tolist()
         flat = torch.from_file(
-            str(file), shared=False, size=sum(lengths) * width, dtype=model.dtype
+            str(file), shared=False, size=sum(lengths) * width, dtype=decoder.model.dtype
         )
         wait()
     states = flat.view(-1, width).split(lengths)
@@ -102,20 +100,21 @@ def run_trunk(
 
 def _fill(
     file: Path,
-    model: PreTrainedModel,
+    decoder: Decoder,
     token_lists: Sequence[list[int]],
     first: int,
-    pad_id: int,
     token_budget: int,
 ) -> Float[Tensor, "n_prompts"]:
     """Writes the states of this process's share of prompts, and returns their entropies; 0 for the others."""
     ends, entropies = list(accumulate(map(len, token_lists))), torch.zeros(len(token_lists))
     groups = mine(list(by_length(token_lists, token_budget)))
-    with _entering(model, first, stop=False) as entering, file.open("r+b") as stream:
+    with _entering(decoder.model, first, stop=False) as entering, file.open("r+b") as stream:
         for group in track(groups, "trunk", [len(group) for group in groups], "queries"):
-            batch = pad([token_lists[i] for i in group], pad_id).to(device_of(model))
-            entropies[group] = entropy(next_token_logits(model, batch)).cpu()
-            for row, padded in zip(group, entering.pop().to("cpu", model.dtype), strict=True):
+            batch = pad([token_lists[i] for i in group], decoder.pad_id).to(decoder.device)
+            entropies[group] = entropy(next_token_logits(decoder.model, batch)).cpu()
+            for row, padded in zip(
+                group, entering.pop().to("cpu", decoder.model.dtype), strict=True
+            ):
                 hidden = padded[: len(token_lists[row])].contiguous().view(torch.uint8).numpy()
                 stream.seek((ends[row] - len(token_lists[row])) * hidden.shape[1])
                 stream.write(hidden.tobytes())

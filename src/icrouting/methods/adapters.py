@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from icrouting.decoder.batches import context_length
 from icrouting.decoder.calls import n_seen, read_by
-from icrouting.decoder.families import CACHE, decoder_of, device_of
+from icrouting.decoder.families import CACHE, device_of, stack_of
 from icrouting.decoder.hold import frozen
 
 RANK, DROPOUT = 32, 0.05
@@ -88,7 +88,7 @@ def in_front(
     `kind` is peft's configuration of the soft prompt: embeddings, or keys and values of all layers in peft's order.
     Yields it as a parameter, in float32.
     """
-    peft, decoder, n_virtual = load_peft(), decoder_of(base), len(prompt)
+    peft, decoder, n_virtual = load_peft(), stack_of(base), len(prompt)
     n_cut, withheld = [0], dict[str, None]()
 
     def before(
@@ -163,6 +163,6 @@ def _with_prompt(
     if positions is not None:
         first = torch.arange(n_virtual, device=positions.device).expand(n_rows, -1)
         kwargs["position_ids"] = torch.cat([first, kwargs["position_ids"].expand(n_rows, -1)], 1)
-    embeds = given if given.is_floating_point() else decoder_of(base).get_input_embeddings()(given)
+    embeds = given if given.is_floating_point() else stack_of(base).get_input_embeddings()(given)
     kwargs |= {"input_ids": None, "inputs_embeds": torch.cat([prompt.to(embeds), embeds], 1)}
     return kwargs, n_virtual

@@ -12,11 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.decoder.families import base_of, family_of
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, hooked
 from icrouting.decoder.hooks import counted_rows
-from icrouting.decoder.identity import check_fitted_on, fingerprint
-from icrouting.decoder.scoring import score_options
+from icrouting.decoder.scoring import score
 from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same
 from icrouting.runtime.storage import load_tensors, save_tensors, unshared
@@ -45,8 +44,7 @@ class Method:
         tried: the settings it tried, each with its accuracy on validation rows under "accuracy".
         cost: what the fit took: "labelled", "trained", rows run "forwards" and "backwards", "seconds".
         seed: of the fit in force.
-        model: the frozen decoder; like the four below, from `fit` on.
-        tokenizer: its tokenizer.
+        decoder: the frozen model and its tokenizer; like the three below, from `fit` on.
         sources: the tasks to learn from.
         entropy: drawn from the seed; seeds further draws.
         file: where the fit is kept for a resumed run; None keeps none.
@@ -73,8 +71,20 @@ class Method:
         file: Path | None = None,
     ) -> None:
         """Learns, or takes up what an earlier run learned and kept in `file`."""
-        check_alone(model, self.name)
-        self.model, self.tokenizer, self.sources, self.file = model, tokenizer, sources, file
+        self.fit_on(Decoder.of(model, tokenizer), sources, rng, file)
+
+    def fit_on(
+        self,
+        decoder: Decoder,
+        sources: Sequence[Task],
+        rng: np.random.Generator,
+        file: Path | None = None,
+    ) -> None:
+        """Does what `fit` does, for whoever holds a decoder."""
+        check_alone(decoder.model, self.name)
+        self.decoder = decoder
+        self.sources = sources
+        self.file = file
         self.entropy = int(rng.integers(2**32))
         self.tried: list[dict[str, Any]] = []
         self.cost: dict[str, float] = {}
@@ -87,15 +97,14 @@ class Method:
                 json.loads(notes.get(name, empty)) for name, empty in _NOTES.items()
             )
             return
-        family_of(
-            model
-        )  # a model met for the first time is asked what it is, which is no part of the cost
+        # A model met for the first time is asked what it is, which is no part of the cost.
+        _ = decoder.family
         if self.learned and not self.sources:
             raise ValueError(
                 f"{self.name} learns from training rows: give at least one source task"
             )
         started = time.monotonic()
-        with counted_rows(model) as rows:
+        with counted_rows(decoder.model) as rows:
             self.learn(rng)
         if wrong := [name for name in self.learned if not isinstance(vars(self).get(name), Tensor)]:
             raise TypeError(
@@ -110,6 +119,16 @@ class Method:
                 file, unshared(learned), {"method": self.name, **self._made_with(), **notes}
             )
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The frozen model, from `fit` on."""
+        return self.decoder.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer, from `fit` on."""
+        return self.decoder.tokenizer
+
     def _made_with(self) -> dict[str, str]:
         """What a fit that is kept is held against; the router, which a run may take more of, is in `depends_on`."""
         settings = {
@@ -117,7 +136,7 @@ class Method:
             for name, value in vars(self.settings).items()
             if name != "router"
         }
-        return {"depends_on": self.depends_on(), "model": fingerprint(self.model), **settings}
+        return {"depends_on": self.depends_on(), "model": self.decoder.fingerprint, **settings}
 
     def learn(self, rng: np.random.Generator) -> None:
         """Learns from the training rows of `self.sources`, and chooses on their validation rows."""
@@ -188,9 +207,7 @@ class Method:
             rows = task.validation
             options = [task.options(row) for row in rows]
             with self.applied(task):
-                scores = score_options(
-                    self.model, self.tokenizer, [self.prompt(task, row) for row in rows], options
-                )
+                scores = score(self.decoder, [self.prompt(task, row) for row in rows], options)
             predicted = self.adjusted(task, rows, scores).argmax(1).tolist()
             hits += [guess == row.label for guess, row in zip(predicted, rows, strict=True)]
         return float(np.mean(hits))
@@ -205,10 +222,13 @@ class Method:
         """
         check_alone(model, self.name)
         method = self.on(task)
-        if model is not (own := vars(method).get("model", model)):
-            check_fitted_on(model, method.name, own.config.name_or_path, fingerprint(own))
-        method.model, method.tokenizer = model, tokenizer
-        with method.applied(task), hooked(base_of(model), method.name):
+        decoder = Decoder.of(model, tokenizer)
+        fitted_on = vars(method).get("decoder", decoder)
+        if decoder.model is not fitted_on.model:
+            fitted_name = fitted_on.model.config.name_or_path
+            decoder.check_fitted_on(method.name, fitted_name, fitted_on.fingerprint)
+        method.decoder = decoder
+        with method.applied(task), hooked(decoder.model, method.name):
             yield method
 
     @property

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icrouting.decoder.scoring import score_options
+from icrouting.decoder.scoring import score
 from icrouting.methods.base import Method, Scores
 from icrouting.tasks.task import Example, Task
 
@@ -44,8 +44,6 @@ class Calibration(Method):
                 for text in CONTENT_FREE
             ]
             prompts = [task.prompt(blank) for blank in blanks]
-            scores = score_options(
-                self.model, self.tokenizer, prompts, [task.options(blank) for blank in blanks]
-            )
+            scores = score(self.decoder, prompts, [task.options(blank) for blank in blanks])
             self._levels[key] = scores.softmax(-1).mean(0).log()
         return self._levels[key]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from icrouting.config import Basis, FitConfig
-from icrouting.decoder.families import device_of, dims_of
+from icrouting.decoder.families import device_of
 from icrouting.fitting import stages
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
@@ -48,9 +48,7 @@ class Refit(Method):
     def learn(self, rng: np.random.Generator) -> None:
         """Fits directions and router; `n_labelled` is a bound, since demonstrations are drawn anew for each prompt."""
         with alone():  # others may be learning another task
-            pids, router, _ = stages.fit(
-                self.model, self.tokenizer, self.sources, self.config, kind=self.kind
-            )
+            pids, router, _ = stages.fit(self.decoder, self.sources, self.config, kind=self.kind)
         self.layers, sides = (
             torch.tensor(pids.layers),
             (pids.query_directions(), pids.key_directions()),
@@ -73,16 +71,14 @@ class Refit(Method):
 
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt."""
-        model, layers, rank = (
-            self.model,
-            tuple(self.layers.tolist()),
-            self.query_directions.shape[-1],
-        )
-        features = features_of(self.config.encoder, model, self.tokenizer, "cpu")
+        decoder = self.decoder
+        layers = tuple(self.layers.tolist())
+        rank = self.query_directions.shape[-1]
+        features = features_of(self.config.encoder, decoder, "cpu")
         sizes = (
             features.n_features,
             len(layers),
-            dims_of(model).n_heads,
+            decoder.dims.n_heads,
             rank,
             self.config.hidden_width,
         )
@@ -92,12 +88,13 @@ class Refit(Method):
             len(layers), rank
         )  # the directions are whitened already where the basis is
         pids = PIDs(layers, self.query_directions, self.key_directions, one, one, one, one, "pca")
-        router, scale = router.to(device_of(model)), self.config.final_alpha_scale
-        return rerouted(Reader(model, self.tokenizer, features, router, layers[0], scale), pids)
+        router.to(decoder.device)
+        scale = self.config.final_alpha_scale
+        return rerouted(Reader(decoder, features, router, layers[0], scale), pids)
 
     def depends_on(self) -> str:
         """Returns the configuration, which may be a router's, and the fingerprint of what the router reads."""
-        return f"{self.config}, {features_of(self.config.encoder, self.model, self.tokenizer, 'cpu').fingerprint}"
+        return f"{self.config}, {features_of(self.config.encoder, self.decoder, 'cpu').fingerprint}"
 
 
 def _config(settings: Settings) -> FitConfig:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
-from icrouting.decoder.batches import Batch, by_length, context_length, pad, pad_id_of, tokenize
-from icrouting.decoder.families import decoder_of, device_of
+from icrouting.decoder.batches import Batch, by_length, pad
+from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.families import device_of, stack_of
 from icrouting.decoder.hold import frozen
 from icrouting.decoder.passes import TOKEN_BUDGET, next_token_logits
 from icrouting.methods.base import Context, Method
@@ -56,7 +57,7 @@ class Distilled(Method, ABC):
 
     def applied(self, task: Task) -> Context:
         """Edits the model by what was learned."""
-        device = device_of(self.model)
+        device = self.decoder.device
         return self._edited(self.vectors.to(device), self.strengths.to(device))
 
     def _count(self, lessons: Lessons) -> None:
@@ -66,7 +67,7 @@ class Distilled(Method, ABC):
 
 def lessons_of(method: Method, rng: np.random.Generator) -> Lessons:
     """Returns the lessons of `train_rows` rows per source; demonstrations are drawn among the same rows."""
-    model, tokenizer, settings = method.model, method.tokenizer, method.settings
+    decoder, settings = method.decoder, method.settings
     pairs, shown = [], []
     for task in method.sources:
         rows = [task.train[i] for i in rng.permutation(len(task.train))[: settings.train_rows]]
@@ -79,25 +80,25 @@ def lessons_of(method: Method, rng: np.random.Generator) -> Lessons:
         raise ValueError(
             f"{method.name} learns from training rows: give at least one source task that has some"
         )
-    token_lists, labels = map(list, zip(*answered(model, tokenizer, pairs), strict=True))
-    return Lessons(token_lists, labels, teacher_log_probs(model, tokenizer, shown, N_DRAWS))
+    token_lists, labels = map(list, zip(*answered(decoder, pairs), strict=True))
+    return Lessons(token_lists, labels, teacher_log_probs(decoder, shown, N_DRAWS))
 
 
 @torch.no_grad()
-def teacher_log_probs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], n_draws: int
-) -> list[Tensor]:
+def teacher_log_probs(decoder: Decoder, texts: Sequence[str], n_draws: int) -> list[Tensor]:
     """Returns the log of the next token's probability, a mean over every `n_draws` texts in turn, in float16.
 
     Differs: LIVE draws demonstrations anew in every epoch. The mean over draws of KL(teacher || student) has the
     gradient of the KL from the mean teacher, so that one is kept: the same descent, less noise, and one pass.
     """
-    token_lists = tokenize(tokenizer, texts, context_length(model))
+    token_lists = decoder.tokenize(texts)
     groups = list(by_length(token_lists, TOKEN_BUDGET))
     found = [torch.tensor(-torch.inf)] * (len(texts) // n_draws)
     for group in track(groups, "teacher", list(map(len, groups)), "prompts"):
-        batch = pad([token_lists[i] for i in group], pad_id_of(tokenizer)).to(device_of(model))
-        log_probs = next_token_logits(model, batch).log_softmax(-1).cpu() - math.log(n_draws)
+        batch = pad([token_lists[i] for i in group], decoder.pad_id).to(decoder.device)
+        log_probs = next_token_logits(decoder.model, batch).log_softmax(-1).cpu() - math.log(
+            n_draws
+        )
         for i, own in zip(group, log_probs, strict=True):
             found[i // n_draws] = torch.logaddexp(found[i // n_draws].float(), own).half()
     return found
@@ -126,7 +127,7 @@ def distilled(
         torch.Generator().manual_seed(seed),
         np.random.default_rng(seed),
     )
-    drawn = torch.randn(n_places, decoder_of(model).config.hidden_size, generator=generator)
+    drawn = torch.randn(n_places, stack_of(model).config.hidden_size, generator=generator)
     vectors = (drawn * FIRST_STD).to(device_of(model)).requires_grad_()
     strengths = torch.full((n_places,), FIRST_STRENGTH, device=device_of(model), requires_grad=True)
     orders = [rng.permutation(len(lessons.labels)).tolist() for _ in range(epochs)]
@@ -139,7 +140,7 @@ def distilled(
     losses = []
     with frozen(model), edits(vectors, strengths), torch.enable_grad():
         for rows in track(steps, method.name, list(map(len, steps)), "rows"):
-            batch = pad([lessons.token_lists[row] for row in rows], pad_id_of(method.tokenizer)).to(
+            batch = pad([lessons.token_lists[row] for row in rows], method.decoder.pad_id).to(
                 device_of(model)
             )
             loss = lesson_loss(next_token_logits(model, batch), lessons, rows) + (

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from icrouting.decoder.families import layers_of
 from icrouting.decoder.hooks import added, edited_last
 from icrouting.decoder.states import mean_last_outputs
 from icrouting.methods.base import Method
@@ -58,11 +57,9 @@ class Elicit(Method):
         library = [self._prompts(task, rng) for task in self.sources]
         texts, blocks = (
             [text for shown, _ in library for text in shown],
-            list(layers_of(self.model)),
+            list(self.decoder.layers),
         )
-        states = torch.stack(
-            [mean_last_outputs(self.model, self.tokenizer, blocks, [text]) for text in texts]
-        )
+        states = torch.stack([mean_last_outputs(self.decoder, blocks, [text]) for text in texts])
         retriever, likely = {"features": torch.zeros(0, 0), "head": torch.zeros(0)}, torch.zeros(1)
         if len(library) > 1:
             retriever, likely = self._retriever(texts, [queries for _, queries in library], rng)
@@ -114,7 +111,7 @@ class Elicit(Method):
                 return states
             return torch.where(is_here.to(states.device)[:, None], added(states, kept[0]), states)
 
-        with edited_last(self.model, list(layers_of(self.model)), add, in_steps=False) as now:
+        with edited_last(self.model, list(self.decoder.layers), add, in_steps=False) as now:
             yield
 
     def _prompts(self, task: Task, rng: np.random.Generator) -> tuple[list[str], list[str]]:
@@ -138,7 +135,7 @@ class Elicit(Method):
         found = []
         for task, own in zip(self.sources, states.split(N_PROMPTS), strict=True):
             rows = [(task, row) for row in task.validation]
-            accuracies = sweep(self.model, self.tokenizer, rows, weight * own.mean(0), kept=1.0)
+            accuracies = sweep(self.decoder, rows, weight * own.mean(0), kept=1.0)
             of = {"library of": task.name, "weight": weight}
             self.tried += [
                 {**of, "layer": layer, "accuracy": one}

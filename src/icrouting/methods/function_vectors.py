@@ -8,17 +8,16 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import (
     attention_of,
     branches_of,
-    decoder_of,
     device_of,
-    dims_of,
     layers_of,
     output_of,
+    stack_of,
 )
 from icrouting.decoder.hooks import edited_inputs, edited_last
 from icrouting.decoder.scoring import option_ids
@@ -62,9 +61,7 @@ class FunctionVectors(Method):
             option_ids(self.tokenizer, prompt, options)[label] for prompt, options, label in asked
         ]
         texts, projections = [few_shot(*trial).text for trial in trials], _projections(self.model)
-        given, likeliest = last_outputs(
-            self.model, self.tokenizer, projections, texts, edited_inputs
-        )
+        given, likeliest = last_outputs(self.decoder, projections, texts, edited_inputs)
         self.right = likeliest == torch.tensor(answers)
         kept = self.right.nonzero()[:, 0].tolist()
         if len(kept) < MIN_RIGHT:
@@ -74,9 +71,9 @@ class FunctionVectors(Method):
                 len(trials),
             )
             kept = list(range(len(trials)))
-        means = torch.stack(given)[:, kept].mean(1).unflatten(-1, (dims_of(self.model).n_heads, -1))
+        means = torch.stack(given)[:, kept].mean(1).unflatten(-1, (self.decoder.dims.n_heads, -1))
         shuffled = [(_shuffled(trials[i], rng), answers[i]) for i in kept[:N_SHUFFLED]]
-        self.effects = indirect_effects(self.model, self.tokenizer, shuffled, means)
+        self.effects = indirect_effects(self.decoder, shuffled, means)
         ranks = self.effects.flatten().argsort(descending=True, stable=True)
         ranked, n_layers = written(self.model, means).flatten(0, 1)[ranks], len(means)
         layers = dict.fromkeys((n_layers // 3, n_layers // 4, n_layers // 2))
@@ -91,7 +88,7 @@ class FunctionVectors(Method):
 
     def applied(self, task: Task) -> Context:
         """Adds the vector to the state at each row's last token."""
-        block = layers_of(self.model)[int(self.layer)]
+        block = self.decoder.layers[int(self.layer)]
         return edited_last(self.model, [block], lambda _, states: states + self.vector.to(states))
 
 
@@ -119,8 +116,7 @@ def _projections(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 @torch.no_grad()
 def indirect_effects(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     prompts: Sequence[tuple[str, int]],
     means: Float[Tensor, "n_layers n_heads head_dim"],
 ) -> Float[Tensor, "n_layers n_heads"]:
@@ -130,8 +126,10 @@ def indirect_effects(
     """
     n, patch, rises = means[..., 0].numel() + 1, partial(_patched, means), []
     for text, answer in track(prompts, "function vectors", [1] * len(prompts), "prompts"):
-        (tokens,) = tokenize(tokenizer, [text], context_length(model))
-        found = last_token_variants(model, tokens, n, _projections(model), patch, edited_inputs)
+        (tokens,) = decoder.tokenize([text])
+        found = last_token_variants(
+            decoder.model, tokens, n, _projections(decoder.model), patch, edited_inputs
+        )
         probabilities = torch.cat([logits.softmax(-1)[:, answer].cpu() for logits in found])
         rises.append(
             probabilities[:-1] - probabilities[-1]
@@ -157,7 +155,7 @@ def written(
     its weight may be stored in any way. Differs: a norm behind it scales each channel as it does for all heads.
     """
     n_heads, parts = means.shape[1], []
-    scale = getattr(decoder_of(model).config, "residual_multiplier", 1.0)  # Granite's
+    scale = getattr(stack_of(model).config, "residual_multiplier", 1.0)  # Granite's
     shown = torch.cat([torch.eye(n_heads), torch.zeros(1, n_heads), torch.ones(1, n_heads)])[
         ..., None
     ]  # and all

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from icrouting.decoder.batches import pad, pad_id_of
-from icrouting.decoder.families import all_branches_of, device_of
+from icrouting.decoder.batches import pad
+from icrouting.decoder.families import all_branches_of
 from icrouting.decoder.hold import frozen
 from icrouting.decoder.hooks import edited
 from icrouting.decoder.passes import next_token_logits
@@ -51,16 +51,14 @@ class I2CL(Method):
         shown = [
             demonstration(*demo) for demo in demos
         ]  # each ends with a newline, where the output is taken
-        self.vectors = mean_last_outputs(
-            self.model, self.tokenizer, all_branches_of(self.model), shown
-        )
+        self.vectors = mean_last_outputs(self.decoder, all_branches_of(self.model), shown)
         grid = GRID if all(task.validation for task in self.sources) else GRID[:1]
         self.choose(grid, lambda lr, noise: self._calibrated(demos, rng, lr, noise))
         self.n_labelled, self.n_trained = len(demos) + self.n_validation, self.scalars.numel()
 
     def applied(self, task: Task) -> Context:
         """Edits every branch."""
-        return self._edited(self.scalars.to(device_of(self.model)))
+        return self._edited(self.scalars.to(self.decoder.device))
 
     def _edited(
         self, scalars: Scalars, noise: float = 0.0, draws: torch.Generator | None = None
@@ -86,10 +84,10 @@ class I2CL(Method):
         noise: float,
     ) -> dict[str, Tensor]:
         """Returns what is learned with scalars that are trained anew."""
-        model, tokenizer = self.model, self.tokenizer
-        token_lists, labels = zip(*answered(model, tokenizer, demos), strict=True)
+        decoder = self.decoder
+        token_lists, labels = zip(*answered(decoder, demos), strict=True)
         scalars = torch.tensor(
-            [[FIRST_LAMBDA, FIRST_BETA]] * len(self.vectors), device=device_of(model)
+            [[FIRST_LAMBDA, FIRST_BETA]] * len(self.vectors), device=decoder.device
         )
         scalars.requires_grad_()
         n_steps = self.settings.i2cl_epochs * max(1, len(demos) // BATCH_SIZE)
@@ -98,14 +96,12 @@ class I2CL(Method):
             optimizer, max(1, round(WARM_UP * n_steps)), n_steps
         )
         draws, losses = torch.Generator().manual_seed(int(rng.integers(2**31))), []
-        with frozen(model), self._edited(scalars, noise, draws), torch.enable_grad():
+        with frozen(decoder.model), self._edited(scalars, noise, draws), torch.enable_grad():
             for _ in track(range(n_steps), "i2cl", [1] * n_steps, "steps"):
                 rows = rng.permutation(len(demos))[:BATCH_SIZE]
-                batch = pad([token_lists[row] for row in rows], pad_id_of(tokenizer)).to(
-                    device_of(model)
-                )
-                target = torch.tensor([labels[row] for row in rows], device=device_of(model))
-                loss = nn.functional.cross_entropy(next_token_logits(model, batch), target)
+                batch = pad([token_lists[row] for row in rows], decoder.pad_id).to(decoder.device)
+                target = torch.tensor([labels[row] for row in rows], device=decoder.device)
+                loss = nn.functional.cross_entropy(next_token_logits(decoder.model, batch), target)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from icrouting.decoder.families import layers_of
 from icrouting.decoder.states import last_outputs
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
@@ -35,7 +34,7 @@ class Icr(Method):
 
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt."""
-        return self._router.attached(self.model, self.tokenizer)
+        return self._router.attached_to(self.decoder)
 
     def n_cached(self, task: Task) -> int:
         """Returns the size of the PIDs; the paper counts neither router nor sentence encoder."""
@@ -79,9 +78,7 @@ class IcrGated(Icr):
                 f"a gate needs {FEWEST} rows of each of its router's source tasks, {wanted}; these give {lengths}"
             )
         texts = [*chain(*rows.values())]
-        ((states,), _) = last_outputs(
-            self.model, self.tokenizer, [layers_of(self.model)[before]], texts
-        )
+        ((states,), _) = last_outputs(self.decoder, [self.decoder.layers[before]], texts)
         parts = [
             own.tensor_split([len(own) * N_KNOWN // N_ROWS])
             for own in states.split([*lengths.values()])
@@ -96,7 +93,7 @@ class IcrGated(Icr):
 
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt that is not new."""
-        return self._router.attached(self.model, self.tokenizer, gate=self.is_known)
+        return self._router.attached_to(self.decoder, gate=self.is_known)
 
     def is_known(self, hidden: Sequence[Tensor]) -> Bool[Tensor, "batch"]:
         """Returns whether prompts are routed, given the states that enter the first routed layer."""

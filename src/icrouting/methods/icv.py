@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from icrouting.decoder.families import base_of, branches_of, decoder_of, layers_of
+from icrouting.decoder.families import branches_of
 from icrouting.decoder.hooks import edited
 from icrouting.decoder.states import last_outputs
 from icrouting.methods.base import Context, Method
@@ -71,7 +71,7 @@ class ICV(Method):
                 for pair in FORMS[form](task, [(task, demo) for demo in demos])
             ]
             before, after = (self._states(side) for side in zip(*texts, strict=True))
-            n_layers, width = len(layers_of(self.model)), decoder_of(self.model).config.hidden_size
+            n_layers, width = len(self.decoder.layers), self.decoder.hidden_size
             return icv_direction(after - before)[-n_layers * width :].view(n_layers, width)
 
         grid = [{"strength": strength, "form": form} for strength in STRENGTHS for form in FORMS]
@@ -91,13 +91,13 @@ class ICV(Method):
             return turned(output, self.directions[layer].to(output.device), float(self.strength))
 
         return edited(
-            [branches_of(self.model, layer)[1] for layer in range(len(layers_of(self.model)))], edit
+            [branches_of(self.model, layer)[1] for layer in range(len(self.decoder.layers))], edit
         )
 
     def _states(self, texts: Sequence[str]) -> Float[Tensor, "n_texts width"]:
         """The last token's states, embedding and blocks side by side."""
-        modules = [base_of(self.model).get_input_embeddings(), *layers_of(self.model)]
-        return torch.cat(last_outputs(self.model, self.tokenizer, modules, texts)[0], 1)
+        modules = [self.decoder.model.get_input_embeddings(), *self.decoder.layers]
+        return torch.cat(last_outputs(self.decoder, modules, texts)[0], 1)
 
 
 def icv_direction(changes: Float[Tensor, "n_texts width"]) -> Float[Tensor, "width"]:

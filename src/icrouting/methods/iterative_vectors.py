@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from icrouting.decoder.batches import context_length, pad, tokenize
-from icrouting.decoder.families import all_branches_of, decoder_of, device_of, layers_of
+from icrouting.decoder.batches import pad
+from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.families import all_branches_of, device_of
 from icrouting.decoder.hooks import added, edited, edited_last, recorded
 from icrouting.decoder.passes import next_token_logits
 from icrouting.methods.base import Context, Method
@@ -65,14 +66,11 @@ class IterativeVectors(Method):
         ).tolist()
         turns = zip(*(episodes(task, n_each, SHOTS, rng) for task in self.sources), strict=True)
         drawn = [each for turn in turns for each in zip(self.sources, firsts, turn, strict=True)]
-        shown = [
-            _episode(self.model, self.tokenizer, task, first, *each) for task, first, each in drawn
-        ]
+        shown = [_episode(self.decoder, task, first, *each) for task, first, each in drawn]
         alone = [
-            _episode(self.model, self.tokenizer, task, first, [], query)
-            for task, first, (_, query) in drawn
+            _episode(self.decoder, task, first, [], query) for task, first, (_, query) in drawn
         ]
-        dims = len(layers_of(self.model)), decoder_of(self.model).config.hidden_size
+        dims = len(self.decoder.layers), self.decoder.hidden_size
         plain, found = [outputs_at(self.model, query, torch.zeros(1, *dims)) for query in alone], {}
         used = {id(row) for _, _, (demos, query) in drawn for row in (*demos, query)}
 
@@ -99,8 +97,7 @@ class IterativeVectors(Method):
 
 
 def _episode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     task: Task,
     first_row: int,
     demos: Sequence[Example],
@@ -111,7 +108,7 @@ def _episode(
     texts = [
         context + task.prompt(row) for context, row in zip(contexts, (*demos, query), strict=True)
     ]
-    token_lists = tokenize(tokenizer, texts, context_length(model))
+    token_lists = decoder.tokenize(texts)
     whole = token_lists[-1]
     if any(whole[: len(tokens)] != tokens for tokens in token_lists):
         raise ValueError(

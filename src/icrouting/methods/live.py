@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icrouting.decoder.families import layers_of
 from icrouting.decoder.hooks import edited
 from icrouting.methods.base import Context
 from icrouting.methods.distilling import Distilled, distilled, lessons_of
@@ -28,7 +27,7 @@ class Live(Distilled):
 
     def learn(self, rng: np.random.Generator) -> None:
         """Runs the teacher once, and trains and chooses the vectors."""
-        lessons, layers = lessons_of(self, rng), list(layers_of(self.model))
+        lessons, layers = lessons_of(self, rng), list(self.decoder.layers)
         all_epochs = self.settings.train_epochs
         durations = dict.fromkeys((all_epochs, max(1, round(0.3 * all_epochs))))
         grid = [{"lr": lr, "epochs": epochs} for epochs in durations for lr in LRS]
@@ -44,7 +43,7 @@ class Live(Distilled):
         self, vectors: Float[Tensor, "n_layers hidden_size"], strengths: Float[Tensor, "n_layers"]
     ) -> Context:
         return edited(
-            list(layers_of(self.model)),
+            list(self.decoder.layers),
             lambda layer, h: turned(h, vectors[layer], strengths[layer]),
         )
 

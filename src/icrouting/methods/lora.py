@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from icrouting.decoder.batches import pad_id_of
 from icrouting.decoder.families import base_of, device_of, layers_of
 from icrouting.decoder.partial import entering_states, late_entry
 from icrouting.fitting.trunk import TrunkState, pad_states
@@ -49,7 +48,7 @@ class LoraBlock(Method):
 
     def applied(self, task: Task) -> Context:
         """Puts the adapter into the model."""
-        return injected(base_of(self.model), self._targets(), RANK, self.adapter)
+        return injected(self.decoder.model, self._targets(), RANK, self.adapter)
 
     def n_cached(self, task: Task) -> int:
         """Returns the size of the adapter."""
@@ -70,17 +69,15 @@ class LoraBlock(Method):
         return EPOCHS
 
     def _targets(self) -> list[str]:
-        block = layers_of(self.model)[-1]
+        block = self.decoder.layers[-1]
         return _names(
             self.model, [part for part in block.modules() if isinstance(part, nn.Linear | Conv1D)]
         )
 
     def _states(self, pairs: Sequence[tuple[Task, Example]]) -> States:
         """Returns what enters the last block for every row, kept off the accelerator, and the row's answer."""
-        rows, last = answered(self.model, self.tokenizer, pairs), len(layers_of(self.model)) - 1
-        hidden = entering_states(
-            self.model, [tokens for tokens, _ in rows], last, pad_id_of(self.tokenizer)
-        )
+        rows, last = answered(self.decoder, pairs), len(self.decoder.layers) - 1
+        hidden = entering_states(self.decoder, [tokens for tokens, _ in rows], last)
         kept = [
             TrunkState(tokens, states.cpu(), 0.0)
             for (tokens, _), states in zip(rows, hidden, strict=True)
@@ -90,7 +87,7 @@ class LoraBlock(Method):
     def _trained(
         self, rows: States, held: States, seed: int, lr: float, alpha: int
     ) -> dict[str, Tensor]:
-        base, rng = base_of(self.model), np.random.default_rng(seed)
+        base, rng = self.decoder.model, np.random.default_rng(seed)
         with torch.random.fork_rng(), injected(base, self._targets(), alpha, seed) as adapter:
             dropouts = nn.ModuleList(
                 part for name, part in base.named_modules() if name.endswith(".lora_dropout")
@@ -99,7 +96,7 @@ class LoraBlock(Method):
 
                 def logits_of(states: list[TrunkState]) -> Tensor:
                     dropouts.train(torch.is_grad_enabled())
-                    batch, hidden = pad_states(states, pad_id_of(self.tokenizer))
+                    batch, hidden = pad_states(states, self.decoder.pad_id)
                     return entry(batch.to(device_of(base)), hidden)
 
                 tune(
@@ -121,7 +118,7 @@ class LoraHead(LoraBlock):
     name = "lora-head"
 
     def _targets(self) -> list[str]:
-        return _names(self.model, [base_of(self.model).get_output_embeddings()])
+        return _names(self.model, [self.decoder.model.get_output_embeddings()])
 
 
 class LoraBlockMore(LoraBlock):

@@ -9,8 +9,6 @@ from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from icrouting.decoder.batches import context_length, tokenize
-from icrouting.decoder.families import base_of, device_of
 from icrouting.decoder.hooks import edited_inputs
 from icrouting.decoder.states import last_outputs
 from icrouting.methods.base import Method, Scores
@@ -98,9 +96,9 @@ class ProbeHidden(Probe):
 
     def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:
         """Returns the backbone's last hidden states."""
-        head = base_of(self.model).get_output_embeddings()
+        head = self.decoder.model.get_output_embeddings()
         assert head is not None, "a causal language model has a vocabulary head"
-        return last_outputs(self.model, self.tokenizer, [head], texts, edited_inputs)[0][0]
+        return last_outputs(self.decoder, [head], texts, edited_inputs)[0][0]
 
 
 class ProbeEncoder(Probe):
@@ -110,12 +108,12 @@ class ProbeEncoder(Probe):
 
     def depends_on(self) -> str:
         """Returns the fingerprint of the encoder."""
-        return load_encoder(self.settings.encoder, str(device_of(self.model))).fingerprint
+        return load_encoder(self.settings.encoder, str(self.decoder.device)).fingerprint
 
     def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:
         """Returns the sentence encoder's vectors."""
-        encoder = load_encoder(self.settings.encoder, str(device_of(self.model)))
-        token_lists = tokenize(self.tokenizer, texts, context_length(self.model))
+        encoder = load_encoder(self.settings.encoder, str(self.decoder.device))
+        token_lists = self.decoder.tokenize(texts)
         return encoder(query_texts(self.tokenizer, token_lists)).cpu()
 
 

@@ -33,7 +33,7 @@ class InDomain(Method):
             rng = np.random.default_rng([self.entropy, zlib.crc32(task.name.encode())])
             place = quote(task.name, safe="")  # a name may hold a slash
             file = self.file.with_stem(f"{self.file.stem}-{place}") if self.file else None
-            method.fit(self.model, self.tokenizer, [task], rng, file)
+            method.fit_on(self.decoder, [task], rng, file)
             self._fitted[key] = method
         return self._fitted[key]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.decoder.identity import check_fitted_on, fingerprint
+from icrouting.decoder.decoder import Decoder
 from icrouting.methods.base import Method
 from icrouting.methods.icr import IcrGated
 from icrouting.methods.regimes import ONCE
@@ -51,7 +51,7 @@ def save_method(method: Method, folder: str | Path) -> None:
         method=method.name.removesuffix(ONCE),
         settings=asdict(method.settings),
         model=str(method.model.config.name_or_path),
-        fingerprint=fingerprint(method.model),
+        fingerprint=method.decoder.fingerprint,
         depends_on=method.depends_on(),
         sources=[task.name for task in method.sources],
         tried=method.tried,
@@ -82,10 +82,12 @@ def load_method(
         raise ValueError(
             f"{folder / TENSORS} is damaged: its sha256 is not the one in {CONFIG}; save the method again"
         )
-    check_fitted_on(model, str(folder), found.model, found.fingerprint)
+    decoder = Decoder.of(model, tokenizer)
+    decoder.check_fitted_on(str(folder), found.model, found.fingerprint)
     kind = known("method", found.method, {kind.name: kind for kind in (*LEARNING, IcrGated)})
     method = kind(read(Settings, found.settings))
-    method.model, method.tokenizer, method.sources = model, tokenizer, ()
+    method.decoder = decoder
+    method.sources = ()
     method.tried, method.cost = found.tried, found.cost
     method.restore(load_tensors(folder / TENSORS)[0])
     check_same(str(folder), found.depends_on, method.depends_on())

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from icrouting.decoder.batches import pad, pad_id_of
-from icrouting.decoder.families import CACHE, base_of, decoder_of, device_of
+from icrouting.decoder.batches import pad
+from icrouting.decoder.families import CACHE, device_of
 from icrouting.decoder.passes import next_token_logits
 from icrouting.methods.adapters import in_front, load_peft
 from icrouting.methods.base import Context, Method
@@ -43,24 +43,24 @@ class PromptTuning(Method):
             for task in self.sources
             for i in rng.permutation(len(task.train))[:n]
         ]
-        rows = answered(self.model, self.tokenizer, pairs)
+        rows = answered(self.decoder, pairs)
         self.choose(self.grid, partial(self._trained, rows, int(rng.integers(2**31))))
         self.n_labelled, self.n_trained = len(pairs) + self.n_validation, self.soft_prompt.numel()
 
     def applied(self, task: Task) -> Context:
         """Puts the soft prompt before every prompt."""
-        return in_front(base_of(self.model), self.kind, self.soft_prompt)
+        return in_front(self.decoder.model, self.kind, self.soft_prompt)
 
     def start(self, tokens: Sequence[int]) -> Float[Tensor, "n_virtual width"]:
         """Returns the soft prompt that does what tokens in front of the prompt would do."""
-        embed = decoder_of(self.model).get_input_embeddings()
+        embed = self.decoder.stack.get_input_embeddings()
         assert embed is not None, "a decoder embeds its tokens"
-        return embed(torch.tensor(tokens, device=device_of(self.model))).float()
+        return embed(torch.tensor(tokens, device=self.decoder.device)).float()
 
     def _trained(
         self, rows: Sequence[tuple[list[int], int]], seed: int, n_virtual: int, lr: float
     ) -> dict[str, Tensor]:
-        base, rng = base_of(self.model), np.random.default_rng(seed)
+        base, rng = self.decoder.model, np.random.default_rng(seed)
         literals = [
             text
             for task in self.sources
@@ -72,7 +72,7 @@ class PromptTuning(Method):
 
         def logits_of(token_lists: list[list[int]]) -> Tensor:
             return next_token_logits(
-                base, pad(token_lists, pad_id_of(self.tokenizer)).to(device_of(base))
+                base, pad(token_lists, self.decoder.pad_id).to(device_of(base))
             )
 
         with in_front(base, self.kind, start) as prompt:
@@ -93,8 +93,8 @@ class PrefixTuning(PromptTuning):
 
     def start(self, tokens: Sequence[int]) -> Float[Tensor, "n_virtual width"]:
         """Returns the prefix that does what tokens in front of the prompt would do."""
-        cache, input_ids = DynamicCache(), torch.tensor([tokens], device=device_of(self.model))
-        decoder_of(self.model)(input_ids=input_ids, use_cache=True, **{CACHE: cache})
+        cache, input_ids = DynamicCache(), torch.tensor([tokens], device=self.decoder.device)
+        self.decoder.stack(input_ids=input_ids, use_cache=True, **{CACHE: cache})
         held = [
             getattr(layer, name)[0].float().cpu()
             for layer in cache.layers

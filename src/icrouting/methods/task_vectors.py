@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.decoder.batches import context_length, tokenize
-from icrouting.decoder.families import layers_of
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hooks import edited_last
 from icrouting.decoder.scoring import option_ids
 from icrouting.decoder.states import last_token_variants, mean_last_outputs
@@ -39,12 +37,10 @@ class TaskVectors(Method):
             )
         shown = [_few_shot_texts(task, self.settings.demos_per_class, rng) for task in self.sources]
         texts, n_demos = [texts for texts, _ in shown], sum(n_demos for _, n_demos in shown)
-        blocks = list(layers_of(self.model))
-        states = [
-            mean_last_outputs(self.model, self.tokenizer, blocks, prompts) for prompts in texts
-        ]
+        blocks = list(self.decoder.layers)
+        states = [mean_last_outputs(self.decoder, blocks, prompts) for prompts in texts]
         self.vectors = torch.stack(states).mean(0)
-        self.accuracies = sweep(self.model, self.tokenizer, validation, self.vectors)
+        self.accuracies = sweep(self.decoder, validation, self.vectors)
         self.tried = [
             {"layer": layer, "accuracy": found}
             for layer, found in enumerate(self.accuracies.tolist())
@@ -62,7 +58,7 @@ class TaskVectors(Method):
 
     def applied(self, task: Task) -> Context:
         """Replaces the state at each row's last token, but in no step of a generation."""
-        vector, block = self.vectors[self.layer], layers_of(self.model)[self.layer]
+        vector, block = self.vectors[self.layer], self.decoder.layers[self.layer]
         return edited_last(self.model, [block], lambda _, states: vector.to(states), in_steps=False)
 
 
@@ -78,8 +74,7 @@ def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> tup
 
 @torch.no_grad()
 def sweep(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     items: Sequence[tuple[Task, Example]],
     vectors: Float[Tensor, "n_layers hidden_size"],
     kept: float = 0.0,
@@ -100,8 +95,10 @@ def sweep(
 
     for task, example in items:
         prompt = task.prompt(example)
-        ids = option_ids(tokenizer, prompt, task.options(example))
-        (tokens,) = tokenize(tokenizer, [prompt], context_length(model))
-        found = last_token_variants(model, tokens, len(vectors), list(layers_of(model)), replace)
+        ids = option_ids(decoder.tokenizer, prompt, task.options(example))
+        (tokens,) = decoder.tokenize([prompt])
+        found = last_token_variants(
+            decoder.model, tokens, len(vectors), list(decoder.layers), replace
+        )
         hits += torch.cat([(logits[:, ids].argmax(1) == example.label).cpu() for logits in found])
     return hits / max(1, len(items))

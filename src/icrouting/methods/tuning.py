@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
-from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids
 from icrouting.runtime.progress import track
 from icrouting.tasks.task import Example, Task
@@ -20,15 +20,17 @@ BATCH_SIZE, HELD_BATCH_SIZE, WARM_UP, PATIENCE = 4, 16, 0.05, 3
 
 
 def answered(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     pairs: Sequence[tuple[Task, Example]],
 ) -> list[tuple[list[int], int]]:
     """Returns every row's zero-shot prompt as tokens, with the token that its right option begins with."""
     texts = [task.prompt(row) for task, row in pairs]
-    token_lists = tokenize(tokenizer, texts, context_length(model)) if texts else []
+    token_lists = decoder.tokenize(texts) if texts else []
     asked = zip(texts, pairs, strict=True)
-    ids = [option_ids(tokenizer, text, task.options(row))[row.label] for text, (task, row) in asked]
+    ids = [
+        option_ids(decoder.tokenizer, text, task.options(row))[row.label]
+        for text, (task, row) in asked
+    ]
     return list(zip(token_lists, ids, strict=True))
 
 

@@ -18,11 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from pydantic import PositiveInt
 from safetensors.torch import save as serialize
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from icrouting.config import HIDDEN, FitConfig
-from icrouting.decoder.families import decoder_of, dims_of
-from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.decoder import Decoder
 from icrouting.routing.features import Features
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Router
@@ -73,18 +71,19 @@ class Description:
 
 
 def describe(
-    model: PreTrainedModel,
+    decoder: Decoder,
     tasks: Sequence[Task],
     fit: FitConfig,
     layers: tuple[int, ...],
     features: Features,
 ) -> Description:
-    """Returns the description of a router fitted on `model`."""
+    """Returns the description of a router fitted on a decoder."""
+    model = decoder.model
     return Description(
         base_model=model.config.name_or_path or type(model).__name__,
-        model_type=decoder_of(model).config.model_type,
-        fingerprint=fingerprint(model),
-        **vars(dims_of(model)),
+        model_type=decoder.stack.config.model_type,
+        fingerprint=decoder.fingerprint,
+        **vars(decoder.dims),
         layers=layers,
         encoder=features.fingerprint,
         n_features=features.n_features,

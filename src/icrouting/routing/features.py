@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import HIDDEN
-from icrouting.decoder.families import decoder_of
+from icrouting.decoder.decoder import Decoder
 from icrouting.routing.encoder import load_encoder, query_texts
 
 Scale = tuple[Float[Tensor, "n_features"], Float[Tensor, "n_features"]]
@@ -54,9 +53,7 @@ _BLIND: dict[str, Callable[[Sequence[int], int], Tensor]] = {
 }
 
 
-def features_of(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str
-) -> Features:
+def features_of(name: str, decoder: Decoder, device: str) -> Features:
     """Returns the features that `FitConfig.encoder` names; a sentence encoder runs on `device`.
 
     Differs: "hidden", the state at the prompt's last token, is not in the paper. Nor are the controls: "constant:"
@@ -64,7 +61,7 @@ def features_of(
     """
     kind, _, masked = name.partition(":")
     if kind in _BLIND:
-        width, blind = features_of(masked, model, tokenizer, device).n_features, _BLIND[kind]
+        width, blind = features_of(masked, decoder, device).n_features, _BLIND[kind]
         return Features(
             width,
             name,
@@ -72,7 +69,7 @@ def features_of(
             lambda lists, _: torch.stack([blind(tokens, width) for tokens in lists]),
         )
     if name == HIDDEN:
-        width = int(decoder_of(model).config.hidden_size)
+        width = decoder.hidden_size
         return Features(
             width, HIDDEN, True, lambda _, hidden: torch.stack([row[-1].float() for row in hidden])
         )
@@ -81,5 +78,5 @@ def features_of(
         encoder.n_features,
         encoder.fingerprint,
         False,
-        lambda tokens, _: encoder(query_texts(tokenizer, tokens)),
+        lambda tokens, _: encoder(query_texts(decoder.tokenizer, tokens)),
     )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from icrouting.decoder.batches import context_length, tokenize
 from icrouting.decoder.scoring import option_ids
 from icrouting.routing.effect import Passes, describe, run_both
 from icrouting.routing.routed import Routed
@@ -58,12 +57,13 @@ def inspect_prompt(routed: Routed, prompt: str, options: Sequence[str] | None = 
     The prompt ends right before the space and the answer ("Sentiment:"). `options` are two answers to choose from or
     more; None looks at the likeliest tokens alone.
     """
-    model, tokenizer = routed.reader.model, routed.reader.tokenizer
+    decoder = routed.reader.decoder
+    tokenizer = decoder.tokenizer
     if options is not None and len(options) < 2:
         raise ValueError(f"expected at least two options or none, got {list(options)}")
-    (token_ids,) = tokenize(tokenizer, [prompt], context_length(model))
+    (token_ids,) = decoder.tokenize([prompt])
     chosen = option_ids(tokenizer, prompt, options) if options else []
-    passes = run_both(model, token_ids, routed.layers)
+    passes = run_both(decoder.model, token_ids, routed.layers)
     routing = routed.routing([prompt])
     probabilities = passes.logits.softmax(-1)
     top = probabilities.amax(0).topk(min(N_TOP, probabilities.shape[-1])).indices.tolist()

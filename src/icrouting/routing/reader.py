@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.decoder.batches import pad_id_of
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import device_of
 from icrouting.decoder.partial import entering_states
 from icrouting.routing.features import Features
@@ -25,8 +24,7 @@ class Reader:
     first routed layer; None is 1.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    decoder: Decoder
     features: Features
     router: Router
     first_layer: int
@@ -63,7 +61,5 @@ class Reader:
         """Returns the routing of prompts; the model runs only up to the first routed layer, and only if read."""
         hidden: Sequence[Tensor] = ()
         if self.features.reads_hidden or self.gate is not None:
-            hidden = entering_states(
-                self.model, token_lists, self.first_layer, pad_id_of(self.tokenizer)
-            )
+            hidden = entering_states(self.decoder, token_lists, self.first_layer)
         return self.of_states(token_lists, hidden)

@@ -13,7 +13,7 @@ from transformers import Cache
 
 from icrouting.decoder.batches import attended
 from icrouting.decoder.calls import asked, cache_of, called_with, n_seen
-from icrouting.decoder.families import CACHE, base_of, decoder_of, layers_of
+from icrouting.decoder.families import CACHE
 from icrouting.decoder.hold import replaced
 from icrouting.decoder.partial import entering_of
 from icrouting.routing.attach import Attachment, attach
@@ -144,18 +144,20 @@ def rerouted(reader: Reader, pids: PIDs) -> Iterator[list[list[int]]]:
 
     Yields the tokens of the prompts that were routed last, kept up to date.
     """
-    model = reader.model
-    decoder, first = decoder_of(model), layers_of(model)[reader.first_layer]
+    decoder = reader.decoder
+    model = decoder.model
+    first = decoder.layers[reader.first_layer]
     with attach(model, pids) as attachment, ExitStack() as stack:
         rerouter = _Rerouter(reader, attachment)
         stack.callback(
-            decoder.register_forward_pre_hook(rerouter.before_forward, with_kwargs=True).remove
+            decoder.stack.register_forward_pre_hook(
+                rerouter.before_forward, with_kwargs=True
+            ).remove
         )
         stack.callback(
             first.register_forward_pre_hook(rerouter.at_first_layer, with_kwargs=True).remove
         )
-        stack.callback(decoder.register_forward_hook(rerouter.after_forward).remove)
-        base = base_of(model)
-        plain_generate: Callable = base.generate  # pyright: ignore[reportAssignmentType]
-        stack.enter_context(replaced(base, generate=partial(rerouter.generate, plain_generate)))
+        stack.callback(decoder.stack.register_forward_hook(rerouter.after_forward).remove)
+        plain_generate: Callable = model.generate  # pyright: ignore[reportAssignmentType]
+        stack.enter_context(replaced(model, generate=partial(rerouter.generate, plain_generate)))
         yield rerouter.last

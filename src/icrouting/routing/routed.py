@@ -7,8 +7,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from icrouting.decoder.batches import context_length, tokenize
-from icrouting.decoder.scoring import score_options
+from icrouting.decoder.batches import tokenize
+from icrouting.decoder.scoring import score
 from icrouting.routing.effect import describe, run_both, warn_if_nothing
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
@@ -35,15 +35,13 @@ class Routed:
 
         Zero-shot prompts end right before the space and the answer ("Sentiment:").
         """
-        scores = score_options(self.reader.model, self.reader.tokenizer, prompts, options)
-        self.last[:] = tokenize(self.reader.tokenizer, prompts)
+        scores = score(self.reader.decoder, prompts, options)
+        self.last[:] = tokenize(self.reader.decoder.tokenizer, prompts)
         return scores
 
     def routing(self, prompts: Sequence[str]) -> Routing:
         """Returns what the router decides for prompts; no routed layer runs."""
-        return self.reader.of_tokens(
-            tokenize(self.reader.tokenizer, prompts, context_length(self.reader.model))
-        )
+        return self.reader.of_tokens(self.reader.decoder.tokenize(prompts))
 
     def effect(self, prompts: Sequence[str] | None = None) -> str:
         """Returns in one line of numbers what routing does to prompts; warns when that is numerically nothing.
@@ -51,12 +49,8 @@ class Routed:
         Each prompt is run twice, alone, on the `eager` kernel. None takes those that were routed or scored last; a
         plain call at strength 0 is not seen.
         """
-        reader, model = self.reader, self.reader.model
-        found = (
-            self.last
-            if prompts is None
-            else tokenize(reader.tokenizer, prompts, context_length(model))
-        )
+        reader = self.reader
+        found = self.last if prompts is None else reader.decoder.tokenize(prompts)
         token_lists = [
             list(tokens) for tokens in dict.fromkeys(map(tuple, found))
         ]  # beams repeat their prompt
@@ -64,7 +58,7 @@ class Routed:
             raise ValueError(
                 "nothing has been routed yet: give `effect` prompts, or call the model first"
             )
-        passes = [run_both(model, tokens, self.layers) for tokens in token_lists]
+        passes = [run_both(reader.decoder.model, tokens, self.layers) for tokens in token_lists]
         self.last[:] = token_lists
         warn_if_nothing(passes)
         return describe(passes, reader.of_tokens(token_lists))

@@ -1,0 +1,96 @@
+"""The decoder: a loaded model with its tokenizer, and what is asked of the two over and over."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icrouting.decoder.batches import context_length, pad_id_of, tokenize
+from icrouting.decoder.families import base_of, device_of, dims_of, family_of, layers_of, stack_of
+from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.sites import Dims, Family
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A loaded model and its tokenizer; what costs something to find out is found out once.
+
+    Whoever is given a model and a tokenizer makes one of them (`Decoder.of`) and hands it on. The fingerprint holds
+    for as long as the weights do, so a decoder is made anew wherever a user hands a model over.
+
+    Attributes:
+        model: the transformers model itself, also where a peft wrapper was given.
+        tokenizer: its tokenizer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> "Decoder":
+        """Returns a model, as users have it, with its tokenizer; TypeError if it is no transformers model."""
+        return cls(base_of(model), tokenizer)
+
+    @cached_property
+    def family(self) -> Family:
+        """The row of the family table; ValueError where the model cannot be routed."""
+        return family_of(self.model)
+
+    @cached_property
+    def dims(self) -> Dims:
+        """The numbers of layers and heads, and the width of a head."""
+        return dims_of(self.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that identify architecture and weights."""
+        return fingerprint(self.model)
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The token to pad with."""
+        return pad_id_of(self.tokenizer)
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest prompt that the model was built for, in tokens; None where its config names none."""
+        return context_length(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameters are."""
+        return device_of(self.model)
+
+    @property
+    def stack(self) -> PreTrainedModel:
+        """The stack of layers under the vocabulary head."""
+        return stack_of(self.model)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers, in order."""
+        return layers_of(self.model)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the residual stream."""
+        return int(self.stack.config.hidden_size)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token lists of texts; ValueError on an empty one or one beyond the context."""
+        return tokenize(self.tokenizer, texts, self.context_length)
+
+    def check_fitted_on(self, what: str, name: str | None, expected: str) -> None:
+        """Checks that this is the model `name`, with the fingerprint `expected`, on which `what` was fitted.
+
+        ValueError names both models where it is not.
+        """
+        if self.fingerprint != expected:
+            raise ValueError(
+                f"{what} was fitted on {name!r} (fingerprint {expected}), this model is "
+                f"{self.model.config.name_or_path!r} ({self.fingerprint}): load the base model it was fitted on, "
+                "or fit anew"
+            )
