@@ -175,7 +175,8 @@ def test_the_vector_is_added_at_the_last_token_of_one_layer_under_both_paddings(
     prompts = [
         TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:5])
     ]
-    method.model, method.layer = model, torch.tensor(2)
+    method.decoder = Decoder.of(model, tokenizer)
+    method.layer = torch.tensor(2)
     method.vector = torch.randn(
         model.config.hidden_size, generator=torch.Generator().manual_seed(2)
     )

@@ -141,7 +141,8 @@ def test_the_querys_vector_is_added_at_the_last_token_alone(family, tokenizer):
         [TASK.prompt(row) + "." * (2 * i) + ":" for i, row in enumerate(TASK.test[:5])],
     )
     method = IterativeVectors(Settings())
-    method.model, n_layers, width = model, len(layers_of(model)), model.config.hidden_size
+    method.decoder = Decoder.of(model, tokenizer)
+    n_layers, width = len(layers_of(model)), model.config.hidden_size
     method.vectors = torch.randn(3, n_layers, width, generator=torch.Generator().manual_seed(2))
     plain = score_options(model, tokenizer, prompts, TASK.spec.options)
     method.strength = torch.tensor(0.0)

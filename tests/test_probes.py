@@ -72,7 +72,7 @@ def test_hidden_features_are_what_the_vocabulary_head_reads_at_the_last_token(
     family, settings, tokenizer
 ):
     method = ProbeHidden(settings)
-    method.model, method.tokenizer = tiny.model(family), tokenizer
+    method.decoder = Decoder.of(tiny.model(family), tokenizer)
     texts = [TASK.prompt(row) + "." * (5 * i % 7) + ":" for i, row in enumerate(TASK.test[:6])]
     read, seen = method.features(texts), []
     with method.model.get_output_embeddings().register_forward_pre_hook(
@@ -125,7 +125,7 @@ def test_scores_do_not_depend_on_the_batch_and_come_back_from_the_tensors(
     alone = torch.cat([method.adjusted(TASK, [row], torch.zeros(1, 2)) for row in TASK.test])
     assert torch.allclose(together, alone, atol=1e-4)
     again = kind(settings)
-    again.model, again.tokenizer = method.model, tokenizer
+    again.decoder = Decoder.of(method.model, tokenizer)
     again.restore(method.tensors())
     assert torch.equal(again.adjusted(TASK, TASK.test, torch.zeros(30, 2)), together)
     assert not method.edits_model
@@ -134,7 +134,7 @@ def test_scores_do_not_depend_on_the_batch_and_come_back_from_the_tensors(
 
 def test_the_encoders_probe_reads_the_prompts_text(settings, tokenizer, encoder_folder):
     method = ProbeEncoder(settings)
-    method.model, method.tokenizer = tiny.model("llama"), tokenizer
+    method.decoder = Decoder.of(tiny.model("llama"), tokenizer)
     texts = [TASK.prompt(row) for row in TASK.test[:5]]
     assert torch.allclose(
         method.features(texts), load_encoder(str(encoder_folder), "cpu")(texts), atol=1e-5

@@ -35,7 +35,7 @@ def fitted(kind, model, tokenizer, tasks=(TASK,), **changes):
 
 def of(model, kind):
     method = kind(Settings())
-    method.model = model
+    method.decoder = Decoder.of(model, tiny.tokenizer())
     return method
 
 
@@ -268,7 +268,8 @@ def test_the_model_is_whole_again_after_an_exception_and_a_failed_entry(kind, to
 def test_training_lowers_the_loss_on_its_rows_and_stays_on_the_seed(kind, tokenizer):
     model = tiny.model("llama")
     method = kind(Settings(train_epochs=8))
-    method.model, method.tokenizer, method.sources = model, tokenizer, (TASK,)
+    method.decoder = Decoder.of(model, tokenizer)
+    method.sources = (TASK,)
     rows = answered(Decoder.of(model, tokenizer), [(TASK, row) for row in TASK.train[:8]])
     losses = []
     for lr in (1e-9, 1e-2):
@@ -288,7 +289,8 @@ def test_a_prompt_starts_as_pefts_own_start_from_the_template(tokenizer, tmp_pat
     tokenizer.save_pretrained(tmp_path)
     model = tiny.model("gemma3")  # whose embeddings are scaled
     method = PromptTuning(Settings(train_epochs=1))
-    method.model, method.tokenizer, method.sources = model, tokenizer, (TASK,)
+    method.decoder = Decoder.of(model, tokenizer)
+    method.sources = (TASK,)
     rows = answered(Decoder.of(model, tokenizer), [(TASK, row) for row in TASK.train[:2]])
     text = "Review: \nSentiment:"
     for n_virtual in (1, len(tokenizer(text).input_ids), 20):
