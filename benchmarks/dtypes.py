@@ -1,6 +1,6 @@
 """What bfloat16 saves on a processor that multiplies it: SmolLM2-135M in float32 and in bfloat16, taking turns.
 
-    OMP_NUM_THREADS=1 python benchmarks/dtypes.py
+    OMP_NUM_THREADS=1 python -m benchmarks.dtypes
 
 Processor time of one thread, which other work on the machine does not lengthen. "descent" is a scoring pass with its
 gradient at the embeddings, as soft prompts are trained.
@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from speed_turns import Rows, Stopwatch
 
+from benchmarks.speed_turns import Rows, Stopwatch
 from icrouting.decoder.batches import Batch, pad
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.passes import last_position_only, next_token_logits

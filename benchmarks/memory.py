@@ -1,6 +1,6 @@
 """Does a fit's memory grow with the number of prompts? Each size is a process of its own; its peak is read at the end.
 
-    python benchmarks/memory.py --out benchmarks/results/memory.json
+    python -m benchmarks.memory --out benchmarks/results/memory.json
 
 A Llama of random weights and small width (what grows does not depend on them) reads prompts of the demo's tasks.
 "extraction" runs the few-shot prompts into moments, "training" runs the trunk of zero-shot queries into its file and
@@ -143,7 +143,7 @@ def main() -> None:
         for stage, (small, large) in rows.items()
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"command": "python benchmarks/memory.py", "commit": commit()}
+    about = {"command": "python -m benchmarks.memory", "commit": commit()}
     save_json(arguments.out, {**about, "ten_times_the_prompts": ratios, "rows": rows})
     print("ten times the prompts, peak over peak:", ratios)
 

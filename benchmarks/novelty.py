@@ -1,7 +1,7 @@
 """Does a gate on novelty save the unseen tasks? Prompts far from the router's training queries are left unrouted.
 
-    python benchmarks/novelty.py --run runs/smollm2-135m/rivals-once --out benchmarks/results/novelty
-    python benchmarks/novelty.py --run runs/smollm2-135m/run --without runs/smollm2-135m/rivals-once --out runs/fresh
+    python -m benchmarks.novelty --run runs/smollm2-135m/rivals-once --out benchmarks/results/novelty
+    python -m benchmarks.novelty --run runs/smollm2-135m/run --without runs/smollm2-135m/rivals-once --out runs/fresh
 
 Reads a finished run's zero-shot and ICR records, so a gate of strength 0 or 1 is exact without a further pass. What
 counts as far is set on rows of the source tasks that the router was not trained on, of which a given share may be

@@ -1,6 +1,6 @@
 """Does routing lose in bfloat16 what the model itself does not? And would other ways of holding the columns help?
 
-    python benchmarks/precision.py --data DATA --out runs/precision
+    python -m benchmarks.precision --data DATA --out runs/precision
 
 On SmolLM2-135M with the published router: option logits of the twelve tasks in float32 and in bfloat16, unrouted and
 routed, with the widened columns held in several ways. Each way is tried twice: in the bfloat16 model, and alone, in a
@@ -268,7 +268,7 @@ def tabulate(out: Path) -> None:
     pairs = [json.loads(line) for line in (out / "bias.jsonl").read_text().splitlines()]
     whole, spread = np.sqrt(np.square(pairs).mean(0))
     about = {
-        "command": "python benchmarks/precision.py --data DATA",
+        "command": "python -m benchmarks.precision --data DATA",
         "commit": commit(),
         "items": len(unrouted),
     }

@@ -1,6 +1,6 @@
 """Holds the plan of a fit (`icr fit --dry-run`) against what short fits on SmolLM2-135M take: docs/scaling.md.
 
-    python benchmarks/scaling.py --data FOLDER
+    python -m benchmarks.scaling --data FOLDER
 
 The speed is fitted on two extractions, of the shortest and of the longest prompts; all else is predicted. Every row
 runs in a process of its own, on one thread, and is timed in seconds of its core, since machines are shared.

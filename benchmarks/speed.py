@@ -1,6 +1,6 @@
 """What does routing cost, and what does it save? Every figure is a ratio of calls that take turns in one run.
 
-    python benchmarks/speed.py --out benchmarks/results/speed/smollm2-135m.json
+    python -m benchmarks.speed --out benchmarks/results/speed/smollm2-135m.json
 
 Killed and started again with the same --out, it goes on with the row it was at. It runs where the model does: with
 `--model random:llama-2-7b` and an accelerator on random weights of that shape, which cost what real ones cost.
@@ -10,13 +10,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import speed_fit
-import speed_passes
 import torch
-from speed_passes import RANK, World
-from speed_turns import Rows, Stopwatch, draw
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks import speed_fit, speed_passes
+from benchmarks.speed_passes import RANK, World
+from benchmarks.speed_turns import Rows, Stopwatch, draw
 from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
 from icrouting.routing.pids import PIDs, late_third

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from speed_passes import RANK, World, dense_bias, twin
 
+from benchmarks.speed_passes import RANK, World, dense_bias, twin
 from icrouting.config import HIDDEN, PAPER
 from icrouting.decoder.batches import by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.decoder.families import decoder_of, device_of, dims_of

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from speed_turns import Rows, peak_bytes
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from benchmarks.speed_turns import Rows, peak_bytes
 from icrouting.config import HIDDEN
 from icrouting.decoder.batches import pad, tokenize
 from icrouting.decoder.families import CACHE, attention_of, device_of, dims_of
