@@ -3,10 +3,10 @@
     python -m benchmarks.memory --out benchmarks/results/memory.json
 
 Each size runs in a process of its own, whose peak is read at the end. A Llama of random weights and
-small width (what grows does not depend on them) reads prompts of the demo's tasks. "extraction" runs
-the few-shot prompts into moments, "training" runs the trunk of zero-shot queries into its file and
-takes 50 steps. The peak is that of anonymous memory, which no disk can take over; the file's pages
-come beside it.
+small width (what grows does not depend on them) reads prompts of the demo's tasks. "extraction"
+runs the few-shot prompts into moments, "training" runs the trunk of zero-shot queries into its file
+and takes 50 steps. The peak is that of anonymous memory, which no disk can take over; the file's
+pages come beside it.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def small_model(n_rows: int):
 
 
 def train(model, tokenizer, task, config, folder: Path) -> None:
-    """Keeps the trunk of the task's queries in a file and takes 50 steps; a few prompts do for PIDs."""
+    """Keeps the trunk of the task's queries in a file and takes 50 steps; PIDs need few prompts."""
     import torch
 
     from icrouting.decoder.batches import pad_id_of

@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --data FOLDER
 
 The fits are of SmolLM2-135M. The speed is fitted on two extractions, of the shortest and of the
-longest prompts; all else is predicted. Every row runs in a process of its own, on one thread, and is
-timed in seconds of its core, since machines are shared.
+longest prompts; all else is predicted. Every row runs in a process of its own, on one thread, and
+is timed in seconds of its core, since machines are shared.
 """
 
 import argparse
