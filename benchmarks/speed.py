@@ -1,4 +1,4 @@
-"""What does routing cost, and what does it save? Every figure is a ratio of calls that take turns in one run.
+"""What does routing cost, and what does it save? Every figure is a ratio of calls that take turns.
 
     python -m benchmarks.speed --out benchmarks/results/speed/smollm2-135m.json
 
@@ -35,7 +35,7 @@ PARTS = {
 
 
 def model_of(name: str):
-    """The model and a tokenizer; a random one borrows the demo model's, and so its number of tokens."""
+    """The model and its tokenizer; a random one borrows the demo's, and so its number of tokens."""
     if name != "random:llama-2-7b":
         return load_model(name)
     _, tokenizer = load_model("pinned:smollm2-135m", device="cpu")

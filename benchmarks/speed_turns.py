@@ -51,7 +51,8 @@ class Stopwatch:
     def in_turns(self, calls: Calls) -> dict[str, list[float]]:
         """Seconds of each call in each turn; every other turn goes backwards.
 
-        The first round warms up and is not kept, unless calls are so long that warmth does not matter.
+        The first round warms up and is not kept, unless calls are so long that warmth does not
+        matter.
         """
         first = {name: self.timed(call, 1) for name, call in calls.items()}
         n_calls = {}
@@ -64,7 +65,7 @@ class Stopwatch:
         for name, seconds in first.items():
             seconds_by_name[name] = [seconds] if is_first_kept else []
         for turn in range(int(is_first_kept), n_turns):
-            names = reversed(calls) if turn % 2 else calls
+            names = reversed(list(calls)) if turn % 2 else calls
             for name in names:
                 seconds_by_name[name].append(self.timed(calls[name], n_calls[name]))
         return seconds_by_name
@@ -152,7 +153,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def draw(content: dict[str, Any], file: Path) -> None:
-    """Every row as a dot, its middle half of turns as a bar; 1 is the line to be near or far from."""
+    """Every row as a dot, its middle half of turns as a bar; 1 is the line to compare with."""
     rows_by_part: dict[str, dict[str, dict[str, Any]]] = {}
     for name, row in content["rows"].items():
         rows_by_part.setdefault(row["part"], {})[name] = row
