@@ -1,17 +1,19 @@
-"""What bfloat16 saves on a processor that multiplies it: SmolLM2-135M in float32 and in bfloat16, taking turns.
+"""What bfloat16 saves on a processor that multiplies it.
 
-    OMP_NUM_THREADS=1 python benchmarks/dtypes.py
+SmolLM2-135M in float32 and in bfloat16 takes turns:
 
-Processor time of one thread, which other work on the machine does not lengthen. "descent" is a scoring pass with its
-gradient at the embeddings, as soft prompts are trained.
+    OMP_NUM_THREADS=1 python -m benchmarks.dtypes
+
+Processor time of one thread, which other work on the machine does not lengthen. "descent" is a
+scoring pass with its gradient at the embeddings, as soft prompts are trained.
 """
 
 from functools import partial
 from pathlib import Path
 
 import torch
-from speed_turns import Rows, Stopwatch
 
+from benchmarks.speed_turns import Rows, Stopwatch
 from icrouting.decoder.batches import Batch, pad
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.passes import last_position_only, next_token_logits
@@ -34,14 +36,14 @@ def descend(dtype: str, batch: Batch) -> None:
     """A scoring pass and its gradient at the embeddings."""
     model = MODELS[dtype]
     embeddings = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
-    with last_position_only(model, batch.attention_mask):
-        logits = model(
-            inputs_embeds=embeddings, attention_mask=batch.attention_mask.long(), use_cache=False
-        ).logits
-    logits.float().logsumexp(-1).sum().backward()
+    mask = batch.attention_mask
+    with last_position_only(model, mask):
+        output = model(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False)
+    # Any loss that hangs on all logits will do: its value is not read.
+    output.logits.float().logsumexp(-1).sum().backward()
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     processor = torch.cpu.get_capabilities()
     native = [name for name in ("amx_bf16", "avx512_bf16") if processor.get(name)]
@@ -51,14 +53,14 @@ if __name__ == "__main__":
         "processor": [processor.get("cpu_name"), *native],
     }
     rows = Rows(OUT, Stopwatch(clock="cpu", turns=11, seconds=60), about)
-    for what, do in (("scoring", score), ("descent", descend)):
-        for n_rows, length in SHAPES[what]:
-            tokens = torch.randint(
-                100, 40_000, (n_rows, length), generator=torch.Generator().manual_seed(0)
-            )
+    for part, call in (("scoring", score), ("descent", descend)):
+        for n_rows, length in SHAPES[part]:
+            generator = torch.Generator().manual_seed(0)
+            tokens = torch.randint(100, 40_000, (n_rows, length), generator=generator)
             batch = pad(tokens.tolist(), 0)
-            rows.measure(
-                what,
-                f"{n_rows} x {length} tokens",
-                {name: partial(do, name, batch) for name in MODELS},
-            )
+            calls = {dtype: partial(call, dtype, batch) for dtype in MODELS}
+            rows.measure(part, f"{n_rows} x {length} tokens", calls)
+
+
+if __name__ == "__main__":
+    main()

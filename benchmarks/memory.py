@@ -1,10 +1,12 @@
-"""Does a fit's memory grow with the number of prompts? Each size is a process of its own; its peak is read at the end.
+"""Does a fit's memory grow with the number of prompts?
 
-    python benchmarks/memory.py --out benchmarks/results/memory.json
+    python -m benchmarks.memory --out benchmarks/results/memory.json
 
-A Llama of random weights and small width (what grows does not depend on them) reads prompts of the demo's tasks.
-"extraction" runs the few-shot prompts into moments, "training" runs the trunk of zero-shot queries into its file and
-takes 50 steps. The peak is that of anonymous memory, which no disk can take over; the file's pages come beside it.
+Each size runs in a process of its own, whose peak is read at the end. A Llama of random weights and
+small width (what grows does not depend on them) reads prompts of the demo's tasks. "extraction"
+runs the few-shot prompts into moments, "training" runs the trunk of zero-shot queries into its file
+and takes 50 steps. The peak is that of anonymous memory, which no disk can take over; the file's
+pages come beside it.
 """
 
 import argparse
@@ -19,18 +21,22 @@ import time
 from pathlib import Path
 
 STAGES = {"extraction": (40, 400), "training": (2_500, 25_000)}
+LAYERS = (4, 5)
 
 
 def anonymous_mb() -> float:
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+)", status).group(1)) / 1024
+    (kilobytes,) = re.findall(r"RssAnon:\s+(\d+)", status)
+    return int(kilobytes) / 1024
 
 
 class Peak:
     """Samples this process's anonymous memory until it is stopped."""
 
     def __enter__(self):
-        self.start, self.peak, self._running = anonymous_mb(), 0.0, True
+        self.start = anonymous_mb()
+        self.peak = 0.0
+        self._running = True
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
@@ -45,8 +51,8 @@ class Peak:
         self._thread.join()
 
 
-def world(n_rows):
-    """A small random model, its tokenizer and a task of as many rows as asked, repeated from the demo's."""
+def small_model(n_rows: int):
+    """A small random model, its tokenizer and a task of `n_rows` rows, repeated from the demo's."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -55,24 +61,25 @@ def world(n_rows):
 
     tokenizer = AutoTokenizer.from_pretrained(folder_of("pinned:smollm2-135m"))
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-    }
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), **shape, max_position_embeddings=4096)
-    ).eval()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+    )
+    model = LlamaForCausalLM(config).eval()
     task = load_task("agnews", "pinned:staicc")
-    rows = (task.train * (1 + n_rows // len(task.train)))[:n_rows]
+    n_copies = 1 + n_rows // len(task.train)
+    rows = (task.train * n_copies)[:n_rows]
     return model, tokenizer, dataclasses.replace(task, train=rows)
 
 
-def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
+def train(model, tokenizer, task, config, folder: Path) -> None:
+    """Keeps the trunk of the task's queries in a file and takes 50 steps; PIDs need few prompts."""
     import torch
 
-    from icrouting.config import HIDDEN, FitConfig
     from icrouting.decoder.decoder import Decoder
     from icrouting.decoder.families import dims_of
     from icrouting.fitting.extraction import extract
@@ -81,33 +88,33 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
     from icrouting.routing.features import features_of
     from icrouting.routing.router import Router
 
-    model, tokenizer, task = world(max(size, 1000))
-    config = FitConfig(n_prompts=size, n_queries=size, rank=4, encoder=HIDDEN, epochs=1)
-    features, layers, started = (
-        features_of(HIDDEN, Decoder.of(model, tokenizer), "cpu"),
-        (4, 5),
-        time.monotonic(),
+    features = features_of(config.encoder, Decoder.of(model, tokenizer), "cpu")
+    few_prompts = dataclasses.replace(config, n_prompts=8)
+    pids = extract(Decoder.of(model, tokenizer), [task], LAYERS, few_prompts, None)
+    queries, _ = training_queries(
+        Decoder.of(model, tokenizer), [task], features, LAYERS[0], config, folder
     )
+    n_heads = dims_of(model).n_heads
+    generator = torch.Generator().manual_seed(0)
+    router = Router(features.n_features, len(LAYERS), n_heads, config.rank, 32, generator)
+    trainer = Trainer(Decoder.of(model, tokenizer), pids, router, queries, config)
+    trainer.n_steps = 50
+    trainer.run()
+
+
+def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
+    from icrouting.config import HIDDEN, FitConfig
+    from icrouting.decoder.decoder import Decoder
+    from icrouting.fitting.extraction import extract
+
+    model, tokenizer, task = small_model(max(size, 1000))
+    config = FitConfig(n_prompts=size, n_queries=size, rank=4, encoder=HIDDEN, epochs=1)
+    started = time.monotonic()
     with Peak() as peak:
         if stage == "extraction":
-            extract(Decoder.of(model, tokenizer), [task], layers, config, None)
+            extract(Decoder.of(model, tokenizer), [task], LAYERS, config, None)
         else:
-            few = dataclasses.replace(config, n_prompts=8)
-            pids = extract(Decoder.of(model, tokenizer), [task], layers, few, None)
-            queries, _ = training_queries(
-                Decoder.of(model, tokenizer), [task], features, 4, config, folder
-            )
-            router = Router(
-                features.n_features,
-                2,
-                dims_of(model).n_heads,
-                4,
-                32,
-                torch.Generator().manual_seed(0),
-            )
-            trainer = Trainer(Decoder.of(model, tokenizer), pids, router, queries, config)
-            trainer.n_steps = 50
-            trainer.run()
+            train(model, tokenizer, task, config, folder)
     file = folder / "trunk.bin"
     return {
         "prompts": size,
@@ -116,6 +123,14 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
         "trunk_file_mb": round(file.stat().st_size / 2**20) if file.exists() else 0,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def measured_apart(stage: str, size: int) -> dict[str, float]:
+    """What `measure` says in a new process, whose memory holds nothing of another row's."""
+    module = [sys.executable, "-m", "benchmarks.memory"]
+    command = [*module, "--stage", stage, "--size", str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -136,16 +151,13 @@ def main() -> None:
     rows = {}
     for stage, sizes in STAGES.items():
         for size in sizes:
-            command = [sys.executable, __file__, "--stage", stage, "--size", str(size)]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            rows.setdefault(stage, []).append(json.loads(said.splitlines()[-1]))
+            rows.setdefault(stage, []).append(measured_apart(stage, size))
             print(stage, rows[stage][-1], flush=True)
-    ratios = {
-        stage: round(large["peak_mb"] / small["peak_mb"], 3)
-        for stage, (small, large) in rows.items()
-    }
+    ratios = {}
+    for stage, (small, large) in rows.items():
+        ratios[stage] = round(large["peak_mb"] / small["peak_mb"], 3)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"command": "python benchmarks/memory.py", "commit": commit()}
+    about = {"command": "python -m benchmarks.memory", "commit": commit()}
     save_json(arguments.out, {**about, "ten_times_the_prompts": ratios, "rows": rows})
     print("ten times the prompts, peak over peak:", ratios)
 

@@ -1,18 +1,18 @@
-"""Does routing lose in bfloat16 what the model itself does not? And would other ways of holding the columns help?
+"""Does routing lose in bfloat16 what the model itself does not? Would other columns help?
 
-    python benchmarks/precision.py --data DATA --out runs/precision
+    python -m benchmarks.precision --data DATA --out runs/precision
 
-On SmolLM2-135M with the published router: option logits of the twelve tasks in float32 and in bfloat16, unrouted and
-routed, with the widened columns held in several ways. Each way is tried twice: in the bfloat16 model, and alone, in a
-float32 model whose columns are the only thing that is rounded. Only the late third runs per way. Killed and started
-again, it goes on. A processor without bfloat16 products is slow at them, so a product of two bfloat16 matrices is
-computed in float32 and rounded once, which is what hardware with such products does.
+On SmolLM2-135M with the published router: option logits of the twelve tasks in float32 and in
+bfloat16, unrouted and routed, with the widened columns held in several ways. Each way is tried
+twice: in the bfloat16 model, and alone, in a float32 model whose columns are the only thing that is
+rounded. Only the late third runs per way. Killed and started again, it goes on. A processor without
+bfloat16 products is slow at them, so a product of two bfloat16 matrices is computed in float32 and
+rounded once, which is what hardware with such products does.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
@@ -39,7 +39,8 @@ from icrouting.tasks.catalogue import PAPER_TASKS
 from icrouting.tasks.load import load_task
 
 ROUTER = Path(__file__).parents[1] / "routers" / "smollm2-135m"
-LENGTHS = 2048
+# Of a batch, in tokens.
+TOKEN_BUDGET = 2048
 
 
 def rounded(columns):
@@ -78,6 +79,8 @@ def exact(query, key):
     return (query,), (key,)
 
 
+# The run that the others are held against.
+EXACT = "float32, routed"
 # Way of holding the columns -> how many times `rank` columns there are.
 WAYS = {
     "cast": (cast, 1),
@@ -96,18 +99,21 @@ def columns_held(way, spreads=None):
     def widen_cached(layer, key, value):
         layer.z_key = project(layer.store["key"], layer.key_directions)[:, None]
         parts = torch.cat(way(layer.z_key, layer.z_key)[1], -1)
-        layer.rank = parts.shape[-1]  # the attention function cuts off as many
+        # The attention function cuts off as many columns as the rank says.
+        layer.rank = parts.shape[-1]
         columns = parts.to(key.dtype).expand(-1, key.shape[1], -1, -1)
         return torch.cat([key, columns], -1), torch.nn.functional.pad(value, (0, layer.rank))
 
     def widen_queries(layer, query, weights):
         columns = project(layer.store["query"], layer.query_directions)[:, None] * weights
-        if spreads is not None:  # the model's scaling of logits, which the weights are divided by
+        if spreads is not None:
+            # The weights are divided by the model's scaling of logits, which comes back here.
             bias = query.shape[-1] ** -0.5 * columns @ layer.z_key.mT
-            spreads.append(
-                (bias.square().mean().sqrt().item(), bias.std(-1).square().mean().sqrt().item())
-            )
-        return torch.cat([query, torch.cat(way(columns, layer.z_key)[0], -1).to(query.dtype)], -1)
+            size = bias.square().mean().sqrt()
+            spread = bias.std(-1).square().mean().sqrt()
+            spreads.append((size.item(), spread.item()))
+        parts = torch.cat(way(columns, layer.z_key)[0], -1)
+        return torch.cat([query, parts.to(query.dtype)], -1)
 
     with (
         mock.patch.object(RoutedLayer, "widen_cached", widen_cached),
@@ -122,8 +128,8 @@ def products_in_float32():
     linear = torch.nn.functional.linear
 
     def product(states, weight, bias=None):
-        wide = linear(states.float(), weight.float(), None if bias is None else bias.float())
-        return wide.to(states.dtype)
+        wide_bias = None if bias is None else bias.float()
+        return linear(states.float(), weight.float(), wide_bias).to(states.dtype)
 
     with mock.patch.object(torch.nn.functional, "linear", product):
         yield
@@ -131,156 +137,166 @@ def products_in_float32():
 
 def ways_of(dtype):
     """Every run of one dtype: its name, and how columns are held; None is unrouted."""
-    name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
-    runs: dict[str, Callable | None] = {f"{name}, unrouted": None}
     if dtype == torch.float32:
-        runs["float32, routed"] = exact
-    more = "float32, columns alone: " if dtype == torch.float32 else "bfloat16, routed: "
-    return runs | {more + way: function for way, (function, _) in WAYS.items()}
+        runs = {"float32, unrouted": None, EXACT: exact}
+        prefix = "float32, columns alone"
+    else:
+        runs = {"bfloat16, unrouted": None}
+        prefix = "bfloat16, routed"
+    for way, (function, _) in WAYS.items():
+        runs[f"{prefix}: {way}"] = function
+    return runs
 
 
 @torch.no_grad()
 def score(model, tokenizer, icr, task, indices, runs, spreads):
     """Option logits of a task's items, [n_options] each, by run and item; the trunk runs once."""
-    examples, first, pad_id = (
-        [task.test[index] for index in indices],
-        icr.pids.layers[0],
-        pad_id_of(tokenizer),
-    )
-    texts = [task.prompt(example) for example in examples]
-    ids = [
-        option_ids(tokenizer, text, task.options(e))
-        for text, e in zip(texts, examples, strict=True)
-    ]
+    first_layer = icr.pids.layers[0]
+    pad_id = pad_id_of(tokenizer)
+    texts = []
+    ids_by_row = []
+    for index in indices:
+        example = task.test[index]
+        text = task.prompt(example)
+        texts.append(text)
+        ids_by_row.append(option_ids(tokenizer, text, task.options(example)))
     token_lists = tokenize(tokenizer, texts)
     with icr.attached(model, tokenizer) as routed:
         routing = routed.routing(texts)
-    states, found = run_trunk(Decoder.of(model, tokenizer), token_lists, first), {}
+    states = run_trunk(Decoder.of(model, tokenizer), token_lists, first_layer)
+    option_logits = {}
     for name, way in runs.items():
-        for rows in by_length(token_lists, LENGTHS):
+        for rows in by_length(token_lists, TOKEN_BUDGET):
+            batch = pad_states([states[row] for row in rows], pad_id)
             with ExitStack() as stack:
                 if way is not None:
-                    stack.enter_context(
-                        columns_held(way, spreads if name == "float32, routed" else None)
-                    )
+                    measured = spreads if name == EXACT else None
+                    stack.enter_context(columns_held(way, measured))
                     attachment = stack.enter_context(attach(model, icr.pids))
                     attachment.routing = Routing(
                         routing.routing_vector[rows], routing.head_gates[rows]
                     )
-                entry = stack.enter_context(late_entry(model, first))
-                logits = entry(*pad_states([states[row] for row in rows], pad_id))
-            found |= {
-                (name, indices[row]): logits[place][ids[row]] for place, row in enumerate(rows)
-            }
-    return found
+                entry = stack.enter_context(late_entry(model, first_layer))
+                logits = entry(*batch)
+            for place, row in enumerate(rows):
+                option_logits[name, indices[row]] = logits[place][ids_by_row[row]]
+    return option_logits
 
 
-def as_records(tokenizer, task, found, seconds):
+def as_records(tokenizer, task, logits_by_item, seconds):
     """Records of option logits by run and item."""
-    made = []
-    for (name, index), logits in found.items():
-        example, options = task.test[index], tuple(logits.tolist())
-        n_tokens = len(tokenizer(task.prompt(example)).input_ids)
-        made.append(
-            records.Record(
-                name,
-                task.name,
-                0,
-                index,
-                example.label,
-                int(logits.argmax()),
-                options,
-                n_tokens,
-                seconds,
-            )
+    new_records = []
+    for (name, index), logits in logits_by_item.items():
+        example = task.test[index]
+        record = records.Record(
+            method=name,
+            task=task.name,
+            seed=0,
+            index=index,
+            label=example.label,
+            prediction=int(logits.argmax()),
+            option_logits=tuple(logits.tolist()),
+            n_tokens=len(tokenizer(task.prompt(example)).input_ids),
+            seconds=seconds,
         )
-    return made
+        new_records.append(record)
+    return new_records
 
 
 def run(data: Path, out: Path, n_items: int) -> None:
-    file, sizes = out / "records.jsonl", out / "bias.jsonl"
+    file = out / "records.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     icr = InContextRouter.from_pretrained(ROUTER)
     tasks = [load_task(name, str(data)) for name in PAPER_TASKS]
     for dtype in (torch.float32, torch.bfloat16):
-        done, runs = {record.key for record in records.read(file)}, ways_of(dtype)
+        done = {record.key for record in records.read(file)}
+        runs = ways_of(dtype)
         model, tokenizer = load_model("pinned:smollm2-135m", dtype=dtype, device="cpu")
         for task in tasks:
-            items = [
-                index
-                for index in draw_items(task, n_items)
-                if not all((name, task.name, 0, index) in done for name in runs)
-            ]
+            items = []
+            for index in draw_items(task, n_items):
+                if not all((name, task.name, 0, index) in done for name in runs):
+                    items.append(index)
             if not items:
                 continue
-            started, spreads = time.monotonic(), []
+            started = time.monotonic()
+            spreads = []
             with products_in_float32():
-                found = score(model, tokenizer, icr, task, items, runs, spreads)
-            records.append(
-                file, as_records(tokenizer, task, found, (time.monotonic() - started) / len(found))
-            )
-            with sizes.open("a") as stream:
+                logits_by_item = score(model, tokenizer, icr, task, items, runs, spreads)
+            seconds = (time.monotonic() - started) / len(logits_by_item)
+            records.append(file, as_records(tokenizer, task, logits_by_item, seconds))
+            with (out / "bias.jsonl").open("a") as stream:
                 stream.writelines(json.dumps(pair) + "\n" for pair in spreads)
             print(f"{dtype} {task.name}: {time.monotonic() - started:.0f} s", flush=True)
     tabulate(out)
 
 
-def errors(of, reference):
-    """What each item's option logits, less their mean, are off by: the root of the mean square, in nats."""
-    logits = dict(zip(reference["item"], reference.option_logits, strict=True))
-    pairs = [
-        (np.array(o), np.array(logits[item]))
-        for item, o in zip(of["item"], of.option_logits, strict=True)
-    ]
-    return np.array([np.std(ours - theirs) for ours, theirs in pairs])
+def errors(lines, reference):
+    """What each item's option logits are off by: the root of the mean square, in nats.
+
+    A shift of all options alike changes no answer, so logits are taken less their mean.
+    """
+    reference_logits = dict(zip(reference["item"], reference.option_logits, strict=True))
+    off = []
+    for item, logits in zip(lines["item"], lines.option_logits, strict=True):
+        off.append(np.std(np.array(logits) - np.array(reference_logits[item])))
+    return np.array(off)
+
+
+def root_mean_square(values, axis=None):
+    return np.sqrt((values**2).mean(axis))
+
+
+def row_of(lines, reference, unrouted, resampled) -> dict:
+    """One run's error, agreement, accuracy and McNemar's test against its float32 run.
+
+    `unrouted` are the errors of the bfloat16 model itself, `resampled` the bootstrap's rows.
+    """
+    off = errors(lines, reference)
+    ratios = root_mean_square(off[resampled], 1) / root_mean_square(unrouted[resampled], 1)
+    change = metrics.paired(lines, reference).change
+    is_same = lines.prediction.to_numpy() == reference.prediction.to_numpy()
+    accuracy_by_task = {}
+    for task, part in lines.groupby("task", sort=False):
+        accuracy_by_task[task] = round(100 * float(part.right.mean()), 1)
+    return {
+        "error": round(float(root_mean_square(off)), 5),
+        "times unrouted": [round(float(end), 3) for end in np.percentile(ratios, [50, 2.5, 97.5])],
+        "same prediction": int(is_same.sum()),
+        "accuracy": round(100 * metrics.accuracy(lines).value, 2),
+        "won, lost": [int((change == sign).sum()) for sign in (1, -1)],
+        "mcnemar p": round(metrics.mcnemar(lines, reference), 3),
+        "accuracy by task": accuracy_by_task,
+    }
 
 
 def tabulate(out: Path) -> None:
     """Writes, for every run, its error against float32, agreement, accuracy and McNemar's test."""
-    lines = metrics.frame(records.read(out / "records.jsonl")).sort_values(
-        ["task", "index"], kind="stable"
-    )
-    by_run, rng = dict(list(lines.groupby("method", sort=False))), np.random.default_rng(0)
-    unrouted = errors(by_run["bfloat16, unrouted"], by_run["float32, unrouted"])
+    lines = metrics.frame(records.read(out / "records.jsonl"))
+    lines = lines.sort_values(["task", "index"], kind="stable")
+    lines_by_run = dict(list(lines.groupby("method", sort=False)))
+    rng = np.random.default_rng(0)
+    unrouted = errors(lines_by_run["bfloat16, unrouted"], lines_by_run["float32, unrouted"])
     resampled = rng.integers(len(unrouted), size=(2000, len(unrouted)))
     rows = {}
-    for name, found in by_run.items():
-        reference = by_run["float32, unrouted" if "unrouted" in str(name) else "float32, routed"]
-        off = errors(found, reference)
-        ratios = np.sqrt((off**2)[resampled].mean(1) / (unrouted**2)[resampled].mean(1))
-        rows[name] = {
-            "error": round(float(np.sqrt((off**2).mean())), 5),
-            "times unrouted": [
-                round(float(end), 3) for end in np.percentile(ratios, [50, 2.5, 97.5])
-            ],
-            "same prediction": int(
-                (found.prediction.to_numpy() == reference.prediction.to_numpy()).sum()
-            ),
-            "accuracy": round(100 * metrics.accuracy(found).value, 2),
-            "won, lost": [
-                int((metrics.paired(found, reference).change == sign).sum()) for sign in (1, -1)
-            ],
-            "mcnemar p": round(metrics.mcnemar(found, reference), 3),
-            "accuracy by task": {
-                task: round(100 * float(part.right.mean()), 1)
-                for task, part in found.groupby("task", sort=False)
-            },
-        }
+    for name, run_lines in lines_by_run.items():
+        reference_name = "float32, unrouted" if "unrouted" in str(name) else EXACT
+        reference = lines_by_run[reference_name]
+        rows[name] = row_of(run_lines, reference, unrouted, resampled)
     pairs = [json.loads(line) for line in (out / "bias.jsonl").read_text().splitlines()]
-    whole, spread = np.sqrt(np.square(pairs).mean(0))
-    about = {
-        "command": "python benchmarks/precision.py --data DATA",
+    size, spread = root_mean_square(np.array(pairs), 0)
+    content = {
+        "command": "python -m benchmarks.precision --data DATA",
         "commit": commit(),
         "items": len(unrouted),
+        "bias": {
+            "root mean square": round(float(size), 3),
+            "spread over the keys": round(float(spread), 3),
+        },
+        "columns": {way: n_parts for way, (_, n_parts) in WAYS.items()},
+        "rows": rows,
     }
-    about["bias"] = {
-        "root mean square": round(float(whole), 3),
-        "spread over the keys": round(float(spread), 3),
-    }
-    save_json(
-        out / "table.json",
-        {**about, "columns": {way: n for way, (_, n) in WAYS.items()}, "rows": rows},
-    )
+    save_json(out / "table.json", content)
 
 
 if __name__ == "__main__":

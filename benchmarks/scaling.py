@@ -1,9 +1,10 @@
-"""Holds the plan of a fit (`icr fit --dry-run`) against what short fits on SmolLM2-135M take: docs/scaling.md.
+"""Holds the plan of a fit (`icr fit --dry-run`) against what short fits take: docs/scaling.md.
 
-    python benchmarks/scaling.py --data FOLDER
+    python -m benchmarks.scaling --data FOLDER
 
-The speed is fitted on two extractions, of the shortest and of the longest prompts; all else is predicted. Every row
-runs in a process of its own, on one thread, and is timed in seconds of its core, since machines are shared.
+The fits are of SmolLM2-135M. The speed is fitted on two extractions, of the shortest and of the
+longest prompts; all else is predicted. Every row runs in a process of its own, on one thread, and
+is timed in seconds of its core, since machines are shared.
 """
 
 import argparse
@@ -47,22 +48,18 @@ def measured(data: str, names: tuple[str, ...], config: FitConfig, trains: bool)
     torch.set_num_threads(1)
     model, tokenizer = load_model(MODEL, dtype=torch.float32)
     tasks = [load_task(name, data) for name in names]
-    plan, layers = (
-        plan_fit(model, tokenizer, tasks, config, torch.float32, sample=10**6),
-        late_third(30),
-    )
+    plan = plan_fit(model, tokenizer, tasks, config, torch.float32, sample=10**6)
+    layers = late_third(30)
+    # What a first call allocates once and for all is none of the fit's.
     model(input_ids=torch.ones(1, 8, dtype=torch.long))
     gc.collect()
     before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # Linux: the peak so far, of loading, is forgotten
+    # Linux: the peak so far, of loading, is forgotten.
+    Path("/proc/self/clear_refs").write_text("5")
     started = time.process_time()
     pids = extract(Decoder.of(model, tokenizer), tasks, layers, config, None)
     seconds = {"extraction": time.process_time() - started}
-    peak = (
-        int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024 - before
-    )
+    peak = peak_bytes() - before
     if trains:
         features = features_of(HIDDEN, Decoder.of(model, tokenizer), "cpu")
         started = time.process_time()
@@ -71,13 +68,8 @@ def measured(data: str, names: tuple[str, ...], config: FitConfig, trains: bool)
         )
         seconds["trunk"] = time.process_time() - started
         started = time.process_time()
-        router = Router(
-            features.n_features,
-            len(layers),
-            dims_of(model).n_heads,
-            config.rank,
-            config.hidden_width,
-        )
+        n_heads = dims_of(model).n_heads
+        router = Router(features.n_features, len(layers), n_heads, config.rank, config.hidden_width)
         Trainer(Decoder.of(model, tokenizer), pids, router, queries, config).run()
         seconds["training"] = time.process_time() - started
     return {
@@ -89,6 +81,12 @@ def measured(data: str, names: tuple[str, ...], config: FitConfig, trains: bool)
     }
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024
+
+
 def tokens_of(plan: Plan) -> dict[str, int]:
     """Returns the tokens of both kinds of prompts."""
     kinds = {"extraction": plan.prompts, "queries": plan.queries}
@@ -97,12 +95,25 @@ def tokens_of(plan: Plan) -> dict[str, int]:
     }
 
 
+def errors_of(row: dict, flops_per_second: float) -> dict[str, float]:
+    """How far the plan is off in each stage's seconds and in the peak of memory; 0 is exact."""
+    errors = {}
+    for stage, seconds in row["seconds"].items():
+        planned = row["flops"][stage] / flops_per_second
+        errors[stage] = planned / seconds - 1
+    # The parts that are there at one time in an extraction, which is what the peak was read of.
+    parts = ("moments", "extraction batch", "PCA of one layer")
+    errors["peak"] = sum(row["memory"][part] for part in parts) / row["peak"] - 1
+    return errors
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", default="../shared/data", help="folder with NAME/train.jsonl and NAME/test.jsonl"
     )
-    data, rows = parser.parse_args().data, {}
+    data = parser.parse_args().data
+    rows = {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name, tasks, n_prompts in EXTRACTIONS:
             trains = len(tasks) > 1
@@ -111,20 +122,15 @@ def main() -> None:
             )
             rows[name] = pool.apply(measured, (data, tasks, config, trains))
             print(name, json.dumps(rows[name]), flush=True)
-    fitted = [rows[name] for name, _, _ in EXTRACTIONS[:2]]
-    speed = sum(row["flops"]["extraction"] for row in fitted) / sum(
-        row["seconds"]["extraction"] for row in fitted
-    )
+    fitted_rows = [rows[name] for name, _, _ in EXTRACTIONS[:2]]
+    flops = sum(row["flops"]["extraction"] for row in fitted_rows)
+    seconds = sum(row["seconds"]["extraction"] for row in fitted_rows)
+    flops_per_second = flops / seconds
     for row in rows.values():
-        row["off"] = {
-            stage: row["flops"][stage] / speed / took - 1 for stage, took in row["seconds"].items()
-        }
-        parts = ("moments", "extraction batch", "PCA of one layer")
-        row["off"]["peak"] = sum(row["memory"][part] for part in parts) / row["peak"] - 1
+        row["off"] = errors_of(row, flops_per_second)
         print(row["off"])
-    RESULT.write_text(
-        json.dumps({"model": MODEL, "flops_per_second": speed, "rows": rows}, indent=1) + "\n"
-    )
+    content = {"model": MODEL, "flops_per_second": flops_per_second, "rows": rows}
+    RESULT.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""What does routing cost, and what does it save? Every figure is a ratio of calls that take turns in one run.
+"""What does routing cost, and what does it save? Every figure is a ratio of calls that take turns.
 
-    python benchmarks/speed.py --out benchmarks/results/speed/smollm2-135m.json
+    python -m benchmarks.speed --out benchmarks/results/speed/smollm2-135m.json
 
-Killed and started again with the same --out, it goes on with the row it was at. It runs where the model does: with
-`--model random:llama-2-7b` and an accelerator on random weights of that shape, which cost what real ones cost.
+Killed and started again with the same --out, it goes on with the row it was at. It runs where the
+model does: with `--model random:llama-2-7b` and an accelerator on random weights of that shape,
+which cost what real ones cost.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import speed_fit
-import speed_passes
 import torch
-from speed_passes import RANK, World
-from speed_turns import Rows, Stopwatch, draw
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks import speed_fit, speed_passes
+from benchmarks.speed_passes import RANK, World
+from benchmarks.speed_turns import Rows, Stopwatch, draw
 from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
 from icrouting.routing.pids import PIDs, late_third
@@ -35,31 +35,34 @@ PARTS = {
 
 
 def model_of(name: str):
-    """The model and a tokenizer; a random one borrows the demo model's, and so its number of tokens."""
+    """The model and its tokenizer; a random one borrows the demo's, and so its number of tokens."""
     if name != "random:llama-2-7b":
         return load_model(name)
     _, tokenizer = load_model("pinned:smollm2-135m", device="cpu")
-    device, dtype = (
-        ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    )
-    with torch.device(device):  # a LlamaConfig's own defaults are the shape of Llama-2-7B
-        model = AutoModelForCausalLM.from_config(
-            LlamaConfig(vocab_size=len(tokenizer)), dtype=dtype
-        )
+    has_cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if has_cuda else torch.float32
+    # A LlamaConfig's own defaults are the shape of Llama-2-7B.
+    config = LlamaConfig(vocab_size=len(tokenizer))
+    with torch.device("cuda" if has_cuda else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.requires_grad_(False).eval(), tokenizer
 
 
 def random_pids(model, layers: tuple[int, ...]) -> PIDs:
-    dims, generator = dims_of(model), torch.Generator().manual_seed(0)
-    query, key = (
-        torch.linalg.qr(torch.randn(len(layers), width, RANK, generator=generator)).Q
-        for width in (dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
-    )
+    dims = dims_of(model)
+    generator = torch.Generator().manual_seed(0)
+
+    def orthonormal(width: int) -> torch.Tensor:
+        columns = torch.randn(len(layers), width, RANK, generator=generator)
+        return torch.linalg.qr(columns).Q
+
+    query = orthonormal(dims.n_heads * dims.head_dim)
+    key = orthonormal(dims.n_kv_heads * dims.head_dim)
     ones = torch.ones(len(layers), RANK)
     return PIDs(layers, query, key, 5 * ones, 5 * ones, 1 * ones, 1 * ones, "whitened")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parser_of_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,7 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--clock", choices=["cpu", "wall"], default="wall", help="cpu: of this process alone"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    chosen = parser_of_options().parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     model, tokenizer = model_of(chosen.model)
     layers = late_third(dims_of(model).n_layers)
@@ -105,14 +112,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rank": RANK,
     }
     rows = Rows(chosen.out, Stopwatch(chosen.clock, chosen.turns, chosen.seconds), about)
-    tasks = [load_task(task, chosen.data) for task in chosen.tasks]
-    shapes = chosen.lengths, chosen.batches, chosen.max_tokens, chosen.items
     world = World(
-        model, tokenizer, random_pids(model, layers), chosen.encoder, tasks, rows, *shapes
+        model=model,
+        tokenizer=tokenizer,
+        pids=random_pids(model, layers),
+        encoder=chosen.encoder,
+        tasks=[load_task(task, chosen.data) for task in chosen.tasks],
+        rows=rows,
+        lengths=chosen.lengths,
+        batches=chosen.batches,
+        max_tokens=chosen.max_tokens,
+        n_items=chosen.items,
     )
     for part in chosen.parts:
         if part != "loading":
             PARTS[part](world)
+        # Random weights are made, not loaded.
         elif not chosen.model.startswith("random:"):
             speed_fit.loading(world, chosen.model)
     draw(rows.content, chosen.out.with_suffix(".svg"))

@@ -1,4 +1,7 @@
-"""What training, extraction and loading take beside the paper's algorithm, a bare forward and loading the model."""
+"""What training, extraction and loading take.
+
+Beside the paper's algorithm, a bare forward, and loading the model.
+"""
 
 import dataclasses
 import tempfile
@@ -6,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from speed_passes import RANK, World, dense_bias, twin
 
+from benchmarks.speed_passes import RANK, World, dense_bias, twin
 from icrouting.config import HIDDEN, PAPER
 from icrouting.decoder.batches import by_length, context_length, pad, pad_id_of, tokenize
 from icrouting.decoder.decoder import Decoder
@@ -26,12 +29,12 @@ from icrouting.routing.router import Router
 from icrouting.tasks.prompts import extraction_prompts
 
 
-def paper_terms(model, given, trainer, queries):
-    """The loss's terms as the paper's algorithm has them: a plain and a routed pass, logits at every position."""
-    batch = pad([query.state.tokens for query in queries], 0).to(device_of(model))
-    routing = trainer.router(
-        torch.stack([query.features for query in queries]).to(device_of(model))
-    )
+def paper_terms(model, bias, trainer, queries):
+    """The loss's terms by the paper's algorithm: a plain and a routed pass, logits everywhere."""
+    device = device_of(model)
+    batch = pad([query.state.tokens for query in queries], 0).to(device)
+    features = torch.stack([query.features for query in queries]).to(device)
+    routing = trainer.router(features)
     scale = alpha_scale(trainer.step, trainer.n_steps, trainer.config.final_alpha_scale)
     inputs = {
         "input_ids": batch.input_ids,
@@ -41,11 +44,10 @@ def paper_terms(model, given, trainer, queries):
     rows = torch.arange(len(queries), device=batch.last.device)
     with torch.no_grad():
         plain = trainer.model(**inputs).logits[rows, batch.last].float()
-    given.routing = routing.scaled(scale)
+    bias.routing = routing.scaled(scale)
     logits = model(**inputs).logits[rows, batch.last].float()
-    targets = torch.tensor(
-        [query.option_ids[query.label] for query in queries], device=logits.device
-    )
+    right_ids = [query.option_ids[query.label] for query in queries]
+    targets = torch.tensor(right_ids, device=logits.device)
     return {
         "ce": torch.nn.functional.cross_entropy(logits, targets),
         "conf": losses.confidence_loss(logits, losses.entropy(plain)),
@@ -56,61 +58,72 @@ def paper_terms(model, given, trainer, queries):
 
 
 def training(world: World) -> None:
-    """Two epochs of the paper's settings; ours runs the trunk in the first place. Features are given to both."""
-    model, biased, layers = world.model, twin(world.model), world.pids.layers
-    n_features, n_heads, generator = 384, dims_of(model).n_heads, torch.Generator().manual_seed(0)
-    chosen = [
-        (task, example) for task in world.tasks for example in task.train[: 4 * world.n_items]
-    ]
-    texts = [task.prompt(example) for task, example in chosen]
-    lists = tokenize(world.tokenizer, texts)
-    ids = [
-        option_ids(world.tokenizer, text, of.options(e))
-        for text, (of, e) in zip(texts, chosen, strict=True)
-    ]
-    features = torch.randn(len(chosen), n_features, generator=generator)
-    config, logs = dataclasses.replace(PAPER, encoder=HIDDEN), {}
+    """Two epochs of the paper's settings; ours runs the trunk first, both are handed features."""
+    model = world.model
+    biased = twin(world.model)
+    layers = world.pids.layers
+    n_features = 384
+    examples = []
+    texts = []
+    ids = []
+    for task in world.tasks:
+        for example in task.train[: 4 * world.n_items]:
+            text = task.prompt(example)
+            examples.append(example)
+            texts.append(text)
+            ids.append(option_ids(world.tokenizer, text, task.options(example)))
+    token_lists = tokenize(world.tokenizer, texts)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(len(examples), n_features, generator=generator)
+    config = dataclasses.replace(PAPER, encoder=HIDDEN)
+    losses_by_way = {}
 
     def trainer_of(states):
-        items = zip(states, features, ids, chosen, strict=True)
-        queries = [
-            Query(state, vector, option_list, e.label)
-            for state, vector, option_list, (_, e) in items
-        ]
+        queries = []
+        for state, vector, option_list, example in zip(
+            states, features, ids, examples, strict=True
+        ):
+            queries.append(Query(state, vector, option_list, example.label))
         seeded = torch.Generator().manual_seed(0)
-        router = Router(n_features, len(layers), n_heads, RANK, 256, seeded).to(device_of(model))
-        return Trainer(Decoder.of(model, world.tokenizer), world.pids, router, queries, config)
+        router = Router(n_features, len(layers), dims_of(model).n_heads, RANK, 256, seeded)
+        return Trainer(
+            Decoder.of(model, world.tokenizer),
+            world.pids,
+            router.to(device_of(model)),
+            queries,
+            config,
+        )
 
     def ours(states=None):
         trainer = trainer_of(
-            states or run_trunk(Decoder.of(model, world.tokenizer), lists, layers[0])
+            states or run_trunk(Decoder.of(model, world.tokenizer), token_lists, layers[0])
         )
         trainer.run()
-        logs["ours"] = [entry["loss"] for entry in trainer.log]
+        losses_by_way["ours"] = [entry["loss"] for entry in trainer.log]
 
     def papers():
-        trainer = trainer_of([TrunkState(tokens, torch.empty(0), 0.0) for tokens in lists])
-        with dense_bias(biased, world.pids) as given:
+        trainer = trainer_of([TrunkState(tokens, torch.empty(0), 0.0) for tokens in token_lists])
+        with dense_bias(biased, world.pids) as bias:
             for _ in range(trainer.n_steps):
                 queries = [trainer.queries[row] for row in trainer._rows()]
-                trainer._update(paper_terms(biased, given, trainer, queries))
-        logs["paper's"] = [entry["loss"] for entry in trainer.log]
+                trainer._update(paper_terms(biased, bias, trainer, queries))
+        losses_by_way["paper's"] = [entry["loss"] for entry in trainer.log]
 
     def more():
-        gap = max(
-            abs(own - other) for own, other in zip(logs["ours"], logs["paper's"], strict=True)
-        )
+        # Two ways of computing one thing must have walked the same path.
+        our_losses = losses_by_way["ours"]
+        gaps = np.abs(np.subtract(our_losses, losses_by_way["paper's"]))
+        gap = float(gaps.max())
         assert gap < (2e-3 if model.dtype == torch.float32 else 0.2), f"the losses differ by {gap}"
-        tokens = sum(map(len, lists)) / len(lists)
         return {
-            "steps": len(logs["ours"]),
+            "steps": len(our_losses),
             "loss_gap": gap,
-            "first_loss": logs["ours"][0],
-            "mean_tokens": tokens,
+            "first_loss": our_losses[0],
+            "mean_tokens": sum(map(len, token_lists)) / len(token_lists),
         }
 
-    where = f"{len(chosen)} queries, 2 epochs, batches of {config.batch_size}"
-    states = run_trunk(Decoder.of(model, world.tokenizer), lists, layers[0])
+    where = f"{len(examples)} queries, 2 epochs, batches of {config.batch_size}"
+    states = run_trunk(Decoder.of(model, world.tokenizer), token_lists, layers[0])
     world.rows.measure("training", where, {"ours": ours, "the paper's algorithm": papers}, more)
     calls = {"ours, trunk there": lambda: ours(states), "the paper's algorithm": papers}
     world.rows.measure("training", where, calls, more)
@@ -118,44 +131,49 @@ def training(world: World) -> None:
 
 @torch.no_grad()
 def extraction(world: World) -> None:
-    """Few-shot prompts through capture and moments; the bare forward runs the same batches, tokenized before."""
-    model, dims, layers, rng = (
-        world.model,
-        dims_of(world.model),
-        world.pids.layers,
-        np.random.default_rng(0),
-    )
-    prompts = [
-        prompt for task in world.tasks for prompt in extraction_prompts(task, world.n_items, 5, rng)
-    ]
-    lists = tokenize(world.tokenizer, [prompt.text for prompt in prompts], context_length(model))
-    groups = [[lists[row] for row in group] for group in by_length(lists, TOKEN_BUDGET)]
-    batches = [pad(group, pad_id_of(world.tokenizer)).to(device_of(model)) for group in groups]
+    """Few-shot prompts through capture and moments, beside a bare forward of the same batches.
+
+    The bare forward's are tokenized before.
+    """
+    model = world.model
+    dims = dims_of(model)
+    layers = world.pids.layers
+    rng = np.random.default_rng(0)
+    prompts = []
+    for task in world.tasks:
+        prompts += extraction_prompts(task, world.n_items, 5, rng)
+    texts = [prompt.text for prompt in prompts]
+    token_lists = tokenize(world.tokenizer, texts, context_length(model))
+    batches = []
+    for rows in by_length(token_lists, TOKEN_BUDGET):
+        batch = pad([token_lists[row] for row in rows], pad_id_of(world.tokenizer))
+        batches.append(batch.to(device_of(model)))
 
     def extract():
-        moments = QKMoments(
-            len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
-        )
+        query_width = dims.n_heads * dims.head_dim
+        key_width = dims.n_kv_heads * dims.head_dim
+        moments = QKMoments(len(layers), query_width, key_width)
         for query, key in capture_last_tokens(Decoder.of(model, world.tokenizer), prompts, layers):
             moments.update(query, key)
 
     def bare():
         for batch in batches:
-            stack_of(model)(
-                batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
-            )
+            mask = batch.attention_mask.long()
+            stack_of(model)(batch.input_ids, attention_mask=mask, use_cache=False)
 
-    # Tokens a second are the inverse of seconds, so that extraction's rate over the bare one is bare over extraction.
+    # Tokens a second are the inverse of seconds: extraction's rate over the bare one is bare over
+    # extraction.
     calls = {"seconds of extraction": extract, "seconds of the bare forward": bare}
-    world.rows.measure(
-        "extraction", f"{len(prompts)} prompts, {sum(map(len, lists))} tokens", calls
-    )
+    where = f"{len(prompts)} prompts, {sum(map(len, token_lists))} tokens"
+    world.rows.measure("extraction", where, calls)
 
 
 def loading(world: World, name: str) -> None:
-    model, tokenizer, device = world.model, world.tokenizer, device_of(world.model)
+    """Loading the model beside loading the artifact, and beside entering and leaving `attached`."""
+    model = world.model
+    tokenizer = world.tokenizer
     config = dataclasses.replace(PAPER, encoder=HIDDEN)
-    features = features_of(HIDDEN, Decoder.of(model, tokenizer), str(device))
+    features = features_of(HIDDEN, Decoder.of(model, tokenizer), str(device_of(model)))
     description = artifact.describe(
         Decoder.of(model, world.tokenizer), world.tasks, config, world.pids.layers, features
     )

@@ -17,15 +17,19 @@ from icrouting.evaluation.runs import commit
 from icrouting.runtime.storage import load_json, save_json
 
 Calls = Mapping[str, Callable[[], object]]
-SHORTEST, LONG = 0.2, 2.0  # seconds; shorter calls than the one are repeated within a turn
+# Seconds. A shorter call is repeated within a turn, until it takes as long.
+SHORTEST = 0.2
+# Seconds. Calls that are longer are kept from the first round on.
+LONG = 2.0
 
 
 @dataclass(frozen=True)
 class Stopwatch:
     """How turns are timed.
 
-    `clock` is "wall", or "cpu" for the processor time of this process, which other work on the machine does not
-    lengthen; `turns` and `seconds` bound a row: as many turns as fit into the seconds, three at least.
+    `clock` is "wall", or "cpu" for the processor time of this process, which other work on the
+    machine does not lengthen; `turns` and `seconds` bound a row: as many turns as fit into the
+    seconds, three at least.
     """
 
     clock: str
@@ -33,6 +37,7 @@ class Stopwatch:
     seconds: float
 
     def now(self) -> float:
+        # An accelerator works on after a call has returned.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.process_time() if self.clock == "cpu" else time.perf_counter()
@@ -46,21 +51,24 @@ class Stopwatch:
     def in_turns(self, calls: Calls) -> dict[str, list[float]]:
         """Seconds of each call in each turn; every other turn goes backwards.
 
-        The first round warms up and is not kept, unless calls are so long that warmth does not matter.
+        The first round warms up and is not kept, unless calls are so long that warmth does not
+        matter.
         """
         first = {name: self.timed(call, 1) for name, call in calls.items()}
-        n_calls = {
-            name: max(1, math.ceil(SHORTEST / max(seconds, 1e-6)))
-            for name, seconds in first.items()
-        }
-        n_turns = int(self.seconds / sum(max(seconds, SHORTEST) for seconds in first.values()))
-        found = {
-            name: [seconds] if min(first.values()) > LONG else [] for name, seconds in first.items()
-        }
-        for turn in range(len(found[next(iter(calls))]), min(self.turns, max(3, n_turns))):
-            for name in list(calls)[:: -1 if turn % 2 else 1]:
-                found[name].append(self.timed(calls[name], n_calls[name]))
-        return found
+        n_calls = {}
+        for name, seconds in first.items():
+            n_calls[name] = max(1, math.ceil(SHORTEST / max(seconds, 1e-6)))
+        seconds_of_turn = sum(max(seconds, SHORTEST) for seconds in first.values())
+        n_turns = min(self.turns, max(3, int(self.seconds / seconds_of_turn)))
+        is_first_kept = min(first.values()) > LONG
+        seconds_by_name: dict[str, list[float]] = {}
+        for name, seconds in first.items():
+            seconds_by_name[name] = [seconds] if is_first_kept else []
+        for turn in range(int(is_first_kept), n_turns):
+            names = reversed(list(calls)) if turn % 2 else calls
+            for name in names:
+                seconds_by_name[name].append(self.timed(calls[name], n_calls[name]))
+        return seconds_by_name
 
 
 def device_name() -> str:
@@ -70,12 +78,14 @@ def device_name() -> str:
 
 
 class Rows:
-    """The rows of one model, written as soon as they are measured; a row that is there is not measured again."""
+    """The rows of one model, written as soon as measured; a row that is there is not done again."""
 
     def __init__(self, file: Path, stopwatch: Stopwatch, about: dict[str, Any]):
-        self.file, self.stopwatch = file, stopwatch
+        self.file = file
+        self.stopwatch = stopwatch
         self.content = load_json(file) if file.exists() else {**about, "rows": {}}
-        if different := [key for key in about if self.content[key] != about[key]]:
+        different = [key for key in about if self.content[key] != about[key]]
+        if different:
             raise SystemExit(
                 f"{file} was measured with another {', '.join(different)}: choose another --out"
             )
@@ -84,7 +94,10 @@ class Rows:
     def measure(
         self, part: str, where: str, calls: Calls, more: Callable[[], dict[str, Any]] = dict
     ) -> None:
-        """Adds one row for every call but the first, which is what the others are divided by; `more` joins each."""
+        """Adds a row for every call but the first, which the others are divided by.
+
+        What `more` returns, after the turns, joins every row.
+        """
         base, *others = calls
         names = {other: f"{part}: {other} / {base}, {where}" for other in others}
         if all(name in self.content["rows"] for name in names.values()):
@@ -92,27 +105,30 @@ class Rows:
         seconds = self.stopwatch.in_turns(calls)
         added = more()
         for other, name in names.items():
-            ratios = [own / of for own, of in zip(seconds[other], seconds[base], strict=True)]
+            ratios = []
+            for numerator, denominator in zip(seconds[other], seconds[base], strict=True):
+                ratios.append(numerator / denominator)
             low, _, high = quantiles(ratios, n=4, method="inclusive")
             row = {
                 "part": part,
-                "ratio": median(ratios),
-                "low": low,
-                "high": high,
+                "ratio": four_digits(median(ratios)),
+                "low": four_digits(low),
+                "high": four_digits(high),
                 "turns": len(ratios),
+                "seconds": four_digits(median(seconds[other])),
+                "base_seconds": four_digits(median(seconds[base])),
+                "clock": self.stopwatch.clock,
+                "device": device_name(),
+                "commit": commit(),
             }
-            row |= {"seconds": median(seconds[other]), "base_seconds": median(seconds[base])}
-            row = {
-                key: float(f"{value:.4g}") if isinstance(value, float) else value
-                for key, value in row.items()
-            }
-            about = {"clock": self.stopwatch.clock, "device": device_name(), "commit": commit()}
-            self.content["rows"][name] = {**row, **about, **added}
-            print(
-                f"{name}  {row['ratio']:.4g}  ({low:.4g} to {high:.4g}, {row['turns']} turns)  {added}",
-                flush=True,
-            )
+            self.content["rows"][name] = {**row, **added}
+            scatter = f"({row['low']:.4g} to {row['high']:.4g}, {row['turns']} turns)"
+            print(f"{name}  {row['ratio']:.4g}  {scatter}  {added}", flush=True)
         save_json(self.file, self.content)
+
+
+def four_digits(number: float) -> float:
+    return float(f"{number:.4g}")
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -137,38 +153,39 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def draw(content: dict[str, Any], file: Path) -> None:
-    """Every row as a dot, its middle half of turns as a bar; 1 is the line to be near or far from."""
-    rows = content["rows"]
-    parts = list(dict.fromkeys(row["part"] for row in rows.values()))
-    chosen = [[(name, row) for name, row in rows.items() if row["part"] == part] for part in parts]
+    """Every row as a dot, its middle half of turns as a bar; 1 is the line to compare with."""
+    rows_by_part: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, row in content["rows"].items():
+        rows_by_part.setdefault(row["part"], {})[name] = row
+    height = 0.5 + 0.19 * len(content["rows"]) + 0.55 * len(rows_by_part)
+    heights = [len(rows) + 1 for rows in rows_by_part.values()]
     with style.context("icrouting.report.report"):
-        figure = Figure(figsize=(9.0, 0.5 + 0.19 * len(rows) + 0.55 * len(parts)))
-        panels = figure.subplots(
-            len(parts), squeeze=False, height_ratios=[len(part) + 1 for part in chosen]
-        )[:, 0]
-        for part, panel, named in zip(parts, panels, chosen, strict=True):
-            for place, (_, row) in enumerate(named):
-                panel.plot(
-                    [row["low"], row["high"]], [place] * 2, color="#0072B2", linewidth=3, alpha=0.4
-                )
-                panel.plot(row["ratio"], place, "o", color="#0072B2", ms=4)
-                panel.annotate(
-                    f" {row['ratio']:.3g}", (row["high"], place), va="center", fontsize=7
-                )
-            panel.axvline(1, color="black", linewidth=0.8, zorder=0)
-            panel.set(title=part, xscale="log", ylim=(len(named) - 0.3, -0.7))
-            panel.set_yticks(
-                range(len(named)), [name.partition(": ")[2] for name, _ in named], fontsize=7
-            )
-            figures = FuncFormatter(lambda ratio, _: f"{ratio:.3g}")
-            is_wide = max(row["high"] for _, row in named) > 10 * min(
-                row["low"] for _, row in named
-            )
-            panel.xaxis.set_major_formatter(figures)
-            panel.xaxis.set_minor_formatter(NullFormatter() if is_wide else figures)
-            panel.tick_params(axis="x", which="both", labelsize=7)
-            panel.margins(x=0.12)
-        figure.suptitle(
-            f"{content['model']}, {content['dtype']}: ratios, median and middle half of the turns"
-        )
+        figure = Figure(figsize=(9.0, height))
+        panels = figure.subplots(len(rows_by_part), squeeze=False, height_ratios=heights)[:, 0]
+        for panel, (part, rows) in zip(panels, rows_by_part.items(), strict=True):
+            draw_part(panel, part, rows)
+        title = "ratios, median and middle half of the turns"
+        figure.suptitle(f"{content['model']}, {content['dtype']}: {title}")
         figure.savefig(file, metadata={"Date": None})
+
+
+def draw_part(panel, part: str, rows: dict[str, dict[str, Any]]) -> None:
+    """One panel: the rows of a part, by name."""
+    for place, row in enumerate(rows.values()):
+        ends = [row["low"], row["high"]]
+        panel.plot(ends, [place] * 2, color="#0072B2", linewidth=3, alpha=0.4)
+        panel.plot(row["ratio"], place, "o", color="#0072B2", ms=4)
+        panel.annotate(f" {row['ratio']:.3g}", (row["high"], place), va="center", fontsize=7)
+    panel.axvline(1, color="black", linewidth=0.8, zorder=0)
+    panel.set(title=part, xscale="log", ylim=(len(rows) - 0.3, -0.7))
+    labels = [name.partition(": ")[2] for name in rows]
+    panel.set_yticks(range(len(rows)), labels, fontsize=7)
+    lowest = min(row["low"] for row in rows.values())
+    highest = max(row["high"] for row in rows.values())
+    figures = FuncFormatter(lambda ratio, _: f"{ratio:.3g}")
+    panel.xaxis.set_major_formatter(figures)
+    # Over more than a decade the minor ticks' figures would overlap.
+    is_wide = highest > 10 * lowest
+    panel.xaxis.set_minor_formatter(NullFormatter() if is_wide else figures)
+    panel.tick_params(axis="x", which="both", labelsize=7)
+    panel.margins(x=0.12)

@@ -33,8 +33,9 @@ commit, seeds and what was cut short. The twelve-task runs come from
 [`twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in [`routers`](../routers);
 the rivals' and the controls' runs come from [`rivals.sh`](../benchmarks/recipes/rivals.sh), and
 [who wins where](who-wins.md) reads them. Where an `answers.json` lies
-beside a run's figures, it holds what every method chose on every item: `python benchmarks/answers.py restore` makes
-the run of it again, to be paired with others or gone on with.
+beside a run's figures, it holds what every method chose on every item (`icr report RUN --keep-answers FOLDER`):
+`icr report FOLDER --restore-to RUN` makes the run of it again, to be paired with others (`icr report RUN RUN --leads`)
+or gone on with.
 
 The paper's tables: its table 1 (twelve tasks) is the first table here, and for rivals that are taken over to unseen
 tasks the one of rivals fitted once; its table 2 (vectors fitted on each in-domain task) and the LoRA of its table 8 are

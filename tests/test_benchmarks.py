@@ -1,27 +1,16 @@
 import json
 import re
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import answers
-import leads
-import precision
-import speed
-
 import tiny
-from fake_run import fake_config, fake_records, record
+from benchmarks import precision, speed
 from icrouting import InContextRouter, score_options
 from icrouting.config import FitConfig
-from icrouting.evaluation import records
-from icrouting.report import page as report
 from icrouting.runtime.pages import MINUS
-from icrouting.runtime.storage import load_json, save_json
 
 ROUTERS = Path(__file__).parents[1] / "routers"
 
@@ -151,58 +140,3 @@ def test_the_precision_of_columns_is_measured_on_the_routing_that_is_in_use(toke
     assert all(
         torch.allclose(found["unrouted", i], plain[row], atol=1e-5) for row, i in enumerate(items)
     )
-
-
-def test_leads_pair_the_records_of_two_runs_and_refuse_runs_of_other_rows(tmp_path):
-    shares = {"icr": 0.5, "zero-shot": 0.2}, {"icv": 0.3}
-    for folder, own, rows in zip("abc", (*shares, {"icv": 0.3}), ("1", "1", "2"), strict=True):
-        (tmp_path / folder).mkdir()
-        tasks = fake_config()["tasks"]
-        kept = fake_records(
-            {(method, task["name"]): own[method] for method in own for task in tasks}
-        )
-        records.append(tmp_path / folder / "records.jsonl", kept)
-        save_json(tmp_path / folder / "config.json", fake_config(rows=rows))
-    out = tmp_path / "leads.json"
-    leads.run([tmp_path / "a", tmp_path / "b"], ["icv/icr", "icr/zero-shot"], out, ["mr"])
-    found = load_json(out)["leads"]
-    groups = (
-        "source tasks",
-        "unseen tasks",
-        "all tasks",
-        "unseen tasks but mr",
-        "all tasks but mr",
-    )
-    assert {key: lead["value"] for key, lead in found.items()} == {
-        **{f"icv over icr, {group}": -20.0 for group in groups},
-        **{f"icr over zero-shot, {group}": 30.0 for group in groups},
-    }
-    assert found["icv over icr, all tasks"]["by seed"] == [-20.0, -20.0]
-    with pytest.raises(SystemExit, match="differ in rows"):
-        leads.run([tmp_path / "a", tmp_path / "c"], ["icv/icr"], out, [])
-
-
-def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(tmp_path):
-    kept = fake_records(
-        {(m, t["name"]): 0.6 for m in ("zero-shot", "icr") for t in fake_config()["tasks"]}
-    )
-    ragged = [record(index, method="icr", seed=2, is_right=index % 3 > 0) for index in (29, 4)]
-    lines = [*kept, *ragged]
-    for name in ("run", "out"):
-        (tmp_path / name).mkdir()
-        save_json(tmp_path / name / "config.json", fake_config())
-    records.append(tmp_path / "run" / "records.jsonl", lines)
-    answers.keep(tmp_path / "run", tmp_path / "out")
-    answers.restore(tmp_path / "out", tmp_path / "again")
-    again = {one.key: one for one in records.read(tmp_path / "again" / "records.jsonl")}
-    fields = ("label", "prediction", "n_tokens", "seconds")
-    assert {key: [getattr(one, name) for name in fields] for key, one in again.items()} == {
-        one.key: [getattr(one, name) for name in fields] for one in lines
-    }
-    pages = [report.write(tmp_path / name).lines for name in ("run", "again")]
-    pd.testing.assert_frame_equal(*pages)
-    assert (tmp_path / "run" / "report.csv").read_text() == (
-        tmp_path / "again" / "report.csv"
-    ).read_text()
-    with pytest.raises(SystemExit, match="already"):
-        answers.restore(tmp_path / "out", tmp_path / "run")

@@ -1,21 +1,14 @@
 """ICR behind a gate: like ICR on prompts that are like its training queries, like nothing on others."""
 
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from icrouting.decoder.decoder import Decoder
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import novelty
-
 import tiny
+from benchmarks import novelty
 from icrouting.config import FitConfig
 from icrouting.decoder.families import stack_of
 from icrouting.decoder.scoring import score_options
@@ -266,7 +259,7 @@ def test_every_seed_has_a_gate_of_its_own(settings, model, tokenizer, tmp_path):
 
 
 def test_the_distance_is_that_of_the_benchmark_which_chose_it(settings, model, tokenizer):
-    """`novelty.py` inverts covariances whole, and divides them by one row less."""
+    """`benchmarks/novelty.py` inverts covariances whole, and divides them by one row less."""
     method = fitted(settings, model, tokenizer)
     n = len(method.known)
     states = last_states(model, tokenizer, MIXED)

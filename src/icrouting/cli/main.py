@@ -93,18 +93,46 @@ def evaluate(
     room.evaluate(out, model, data, tasks, sources, methods, n_test, seeds, settings)
 
 
-def report(run: Annotated[Path, tyro.conf.Positional], card: Path | None = None) -> None:
-    """Remake the tables and the HTML page of a run from its records alone.
+def report(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")],
+    card: Path | None = None,
+    keep_answers: Path | None = None,
+    restore_to: Path | None = None,
+    leads: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[METHOD/METHOD ...]")] = None,
+    without: Names = (),
+    out: Path | None = None,
+) -> None:
+    """Remake the tables and the HTML page of a run from its records alone; or pair methods across runs.
 
     Example: icr report runs/first --card my-router
 
-    Args:
-        run: The run's folder.
-        card: Folder of the router that the run measured: the table is written to its model card (README.md).
-    """
-    from icrouting.cli import evaluate as room
+    A run's answers fit in one small file, and the run can be made of it again, to be shown, paired or gone on with:
+    icr report runs/first --keep-answers published/first; then icr report published/first --restore-to runs/again
 
-    room.show(run, card)
+    Leads pair the answers of methods item by item, over the source, the unseen and all tasks: icr report runs/first
+    runs/second --leads icr/zero-shot icr/lora-head --out leads.json
+
+    Args:
+        runs: The run's folder; several for --leads.
+        card: Folder of the router that the run measured: the table is written to its model card (README.md).
+        keep_answers: Folder for answers.json, what every method answered on every item, and for the run's config.json.
+        restore_to: Folder for the run that is made again of kept answers; in place of RUN stands the answers' folder.
+        leads: Instead of a report: how far the first of two methods is ahead of the second, for each pair. Without
+            pairs, how far every method is ahead of zero-shot. The runs must have asked the same model the same rows.
+        without: With --leads: tasks that the leads are given without as well.
+        out: With --leads: a JSON file for them.
+    """
+    from icrouting.cli import report as room
+
+    room.report(
+        runs,
+        card=card,
+        keep_answers=keep_answers,
+        restore_to=restore_to,
+        pairs=leads,
+        without=without,
+        out=out,
+    )
 
 
 def generate(

@@ -1,0 +1,1 @@
+"""Measurements that the documents quote; from the root: `python -m benchmarks.speed --help`."""
