@@ -10,6 +10,7 @@ import torch
 import tiny
 from benchmarks import novelty
 from icrouting.config import FitConfig
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import stack_of
 from icrouting.decoder.scoring import score_options
 from icrouting.evaluation.evaluate import Evaluation
