@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from icrouting.evaluation.records import BASELINE
-from icrouting.report.summary import Method, Row, Summary
+from icrouting.report.rows import Row
+from icrouting.report.summary import Method, Summary
 from icrouting.report.wording import label
 from icrouting.runtime.pages import points
 
