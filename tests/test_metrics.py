@@ -84,14 +84,15 @@ def test_effective_n_lies_between_items_and_records():
 
 def test_accuracy_intervals_cover_when_seeds_share_items():
     rng = np.random.default_rng(5)
+    items = over_seeds([1] * 60, 3)
     n_covered = 0
     for _ in range(N_SIMULATED):
         pool = rng.random(60) < 0.7
-        draws = [(seed, index) for seed in range(3) for index in rng.permutation(60)[:40]]
-        found = metrics.accuracy(
-            metrics.frame(record(int(i), bool(pool[i]), seed=seed) for seed, i in draws)
-        )
-        n_covered += found.low <= 0.7 <= found.high
+        drawn = np.array([rng.permutation(60)[:40] for _ in range(3)])
+        lines = drawn + 60 * np.arange(3)[:, None]
+        records = answered_again(items.iloc[lines.ravel()], pool[drawn])
+        share = metrics.accuracy(records)
+        n_covered += share.low <= 0.7 <= share.high
     assert n_covered / N_SIMULATED >= LEAST_COVERAGE
 
 

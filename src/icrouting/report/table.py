@@ -137,9 +137,9 @@ def ranked(summary: Summary) -> list[Method]:
     Those that lack tasks come last: their means are over other tasks.
     """
 
-    def rank(method: Method) -> tuple[float, float]:
+    def rank(method: Method) -> tuple[int, float]:
         mean = summary.line("mean", "all", method.name)
-        return -mean.accuracy_n, -mean.accuracy
+        return -int(mean.accuracy_n), -mean.accuracy
 
     return sorted(summary.methods, key=rank)
 
