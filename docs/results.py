@@ -11,13 +11,23 @@ RESULTS = ROOT / "benchmarks" / "results"
 # The runs that are shown, by folder, and what they are.
 RUNS = {
     "smollm2-135m": "SmolLM2-135M-Instruct, all twelve tasks",
-    "smollm2-135m-rivals-once": "SmolLM2-135M-Instruct, every rival fitted once on the five source tasks",
+    "smollm2-135m-rivals-once": (
+        "SmolLM2-135M-Instruct, every rival fitted once on the five source tasks"
+    ),
     "smollm2-135m-rivals-in-domain": "SmolLM2-135M-Instruct, every rival fitted on each task",
-    "smollm2-135m-rivals-in-domain-seed-1": "SmolLM2-135M-Instruct, every rival fitted on each task, a second seed",
-    "smollm2-135m-rivals-in-domain-sources": "SmolLM2-135M-Instruct, rivals fitted on each source task, three seeds",
+    "smollm2-135m-rivals-in-domain-seed-1": (
+        "SmolLM2-135M-Instruct, every rival fitted on each task, a second seed"
+    ),
+    "smollm2-135m-rivals-in-domain-sources": (
+        "SmolLM2-135M-Instruct, rivals fitted on each source task, three seeds"
+    ),
     "smollm2-135m-gated": "SmolLM2-135M-Instruct, ICR behind a gate",
-    "smollm2-135m-controls-once": "SmolLM2-135M-Instruct, ICR and its controls at the rivals' budget",
-    "smollm2-135m-probes": "SmolLM2-135M-Instruct, ICR beside linear probes with as many rows as queries",
+    "smollm2-135m-controls-once": (
+        "SmolLM2-135M-Instruct, ICR and its controls at the rivals' budget"
+    ),
+    "smollm2-135m-probes": (
+        "SmolLM2-135M-Instruct, ICR beside linear probes with as many rows as queries"
+    ),
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, all twelve tasks",
     "qwen2.5-coder-0.5b-shots": "Qwen2.5-Coder-0.5B, few-shot prompts",
     "qwen2.5-coder-0.5b-one-seed": "Qwen2.5-Coder-0.5B, ICR behind a gate, and I2CL",
@@ -26,20 +36,23 @@ RUNS = {
     "demo": "The demo, SmolLM2-135M-Instruct on seven tasks",
 }
 IN_README = "smollm2-135m"
+# The notes of a report that the README leaves out: what its marks, intervals and origin are.
+LEFT_OUT = ("▲", "Intervals", "Model")
 HEAD = """# Results
 
-Made from [`benchmarks/results`](../benchmarks/results) by `python docs/results.py`; every table names its command,
-commit, seeds and what was cut short. The twelve-task runs come from
-[`twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in [`routers`](../routers);
-the rivals' and the controls' runs come from [`rivals.sh`](../benchmarks/recipes/rivals.sh), and
-[who wins where](who-wins.md) reads them. Where an `answers.json` lies
-beside a run's figures, it holds what every method chose on every item (`icr report RUN --keep-answers FOLDER`):
-`icr report FOLDER --restore-to RUN` makes the run of it again, to be paired with others (`icr report RUN RUN --leads`)
-or gone on with.
+Made from [`benchmarks/results`](../benchmarks/results) by `python docs/results.py`; every table
+names its command, commit, seeds and what was cut short. The twelve-task runs come from
+[`twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in
+[`routers`](../routers); the rivals' and the controls' runs come from
+[`rivals.sh`](../benchmarks/recipes/rivals.sh), and [who wins where](who-wins.md) reads them. Where
+an `answers.json` lies beside a run's figures, it holds what every method chose on every item
+(`icr report RUN --keep-answers FOLDER`): `icr report FOLDER --restore-to RUN` makes the run of it
+again, to be paired with others (`icr report RUN RUN --leads`) or gone on with.
 
-The paper's tables: its table 1 (twelve tasks) is the first table here, and for rivals that are taken over to unseen
-tasks the one of rivals fitted once; its table 2 (vectors fitted on each in-domain task) and the LoRA of its table 8 are
-the source columns of the tables fitted on each task; its table 11 (numbers kept, cost of a fit) is under rivals'.
+The paper's tables: its table 1 (twelve tasks) is the first table here, and for rivals that are
+taken over to unseen tasks the one of rivals fitted once; its table 2 (vectors fitted on each
+in-domain task) and the LoRA of its table 8 are the source columns of the tables fitted on each
+task; its table 11 (numbers kept, cost of a fit) is under rivals'.
 """
 
 
@@ -55,15 +68,17 @@ def page() -> str:
 
 def table() -> str:
     """Returns the conclusion, the table and the cuts of the run that the README shows."""
-    shown, *rest = re.split(r"\n- ", (RESULTS / IN_README / "report.md").read_text())
-    cuts = [line.strip() for line in rest if not line.startswith(("▲", "Intervals", "Model"))]
-    return f"{shown.strip()}\n\nCut short: {' '.join(cuts)}"
+    report = (RESULTS / IN_README / "report.md").read_text()
+    # Conclusion and table stand above the first note.
+    head, *notes = re.split(r"\n- ", report)
+    cuts = [note.strip() for note in notes if not note.startswith(LEFT_OUT)]
+    return f"{head.strip()}\n\nCut short: {' '.join(cuts)}"
 
 
 def readme(text: str) -> str:
     """Returns the README with its table made anew."""
-    before, rest = text.split("<!-- results -->\n")
-    _, after = rest.split("<!-- end of results -->")
+    before, table_and_after = text.split("<!-- results -->\n")
+    _, after = table_and_after.split("<!-- end of results -->")
     return f"{before}<!-- results -->\n{table()}\n<!-- end of results -->{after}"
 
 

@@ -10,50 +10,48 @@ from rich.table import Table
 from rich.text import Text
 
 from icrouting.evaluation.records import BASELINE
-from icrouting.report.summary import Method, Row, Summary
+from icrouting.report.rows import Row
+from icrouting.report.summary import Method, Summary
 from icrouting.report.wording import label
 from icrouting.runtime.pages import points
 
-ABOVE, BELOW, AT_CHANCE, NONE = "▲", "▼", "≈", "\N{EN DASH}"
+ABOVE = "▲"
+BELOW = "▼"
+AT_CHANCE = "≈"
+NONE = "\N{EN DASH}"
 LEGEND = (
-    f"{ABOVE} {BELOW} significantly above or below {BASELINE} (McNemar's exact test, Holm-corrected over a "
-    f"method's tasks, p < 0.05). {AT_CHANCE} not significantly above chance (one-sided binomial test)."
+    f"{ABOVE} {BELOW} significantly above or below {BASELINE} (McNemar's exact test, "
+    "Holm-corrected over a method's tasks, p < 0.05). "
+    f"{AT_CHANCE} not significantly above chance (one-sided binomial test)."
 )
 DRAWS = (
-    "Intervals and tests are over items, for the draws that were made. How draws differ is in the gains by seed; a "
-    "method that is missing there answers all seeds alike, by one fit or none, or has had one so far."
+    "Intervals and tests are over items, for the draws that were made. How draws differ is in the "
+    "gains by seed; a method that is missing there answers all seeds alike, by one fit or none, or "
+    "has had one so far."
 )
-WIDE = 7  # methods; more are lines rather than columns
+# A table of more methods is too wide for columns: it has a line a method.
+WIDE = 7
 CSV_COLUMNS = (
-    *("kind", "name", "method", "n", "accuracy", "accuracy_low", "accuracy_high"),
-    *(
-        "gain",
-        "gain_low",
-        "gain_high",
-        "p_value",
-        "p_holm",
-        "macro_f1",
-        "macro_f1_low",
-        "macro_f1_high",
-    ),
+    *("kind", "name", "method", "n"),
+    *("accuracy", "accuracy_low", "accuracy_high"),
+    *("gain", "gain_low", "gain_high", "p_value", "p_holm"),
+    *("macro_f1", "macro_f1_low", "macro_f1_high"),
     *("is_above_chance", "seconds", "n_tokens", "by_seed"),
 )
 
 
 def marks(cell: Any) -> str:
     """Returns the marks of `LEGEND` that a method has earned on a task."""
-    return {1: ABOVE, -1: BELOW, 0: ""}[cell.direction] + (
-        "" if cell.is_above_chance else AT_CHANCE
-    )
+    mark_by_direction = {1: ABOVE, -1: BELOW, 0: ""}
+    chance_mark = "" if cell.is_above_chance else AT_CHANCE
+    return mark_by_direction[cell.direction] + chance_mark
 
 
 def collapse(method: Method) -> str:
     """Returns on how many tasks a method is below the baseline, and on how many significantly."""
-    return (
-        f"{method.n_collapsed} ({method.n_collapsed_significantly} sig.)"
-        if method.n_compared
-        else NONE
-    )
+    if not method.n_compared:
+        return NONE
+    return f"{method.n_collapsed} ({method.n_collapsed_significantly} sig.)"
 
 
 def milliseconds(seconds: float) -> str:
@@ -62,86 +60,139 @@ def milliseconds(seconds: float) -> str:
 
 
 def seeds(summary: Summary) -> list[list[str]]:
-    """Returns each seed's mean gain of the methods that seeds move, under a heading; empty where there are none."""
-    groups = [row for row in summary.rows if row.kind == "mean"]
+    """Returns each seed's mean gain of the methods that seeds move, under a heading.
+
+    Empty where seeds move no method.
+    """
+    mean_rows = [row for row in summary.rows if row.kind == "mean"]
     lines = []
     for method in summary.methods:
-        found = [summary.line("mean", row.name, method.name) for row in groups]
-        gains = [[] if line is None else line.gain_by_seed.values() for line in found]
-        if any(len(set(shares)) > 1 for shares in gains):
-            texts = [
-                " ".join(points(share, is_signed=True) for share in shares) or NONE
-                for shares in gains
-            ]
+        gains_by_group = [_seed_gains(summary, row.name, method.name) for row in mean_rows]
+        if any(len(set(gains)) > 1 for gains in gains_by_group):
+            texts = [_signed(gains) for gains in gains_by_group]
             lines.append([label(method.name), *texts])
-    return [["gain by seed", *(row.title for row in groups)], *lines] if lines else []
+    if not lines:
+        return []
+    heading = ["gain by seed", *(row.title for row in mean_rows)]
+    return [heading, *lines]
+
+
+def _seed_gains(summary: Summary, group: str, method: str) -> list[float]:
+    mean = summary.line("mean", group, method)
+    return [] if mean is None else list(mean.gain_by_seed.values())
+
+
+def _signed(gains: Sequence[float]) -> str:
+    return " ".join(points(gain, is_signed=True) for gain in gains) or NONE
 
 
 def grid(summary: Summary, methods: Sequence[Method]) -> list[list[str]]:
     """Returns the table as text: a heading, a line a task and mean, then collapse and cost."""
     lines = [["task", *(label(method.name) for method in methods), "chance", "majority"]]
     for row in summary.rows:
-        texts = [_text(row, summary.line(row.kind, row.name, method.name)) for method in methods]
+        cells = [summary.line(row.kind, row.name, method.name) for method in methods]
+        texts = [_text(row, cell) for cell in cells]
         lines.append([row.title, *texts, points(row.chance), points(row.majority)])
     costs = {
         f"below {BASELINE}": [collapse(method) for method in methods],
         "ms per example": [milliseconds(method.seconds) for method in methods],
         "tokens per example": [f"{method.n_tokens:.0f}" for method in methods],
     }
-    return [*lines, *([title, *texts, "", ""] for title, texts in costs.items())]
+    for title, texts in costs.items():
+        # Guessing costs nothing, so the columns of levels stay empty.
+        lines.append([title, *texts, "", ""])
+    return lines
 
 
 def grids(summary: Summary) -> list[list[list[str]]]:
-    """Returns the table as it is shown: whole, or for many methods its means and then its tasks, a line a method."""
+    """Returns the table as it is shown, in one part or two.
+
+    Up to `WIDE` methods it is whole. With more it has a line a method, in two parts: the means
+    with the costs, then the tasks.
+    """
     if len(summary.methods) <= WIDE:
         return [grid(summary, summary.methods)]
-    (_, *methods), *lines = grid(summary, ranked(summary))
-    tasks, others = [["method", *methods]], [["method", *methods]]
+    heading, *lines = grid(summary, ranked(summary))
+    methods = ["method", *heading[1:]]
+    mean_lines = [methods]
+    task_lines = [methods]
+    # The lines of costs come after those of all rows, so they have no row.
     for line, row in itertools.zip_longest(lines, summary.rows):
-        (tasks if row is not None and row.kind == "task" else others).append(line)
-    return [[list(line) for line in zip(*part, strict=True)] for part in (others, tasks)]
+        is_task = row is not None and row.kind == "task"
+        if is_task:
+            task_lines.append(line)
+        else:
+            mean_lines.append(line)
+    return [_turned(mean_lines), _turned(task_lines)]
+
+
+def _turned(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Lines as columns."""
+    return [list(column) for column in zip(*lines, strict=True)]
 
 
 def ranked(summary: Summary) -> list[Method]:
-    """Returns the methods by their mean accuracy over all tasks, best first; those that lack tasks come last."""
-    means = {method.name: summary.line("mean", "all", method.name) for method in summary.methods}
-    return sorted(
-        summary.methods,
-        key=lambda method: (-means[method.name].accuracy_n, -means[method.name].accuracy),
-    )
+    """Returns the methods by their mean accuracy over all tasks, best first.
+
+    Those that lack tasks come last: their means are over other tasks.
+    """
+
+    def rank(method: Method) -> tuple[int, float]:
+        mean = summary.line("mean", "all", method.name)
+        return -int(mean.accuracy_n), -mean.accuracy
+
+    return sorted(summary.methods, key=rank)
 
 
 def terminal_table(summary: Summary) -> Group:
     """Returns the table for a terminal, with what was cut short under it."""
-    means, parts = {row.title for row in summary.rows if row.kind == "mean"}, []
-    for heading, *lines in grids(summary):
-        parts.append(table := Table(title="Accuracy, % (± half of the 95 % interval)"))
-        # as Text, because square brackets in a plain string are rich's markup
-        for place, title in enumerate(heading):
-            table.add_column(Text(title), justify="right" if place else "left", overflow="fold")
-        for line in lines:
-            is_mean = line[0] in means
-            table.add_row(*map(Text, line), style="bold" if is_mean else None, end_section=is_mean)
-    return Group(*parts, Text("\n".join([LEGEND, *footnotes(summary)])))
+    mean_titles = {row.title for row in summary.rows if row.kind == "mean"}
+    tables = [_terminal_part(lines, mean_titles) for lines in grids(summary)]
+    return Group(*tables, Text("\n".join([LEGEND, *footnotes(summary)])))
+
+
+def _terminal_part(lines: Sequence[Sequence[str]], mean_titles: set[str]) -> Table:
+    """One part of the table, its means in bold."""
+    table = Table(title="Accuracy, % (± half of the 95 % interval)")
+    heading, *body = lines
+    # Text, because square brackets in a plain string are rich's markup.
+    for place, title in enumerate(heading):
+        table.add_column(Text(title), justify="right" if place else "left", overflow="fold")
+    for line in body:
+        is_mean = line[0] in mean_titles
+        texts = [Text(text) for text in line]
+        table.add_row(*texts, style="bold" if is_mean else None, end_section=is_mean)
+    return table
 
 
 def csv(summary: Summary) -> str:
     """Returns every cell and mean as a line of figures, fractions unrounded."""
-    seeds = summary.lines.by_seed.map(lambda shares: " ".join(map(str, shares)), na_action="ignore")
-    lines = summary.lines.assign(n=summary.lines.accuracy_n, by_seed=seeds).reset_index()
+
+    def joined(shares: Sequence[float]) -> str:
+        return " ".join(str(share) for share in shares)
+
+    # A mean has no accuracies by seed.
+    by_seed = summary.lines.by_seed.map(joined, na_action="ignore")
+    lines = summary.lines.assign(n=summary.lines.accuracy_n, by_seed=by_seed).reset_index()
     return lines.to_csv(columns=CSV_COLUMNS, index=False, lineterminator="\n")
 
 
 def footnotes(summary: Summary) -> Sequence[str]:
     """Returns what the run lacks or cut short, for a place next to the table."""
-    return (*(f"Not complete: {line}." for line in summary.unfinished), *summary.notes)
+    lacks = [f"Not complete: {line}." for line in summary.unfinished]
+    return (*lacks, *summary.notes)
 
 
 def _text(row: Row, line: Any) -> str:
+    """A method's accuracy on a task or group, with its marks or its gain."""
     if line is None:
         return NONE
-    text = f"{points(line.accuracy)} ±{points((line.accuracy_high - line.accuracy_low) / 2)}"
+    half_width = (line.accuracy_high - line.accuracy_low) / 2
+    text = f"{points(line.accuracy)} ±{points(half_width)}"
     if row.kind == "task":
-        return f"{text}{marks(line)}"
-    gain = f" ({points(line.gain, is_signed=True)})" if line.gain_n else ""
-    return f"{text}{gain}{f', {line.accuracy_n} of {row.n_tasks} tasks' if line.accuracy_n < row.n_tasks else ''}"
+        return text + marks(line)
+    if line.gain_n:
+        text += f" ({points(line.gain, is_signed=True)})"
+    if line.accuracy_n < row.n_tasks:
+        text += f", {line.accuracy_n} of {row.n_tasks} tasks"
+    return text

@@ -1,4 +1,4 @@
-"""Conclusion: the sentence at the head of a report, losses included."""
+"""Wording: the sentences at the head of a report, losses included."""
 
 from icrouting.evaluation.records import BASELINE
 from icrouting.report.metrics import Estimate
@@ -7,76 +7,87 @@ from icrouting.runtime.pages import points
 
 
 def conclusion(summary: Summary) -> str:
-    """Returns in plain English what the figures say of the method in question against the others."""
+    """Returns in plain English what the figures say of the headline method against the others."""
     method = summary.headline
     opening = "So far (the run is not complete), " if summary.unfinished else ""
     if method is None:
-        return f"{opening}there is no gain to report: only {summary.methods[0].name} has been run.".capitalize()
-    parts = [_group_clause(summary, method, group) for group in ("source", "unseen")]
+        baseline = summary.methods[0].name
+        sentence = f"{opening}there is no gain to report: only {baseline} has been run."
+        return sentence.capitalize()
+    clauses = [_group_clause(summary, method, group) for group in ("source", "unseen")]
+    scores = ", and ".join(clause for clause in clauses if clause)
     sentences = [
-        f"{opening}{label(method)} scores {', and '.join(part for part in parts if part)}."
+        f"{opening}{label(method)} scores {scores}.",
+        _collapse_sentence(summary, method),
+        _rival_sentence(summary),
     ]
-    return " ".join([*sentences, *_collapse_sentence(summary, method), *_rival_sentence(summary)])
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def label(method: str) -> str:
-    """The name that readers see."""
+    """Returns the name that readers see."""
     return method.upper() if method == "icr" else method
 
 
 def span(estimate: Estimate) -> str:
-    """An interval in words: "95 % interval 5.1 to 13.0"."""
+    """Returns an interval in words: "95 % interval 5.1 to 13.0"."""
     return f"95 % interval {points(estimate.low)} to {points(estimate.high)}"
 
 
 def verdict(gain: Estimate) -> str:
-    """A paired mean difference in words, with its interval."""
-    doubt = "; not distinguishable from no change" if gain.low <= 0 <= gain.high else ""
+    """Returns a paired mean difference in words, with its interval."""
     size = points(abs(gain.value))
-    side = (
-        f"{size} points {'above' if gain.value > 0 else 'below'}" if size != "0.0" else "level with"
-    )
-    return f"{side} {BASELINE} ({span(gain)}{doubt})"
+    side = "above" if gain.value > 0 else "below"
+    # What rounds to nothing is on neither side.
+    distance = "level with" if size == "0.0" else f"{size} points {side}"
+    # An interval that holds 0 is said to, so that noise is not read as a gain.
+    doubt = "; not distinguishable from no change" if gain.low <= 0 <= gain.high else ""
+    return f"{distance} {BASELINE} ({span(gain)}{doubt})"
 
 
 def _group_clause(summary: Summary, method: str, group: str) -> str:
-    """Mean accuracy over a group and the gain on it; empty where the method has no records there."""
+    """Mean accuracy over a group and the gain on it; empty where the method has no records."""
     mean = summary.line("mean", group, method)
     if mean is None:
         return ""
-    done, of = mean.accuracy_n, len(summary.groups[group])
-    which = (
-        f"the {done} {group} task{'s' if done > 1 else ''}"
-        if done == of
-        else f"{done} of the {of} {group} tasks"
-    )
+    n_scored = mean.accuracy_n
+    n_tasks = len(summary.groups[group])
+    if n_scored == n_tasks:
+        tasks = f"the {n_scored} {group} task{'s' if n_scored > 1 else ''}"
+    else:
+        tasks = f"{n_scored} of the {n_tasks} {group} tasks"
+    over = "on average over" if n_scored > 1 else "on"
     gain = Estimate(mean.gain, mean.gain_low, mean.gain_high, int(mean.gain_n))
     against = f", {verdict(gain)}" if gain.n else f" (no {BASELINE} records to compare with)"
-    return f"{points(mean.accuracy)} {'on average over' if done > 1 else 'on'} {which}{against}"
+    return f"{points(mean.accuracy)} {over} {tasks}{against}"
 
 
-def _collapse_sentence(summary: Summary, method: str) -> list[str]:
-    cells = summary.cells(method).dropna(subset="gain")
-    lost = cells[cells.gain < 0]
-    if lost.empty:
-        return [f"It is below {BASELINE} on none of {_tasks(len(cells))}."] if len(cells) else []
-    surely = ", ".join(lost.index[lost.direction < 0])
-    ending = (
-        f"significantly on {surely} (Holm-corrected)" if surely else "on none of them significantly"
-    )
-    return [
-        f"It is below {BASELINE} on {len(lost)} of {_tasks(len(cells))} ({', '.join(lost.index)}), {ending}."
-    ]
+def _collapse_sentence(summary: Summary, method: str) -> str:
+    """The tasks that the method is worse on than the baseline; empty where none can be compared."""
+    compared = summary.cells(method).dropna(subset="gain")
+    if compared.empty:
+        return ""
+    n_compared = _tasks(len(compared))
+    losses = compared[compared.gain < 0]
+    if losses.empty:
+        return f"It is below {BASELINE} on none of {n_compared}."
+    significant = ", ".join(losses.index[losses.direction < 0])
+    ending = "on none of them significantly"
+    if significant:
+        ending = f"significantly on {significant} (Holm-corrected)"
+    names = ", ".join(losses.index)
+    return f"It is below {BASELINE} on {len(losses)} of {n_compared} ({names}), {ending}."
 
 
-def _rival_sentence(summary: Summary) -> list[str]:
-    """The methods with a higher accuracy on what both have answered."""
-    ahead = [
-        f"{label(method)} by {points(lead.value)} points ({span(lead)}, {_tasks(lead.n)})"
-        for method, lead in summary.rivals.items()
-        if round(lead.value, 3) > 0
-    ]
-    return [f"Ahead of it: {', '.join(ahead)}."] if ahead else []
+def _rival_sentence(summary: Summary) -> str:
+    """The methods with a higher accuracy on what both have answered; empty where there are none."""
+    leads = []
+    for method, lead in summary.rivals.items():
+        # A lead that would read 0.0 is none.
+        if round(lead.value, 3) > 0:
+            behind = f"{span(lead)}, {_tasks(lead.n)}"
+            leads.append(f"{label(method)} by {points(lead.value)} points ({behind})")
+    return f"Ahead of it: {', '.join(leads)}." if leads else ""
 
 
 def _tasks(n_tasks: int) -> str:
