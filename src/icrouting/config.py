@@ -38,7 +38,8 @@ class FitConfig:
         w_spar: weight of the sparsity of the routing vector.
         w_gate: weight of the sparsity of the head gates.
         deepest_weight: the sparsity weight of the deepest layer.
-        final_alpha_scale: the routing vector's scale falls from 1 to this by a cosine over training.
+        final_alpha_scale: the routing vector's scale falls from 1 to this by a cosine over
+            training.
         lr: learning rate of AdamW.
         batch_size: queries per step.
         epochs: passes over the queries.
@@ -85,7 +86,7 @@ class FitConfig:
         check(self)
 
 
-# The paper's own settings (sections 2 to 4), but for the 10,000 prompts that it takes of AG News alone.
+# The paper's own settings (sections 2 to 4), but for AG News, of which it takes 10,000 prompts.
 PAPER = FitConfig(
     basis="pca",
     n_prompts=5000,

@@ -124,8 +124,7 @@ def known(kind: str, name: str, among: Mapping[str, T]) -> T:
     if name in among:
         return among[name]
     near = difflib.get_close_matches(name, among, n=3)
+    advice = f"known are {', '.join(sorted(among))}"
     if near:
         advice = f"did you mean {' or '.join(near)}?"
-    else:
-        advice = f"known are {', '.join(sorted(among))}"
     raise ValueError(f"unknown {kind} {name!r}: {advice}")

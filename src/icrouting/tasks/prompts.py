@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 
 import numpy as np
 
@@ -49,15 +49,14 @@ def balanced_demos(
         ValueError: no training example is left.
     """
     order = rng.permutation(len(task.train))
+    labels = task.train_labels[order]
     allowed = ~np.isin(order, exclude)
     # Classes in the order in which the permutation meets them, which the last shuffle starts from.
-    indices_by_class: dict[int, list[int]] = {}
-    for index, is_allowed in zip(order, allowed, strict=True):
-        label = task.train[index].label
-        indices = indices_by_class.setdefault(label, [])
-        if is_allowed and len(indices) < per_class:
-            indices.append(index)
-    chosen = list(chain.from_iterable(indices_by_class.values()))
+    first_places = np.unique(labels, return_index=True)[1]
+    classes = labels[np.sort(first_places)]
+    chosen: list[int] = []
+    for label in classes:
+        chosen += order[(labels == label) & allowed][:per_class].tolist()
     if not chosen:
         raise ValueError(
             f"task {task.name!r} has no training example left "
@@ -91,7 +90,8 @@ def extraction_prompts(
 ) -> Iterator[Prompt]:
     """Yields few-shot prompts of training queries behind balanced demonstrations (section 2).
 
-    Every query has demonstrations of its own; Differs: with `per_context` above 1, that many share theirs.
+    Every query has demonstrations of its own. Differs: with `per_context` above 1, that many share
+    theirs.
     """
     queries = rng.permutation(len(task.train))[:n_prompts].tolist()
     for start in range(0, len(queries), per_context):

@@ -1,4 +1,4 @@
-"""Rows: labelled examples from JSON objects or CSV lines; what does not fit is named by its line."""
+"""Rows: labelled examples from JSON or CSV; what does not fit is named by file and line."""
 
 import csv
 import io
@@ -67,13 +67,12 @@ def _label(label: object, spec: TaskSpec, n_options: int) -> int:
         elif label.isdecimal() and not have_numbers:
             index = int(label)
     # In Python true and false are integers too.
-    is_integer = isinstance(index, int) and not isinstance(index, bool)
-    if not is_integer or not 0 <= index < n_options:
-        raise ValueError(
-            f"field 'label' must be an integer in 0..{n_options - 1} "
-            f"or one of {', '.join(names)}, got {index!r}"
-        )
-    return index
+    if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < n_options:
+        return index
+    raise ValueError(
+        f"field 'label' must be an integer in 0..{n_options - 1} "
+        f"or one of {', '.join(names)}, got {index!r}"
+    )
 
 
 def read_rows(path: Path, spec: TaskSpec) -> tuple[Example, ...]:

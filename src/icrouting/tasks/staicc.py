@@ -40,13 +40,13 @@ class _DataUnpickler(pickle.Unpickler):
 def read_task(spec: TaskSpec) -> Task:
     """Returns a task with the rows of the pinned wheel: 20 % of them, at most 2,000, for testing.
 
-    Differs: the paper uses the official splits, which the wheel does not tell apart. SST-2 is tested on
-    whole sentences, like the official test split, and trained on phrases of five words or more.
+    Differs: the paper uses the official splits, which the wheel does not tell apart. SST-2 is
+    tested on whole sentences, like the official test split, and trained on phrases of five words or more.
     """
     if spec.name not in STAICC:
         raise ValueError(
-            f"the pinned data 'pinned:staicc' holds {', '.join(STAICC)}, got task {spec.name!r}: give "
-            f'data="folder", a folder with {spec.name}/train.jsonl and {spec.name}/test.jsonl'
+            f"the pinned data 'pinned:staicc' holds {', '.join(STAICC)}, got task {spec.name!r}: "
+            f'give data="folder", a folder with {spec.name}/train.jsonl and {spec.name}/test.jsonl'
         )
     folder = wheels.fetch("staicc")
     rows = _read_rows(folder, spec)
@@ -85,7 +85,7 @@ def _read_rows(folder: Path, spec: TaskSpec) -> list[Example]:
 
 
 def _unpickle(path: Path) -> list[tuple[str, int]]:
-    """Returns the texts and labels of a pickled list of `([text], label)`, running none of its code."""
+    """Returns the texts and labels of a pickled list of `([text], label)`; its code never runs."""
     try:
         with path.open("rb") as file:
             rows = _DataUnpickler(file).load()
@@ -104,11 +104,11 @@ def _unpickle(path: Path) -> list[tuple[str, int]]:
 def _deal_reviews(
     rows: Sequence[Example], rng: np.random.Generator
 ) -> tuple[list[Example], list[Example]]:
-    """Returns the train and the test rows of SST-2: no row of either lies inside a row of the other.
+    """Returns the train and the test rows of SST-2.
 
-    A sentence is a row that lies inside no other. Phrases that occur in a test sentence are left out
-    of the train rows, whichever sentence they come from; a train row cannot hold a test sentence by
-    definition.
+    No row of either lies inside a row of the other. A sentence is a row that lies inside no other.
+    Phrases that occur in a test sentence are left out of the train rows, whichever sentence they
+    come from; a train row cannot hold a test sentence by definition.
     """
     rows = [row for row in rows if is_long(row.fields["text"])]
     keys = [text_key(row.fields["text"]) for row in rows]

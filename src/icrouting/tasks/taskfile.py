@@ -128,14 +128,18 @@ def _check_splits(file: _TaskFile) -> None:
 
 def _check_template(file: _TaskFile) -> None:
     template = file.template
+    slots = set()
+    are_bare = True
     try:
-        parts = [part for part in Formatter().parse(template) if part[1] is not None]
+        for _, name, form, conversion in Formatter().parse(template):
+            # The text after the last slot has none behind it.
+            if name is not None:
+                slots.add(name)
+                are_bare = are_bare and not (form or conversion)
     except ValueError as error:
         raise _Mistake("template", f"is malformed: {error}") from error
-    slots = {name for _, name, _, _ in parts}
     # A slot is a field's name alone: no number, no attribute, no format and no conversion.
     are_names = all(name.isidentifier() for name in slots)
-    are_bare = not any(form or conversion for _, _, form, conversion in parts)
     ends_in_space = template != template.rstrip()
     if not slots or not are_names or not are_bare or ends_in_space:
         raise _Mistake(
