@@ -106,6 +106,7 @@ def in_words(error: ValidationError) -> str:
     if first["type"] not in _SELF_EXPLAINING:
         message = f"{message}, got {first['input']!r}"
     field = ".".join(str(part) for part in first["loc"])
+    # Where a line as a whole is wrong, there is no field to name.
     return f"{field}: {message}" if first["loc"] else message
 
 

@@ -37,6 +37,7 @@ def track(
     with bar:
         for item, size in zip(items, sizes, strict=True):
             yield item
+            # Here the caller is done with the item and asks for the next.
             bar.update(size)
 
 

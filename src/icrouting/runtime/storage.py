@@ -62,6 +62,7 @@ def save_tensors(
     Raises:
         OSError: the disk does not take them; the file that was there before is kept.
     """
+    # A scratch file as in `save_text`, which goes too where the disk was full.
     scratch = file.with_name(file.name + ".part")
     try:
         save_file(tensors, scratch, metadata)
@@ -109,6 +110,7 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
     """
     if not path.exists():
         return []
+    # What follows the last newline is empty where the file is whole.
     *lines, cut_line = path.read_bytes().split(b"\n")
     if cut_line:
         log.info("%s: dropped a last line that was cut short after %d bytes", path, len(cut_line))

@@ -35,6 +35,7 @@ def load_task(name: str | TaskSpec, data: str | Path) -> Task:
     """
     if str(name).endswith(".toml"):
         return taskfile.read_task_file(Path(str(name)))
+    # A spec of one's own needs no entry in the catalogue.
     spec = name if isinstance(name, TaskSpec) else known("task", name, catalogue.SPECS)
     source, _, place = str(data).partition(":")
     if str(data) == "pinned:staicc":

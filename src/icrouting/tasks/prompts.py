@@ -95,6 +95,7 @@ def extraction_prompts(
     """
     queries = rng.permutation(len(task.train))[:n_prompts].tolist()
     for start in range(0, len(queries), per_context):
+        # None of those that share a context may stand in it with its answer.
         sharing = queries[start : start + per_context]
         demos = balanced_demos(task, per_class, rng, exclude=sharing)
         for index in sharing:

@@ -41,7 +41,11 @@ def read_task(spec: TaskSpec) -> Task:
     """Returns a task with the rows of the pinned wheel: 20 % of them, at most 2,000, for testing.
 
     Differs: the paper uses the official splits, which the wheel does not tell apart. SST-2 is
-    tested on whole sentences, like the official test split, and trained on phrases of five words or more.
+    tested on whole sentences, like the official test split, and trained on phrases of five words or
+    more.
+
+    Raises:
+        ValueError: the wheel does not hold the task, or its file is damaged.
     """
     if spec.name not in STAICC:
         raise ValueError(

@@ -111,6 +111,7 @@ class Task:
         for name, text in example.fields.items():
             words = self.spec.words.get(name, {})
             values[name] = words.get(text, text)
+        # Only an example with choices of its own has letters.
         letters = string.ascii_uppercase[: len(example.choices)]
         lines = []
         for letter, choice in zip(letters, example.choices, strict=True):
@@ -126,6 +127,7 @@ class Task:
 
 def rows_digest(tasks: Sequence[Task]) -> str:
     """Returns 16 hex digits that identify the rows and templates of tasks."""
+    # Run folders and routers keep these digits: what is hashed, and its order, must stay.
     digest = hashlib.sha256()
     for task in tasks:
         content = (task.spec, task.train, task.validation, task.test)

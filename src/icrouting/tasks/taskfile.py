@@ -113,6 +113,7 @@ def _mistake_among_keys(error: ValidationError, values: dict[str, Any]) -> _Mist
 
 def _check_options(file: _TaskFile) -> None:
     options = file.options
+    # Each row brings its choices then.
     if not options:
         return
     n_different = len({str(option) for option in options})
