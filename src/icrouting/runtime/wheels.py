@@ -93,14 +93,14 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
         command, cwd=folder, capture_output=True, text=True, errors="replace", check=False
     )
     if finished.returncode != 0:
-        _refuse_download(requirement, finished)
+        _refuse_download(requirement, finished.stderr, finished.returncode)
     (archive,) = folder.glob("*.whl")
     return archive
 
 
-def _refuse_download(requirement: str, finished: subprocess.CompletedProcess[str]) -> NoReturn:
+def _refuse_download(requirement: str, stderr: str, exit_status: int) -> NoReturn:
     """Raises an error that says in one line why pip failed."""
-    lines = [" ".join(line.split()) for line in finished.stderr.splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in stderr.splitlines() if line.strip()]
     if any("No space left on device" in line for line in lines):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if any("DO NOT MATCH THE HASHES" in line for line in lines):
@@ -111,7 +111,7 @@ def _refuse_download(requirement: str, finished: subprocess.CompletedProcess[str
             "nothing was kept; check pip's index settings, then try again"
         )
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR")]
-    reasons = errors or lines or [f"pip ended with exit status {finished.returncode}"]
+    reasons = errors or lines or [f"pip ended with exit status {exit_status}"]
     raise ConnectionError(
         f"cannot download {requirement}: {reasons[-1]}; "
         "check that pip is installed, the network, and pip's index settings, then try again"
