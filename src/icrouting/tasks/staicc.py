@@ -11,7 +11,7 @@ test split.
 """
 
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +121,8 @@ def _deal_reviews(
     phrases = set()
     for outer, indices in enumerate(contained):
         phrases |= indices - {outer}
-    sentences = rng.permutation([i for i in range(len(rows)) if i not in phrases])
+    whole = [i for i in range(len(rows)) if i not in phrases]
+    sentences = rng.permutation(whole).tolist()
     n_dealt = _N_TEST_SENTENCES + _N_TRAIN_SENTENCES
     test_sentences = sentences[:_N_TEST_SENTENCES]
     train_sentences = sentences[_N_TEST_SENTENCES:n_dealt]
@@ -131,7 +132,7 @@ def _deal_reviews(
     return [rows[i] for i in order], [rows[i] for i in test_sentences]
 
 
-def _all_inside(sentences: Iterable[int], contained: Sequence[set[int]]) -> set[int]:
+def _all_inside(sentences: Sequence[int], contained: Sequence[set[int]]) -> set[int]:
     """Returns the indices of all rows that lie inside one of some sentences."""
     indices: set[int] = set()
     for sentence in sentences:
