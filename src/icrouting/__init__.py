@@ -43,5 +43,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'icrouting' has no attribute {name!r}")
+    # Here and not above: torch and transformers alone take seconds.
     room = import_module(f"icrouting.{_ROOMS[name]}")
     return getattr(room, name)

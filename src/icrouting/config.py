@@ -16,8 +16,8 @@ HIDDEN = "hidden"
 class FitConfig:
     """Settings of the three stages; units in brackets.
 
-    The paper's values stand where nothing is said. What differs was chosen on validation slices of the
-    source tasks' train data, see `benchmarks/LOG.md`; `PAPER` holds the paper's own.
+    The paper's values stand where nothing is said. What differs was chosen on validation slices of
+    the source tasks' train data, see `benchmarks/LOG.md`; `PAPER` holds the paper's own.
 
     Attributes:
         layers: routed layers; None routes the last third.
@@ -26,9 +26,10 @@ class FitConfig:
         n_prompts: few-shot extraction prompts per source task.
         demos_per_class: demonstrations per class in them.
         queries_per_context: prompts that share their demonstrations, which are then computed once.
-        encoder: what the router reads of a prompt: a sentence encoder (hub id, folder or "pinned:minilm"), or
-            "hidden", the backbone's own hidden state entering the first routed layer, which needs no second model.
-            Behind "constant:" or "random:" it gives its width alone, to features that say nothing (controls).
+        encoder: what the router reads of a prompt: a sentence encoder (hub id, folder or
+            "pinned:minilm"), or "hidden", the backbone's own hidden state entering the first routed
+            layer, which needs no second model. Behind "constant:" or "random:" it gives its width
+            alone, to features that say nothing (controls).
         hidden_width: width of the router's hidden layers.
         n_queries: training queries per source task.
         max_tokens: longer zero-shot prompts lose their beginning [tokens].
@@ -37,13 +38,25 @@ class FitConfig:
         w_spar: weight of the sparsity of the routing vector.
         w_gate: weight of the sparsity of the head gates.
         deepest_weight: the sparsity weight of the deepest layer.
-        final_alpha_scale: the routing vector's scale falls from 1 to this by a cosine over training.
+        final_alpha_scale: the routing vector's scale falls from 1 to this by a cosine over
+            training.
         lr: learning rate of AdamW.
         batch_size: queries per step.
         epochs: passes over the queries.
         grad_clip: largest norm of the gradient.
-        skip_nan: leave prompts out whose queries, keys or logits are not finite, instead of stopping at the first.
+        skip_nan: leave prompts out whose queries, keys or logits are not finite, instead of
+            stopping at the first.
         seed: seeds every draw.
+
+    Raises:
+        ValueError: a value does not fit; the first such field is named.
+
+    Example:
+        >>> from icrouting import PAPER, FitConfig
+        >>> FitConfig(rank=4).n_prompts
+        100
+        >>> PAPER.n_prompts
+        5000
     """
 
     layers: tuple[int, ...] | None = None
@@ -73,7 +86,7 @@ class FitConfig:
         check(self)
 
 
-# The paper's own settings (sections 2 to 4), but for the 10,000 prompts that it takes of AG News alone.
+# The paper's own settings (sections 2 to 4), but for AG News, of which it takes 10,000 prompts.
 PAPER = FitConfig(
     basis="pca",
     n_prompts=5000,

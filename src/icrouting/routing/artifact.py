@@ -6,12 +6,10 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -25,6 +23,7 @@ from icrouting.routing.features import Features
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Router
 from icrouting.runtime.checks import first_line, read
+from icrouting.runtime.pages import render
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks.task import Task, rows_digest
 
@@ -124,15 +123,14 @@ def model_card(description: Description, digest: str) -> str:
     """Returns the text of a router's README.md; `digest` identifies its weights."""
     # The hub refuses a card whose front matter names anything but one of its ids.
     is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", description.base_model)
-    template = (
-        resources.files("icrouting.routing")
-        .joinpath("templates/card.md.j2")
-        .read_text(encoding="utf-8")
+    return render(
+        "routing/templates/card.md.j2",
+        {},
+        **vars(description),
+        digest=digest,
+        is_hub_id=is_hub_id,
+        hidden=HIDDEN,
     )
-    page = jinja2.Template(
-        template, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
-    return page.render(vars(description), digest=digest, is_hub_id=is_hub_id, hidden=HIDDEN)
 
 
 def with_results(card: str, results: str) -> str:

@@ -14,32 +14,43 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, a folder, made if need be, is that run's whose processes have all come here; ValueError if another's."""
+    """Inside, a folder belongs to the run whose processes have all come here.
+
+    Args:
+        folder: made if need be; each process of the run locks a file of its own in it.
+
+    Raises:
+        ValueError: another run is writing to the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         with first_one_first():
-            own = folder / f"lock.{here().process_index}"
-            stack.enter_context(_held(own))
+            my_lock = folder / f"lock.{here().process_index}"
+            stack.enter_context(_held(my_lock))
+            # Another process of an earlier run may have outlived its first one, and still write.
             if is_first():
-                for left in {*folder.glob("lock.*")} - {
-                    own
-                }:  # a process may have outlived the first of its run
-                    with _held(left):
-                        pass
+                _check_free(set(folder.glob("lock.*")) - {my_lock})
         yield
 
 
+def _check_free(locks: set[Path]) -> None:
+    for lock in locks:
+        with _held(lock):
+            pass
+
+
 def _held(file: Path) -> AbstractContextManager[object]:
-    """Takes a file until the end of the context; the system frees it too when the process ends, however it ends."""
+    """Takes a file until the end of the context.
+
+    The system frees it too when the process ends, however it ends.
+    """
     try:
         return FileLock(file).acquire(timeout=0)
     except Timeout as error:
         raise ValueError(
             f"another run is writing to {file.parent}: wait for it, or choose another folder"
         ) from error
-    except (
-        NotImplementedError,
-        OSError,
-    ) as error:  # how filelock 3, and the system, say that there are no locks
+    # How filelock 3, and the system, say that there are no locks: no reason to stop one's work.
+    except (NotImplementedError, OSError) as error:
         log.warning("%s: cannot be locked against other runs (%s)", file, error)
         return nullcontext()

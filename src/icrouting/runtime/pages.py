@@ -1,6 +1,7 @@
 """Pages: templates filled with values, and how numbers read in them."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import jinja2
 
@@ -10,17 +11,35 @@ MINUS = "\N{MINUS SIGN}"
 def render(template: str, filters: Mapping[str, Callable], **values: object) -> str:
     """Returns a page: one of our templates filled with values, which are escaped where it is HTML.
 
-    `template` is its path inside the package; `filters` are what it may call, by name.
+    Args:
+        template: path inside the package.
+        filters: what the template may call, by name.
+        values: what the template may read, by name; a name that it lacks is an error.
     """
-    loader, strict = jinja2.PackageLoader("icrouting", ""), jinja2.StrictUndefined
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = _environment()
     environment.filters.update(filters)
     return environment.get_template(template).render(**values)
 
 
+@cache
+def _environment() -> jinja2.Environment:
+    # One for all pages, since it keeps the compiled templates. A template that is no HTML turns
+    # the escaping off itself: the safe way is the one that holds where nothing is said.
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("icrouting", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def points(share: float, is_signed: bool = False) -> str:
-    """A share in percentage points: 0.5612 reads 56.1; with a true minus sign, never -0.0."""
+    """Returns a share in percentage points: 0.5612 reads 56.1.
+
+    The minus sign is the true one, and nothing reads -0.0.
+    """
+    # Adding zero makes a negative zero a positive one.
     rounded = round(share * 100, 1) + 0.0
-    return (f"{rounded:+.1f}" if is_signed else f"{rounded:.1f}").replace("-", MINUS)
+    text = f"{rounded:+.1f}" if is_signed else f"{rounded:.1f}"
+    return text.replace("-", MINUS)

@@ -1,7 +1,7 @@
-"""Several processes as one: who does which part, and how what they found is joined.
+"""Several processes as one: who does which part, and how their results are joined.
 
-The engine is accelerate's. Started by `accelerate launch` or `torchrun`, every process knows its place; a process
-that was started by hand is alone, and everything here leaves things as they are.
+The engine is accelerate's. Started by `accelerate launch` or `torchrun`, every process knows its
+place; a process that was started by hand is alone, and everything here leaves things as they are.
 """
 
 import atexit
@@ -25,12 +25,13 @@ _PATIENCE = timedelta(days=1)
 
 def here() -> PartialState:
     """Returns the place of this process; joins the others on the first call."""
-    if PartialState._shared_state:
+    has_joined = bool(PartialState._shared_state)
+    if has_joined:
         return PartialState()
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
-    if (
-        state.backend == "gloo"
-    ):  # whose threads abort an interpreter that ends before them (pytorch #190489)
+    has_accelerator = torch.accelerator.is_available()
+    state = PartialState(cpu=not has_accelerator, timeout=_PATIENCE)
+    # The threads of gloo abort an interpreter that ends before them (pytorch #190489).
+    if state.backend == "gloo":
         atexit.register(state.destroy_process_group)
     return state
 
@@ -38,21 +39,24 @@ def here() -> PartialState:
 @contextmanager
 def alone() -> Iterator[None]:
     """Inside, this process works for itself alone, whatever the others do meanwhile."""
+    # All instances of accelerate's state share these attributes, so the change holds everywhere.
     state = vars(here())
+    state_before = dict(state)
     with ExitStack() as stack:
-        stack.callback(state.update, dict(state))
+        stack.callback(state.update, state_before)
         state.update(num_processes=1, process_index=0, distributed_type=DistributedType.NO)
         yield
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks for all."""
+    """Returns whether this process is the one that writes and speaks for all."""
     return here().is_main_process
 
 
 def mine(items: Sequence[T]) -> Sequence[T]:
     """Returns this process's share of a list that all have: every n-th item."""
-    return items[here().process_index :: here().num_processes]
+    place = here()
+    return items[place.process_index :: place.num_processes]
 
 
 def wait() -> None:
@@ -64,6 +68,7 @@ def wait() -> None:
 @contextmanager
 def first_one_first() -> Iterator[None]:
     """Inside, the first process is alone until it leaves; then come the others."""
+    # accelerate's `main_process_first` waits alike, but does not say that another process has died.
     if not is_first():
         wait()
     yield
@@ -94,24 +99,32 @@ def joined(items: Sequence[T]) -> list[T]:
 
 
 def agree(**values: Any) -> None:
-    """Checks that all processes were given the same; ValueError names what differs."""
-    every = joined([values])
+    """Checks that all processes were started with the same values.
+
+    Raises:
+        ValueError: names the first value that differs, and its versions.
+    """
+    values_by_process = joined([values])
     for name in values:
-        given = [one[name] for one in every]
-        if any(value != given[0] for value in given):
+        versions = [process_values[name] for process_values in values_by_process]
+        if any(version != versions[0] for version in versions):
             raise ValueError(
-                f"the processes were started with different {name} ({given}): give all of them the same"
+                f"the processes were started with different {name} ({versions}): "
+                "give all of them the same"
             )
 
 
 @contextmanager
 def _others() -> Iterator[None]:
+    """Inside, this process talks to others; ConnectionError where one of them has died."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, and this process's own
+    # A RuntimeError too, but of this process itself.
+    except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # what torch.distributed raises where a process has died
+    # All that torch.distributed raises where a process has died.
+    except RuntimeError as error:
         raise ConnectionError(
-            "another process has died or left: what was computed is kept, and the same command goes on from there "
-            f"with any number of processes ({first_line(error)})"
+            "another process has died or left: what was computed is kept, and the same command "
+            f"goes on from there with any number of processes ({first_line(error)})"
         ) from error

@@ -1,4 +1,4 @@
-"""Files that are at every moment the old one or the new one, and say plainly when they are damaged."""
+"""Storage: files that are always whole, old or new, and say plainly when they are damaged."""
 
 import json
 import logging
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 def save_text(file: Path, text: str) -> None:
     """Writes a text."""
+    # A rename happens at once, so that a kill leaves the old file or the new one.
     scratch = file.with_name(file.name + ".part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(file)
@@ -29,9 +30,15 @@ def save_json(file: Path, content: object) -> None:
 
 
 def load_json(file: Path) -> dict[str, Any]:
-    """Returns a JSON object; ValueError names the file if it is none."""
+    """Returns a JSON object.
+
+    Raises:
+        ValueError: names the file, if it holds anything else.
+    """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_unique)
+    # A RecursionError comes of brackets nested deeper than the parser goes.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: it is not JSON ({error})") from error
     if not isinstance(content, dict):
@@ -40,6 +47,7 @@ def load_json(file: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON, which the parser itself lets say the same thing twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a key stands twice")
@@ -49,7 +57,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def save_tensors(
     file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes safetensors; OSError if the disk does not take them."""
+    """Writes safetensors.
+
+    Raises:
+        OSError: the disk does not take them; the file that was there before is kept.
+    """
+    # A scratch file as in `save_text`, which goes too where the disk was full.
     scratch = file.with_name(file.name + ".part")
     try:
         save_file(tensors, scratch, metadata)
@@ -61,41 +74,51 @@ def save_tensors(
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns copies that lie apart and in one piece, as safetensors asks."""
-    return {
-        name: tensor.detach().clone(memory_format=contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = tensor.detach().clone(memory_format=contiguous_format)
+    return copies
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns tensors and metadata; ValueError names the file if it is damaged.
+    """Returns the tensors of a file by name, and its metadata.
 
-    Copies, since a file that lies under tensors must not change, and lies unaligned: some kernels round by that.
+    Raises:
+        ValueError: names the file, if it is damaged.
     """
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-        return {name: value.clone() for name, value in load_file(file).items()}, metadata
+        mapped = load_file(file)
+        # The file lies under what was loaded: it must not change meanwhile, and its tensors are
+        # not aligned, by which some kernels round. Copies are free of both.
+        tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     except SafetensorError as error:
         raise ValueError(
             f"{file} is damaged ({error}): delete it and what it held is made anew"
         ) from error
+    return tensors, metadata
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:
-    """Returns what the lines of a JSONL file hold; ValueError names the file, the line and what does not fit.
+    """Returns what the lines of a JSONL file hold; no file reads as no lines.
 
-    A last line without its newline was cut by a kill and is dropped; no file reads as no lines.
+    A last line without its newline was cut by a kill and is dropped.
+
+    Raises:
+        ValueError: names the file, the line and what does not fit.
     """
     if not path.exists():
         return []
-    *lines, rest = path.read_bytes().split(b"\n")
-    if rest:
-        log.info("%s: dropped a last line that was cut short after %d bytes", path, len(rest))
-    parse, found = TypeAdapter(kind).validate_json, []
+    # What follows the last newline is empty where the file is whole.
+    *lines, cut_line = path.read_bytes().split(b"\n")
+    if cut_line:
+        log.info("%s: dropped a last line that was cut short after %d bytes", path, len(cut_line))
+    adapter = TypeAdapter(kind)
+    values = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(parse(line))
+            values.append(adapter.validate_json(line))
         except ValidationError as error:
             raise ValueError(f"{path}:{number}: {in_words(error)}") from error
-    return found
+    return values

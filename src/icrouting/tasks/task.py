@@ -1,23 +1,26 @@
-"""Tasks: labelled examples, the template that turns one into a prompt, and the readers of JSONL folders."""
+"""Tasks: labelled examples, and the template that turns one into a prompt."""
 
 import hashlib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Example:
     """One labelled test or training item.
 
-    `fields` are the texts that fill the template, by name; `choices` the answers to choose from, where every item
-    brings its own (else empty); `label` is an index into the task's options.
+    `fields` are the texts that fill the template, by name; `choices` the answers to choose from,
+    where every item brings its own (else empty); `label` is an index into the task's options.
+
+    Example:
+        >>> from icrouting import Example
+        >>> example = Example(fields={"text": "a joy to watch"}, choices=(), label=1)
+        >>> example.fields["text"]
+        'a joy to watch'
     """
 
     fields: Mapping[str, str]
@@ -32,10 +35,17 @@ class TaskSpec:
     Attributes:
         name: unique name.
         group: "in-domain", "near" or "far", as the paper groups its tasks.
-        template: prompt text with `{field}` slots; `{choices}` becomes one "A. text" line per choice and
-            `{letters}` becomes "A/B/...". The label follows after one space.
+        template: prompt text with `{field}` slots; `{choices}` becomes one "A. text" line per
+            choice and `{letters}` becomes "A/B/...". The label follows after one space.
         options: the answer words in label order; empty means letters, one per choice.
-        words: replacements of field values, `{field: {value: text}}`, done before the template is filled.
+        words: replacements of field values, `{field: {value: text}}`, done before the template is
+            filled.
+
+    Example:
+        >>> from icrouting import TaskSpec
+        >>> spec = TaskSpec("tickets", "far", "Ticket: {text}\nTeam:", ("Access", "Hardware"))
+        >>> spec.slots
+        ('text',)
     """
 
     name: str
@@ -47,16 +57,32 @@ class TaskSpec:
     @property
     def slots(self) -> tuple[str, ...]:
         """Names of the row fields that the template needs."""
-        names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
-        return tuple(name for name in dict.fromkeys(names) if name not in ("choices", "letters"))
+        slots = []
+        for _, name, _, _ in string.Formatter().parse(self.template):
+            # Choices and letters are made of the choices, which are no field of a row.
+            if name and name not in slots and name not in ("choices", "letters"):
+                slots.append(name)
+        return tuple(slots)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task's spec, how it reads, and its rows.
+    r"""A task's spec, how it reads, and its rows.
 
-    Methods learn and draw demonstrations from `train`, choose on `validation` and are measured on `test`. `n_dropped`
-    counts training rows left out because they repeat one another or a held-back row.
+    Methods learn and draw demonstrations from `train`, choose on `validation` and are measured on
+    `test`. `n_dropped` counts training rows left out because they repeat one another or a held-back
+    row.
+
+    Example:
+        >>> from icrouting import Example, Task, TaskSpec
+        >>> spec = TaskSpec("tickets", "far", "Ticket: {text}\nTeam:", ("Access", "Hardware"))
+        >>> lost = Example({"text": "I lost my password"}, choices=(), label=0)
+        >>> dark = Example({"text": "The screen is dark"}, choices=(), label=1)
+        >>> task = Task(spec, train=(lost, dark), test=(dark,))
+        >>> task.prompt(dark)
+        'Ticket: The screen is dark\nTeam:'
+        >>> task.answer(dark)
+        'Hardware'
     """
 
     spec: TaskSpec
@@ -81,14 +107,15 @@ class Task:
 
     def prompt(self, example: Example) -> str:
         """The zero-shot prompt of an example, ending right before the space and the answer."""
-        values = {
-            name: self.spec.words.get(name, {}).get(text, text)
-            for name, text in example.fields.items()
-        }
+        values = {}
+        for name, text in example.fields.items():
+            words = self.spec.words.get(name, {})
+            values[name] = words.get(text, text)
+        # Only an example with choices of its own has letters.
         letters = string.ascii_uppercase[: len(example.choices)]
-        lines = [
-            f"{letter}. {choice}" for letter, choice in zip(letters, example.choices, strict=True)
-        ]
+        lines = []
+        for letter, choice in zip(letters, example.choices, strict=True):
+            lines.append(f"{letter}. {choice}")
         return self.spec.template.format(
             **values, choices="\n".join(lines), letters="/".join(letters)
         )
@@ -100,5 +127,9 @@ class Task:
 
 def rows_digest(tasks: Sequence[Task]) -> str:
     """Returns 16 hex digits that identify the rows and templates of tasks."""
-    rows = "".join(repr((task.spec, task.train, task.validation, task.test)) for task in tasks)
-    return hashlib.sha256(rows.encode()).hexdigest()[:16]
+    # Run folders and routers keep these digits: what is hashed, and its order, must stay.
+    digest = hashlib.sha256()
+    for task in tasks:
+        content = (task.spec, task.train, task.validation, task.test)
+        digest.update(repr(content).encode())
+    return digest.hexdigest()[:16]

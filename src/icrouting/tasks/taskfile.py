@@ -2,30 +2,48 @@
 
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from string import Formatter
-from typing import Any, NoReturn
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from icrouting.tasks.rows import read_rows
 from icrouting.tasks.splits import make_task
 from icrouting.tasks.task import Task, TaskSpec
 
-_KINDS = {
-    "name": str,
-    "group": str,
-    "template": str,
-    "options": list,
-    "words": dict,
-    "splits": dict,
-}
+_GROUPS = ("in-domain", "near", "far")
+# Slots that show a row's own choices.
+_CHOICE_SLOTS = {"choices", "letters"}
+
+
+class _TaskFile(BaseModel):
+    """The keys of a task file, in the order in which a refusal lists them."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str | None = None
+    group: str = "far"
+    template: str
+    options: list[Any] = []
+    words: dict[str, Any] = {}
+    splits: dict[str, Any]
+
+
+# How a refusal calls the kind of value that pydantic expected.
+_KINDS = {"string_type": "str", "list_type": "list", "dict_type": "dict"}
 
 
 def read_task_file(path: Path) -> Task:
     """Returns the task that a TOML file describes, with the rows of the files that it names.
 
-    It holds `template`, `options` (left out where each row brings its `choices`), `splits.train` and `splits.test`
-    (JSONL or CSV, relative to the file), and optionally `name` (default: the file's), `group` (default: "far") and
-    `words` (replacements of field values). ValueError if it is malformed (naming key and line) or a row does not fit.
+    It holds `template`, `options` (left out where each row brings its `choices`), `splits.train`
+    and `splits.test` (JSONL or CSV, relative to the file), and optionally `name` (default: the
+    file's), `group` (default: "far") and `words` (replacements of field values).
+
+    Raises:
+        ValueError: it is malformed (key and line are named), or a row does not fit.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -34,61 +52,117 @@ def read_task_file(path: Path) -> Task:
         raise ValueError(f"cannot read the task file {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
-    spec, splits = _spec(path, text, values), values["splits"]
-    files = [path.parent / splits[split] for split in ("train", "test")]
-    return make_task(spec, *(read_rows(file, spec) for file in files))
-
-
-def _spec(path: Path, text: str, values: dict[str, Any]) -> TaskSpec:
-    def refuse(key: str, said: str) -> NoReturn:
-        is_there = re.compile(rf"\s*\[?{re.escape(key)}\b").match
-        number = next(
-            (number for number, line in enumerate(text.split("\n"), 1) if is_there(line)), 1
-        )
-        raise ValueError(f"{path}:{number}: key {key!r} {said}")
-
-    for key, value in values.items():
-        if key not in _KINDS:
-            refuse(key, f"is not known: a task file has {', '.join(_KINDS)}")
-        if not isinstance(value, _KINDS[key]):
-            refuse(key, f"must be a {_KINDS[key].__name__}, got {value!r}")
-    for key in ("template", "splits"):
-        if key not in values:
-            refuse(key, "is missing")
-    options, splits = values.get("options", []), values["splits"]
-    if options and (
-        len({*map(str, options)}) < 2 or not all(isinstance(option, str) for option in options)
-    ):
-        refuse("options", f"must list two different texts or more, got {options!r}")
-    if set(splits) != {"train", "test"} or not all(
-        isinstance(file, str) for file in splits.values()
-    ):
-        refuse("splits", f'must be train = "file" and test = "file", got {splits!r}')
     try:
-        parts = Formatter().parse(values["template"])
-        slots = [
-            (name, form or conversion) for _, name, form, conversion in parts if name is not None
-        ]
+        file = _parsed(values)
+    except _Mistake as mistake:
+        line = _line_of(mistake.key, text)
+        raise ValueError(f"{path}:{line}: key {mistake.key!r} {mistake}") from mistake
+    name = path.stem if file.name is None else file.name
+    spec = TaskSpec(name, file.group, file.template, tuple(file.options), file.words)
+    train = read_rows(path.parent / file.splits["train"], spec)
+    test = read_rows(path.parent / file.splits["test"], spec)
+    return make_task(spec, train, test)
+
+
+class _Mistake(Exception):
+    """What is wrong with the value of a key."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(message)
+        self.key = key
+
+
+def _line_of(key: str, text: str) -> int:
+    """Returns the number of the first line that begins with a key, or 1 where none does."""
+    begins_with_key = re.compile(rf"\s*\[?{re.escape(key)}\b").match
+    for number, line in enumerate(text.split("\n"), start=1):
+        if begins_with_key(line):
+            return number
+    return 1
+
+
+def _parsed(values: dict[str, Any]) -> _TaskFile:
+    try:
+        file = _TaskFile.model_validate(values)
+    except ValidationError as error:
+        raise _mistake_among_keys(error, values) from error
+    _check_options(file)
+    _check_splits(file)
+    _check_template(file)
+    _check_group(file)
+    _check_words(file)
+    return file
+
+
+def _mistake_among_keys(error: ValidationError, values: dict[str, Any]) -> _Mistake:
+    """Returns the first of pydantic's errors in the words of a task file."""
+    # In the order of the file; what is missing comes after what is there.
+    order = [*values, *_TaskFile.model_fields]
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda each: order.index(str(each["loc"][0])))
+    key = str(first["loc"][0])
+    match first["type"]:
+        case "extra_forbidden":
+            known_keys = ", ".join(_TaskFile.model_fields)
+            return _Mistake(key, f"is not known: a task file has {known_keys}")
+        case "missing":
+            return _Mistake(key, "is missing")
+        case kind:
+            return _Mistake(key, f"must be a {_KINDS[kind]}, got {first['input']!r}")
+
+
+def _check_options(file: _TaskFile) -> None:
+    options = file.options
+    # Each row brings its choices then.
+    if not options:
+        return
+    n_different = len({str(option) for option in options})
+    if n_different < 2 or not _are_texts(options):
+        raise _Mistake("options", f"must list two different texts or more, got {options!r}")
+
+
+def _check_splits(file: _TaskFile) -> None:
+    splits = file.splits
+    if set(splits) != {"train", "test"} or not _are_texts(splits.values()):
+        raise _Mistake("splits", f'must be train = "file" and test = "file", got {splits!r}')
+
+
+def _check_template(file: _TaskFile) -> None:
+    template = file.template
+    slots = set()
+    are_bare = True
+    try:
+        for _, name, form, conversion in Formatter().parse(template):
+            # The text after the last slot has none behind it.
+            if name is not None:
+                slots.add(name)
+                are_bare = are_bare and not (form or conversion)
     except ValueError as error:
-        refuse("template", f"is malformed: {error}")
-    is_plain = all(name.isidentifier() and not form for name, form in slots)
-    if not slots or not is_plain or values["template"] != values["template"].rstrip():
-        refuse(
+        raise _Mistake("template", f"is malformed: {error}") from error
+    # A slot is a field's name alone: no number, no attribute, no format and no conversion.
+    are_names = all(name.isidentifier() for name in slots)
+    ends_in_space = template != template.rstrip()
+    if not slots or not are_names or not are_bare or ends_in_space:
+        raise _Mistake(
             "template",
-            f"needs slots such as {{text}} and no space at its end, got {values['template']!r}",
+            f"needs slots such as {{text}} and no space at its end, got {template!r}",
         )
-    if options and {"choices", "letters"} & {slot[0] for slot in slots}:
-        refuse("options", "must be left out where the template has {choices} or {letters}")
-    name, group, words = (
-        values.get("name", path.stem),
-        values.get("group", "far"),
-        values.get("words", {}),
-    )
-    if group not in ("in-domain", "near", "far"):
-        refuse("group", f'must be "in-domain", "near" or "far", got {group!r}')
-    if not all(
-        isinstance(texts, dict) and all(isinstance(t, str) for t in texts.values())
-        for texts in words.values()
-    ):
-        refuse("words", f"must give a text for every value of a field, got {words!r}")
-    return TaskSpec(name, group, values["template"], tuple(options), words)
+    if file.options and _CHOICE_SLOTS & slots:
+        raise _Mistake("options", "must be left out where the template has {choices} or {letters}")
+
+
+def _check_group(file: _TaskFile) -> None:
+    if file.group not in _GROUPS:
+        raise _Mistake("group", f'must be "in-domain", "near" or "far", got {file.group!r}')
+
+
+def _check_words(file: _TaskFile) -> None:
+    for texts in file.words.values():
+        if not isinstance(texts, dict) or not _are_texts(texts.values()):
+            raise _Mistake(
+                "words", f"must give a text for every value of a field, got {file.words!r}"
+            )
+
+
+def _are_texts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)

@@ -1,0 +1,29 @@
+"""The example in the docstring of every public name runs, and says what it says."""
+
+import doctest
+
+import pytest
+
+import icrouting
+
+# What needs a model to show anything.
+PENDING = {"InContextRouter", "load_model", "score_options"}
+# A value has no docstring; its class shows it.
+SHOWN_BY = {"PAPER": "FitConfig"}
+
+
+@pytest.mark.parametrize("name", [name for name in icrouting.__all__ if name not in PENDING])
+def test_every_public_name_has_an_example_that_runs(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    shown = getattr(icrouting, SHOWN_BY.get(name, name))
+    finder = doctest.DocTestFinder(recurse=False)
+    (example,) = finder.find(shown, name, globs={})
+    assert name in example.docstring
+    assert example.examples, f"{name} has no example"
+    report = []
+    result = doctest.DocTestRunner(verbose=False).run(example, out=report.append)
+    assert result.failed == 0, "".join(report)
+
+
+def test_no_name_is_pending_that_is_not_public():
+    assert set(icrouting.__all__) >= PENDING
