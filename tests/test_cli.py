@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from commands import evaluate, fit
 from icrouting.cli import loading, main
 from icrouting.decoder.loading import load_model
 from icrouting.evaluation import evaluate as evaluate_module
@@ -19,48 +20,6 @@ from icrouting.routing import artifact
 def in_float32(monkeypatch):
     """A tiny router trained for seconds moves less than bfloat16 rounds, of which we warn."""
     monkeypatch.setattr("icrouting.decoder.loading.default_dtype", lambda: torch.float32)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, encoder_folder):
-    """A model folder, a data folder and a fitted router, all tiny."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny.model("llama").save_pretrained(folder / "model")
-    tiny.tokenizer().save_pretrained(folder / "model")
-    for name in ("sst2", "mr"):
-        task = tiny.task(name, n_test=20)
-        (folder / "data" / name).mkdir(parents=True)
-        for split, rows in (("train", task.train), ("test", task.test)):
-            lines = [json.dumps({"text": row.fields["text"], "label": row.label}) for row in rows]
-            (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines))
-    fit(folder, encoder_folder, folder / "router")
-    return folder
-
-
-def fit(folder, encoder_folder, out, *more):
-    small = "--n-prompts 9 --demos-per-class 1 --n-queries 9 --rank 2 --epochs 1 --tasks sst2 --hidden-width 5"
-    where = [
-        "--model",
-        str(folder / "model"),
-        "--data",
-        str(folder / "data"),
-        "--encoder",
-        str(encoder_folder),
-    ]
-    main.main(["fit", "--out", str(out), *where, *small.split(), *more])
-
-
-def evaluate(folder, out, *more):
-    where = [
-        "--model",
-        str(folder / "model"),
-        "--data",
-        str(folder / "data"),
-        "--router",
-        str(folder / "router"),
-    ]
-    small = "--tasks sst2 mr --sources sst2 --n-test 7 --demos-per-class 1"
-    main.main(["eval", "--out", str(out), *where, *small.split(), *more])
 
 
 SST2, SOURCE = "--tasks sst2 --sources sst2", "--sources sst2"
