@@ -105,9 +105,7 @@ def measure(folder: Path) -> dict[str, float]:
     if not files:
         raise SystemExit(f"expected Python files under {folder}, there are none")
     file_lengths = [counts.n_lines for counts in files]
-    function_lengths = [
-        length for counts in files for length in counts.function_lengths.values()
-    ]
+    function_lengths = [length for counts in files for length in counts.function_lengths.values()]
     n_code_lines = sum(len(counts.code_lines) for counts in files)
     n_written_lines = sum(len(counts.code_lines | counts.comment_lines) for counts in files)
     n_comment_lines = sum(len(counts.comment_lines) for counts in files)

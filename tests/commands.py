@@ -14,8 +14,7 @@ EVALUATE = "--tasks sst2 mr --sources sst2 --n-test 7 --demos-per-class 1"
 
 def make_world(folder, encoder_folder):
     """Fills a folder with a model, two tasks and a router fitted on one of them."""
-    tiny.model("llama").save_pretrained(folder / "model")
-    tiny.tokenizer().save_pretrained(folder / "model")
+    tiny.save(folder / "model")
     for name in ("sst2", "mr"):
         task = tiny.task(name, n_test=20)
         (folder / "data" / name).mkdir(parents=True)

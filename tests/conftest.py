@@ -1,8 +1,17 @@
+import pickle
+
 import pytest
 import torch
 from filelock import FileLock
 
+import pinned
 import tiny
+from fitted import SMALL
+from icrouting.config import FitConfig
+from icrouting.methods import Settings
+from icrouting.routing import artifact
+from icrouting.routing.features import features_of
+from icrouting.routing.router import Router
 
 # Tiny models gain nothing from threads, and lose much where tests share a machine.
 torch.set_num_threads(1)
@@ -30,7 +39,7 @@ def made_once(tmp_path_factory, worker_id):
         folder = session / name
         with FileLock(session / f"{name}.lock"):
             if not (folder / "complete").exists():
-                folder.mkdir()
+                folder.mkdir(exist_ok=True)
                 fill(folder)
                 (folder / "complete").touch()
         return folder
@@ -56,6 +65,43 @@ def world(tmp_path_factory, encoder_folder):
     folder = tmp_path_factory.mktemp("world")
     make_world(folder, encoder_folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def saved_router(tmp_path_factory, encoder_folder):
+    """A folder with an untrained router of a tiny Qwen2; only to be read or copied."""
+    folder = tmp_path_factory.mktemp("artifact")
+    model = tiny.model("qwen2")
+    config = FitConfig(layers=(3, 4), rank=3, hidden_width=5, basis="pca")
+    features = features_of(str(encoder_folder), model, tiny.tokenizer(), "cpu")
+    description = artifact.describe(model, [tiny.task()], config, (3, 4), features)
+    router = Router(12, 2, 6, 3, 5, torch.Generator().manual_seed(0))
+    artifact.save(folder, description, tiny.pids(model), router)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pinned_folder(made_once):
+    """A folder with the rows and tasks of all pinned sets."""
+    return made_once("pinned", pinned.read_all)
+
+
+@pytest.fixture(scope="session")
+def pinned_rows(pinned_folder):
+    """The rows of each pinned set by its name."""
+    return pickle.loads((pinned_folder / pinned.ROWS).read_bytes())
+
+
+@pytest.fixture(scope="session")
+def pinned_tasks(pinned_folder):
+    """The pinned tasks by their names."""
+    return pickle.loads((pinned_folder / pinned.TASKS).read_bytes())
+
+
+@pytest.fixture(scope="session")
+def small_settings(encoder_folder):
+    """Settings under which every method is fitted in a moment."""
+    return Settings(**SMALL, encoder=str(encoder_folder))
 
 
 @pytest.fixture(scope="session")

@@ -366,8 +366,7 @@ def test_generated_brackets_are_text(world, capsys, monkeypatch):
 
 
 def test_a_fit_of_another_model_into_the_folder_is_refused(world, encoder_folder, capsys, tmp_path):
-    tiny.model("llama", seed=9).save_pretrained(tmp_path / "other")
-    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    tiny.save(tmp_path / "other", seed=9)
     with pytest.raises(SystemExit):
         fit(world, encoder_folder, world / "router", "--model", str(tmp_path / "other"))
     assert "other settings, model or data" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.batches import pad
 from icrouting.decoder.families import all_branches_of, branches_of, layers_of
 from icrouting.decoder.hooks import recorded
@@ -38,8 +39,7 @@ def fitted(kind, model, tokenizer, tasks=(TASK,), seed=0, **changes):
             **{"demos_per_class": 2, "train_rows": 24, "train_epochs": 4, "tries": 1, **changes}
         )
     )
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(seed))
-    return method
+    return fit_method(method, model, tokenizer, tasks, seed)
 
 
 def bare(kind, model, tokenizer, strength=0.1, scale=1.0):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.families import CACHE, layers_of
 from icrouting.decoder.hooks import edited, recorded
 from icrouting.decoder.scoring import option_ids, score_options
@@ -41,8 +42,7 @@ def fitted(model, tokenizer, encoder_folder, tasks=(TASK,), **changes):
             }
         )
     )
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, tasks)
 
 
 @pytest.fixture(scope="module")

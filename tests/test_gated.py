@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import novelty
 
 import tiny
+from fitted import fit_method
 from icrouting.config import FitConfig
 from icrouting.decoder.families import decoder_of
 from icrouting.decoder.scoring import score_options
@@ -56,8 +57,7 @@ def model():
 
 def fitted(settings, model, tokenizer):
     (method,) = make(["icr-gated"], settings)
-    method.fit(model, tokenizer, [TASK], np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, [TASK])
 
 
 def scores(model, tokenizer, prompts=MIXED):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.families import all_branches_of, branches_of, layers_of
 from icrouting.decoder.hooks import edited, recorded
 from icrouting.decoder.scoring import option_ids, score_options
@@ -30,8 +31,7 @@ def plain_of(model, alone):
 
 def fitted(model, tokenizer, tasks=(TASK,), **changes):
     method = IterativeVectors(Settings(**{"train_rows": 12, "tries": 1, **changes}))
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, tasks)
 
 
 def slow(model, shown, alone, strength):

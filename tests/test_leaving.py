@@ -15,9 +15,9 @@ from icrouting.routing import artifact
 from icrouting.routing.attach import attach
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
-from test_attach import logits_of
-from test_families import ALL, model_of
+from plain_and_routed import logits_of
 
+ALL = list(tiny.ALL_CONFIGS)
 LAYERS = (3, 4)
 # Far less than an object each time that a router is attached; the allocator of torch may keep a few pages.
 FEW_OBJECTS = 10
@@ -95,7 +95,7 @@ def raising_at(n_tokens):
 def test_an_exception_in_generation_leaves_nothing_behind(
     family, training, encoder_folder, tokenizer
 ):
-    model = model_of(family)
+    model = tiny.model_of(family)
     icr, inputs = (
         router_for(model, encoder_folder),
         tokenizer(["Review: joy\nSentiment:", "dull"], padding=True),
@@ -121,7 +121,7 @@ def test_an_exception_in_generation_leaves_nothing_behind(
 def test_attaching_over_and_over_leaves_no_hook_no_object_and_no_memory(
     family, encoder_folder, tokenizer
 ):
-    model = model_of(family)
+    model = tiny.model_of(family)
     icr, before = router_for(model, encoder_folder), inventory(model)
     inputs = tokenizer(["Review: joy\nSentiment:"], return_tensors="pt")
 

@@ -12,7 +12,6 @@ import pytest
 
 from icrouting.icr import InContextRouter
 from icrouting.routing import artifact
-from test_artifact import folder  # noqa: F401
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SLOW = 5.0
@@ -347,8 +346,8 @@ def damaged(whole, rng):
 
 
 @pytest.fixture
-def where(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "router")
+def where(saved_router, tmp_path):
+    return shutil.copytree(saved_router, tmp_path / "router")
 
 
 def refusal(where):

@@ -29,8 +29,7 @@ MAPS = {"layers on disk": LAYERS | REST, "all on disk": {"": "disk"}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny.model("llama").save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.save(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.families import decoder_of
 from icrouting.evaluation import records
 from icrouting.evaluation.evaluate import Evaluation
@@ -27,8 +28,7 @@ def settings(encoder_folder):
 
 def fitted(kind, settings, model, tokenizer, task=TASK):
     method = kind(settings)
-    method.fit(model, tokenizer, [task], np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, [task])
 
 
 def blobs(n_classes, n=60, n_features=7, seed=0):

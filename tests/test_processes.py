@@ -131,7 +131,9 @@ def test_only_what_may_mean_a_dead_process_is_called_one(error, kind, said, monk
 
 
 def test_a_process_leaves_its_group_before_its_interpreter_ends(capfd):
-    script = "import atexit, os, torch.distributed as group; from icrouting.runtime import processes; "
+    script = (
+        "import atexit, os, torch.distributed as group; from icrouting.runtime import processes; "
+    )
     script += "say = lambda when: os.write(1, f'{when} {group.is_initialized()}\\n'.encode()); "
     script += "atexit.register(say, 'end'); processes.wait(); say('joined')"
     launcher = [
