@@ -77,6 +77,7 @@ def test_every_interval_that_the_documents_name_is_a_published_figure():
         assert not [line for line in found if line not in published]
 
 
+@pytest.mark.slow
 def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder_folder):
     model = tiny.model("llama")
     model.save_pretrained(tmp_path / "tiny")
@@ -182,6 +183,7 @@ def test_leads_pair_the_records_of_two_runs_and_refuse_runs_of_other_rows(tmp_pa
         leads.run([tmp_path / "a", tmp_path / "c"], ["icv/icr"], out, [])
 
 
+@pytest.mark.slow
 def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(tmp_path):
     kept = fake_records(
         {(m, t["name"]): 0.6 for m in ("zero-shot", "icr") for t in fake_config()["tasks"]}

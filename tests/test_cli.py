@@ -83,6 +83,7 @@ def test_rows_longer_than_the_context_are_left_out_and_said_so(world, tmp_path, 
     assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == 2 * 3 * 20
 
 
+@pytest.mark.slow
 def test_a_report_goes_to_the_card_of_the_router_that_was_measured_and_no_other(
     world, tmp_path, encoder_folder, capsys
 ):
@@ -106,6 +107,7 @@ def test_a_report_goes_to_the_card_of_the_router_that_was_measured_and_no_other(
     )
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(
     world, tmp_path, capsys
 ):
@@ -119,6 +121,7 @@ def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(
     assert "n_test was 7, is 6" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_second_eval_into_a_live_run_is_refused_in_one_line(world, tmp_path, capsys, monkeypatch):
     run, how, refused = (
         evaluate_module.Evaluation.run,
@@ -396,6 +399,7 @@ def test_help_teaches_every_option(command, capsys):
     assert not undocumented
 
 
+@pytest.mark.processes
 def test_help_is_quick_since_nothing_heavy_is_imported():
     code = "import sys; from icrouting import cli; print([n for n in ('torch', 'transformers') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

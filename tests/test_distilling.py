@@ -165,6 +165,7 @@ def test_every_vector_and_strength_has_a_gradient_and_no_weight(kind, family, to
     assert all(weight.grad is None for weight in model.parameters())
 
 
+@pytest.mark.slow
 @KINDS
 def test_training_lowers_the_loss_on_a_model_that_stays_as_it_was(kind, tokenizer):
     model = tiny.model("llama")
@@ -180,6 +181,7 @@ def test_training_lowers_the_loss_on_a_model_that_stays_as_it_was(kind, tokenize
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_fit_is_one_for_one_seed_and_says_what_it_took(kind, tokenizer):
     model = tiny.model("llama")

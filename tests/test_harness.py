@@ -33,6 +33,8 @@ from lm_eval.tasks import TaskManager
 
 from icrouting import lm_eval
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 1e-4  # fp32 round-off of sums of a few log-probabilities of size 20
 ROOT = Path(__file__).parents[1]
 WORDS, PHRASES = ["negative", "positive"], ["a joy", "dull and far too weak", "boring plot"]

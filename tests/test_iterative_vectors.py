@@ -175,6 +175,7 @@ def test_the_default_of_the_published_code_is_tried_first_and_the_budget_holds(t
     assert len(tried) == 5
 
 
+@pytest.mark.slow
 def test_rows_are_counted_once(tokenizer):
     for tries, n_looked_at in (
         (1, 0),

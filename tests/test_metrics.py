@@ -68,6 +68,7 @@ def test_effective_n_lies_between_items_and_records():
         assert 37 - 1e-9 <= found <= 37 * n_seeds
 
 
+@pytest.mark.slow
 def test_accuracy_intervals_cover_when_seeds_share_items():
     rng = np.random.default_rng(5)
     n_covered = 0
@@ -81,6 +82,7 @@ def test_accuracy_intervals_cover_when_seeds_share_items():
     assert n_covered / N_SIMULATED >= LEAST_COVERAGE
 
 
+@pytest.mark.slow
 def test_difference_intervals_cover_when_seeds_share_items():
     rng = np.random.default_rng(7)
     n_covered = 0
@@ -128,6 +130,7 @@ def test_mcnemar_counts_only_items_that_changed():
     assert metrics.mcnemar(mine, theirs) == pytest.approx(binomtest(5, 6).pvalue)
 
 
+@pytest.mark.slow
 def test_mcnemar_seldom_rejects_without_an_effect():
     rng = np.random.default_rng(9)
     n_rejected = 0
@@ -139,6 +142,7 @@ def test_mcnemar_seldom_rejects_without_an_effect():
     assert n_rejected / N_SIMULATED <= 1 - LEAST_COVERAGE
 
 
+@pytest.mark.slow
 def test_mcnemar_seldom_rejects_where_seeds_move_a_method_about_an_equal_baseline():
     rng, n_rejected, n_by_votes, n = np.random.default_rng(13), 0, 0, 200
     for _ in range(N_SIMULATED):

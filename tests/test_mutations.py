@@ -420,6 +420,7 @@ def test_what_is_no_configuration_is_refused(where):
     )
 
 
+@pytest.mark.slow
 def test_forged_fields_with_right_checksums_are_refused(where):
     assert (
         check(
@@ -429,6 +430,7 @@ def test_forged_fields_with_right_checksums_are_refused(where):
     )
 
 
+@pytest.mark.slow
 def test_forged_weights_with_right_checksums_are_refused(where):
     cases = headers(*parts((where / WEIGHTS).read_bytes()))
     assert (

@@ -129,6 +129,7 @@ def test_scores_and_generation_equal_those_in_memory(pair, icr):
         )
 
 
+@pytest.mark.slow
 def test_an_evaluation_equals_that_in_memory(pair, icr, tmp_path):
     whole, spread, tokenizer = pair
     icr.save_pretrained(tmp_path / "router")

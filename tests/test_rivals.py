@@ -145,6 +145,7 @@ def test_generated_tokens_are_left_alone_but_by_function_vectors(kind, tokenizer
     assert torch.equal(*found) == (kind is not FunctionVectors)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_compiled_before_notices_what_is_attached(tokenizer, small_settings):
     model = tiny.model("llama")
     method, given = (
@@ -161,6 +162,7 @@ def test_a_model_that_was_compiled_before_notices_what_is_attached(tokenizer, sm
         assert torch.allclose(compiled(**given).logits, plain, atol=1e-5)
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_fit_is_made_by_its_seed_and_by_no_test_row(kind, tokenizer, small_settings):
     model, spoilt = (
@@ -180,6 +182,7 @@ def test_a_fit_is_made_by_its_seed_and_by_no_test_row(kind, tokenizer, small_set
         assert_same(method, other)
 
 
+@pytest.mark.slow
 @EVERY
 def test_what_is_in_force_is_the_best_that_was_tried_and_all_of_it_is_kept(
     kind, tokenizer, small_settings, monkeypatch

@@ -258,6 +258,7 @@ def test_the_model_is_whole_again_after_an_exception_and_a_failed_entry(kind, to
     assert torch.equal(scores(model, tokenizer), plain)
 
 
+@pytest.mark.slow
 @BOTH
 def test_training_lowers_the_loss_on_its_rows_and_stays_on_the_seed(kind, tokenizer):
     model = tiny.model("llama")

@@ -119,6 +119,7 @@ def test_fifth_of_the_rows_is_for_testing_and_texts_are_stripped(folder):
     assert texts == {f"Item number {i} ." for i in range(35)}
 
 
+@pytest.mark.slow
 def test_splits_are_capped_for_agnews_higher(folder):
     dump(folder, "agnews", numbered_rows(14500, 4))
     dump(folder, "subj", numbered_rows(14500, 2))
