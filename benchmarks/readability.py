@@ -17,7 +17,7 @@ import io
 import json
 import statistics
 import tokenize
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 LONG_LINE = 100
@@ -48,7 +48,7 @@ class Counts:
     n_comprehensions: int
     code_lines: set[int]
     comment_lines: set[int]
-    function_lengths: dict[str, int] = field(default_factory=dict)
+    function_lengths: list[int]
 
 
 def docstring_of(node: ast.AST) -> ast.Expr | None:
@@ -68,15 +68,14 @@ def count(source: str) -> Counts:
     """Returns what one file's source holds."""
     nodes = list(ast.walk(ast.parse(source)))
     docstring_lines: set[int] = set()
-    function_lengths = {}
+    function_lengths = []
     for node in nodes:
         docstring = docstring_of(node)
         if docstring is not None:
             docstring_lines.update(lines_of(docstring))
         if isinstance(node, FUNCTIONS):
             n_documented = len(lines_of(docstring)) if docstring is not None else 0
-            name = f"{node.name}:{node.lineno}"
-            function_lengths[name] = len(lines_of(node)) - n_documented
+            function_lengths.append(len(lines_of(node)) - n_documented)
     code_lines: set[int] = set()
     comment_lines: set[int] = set()
     n_tokens = 0
@@ -105,7 +104,7 @@ def measure(folder: Path) -> dict[str, float]:
     if not files:
         raise SystemExit(f"expected Python files under {folder}, there are none")
     file_lengths = [counts.n_lines for counts in files]
-    function_lengths = [length for counts in files for length in counts.function_lengths.values()]
+    function_lengths = [length for counts in files for length in counts.function_lengths]
     n_code_lines = sum(len(counts.code_lines) for counts in files)
     n_written_lines = sum(len(counts.code_lines | counts.comment_lines) for counts in files)
     n_comment_lines = sum(len(counts.comment_lines) for counts in files)
