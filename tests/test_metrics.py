@@ -1,3 +1,4 @@
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -20,9 +21,24 @@ def answers(outcomes, **changes):
     )
 
 
+@cache
+def answer(index, is_right, seed):
+    """One record; simulations ask for the same ones again and again."""
+    return record(index, is_right, seed=seed)
+
+
+def seeds(*outcomes_by_seed):
+    """A method's answers to the same items, seed by seed."""
+    return metrics.frame(
+        answer(index, bool(is_right), seed)
+        for seed, outcomes in enumerate(outcomes_by_seed)
+        for index, is_right in enumerate(outcomes)
+    )
+
+
 def over_seeds(outcomes, n_seeds):
     """A method without randomness: each seed draws the same items and gets the same answers."""
-    return pd.concat([answers(outcomes, seed=seed) for seed in range(n_seeds)])
+    return seeds(*[outcomes] * n_seeds)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +92,7 @@ def test_accuracy_intervals_cover_when_seeds_share_items():
         pool = rng.random(60) < 0.7
         draws = [(seed, index) for seed in range(3) for index in rng.permutation(60)[:40]]
         found = metrics.accuracy(
-            metrics.frame(record(int(i), bool(pool[i]), seed=seed) for seed, i in draws)
+            metrics.frame(answer(int(i), bool(pool[i]), seed) for seed, i in draws)
         )
         n_covered += found.low <= 0.7 <= found.high
     assert n_covered / N_SIMULATED >= LEAST_COVERAGE
@@ -90,7 +106,7 @@ def test_difference_intervals_cover_when_seeds_share_items():
         mine, theirs = rng.random(50) < 0.6, rng.random(50) < 0.5
         # seeds of mine differ by noise on a fifth of the items, the baseline answers alike
         noisy = [np.where(rng.random(50) < 0.2, rng.random(50) < 0.6, mine) for _ in range(3)]
-        ours = pd.concat([answers(noisy[seed], seed=seed) for seed in range(3)])
+        ours = seeds(*noisy)
         found = metrics.difference(ours, over_seeds(theirs, 3))
         n_covered += found.low <= 0.1 <= found.high
     assert n_covered / N_SIMULATED >= LEAST_COVERAGE
@@ -149,7 +165,7 @@ def test_mcnemar_seldom_rejects_where_seeds_move_a_method_about_an_equal_baselin
         right = rng.random(n) < 0.8
         theirs = over_seeds(right, 3)
         turned = [np.where(right, rng.random(n) > 0.1, rng.random(n) < 0.4) for _ in range(3)]
-        ours = pd.concat([answers(turned[seed], seed=seed) for seed in range(3)])
+        ours = seeds(*turned)
         n_rejected += metrics.mcnemar(ours, theirs) < metrics.SIGNIFICANCE
         votes = np.sign(sum(map(np.int64, turned)) - 3 * right)
         n_by_votes += (
@@ -165,7 +181,7 @@ def test_mcnemar_over_seeds_counts_all_flips_of_the_items_signs():
     rng = np.random.default_rng(14)
     for n in (1, 4, 9):
         mine, theirs = rng.random((3, n)) < 0.6, rng.random(n) < 0.5
-        ours = pd.concat([answers(mine[seed], seed=seed) for seed in range(3)])
+        ours = seeds(*mine)
         changes = mine.sum(0) - 3 * theirs.astype(int)
         totals = [abs(np.dot(signs, changes)) for signs in product([-1, 1], repeat=n)]
         expected = np.mean(np.array(totals) >= abs(changes.sum()))
