@@ -1,7 +1,7 @@
-"""Processes that run a command of ours, forked from a server that has imported what every command needs.
+"""Processes that run a command of ours, forked from a server that has imported what all need.
 
-Importing torch and transformers takes seconds, and tests start dozens of processes: the server does it once. It only
-imports, so a child inherits no pool of threads that was started elsewhere.
+Importing torch and transformers takes seconds, and tests start dozens of processes: the server
+does it once. It only imports, so a child inherits no pool of threads that was started elsewhere.
 """
 
 import multiprocessing

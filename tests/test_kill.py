@@ -1,4 +1,4 @@
-"""A run that is killed five times at any point ends with the records and the table of one that was not."""
+"""A run that is killed five times ends with the records and the table of one that was not."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What the pages name in backticks is there: names of our code, files, options; and so is what they link."""
+"""What the pages name in backticks, and what they link, is there: names, files, options."""
 
 import io
 import re
