@@ -1,10 +1,13 @@
-# Two commands on a fresh clone with Python 3.11, pip and make: `make demo` and `make test`.
+# On a fresh clone with Python 3.11, pip and make: `make demo`, `make test`, and while you work `make fast`.
 PYTHON ?= python3.11
 VENV ?= .venv
 EXTRAS ?= dev
 BIN = $(VENV)/bin
+CODE = src tests benchmarks docs
+# Two workers; one takes over what the other would do last.
+TESTS = $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo quick test oldest lint format clean
+.PHONY: demo quick fast test oldest lint style format clean
 
 demo: $(VENV)/ready
 	$(BIN)/icr demo
@@ -12,22 +15,29 @@ demo: $(VENV)/ready
 quick: $(VENV)/ready
 	$(BIN)/icr demo --quick --out runs/quick
 
+# While you work: style, layers, and the tests on tiny models in this process.
+fast: style
+	$(TESTS) -m "not slow and not processes and not browser and not pinned"
+
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(TESTS)
 
 # The tests that use transformers, with the oldest release of it that pyproject.toml claims.
 oldest:
 	PYTHON=$(PYTHON) .ci/oldest
 
-lint: $(VENV)/ready
-	$(BIN)/ruff format --check src tests benchmarks docs
-	$(BIN)/ruff check src tests benchmarks docs
+style: $(VENV)/ready
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/codespell
 	$(BIN)/lint-imports
+
+lint: style
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/ready
-	$(BIN)/ruff format src tests benchmarks docs
-	$(BIN)/ruff check --fix src tests benchmarks docs
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 # fp32 round-off of logits of size 10 through five layers, by another machine's kernels
 CLOSE = 1e-4
-small = test_rivals.small
 
 
 def there(inputs):
@@ -126,18 +125,17 @@ def test_a_router_fitted_there_gives_the_same_scores_here(
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("kind", LEARNING, ids=lambda kind: kind.name)
 def test_every_method_is_fitted_applied_saved_and_loaded_there(
-    kind, family, tokenizer, small, tmp_path, monkeypatch
+    kind, family, tokenizer, small_settings, tmp_path, monkeypatch
 ):
     on_processor = tiny.model
     monkeypatch.setattr(
         tiny, "model", lambda *args, **kwargs: on_processor(*args, **kwargs).to("cuda")
     )
-    test_rivals.test_fit_apply_leave_save_load(kind, family, tokenizer, small, tmp_path)
+    test_rivals.test_fit_apply_leave_save_load(kind, family, tokenizer, small_settings, tmp_path)
 
 
 def test_a_model_is_loaded_there_in_bfloat16_unless_asked_otherwise(tokenizer, tmp_path):
-    tiny.model("llama").save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tiny.save(tmp_path)
     model, asked = (
         load_model(tmp_path)[0],
         load_model(tmp_path, device="cpu", dtype=torch.float32)[0],

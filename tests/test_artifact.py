@@ -8,37 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny
-from icrouting.config import FitConfig
-from icrouting.decoder.decoder import Decoder
 from icrouting.icr import InContextRouter
 from icrouting.routing import artifact
 from icrouting.routing.artifact import with_results
-from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
 from local_hub import COMMIT, local_hub
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, encoder_folder):
-    where = tmp_path_factory.mktemp("artifact")
-    model = tiny.model("qwen2")
-    fit = FitConfig(layers=(3, 4), rank=3, hidden_width=5, basis="pca")
-    description = artifact.describe(
-        Decoder.of(model, tiny.tokenizer()),
-        [tiny.task()],
-        fit,
-        (3, 4),
-        features_of(str(encoder_folder), Decoder.of(model, tiny.tokenizer()), "cpu"),
-    )
-    router = Router(12, 2, 6, 3, 5, torch.Generator().manual_seed(0))
-    artifact.save(where, description, tiny.pids(model), router)
-    return where
-
-
 @pytest.fixture
-def copy(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "copy")
+def copy(saved_router, tmp_path):
+    return shutil.copytree(saved_router, tmp_path / "copy")
 
 
 def edit(folder, sign=True, **changes):
@@ -61,16 +40,16 @@ def swap_weights(folder, change):
     edit(folder, weights_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
 
 
-def test_the_folder_explains_itself(folder):
-    config = json.loads((folder / "config.json").read_text())
+def test_the_folder_explains_itself(saved_router):
+    config = json.loads((saved_router / "config.json").read_text())
     assert config["format_version"] == 1
     assert config["layers"] == [3, 4]
     assert config["fit"]["rank"] == 3
     assert "before rotary" in config["site"]
-    card = (folder / "README.md").read_text()
+    card = (saved_router / "README.md").read_text()
     assert "toy (40)" in card
     assert "{" not in card.replace("{base_model}", "{")
-    assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors", ".md"}
+    assert {file.suffix for file in saved_router.iterdir()} == {".json", ".safetensors", ".md"}
 
 
 @pytest.mark.parametrize(
@@ -128,8 +107,10 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path, monkeypatch):
         InContextRouter.from_pretrained("someone/some-router")
 
 
-def test_a_router_goes_to_the_hub_and_comes_back_with_its_results(folder, tmp_path, monkeypatch):
-    fitted = InContextRouter(*artifact.load(folder))
+def test_a_router_goes_to_the_hub_and_comes_back_with_its_results(
+    saved_router, tmp_path, monkeypatch
+):
+    fitted = InContextRouter(*artifact.load(saved_router))
     fitted.save_pretrained(tmp_path / "router")
     card = tmp_path / "router" / "README.md"
     card.write_text(with_results(card.read_text(), "It is good.\n"))
@@ -157,13 +138,13 @@ def test_a_router_goes_to_the_hub_and_comes_back_with_its_results(folder, tmp_pa
     assert (tmp_path / "again" / "README.md").read_text() == card.read_text()
 
 
-def test_a_bad_hub_id_is_refused(folder):
+def test_a_bad_hub_id_is_refused(saved_router):
     with pytest.raises(ValueError, match="Repo id must"):
-        InContextRouter.from_pretrained(folder).push_to_hub("a b/c")
+        InContextRouter.from_pretrained(saved_router).push_to_hub("a b/c")
 
 
-def test_saving_keeps_the_card_of_these_weights_and_no_other(folder, tmp_path):
-    icr = InContextRouter.from_pretrained(folder)
+def test_saving_keeps_the_card_of_these_weights_and_no_other(saved_router, tmp_path):
+    icr = InContextRouter.from_pretrained(saved_router)
     icr.save_pretrained(tmp_path)
     card = tmp_path / "README.md"
     card.write_text(card.read_text() + "By hand.")
@@ -175,8 +156,8 @@ def test_saving_keeps_the_card_of_these_weights_and_no_other(folder, tmp_path):
     assert InContextRouter.from_pretrained(tmp_path).generate_model_card().text in card.read_text()
 
 
-def test_results_replace_earlier_ones_and_leave_the_rest(folder):
-    card = (folder / "README.md").read_text()
+def test_results_replace_earlier_ones_and_leave_the_rest(saved_router):
+    card = (saved_router / "README.md").read_text()
     assert "None were recorded yet. `icr eval" in card
     once = with_results(card, "| first |\n")
     assert with_results(with_results(card, "| other |\n"), "| first |") == once
@@ -191,8 +172,8 @@ def test_results_replace_earlier_ones_and_leave_the_rest(folder):
     ("base_model", "is_named"),
     [("pinned:smollm2-135m", False), ("/models/a/b", False), ("owner/name", True)],
 )
-def test_the_front_matter_names_a_hub_id_alone_and_is_yaml(folder, base_model, is_named):
-    icr = InContextRouter.from_pretrained(folder)
+def test_the_front_matter_names_a_hub_id_alone_and_is_yaml(saved_router, base_model, is_named):
+    icr = InContextRouter.from_pretrained(saved_router)
     card = dataclasses.replace(
         icr, description=dataclasses.replace(icr.description, base_model=base_model)
     )

@@ -1,5 +1,3 @@
-import gc
-
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -8,6 +6,7 @@ import tiny
 from icrouting.decoder.families import CACHE, attention_of
 from icrouting.routing.attach import attach
 from icrouting.routing.router import Routing
+from plain_and_routed import logits_of, no_routing, routed_logits, state_of
 from reference import reference_routed
 
 FAMILIES = list(tiny.CONFIGS)
@@ -15,30 +14,6 @@ KERNELS = ["sdpa", "eager"]
 SIDES = ["left", "right"]
 # fp32 round-off of logits of size 10 through five layers
 CLOSE = 1e-5
-
-
-def logits_of(model, inputs):
-    """Logits at real tokens only: what a padded position holds is nobody's business."""
-    return model(**inputs).logits[inputs["attention_mask"].bool()]
-
-
-def routed_logits(model, inputs, pids, routing):
-    with attach(model, pids) as attachment:
-        attachment.routing = routing
-        return logits_of(model, inputs)
-
-
-def no_routing(model, batch):
-    neutral = tiny.routing(model, batch)
-    return Routing(neutral.routing_vector, neutral.head_gates * 0)
-
-
-def state_of(model):
-    hooks = [
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-        for m in model.modules()
-    ]
-    return model.config._attn_implementation, model.training, hooks
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -208,22 +183,6 @@ def test_two_models_are_routed_at_once_without_mixing():
         one.routing, two.routing = routing, other
         assert torch.equal(logits_of(first, inputs), alone[0])
         assert torch.equal(logits_of(second, inputs), alone[1])
-
-
-def test_a_thousand_attachments_leave_no_hook_and_no_object():
-    model = tiny.model("llama")
-    pids, before = tiny.pids(model), state_of(model)
-    for _ in range(3):
-        with attach(model, pids):
-            pass
-    gc.collect()
-    n_objects = len(gc.get_objects())
-    for _ in range(1000):
-        with attach(model, pids):
-            pass
-    gc.collect()
-    assert state_of(model) == before
-    assert len(gc.get_objects()) - n_objects < 100
 
 
 def test_a_kernel_that_cannot_be_widened_is_refused():

@@ -3,12 +3,12 @@
 import types
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 from transformers import StoppingCriteria
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.batches import attended
 from icrouting.decoder.families import CACHE
 from icrouting.decoder.hold import hooked, replaced
@@ -27,8 +27,7 @@ KINDS = pytest.mark.parametrize("kind", [TaskVectors, FunctionVectors, Elicit, I
 def fitted(kind, model, tokenizer, encoder_folder):
     settings = Settings(demos_per_class=2, tries=1, train_rows=8, encoder=str(encoder_folder))
     method = kind(settings)
-    method.fit(model, tokenizer, [TASK], np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, [TASK])
 
 
 def ids_of(tokenizer, text):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from commands import evaluate, fit
 from icrouting.cli import loading, main
 from icrouting.decoder.loading import load_model
 from icrouting.evaluation import evaluate as evaluate_module
@@ -19,48 +20,6 @@ from icrouting.routing import artifact
 def in_float32(monkeypatch):
     """A tiny router trained for seconds moves less than bfloat16 rounds, of which we warn."""
     monkeypatch.setattr("icrouting.decoder.loading.default_dtype", lambda: torch.float32)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, encoder_folder):
-    """A model folder, a data folder and a fitted router, all tiny."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny.model("llama").save_pretrained(folder / "model")
-    tiny.tokenizer().save_pretrained(folder / "model")
-    for name in ("sst2", "mr"):
-        task = tiny.task(name, n_test=20)
-        (folder / "data" / name).mkdir(parents=True)
-        for split, rows in (("train", task.train), ("test", task.test)):
-            lines = [json.dumps({"text": row.fields["text"], "label": row.label}) for row in rows]
-            (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines))
-    fit(folder, encoder_folder, folder / "router")
-    return folder
-
-
-def fit(folder, encoder_folder, out, *more):
-    small = "--n-prompts 9 --demos-per-class 1 --n-queries 9 --rank 2 --epochs 1 --tasks sst2 --hidden-width 5"
-    where = [
-        "--model",
-        str(folder / "model"),
-        "--data",
-        str(folder / "data"),
-        "--encoder",
-        str(encoder_folder),
-    ]
-    main.main(["fit", "--out", str(out), *where, *small.split(), *more])
-
-
-def evaluate(folder, out, *more):
-    where = [
-        "--model",
-        str(folder / "model"),
-        "--data",
-        str(folder / "data"),
-        "--router",
-        str(folder / "router"),
-    ]
-    small = "--tasks sst2 mr --sources sst2 --n-test 7 --demos-per-class 1"
-    main.main(["eval", "--out", str(out), *where, *small.split(), *more])
 
 
 SST2, SOURCE = "--tasks sst2 --sources sst2", "--sources sst2"
@@ -124,6 +83,7 @@ def test_rows_longer_than_the_context_are_left_out_and_said_so(world, tmp_path, 
     assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == 2 * 3 * 20
 
 
+@pytest.mark.slow
 def test_a_report_goes_to_the_card_of_the_router_that_was_measured_and_no_other(
     world, tmp_path, encoder_folder, capsys
 ):
@@ -147,6 +107,7 @@ def test_a_report_goes_to_the_card_of_the_router_that_was_measured_and_no_other(
     )
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(
     world, tmp_path, capsys
 ):
@@ -160,6 +121,7 @@ def test_a_second_run_into_the_folder_adds_nothing_and_another_one_is_refused(
     assert "n_test was 7, is 6" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_second_eval_into_a_live_run_is_refused_in_one_line(world, tmp_path, capsys, monkeypatch):
     run, how, refused = (
         evaluate_module.Evaluation.run,
@@ -407,8 +369,7 @@ def test_generated_brackets_are_text(world, capsys, monkeypatch):
 
 
 def test_a_fit_of_another_model_into_the_folder_is_refused(world, encoder_folder, capsys, tmp_path):
-    tiny.model("llama", seed=9).save_pretrained(tmp_path / "other")
-    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    tiny.save(tmp_path / "other", seed=9)
     with pytest.raises(SystemExit):
         fit(world, encoder_folder, world / "router", "--model", str(tmp_path / "other"))
     assert "other settings, model or data" in capsys.readouterr().err
@@ -438,6 +399,7 @@ def test_help_teaches_every_option(command, capsys):
     assert not undocumented
 
 
+@pytest.mark.processes
 def test_help_is_quick_since_nothing_heavy_is_imported():
     code = "import sys; from icrouting import cli; print([n for n in ('torch', 'transformers') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

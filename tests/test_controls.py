@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
 
 import tiny
+from fitted import fit_method
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids, score_options
@@ -75,8 +75,7 @@ def fits(settings, tokenizer):
 
 def fitted(kind, settings, model, tokenizer):
     method = kind(settings)
-    method.fit(model, tokenizer, [TASK], np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, [TASK])
 
 
 def scores_under(method, prompts=PROMPTS):

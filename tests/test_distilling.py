@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.batches import pad
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import all_branches_of, branches_of, layers_of
@@ -39,8 +40,7 @@ def fitted(kind, model, tokenizer, tasks=(TASK,), seed=0, **changes):
             **{"demos_per_class": 2, "train_rows": 24, "train_epochs": 4, "tries": 1, **changes}
         )
     )
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(seed))
-    return method
+    return fit_method(method, model, tokenizer, tasks, seed)
 
 
 def bare(kind, model, tokenizer, strength=0.1, scale=1.0):
@@ -166,6 +166,7 @@ def test_every_vector_and_strength_has_a_gradient_and_no_weight(kind, family, to
     assert all(weight.grad is None for weight in model.parameters())
 
 
+@pytest.mark.slow
 @KINDS
 def test_training_lowers_the_loss_on_a_model_that_stays_as_it_was(kind, tokenizer):
     model = tiny.model("llama")
@@ -181,6 +182,7 @@ def test_training_lowers_the_loss_on_a_model_that_stays_as_it_was(kind, tokenize
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_fit_is_one_for_one_seed_and_says_what_it_took(kind, tokenizer):
     model = tiny.model("llama")

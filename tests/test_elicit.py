@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, layers_of
 from icrouting.decoder.hooks import edited, recorded
@@ -42,8 +43,7 @@ def fitted(model, tokenizer, encoder_folder, tasks=(TASK,), **changes):
             }
         )
     )
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, tasks)
 
 
 @pytest.fixture(scope="module")

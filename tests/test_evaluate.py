@@ -51,6 +51,7 @@ def test_every_method_task_seed_and_item_has_one_record(methods, tmp_path, token
         assert record.prediction == int(np.argmax(record.option_logits))
 
 
+@pytest.mark.slow
 def test_a_run_cut_anywhere_goes_on_to_the_same_records(methods, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("icrouting.evaluation.evaluate.CHUNK", 4)
     whole_file = tmp_path / "whole.jsonl"
@@ -105,6 +106,7 @@ def test_few_shot_demonstrations_do_not_depend_on_the_order_of_tasks(tokenizer):
     assert prompts[0] == prompts[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encoder_folder):
     from icrouting.config import FitConfig

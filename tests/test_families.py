@@ -8,20 +8,11 @@ import tiny
 from icrouting.decoder.families import CACHE, FAMILIES, stack_of
 from icrouting.routing.attach import attach
 from icrouting.routing.router import Routing
+from plain_and_routed import CLOSE, MATTERS, logits_of, no_routing, routed_logits, state_of
 from reference import reference_routed
-from test_attach import logits_of, no_routing, routed_logits, state_of
 
 ALL = list(tiny.ALL_CONFIGS)
 SIDES = ["left", "right"]
-# fp32 round-off; the untouched Mixtral's own prefill and decoding differ by 1.05e-5 from its one pass.
-CLOSE = 3e-5
-# What a wrong site or a lost routing would change at least.
-MATTERS = 0.1
-
-
-def model_of(family, **kwargs):
-    # sdpa has no softcap, in transformers as here.
-    return tiny.model(family, "eager" if family == "gemma2" else "sdpa", **kwargs)
 
 
 def strong_routing(model):
@@ -36,7 +27,7 @@ def test_every_row_has_a_tiny_model():
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", ALL)
 def test_zero_gates_leave_logits_unchanged(family, side):
-    model, inputs = model_of(family), tiny.prompts(side=side)
+    model, inputs = tiny.model_of(family), tiny.prompts(side=side)
     plain = logits_of(model, inputs)
     assert (
         routed_logits(model, inputs, tiny.pids(model), no_routing(model, 3)) - plain
@@ -46,7 +37,11 @@ def test_zero_gates_leave_logits_unchanged(family, side):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", ALL)
 def test_routed_attention_equals_the_dense_reference(family, side):
-    model, dense, inputs = model_of(family), tiny.model(family, "eager"), tiny.prompts(side=side)
+    model, dense, inputs = (
+        tiny.model_of(family),
+        tiny.model(family, "eager"),
+        tiny.prompts(side=side),
+    )
     pids, routing, plain = tiny.pids(model), strong_routing(model), logits_of(model, inputs)
     with reference_routed(dense, pids, no_routing(model, 3)):
         assert (logits_of(dense, inputs) - plain).abs().max() <= CLOSE
@@ -60,7 +55,7 @@ def test_routed_attention_equals_the_dense_reference(family, side):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", ALL)
 def test_prefill_and_decoding_equal_one_pass(family, side, cache_kind):
-    model, inputs = model_of(family), tiny.prompts(side=side)
+    model, inputs = tiny.model_of(family), tiny.prompts(side=side)
     real, n_tokens = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
     with attach(model, tiny.pids(model)) as attachment:
         attachment.routing = strong_routing(model)
@@ -89,7 +84,7 @@ def test_prefill_and_decoding_equal_one_pass(family, side, cache_kind):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", ALL)
 def test_a_batch_equals_its_rows_one_by_one(family, side):
-    model, lengths = model_of(family), (11, 5, 17)
+    model, lengths = tiny.model_of(family), (11, 5, 17)
     inputs, pids, routing = tiny.prompts(lengths, side), tiny.pids(model), strong_routing(model)
     together = routed_logits(model, inputs, pids, routing).split(lengths)
     for row, length in enumerate(lengths):
@@ -102,7 +97,7 @@ def test_a_batch_equals_its_rows_one_by_one(family, side):
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 @pytest.mark.parametrize("family", ALL)
 def test_generation_with_a_cache_equals_generation_without(family, settings):
-    model, inputs = model_of(family), tiny.prompts(side="left")
+    model, inputs = tiny.model_of(family), tiny.prompts(side="left")
     del inputs["position_ids"]
     settings = {"max_new_tokens": 7, "do_sample": False, **settings}
     plain = model.generate(**inputs, **settings)
@@ -117,7 +112,7 @@ def test_generation_with_a_cache_equals_generation_without(family, settings):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("family", ALL)
 def test_leaving_restores_the_model_after_an_exception_in_generation(family, training):
-    model, inputs = model_of(family), tiny.prompts(side="left")
+    model, inputs = tiny.model_of(family), tiny.prompts(side="left")
     del inputs["position_ids"]
     plain, before = (
         logits_of(model, inputs),

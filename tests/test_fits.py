@@ -30,6 +30,7 @@ def folder(tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_costs_are_means_over_the_fits_of_each_method(folder):
     inner, pooled, i2cl = fit_costs(folder, ["task-vectors", "task-vectors-once", "i2cl"])
     assert (inner["fits"], pooled["fits"], i2cl["fits"]) == (2, 1, 2)

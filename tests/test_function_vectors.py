@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder import states
 from icrouting.decoder.batches import pad, tokenize
 from icrouting.decoder.decoder import Decoder
@@ -39,14 +40,9 @@ def few_prompts(monkeypatch):
         monkeypatch.setattr(function_vectors, name, n)
 
 
-def model_of(family):
-    return tiny.model(family, "eager" if family == "gemma2" else "sdpa")
-
-
 def fitted(model, tokenizer, tasks=(TASK,), **changes):
     method = FunctionVectors(Settings(**{"demos_per_class": 1, "tries": 1, **changes}))
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, tasks)
 
 
 def projections_of(model):
@@ -73,7 +69,7 @@ def logits_of(model, tokenizer, texts):
 @pytest.mark.parametrize("family", ALL)
 def test_all_heads_together_write_what_attention_adds_to_the_residual_stream(family, tokenizer):
     """Less the bias, once; behind the norm, where a family has one."""
-    model, text = model_of(family), few_shot_text()
+    model, text = tiny.model_of(family), few_shot_text()
     parts = written(model, heads_of(model, tokenizer, text))
     assert parts.shape == (5, dims_of(model).n_heads, model.config.hidden_size)
     for layer in range(5):
@@ -94,7 +90,7 @@ def test_all_heads_together_write_what_attention_adds_to_the_residual_stream(fam
 def test_what_heads_write_is_what_the_state_behind_attention_has_more_than_the_one_before(
     family, tokenizer
 ):
-    model, text = model_of(family), few_shot_text()
+    model, text = tiny.model_of(family), few_shot_text()
     parts, blocks = written(model, heads_of(model, tokenizer, text)), list(layers_of(model))
     behind = [block.post_attention_layernorm for block in blocks]
     with recorded([*blocks, *behind], edited_inputs) as states:
@@ -108,7 +104,7 @@ def test_what_heads_write_is_what_the_state_behind_attention_has_more_than_the_o
     "family", [name for name in ALL if name not in ("gemma2", "gemma3", "olmo2")]
 )
 def test_one_head_writes_its_columns_of_the_projection_times_its_output(family, tokenizer):
-    model = model_of(family)
+    model = tiny.model_of(family)
     heads = heads_of(model, tokenizer, few_shot_text())
     head_dim, parts = heads.shape[-1], written(model, heads)
     for layer in range(5):
@@ -122,7 +118,7 @@ def test_one_head_writes_its_columns_of_the_projection_times_its_output(family, 
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_a_head_patched_with_its_own_output_has_no_effect(family, tokenizer):
-    model, text = model_of(family), few_shot_text()
+    model, text = tiny.model_of(family), few_shot_text()
     own = heads_of(model, tokenizer, text)
     assert indirect_effects(Decoder.of(model, tokenizer), [(text, 7)], own).abs().max() < 1e-6
     assert (
@@ -139,7 +135,7 @@ def test_effects_from_the_cache_equal_those_of_whole_prompts_patched_head_by_hea
 ):
     monkeypatch.setattr(states, "PREFIX_BUDGET", budget)
     monkeypatch.setattr(states, "MOST_VARIANTS", budget // 100)
-    model = model_of(family) if budget >= 1000 else tiny.model(family, "eager")
+    model = tiny.model_of(family) if budget >= 1000 else tiny.model(family, "eager")
     prompts = [(few_shot_text(2), 11), (few_shot_text(1), 40)]
     shape = (
         5,
@@ -171,7 +167,7 @@ def test_effects_from_the_cache_equal_those_of_whole_prompts_patched_head_by_hea
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_the_vector_is_added_at_the_last_token_of_one_layer_under_both_paddings(family, tokenizer):
-    model, method = model_of(family), FunctionVectors(Settings())
+    model, method = tiny.model_of(family), FunctionVectors(Settings())
     prompts = [
         TASK.prompt(example) + "." * (3 * i % 7) + ":" for i, example in enumerate(TASK.test[:5])
     ]
@@ -345,7 +341,7 @@ def test_what_cannot_be_fitted_is_refused_in_a_sentence(few_prompts, tokenizer, 
 
 @pytest.mark.parametrize("family", ALL)
 def test_the_output_projection_is_the_last_step_of_attention(family, tokenizer):
-    model = model_of(family)
+    model = tiny.model_of(family)
     modules = [*projections_of(model), *(attention_of(model, layer) for layer in range(5))]
     with recorded(modules) as outputs:
         logits_of(model, tokenizer, [few_shot_text(1)])

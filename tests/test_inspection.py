@@ -133,6 +133,7 @@ def test_the_text_is_plain_and_names_what_moved(seen):
     assert max(map(len, text.splitlines()[1:])) <= 80
 
 
+@pytest.mark.browser
 def test_in_a_browser_pictures_are_there_and_nothing_scrolls_sideways(world, page, tmp_path):
     long = inspection.html(look(world, "x" * 300 + "\nSentiment:", OPTIONS), "a")
     for number, shown in enumerate((page, long)):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import all_branches_of, branches_of, layers_of
 from icrouting.decoder.hooks import edited, recorded
@@ -31,8 +32,7 @@ def plain_of(model, alone):
 
 def fitted(model, tokenizer, tasks=(TASK,), **changes):
     method = IterativeVectors(Settings(**{"train_rows": 12, "tries": 1, **changes}))
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, tasks)
 
 
 def slow(model, shown, alone, strength):
@@ -177,6 +177,7 @@ def test_the_default_of_the_published_code_is_tried_first_and_the_budget_holds(t
     assert len(tried) == 5
 
 
+@pytest.mark.slow
 def test_rows_are_counted_once(tokenizer):
     for tries, n_looked_at in (
         (1, 0),

@@ -94,6 +94,7 @@ def build(world, kernel="sdpa"):
     )
 
 
+@pytest.mark.slow
 @laws(40)
 @given(worlds())
 def test_routed_attention_equals_the_dense_reference_whatever_the_shape_and_the_padding(world):
@@ -106,6 +107,7 @@ def test_routed_attention_equals_the_dense_reference_whatever_the_shape_and_the_
         assert (model(**batch).logits[real] - expected).abs().max() <= CLOSE
 
 
+@pytest.mark.slow
 @laws(30)
 @given(worlds(), st.data())
 def test_any_cut_into_prefill_and_decoding_equals_one_pass(world, data):

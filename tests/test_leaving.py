@@ -16,12 +16,13 @@ from icrouting.routing import artifact
 from icrouting.routing.attach import attach
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
-from test_attach import logits_of
-from test_families import ALL, model_of
+from plain_and_routed import logits_of
 
+ALL = list(tiny.ALL_CONFIGS)
 LAYERS = (3, 4)
-# Far less than an object an attachment; the allocator of torch may keep a few pages.
-FEW_OBJECTS, FEW_BYTES = 40, 6 * 2**20
+# Far less than an object each time that a router is attached; the allocator of torch may keep a few pages.
+FEW_OBJECTS = 10
+FEW_BYTES = 6 * 2**20
 
 
 def router_for(model, encoder_folder):
@@ -65,6 +66,14 @@ def inventory(model):
     )
 
 
+@pytest.fixture
+def only_new_objects():
+    """Takes what is there already out of the collector's sight: to count it takes seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def objects():
     gc.collect()
     return Counter(type(thing).__name__ for thing in gc.get_objects())
@@ -91,7 +100,7 @@ def raising_at(n_tokens):
 def test_an_exception_in_generation_leaves_nothing_behind(
     family, training, encoder_folder, tokenizer
 ):
-    model = model_of(family)
+    model = tiny.model_of(family)
     icr, inputs = (
         router_for(model, encoder_folder),
         tokenizer(["Review: joy\nSentiment:", "dull"], padding=True),
@@ -112,11 +121,12 @@ def test_an_exception_in_generation_leaves_nothing_behind(
     assert torch.equal(model.generate(**inputs, **settings), words)
 
 
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("family", ALL)
 def test_attaching_over_and_over_leaves_no_hook_no_object_and_no_memory(
     family, encoder_folder, tokenizer
 ):
-    model = model_of(family)
+    model = tiny.model_of(family)
     icr, before = router_for(model, encoder_folder), inventory(model)
     inputs = tokenizer(["Review: joy\nSentiment:"], return_tensors="pt")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.batches import pad, pad_id_of
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import layers_of
@@ -34,8 +35,7 @@ def few_epochs(monkeypatch):
 
 def fitted(kind, model, tokenizer, tasks=(TASK,), **changes):
     method = kind(Settings(**SMALL | changes))
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, tasks)
 
 
 def scores(model, tokenizer, n=7):

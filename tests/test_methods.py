@@ -8,6 +8,7 @@ import torch
 from transformers import FalconH1Config
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.answering import answering
 from icrouting.decoder.batches import pad, tokenize
 from icrouting.decoder.decoder import Decoder
@@ -37,8 +38,7 @@ def prompts_of(task, n=7):
 
 def fitted(kind, model, tokenizer, tasks=(TASK,), **changes):
     method = kind(Settings(**{"demos_per_class": 2, "i2cl_epochs": 1, "tries": 1, **changes}))
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, tasks)
 
 
 def scores_under(method, model, tokenizer, prompts, task=TASK):

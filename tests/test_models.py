@@ -70,8 +70,7 @@ def test_what_fails_without_a_word_is_said_by_its_name(said, monkeypatch):
 @pytest.fixture
 def saved(tmp_path):
     """A folder with a model of experts, whose weights transformers joins, and so has to write anew for the disk."""
-    tiny.model("mixtral").save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny.save(tmp_path, "mixtral")
     return tmp_path
 
 

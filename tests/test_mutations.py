@@ -12,7 +12,6 @@ import pytest
 
 from icrouting.icr import InContextRouter
 from icrouting.routing import artifact
-from test_artifact import folder  # noqa: F401
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SLOW = 5.0
@@ -347,8 +346,8 @@ def damaged(whole, rng):
 
 
 @pytest.fixture
-def where(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "router")
+def where(saved_router, tmp_path):
+    return shutil.copytree(saved_router, tmp_path / "router")
 
 
 def refusal(where):
@@ -421,6 +420,7 @@ def test_what_is_no_configuration_is_refused(where):
     )
 
 
+@pytest.mark.slow
 def test_forged_fields_with_right_checksums_are_refused(where):
     assert (
         check(
@@ -430,6 +430,7 @@ def test_forged_fields_with_right_checksums_are_refused(where):
     )
 
 
+@pytest.mark.slow
 def test_forged_weights_with_right_checksums_are_refused(where):
     cases = headers(*parts((where / WEIGHTS).read_bytes()))
     assert (

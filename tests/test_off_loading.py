@@ -30,8 +30,7 @@ MAPS = {"layers on disk": LAYERS | REST, "all on disk": {"": "disk"}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny.model("llama").save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.save(folder)
     return folder
 
 
@@ -131,6 +130,7 @@ def test_scores_and_generation_equal_those_in_memory(pair, icr):
         )
 
 
+@pytest.mark.slow
 def test_an_evaluation_equals_that_in_memory(pair, icr, tmp_path):
     whole, spread, tokenizer = pair
     icr.save_pretrained(tmp_path / "router")

@@ -23,9 +23,8 @@ from icrouting.decoder import probe
 from icrouting.decoder.families import FAMILIES, Family, Site, family_of
 from icrouting.decoder.sites import fused_key, fused_query, token_major
 from icrouting.routing.attach import attach
+from plain_and_routed import CLOSE, MATTERS, logits_of, no_routing, routed_logits, state_of
 from reference import reference_routed
-from test_attach import logits_of, no_routing, routed_logits, state_of
-from test_families import CLOSE, MATTERS
 
 REFUSED = "cannot be routed: looked for queries and keys that reach the attention function"
 

@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import stack_of
 from icrouting.evaluation import records
@@ -28,8 +29,7 @@ def settings(encoder_folder):
 
 def fitted(kind, settings, model, tokenizer, task=TASK):
     method = kind(settings)
-    method.fit(model, tokenizer, [task], np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, [task])
 
 
 def blobs(n_classes, n=60, n_features=7, seed=0):

@@ -1,10 +1,8 @@
 """Several processes give what one gives: the same PIDs, the same router, the same table."""
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,81 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from icrouting.cli import main
-from icrouting.decoder import loading
-from icrouting.evaluation import evaluate, records
-from icrouting.fitting import extraction
+from children import FIT, finish, kill, start, start_evaluation, start_fit
+from commands import on
 from icrouting.icr import InContextRouter
 from icrouting.runtime import processes
-from test_cli import world  # noqa: F401
-from test_kill import table
+from runs_alike import assert_same_table, cut_short
 
-FIT = (
-    "--n-prompts 23 --demos-per-class 1 --n-queries 13 --rank 2 --epochs 2 --batch-size 4 --lr 0.01 --tasks sst2 mr "
-    "--hidden-width 5"
-)
-EVAL = "--tasks sst2 mr --sources sst2 --n-test 14 --demos-per-class 1 --i2cl-epochs 1 --seeds 0 1"
-METHODS = "zero-shot calibration few-shot task-vectors task-vectors-once i2cl icr icr-constant icr-uniform-gates-once"
-
-
-def child(rank, n, port, arguments, dtype):
-    """One of n processes, placed as `torchrun` would place it."""
-    if n > 1:
-        place = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": n,
-            "LOCAL_WORLD_SIZE": n,
-            "MASTER_PORT": port,
-        }
-        os.environ.update(
-            {name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1"
-        )
-    torch.set_num_threads(1)
-    extraction.BLOCK, extraction.SAVE_EVERY_SECONDS, evaluate.CHUNK = 5, 0.0, 3
-    loading.default_dtype = lambda: dtype
-    main.main(arguments)
-
-
-def start(n, *arguments, dtype=torch.float32):
-    """Starts n processes with the same arguments, or each with its own where an argument is a list."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context, started = multiprocessing.get_context("spawn"), []
-    for rank in range(n):
-        own = [
-            str(argument[rank]) if isinstance(argument, list) else str(argument)
-            for argument in arguments
-        ]
-        started.append(context.Process(target=child, args=(rank, n, port, own, dtype)))
-        started[-1].start()
-    return started
-
-
-def finish(processes):
-    for process in processes:
-        process.join(240)
-    return [process.exitcode for process in processes]
-
-
-def fit(world, encoder_folder, out, n, dtype=torch.float32):
-    where = ["--model", world / "model", "--data", world / "data", "--encoder", encoder_folder]
-    return start(n, "fit", "--out", out, *where, *FIT.split(), dtype=dtype)
-
-
-def evaluation(world, out, n):
-    where = ["--model", world / "model", "--data", world / "data", "--router", world / "router"]
-    return start(n, "eval", "--out", out, *where, *EVAL.split(), "--methods", *METHODS.split())
-
-
-@pytest.fixture(scope="module")
-def alone(world, encoder_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("alone")
-    assert finish(
-        [*fit(world, encoder_folder, out / "router", 1), *evaluation(world, out / "run", 1)]
-    ) == [0, 0]
-    return out
+pytestmark = pytest.mark.processes
 
 
 def assert_same_router(folder, expected, within=1e-4):
@@ -99,63 +29,60 @@ def assert_same_router(folder, expected, within=1e-4):
         assert (a - b).abs().max() <= within
 
 
-def assert_same_table(run, expected):
-    key = lambda record: record.key  # noqa: E731
-    got, wanted = (sorted(records.read(out / "records.jsonl"), key=key) for out in (run, expected))
-    assert [(r.key, r.prediction, r.n_tokens) for r in got] == [
-        (r.key, r.prediction, r.n_tokens) for r in wanted
-    ]
-    assert table(run) == table(expected)
-    assert not list(run.glob("records.*.jsonl"))
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
-def test_n_processes_fit_and_measure_what_one_does(n, alone, world, encoder_folder, tmp_path):
-    assert finish(fit(world, encoder_folder, tmp_path / "router", n)) == [0] * n
+def test_n_processes_fit_and_measure_what_one_does(n, alone, encoder_folder, tmp_path):
+    fitting = start_fit(alone / "world", encoder_folder, tmp_path / "router", n)
+    assert finish(fitting) == [0] * n
     assert_same_router(tmp_path / "router", alone / "router")
-    assert finish(evaluation(world, tmp_path / "run", n)) == [0] * n
+    assert finish(start_evaluation(alone / "world", tmp_path / "run", n)) == [0] * n
     assert_same_table(tmp_path / "run", alone / "run")
 
 
-def test_in_bfloat16_processes_agree_to_what_it_rounds(world, encoder_folder, tmp_path):
+@pytest.mark.slow
+def test_in_bfloat16_processes_agree_to_what_it_rounds(alone, encoder_folder, tmp_path):
     for n in (1, 2):  # prompts in batches of other sizes
-        assert finish(fit(world, encoder_folder, tmp_path / f"{n}", n, torch.bfloat16)) == [0] * n
+        out = tmp_path / f"{n}"
+        fitting = start_fit(alone / "world", encoder_folder, out, n, torch.bfloat16)
+        assert finish(fitting) == [0] * n
     assert_same_router(tmp_path / "2", tmp_path / "1", within=5e-3)
 
 
+@pytest.mark.slow
 def test_a_fit_that_lost_a_process_ends_and_goes_on_with_another_number(
-    alone, world, encoder_folder, tmp_path
+    alone, encoder_folder, tmp_path
 ):
     folder = tmp_path / "router"
-    first = fit(world, encoder_folder, folder, 2)
+    first = start_fit(alone / "world", encoder_folder, folder, 2)
     while not (folder / "fit" / "moments.safetensors").exists():
         assert first[0].is_alive(), "the fit was over before it could be stopped"
         time.sleep(0.002)
-    os.kill(first[1].pid, signal.SIGKILL)
+    assert kill(first[1])
     assert finish(first) == [2, -signal.SIGKILL]
     assert not (folder / "config.json").exists()
-    assert finish(fit(world, encoder_folder, folder, 3)) == [0] * 3
+    assert finish(start_fit(alone / "world", encoder_folder, folder, 3)) == [0] * 3
     assert_same_router(folder, alone / "router")
 
 
-def test_an_evaluation_that_lost_a_process_goes_on_with_another_number(alone, world, tmp_path):
+@pytest.mark.slow
+def test_an_evaluation_that_lost_a_process_goes_on_with_another_number(alone, tmp_path):
     run = tmp_path / "run"
-    first = evaluation(world, run, 3)
+    first = start_evaluation(alone / "world", run, 3)
     while not list(run.glob("records.*.jsonl")):
         assert first[0].is_alive(), "the run was over before it could be stopped"
         time.sleep(0.002)
-    os.kill(first[2].pid, signal.SIGKILL)
-    assert finish(first)[2] == -signal.SIGKILL
-    with open(run / "records.1.jsonl", "ab") as file:
-        file.write(b'{"method": "zero-shot", "task"')  # a line that the kill cut short
-    assert finish(evaluation(world, run, 2)) == [0, 0]
+    assert kill(first[2])
+    finish(first)
+    cut_short(run / "records.1.jsonl")
+    assert finish(start_evaluation(alone / "world", run, 2)) == [0, 0]
     assert_same_table(run, alone / "run")
 
 
 @pytest.mark.parametrize("option", ["--seed", "--data"])
 def test_processes_that_were_told_different_things_are_refused(
-    option, world, encoder_folder, tmp_path, capfd
+    option, alone, encoder_folder, tmp_path
 ):
+    world = alone / "world"
     other = tmp_path / "data"
     for name in ("sst2", "mr"):
         (other / name).mkdir(parents=True)
@@ -163,11 +90,13 @@ def test_processes_that_were_told_different_things_are_refused(
             lines = (world / "data" / name / f"{split}.jsonl").read_text().splitlines()
             (other / name / f"{split}.jsonl").write_text("\n".join(lines[1:]))
     values = {"--seed": [1, 2], "--data": [world / "data", other]}[option]
-    where = ["--model", world / "model", "--data", world / "data", "--encoder", encoder_folder]
-    processes = start(2, "fit", "--out", tmp_path / "router", *where, *FIT.split(), option, values)
-    assert finish(processes) == [2, 2]
+    where = [*on(world), "--encoder", encoder_folder]
+    command = ["fit", "--out", tmp_path / "router", *where, *FIT.split(), option, values]
+    log = tmp_path / "errors"
+    told = start(2, *command, log=log)
+    assert finish(told) == [2, 2]
     what = {"--seed": "seed", "--data": "rows"}[option]
-    assert f"the processes were started with different {what}" in capfd.readouterr().err
+    assert f"the processes were started with different {what}" in log.read_text()
     assert not (tmp_path / "router").exists()
 
 
@@ -225,13 +154,13 @@ def test_a_process_leaves_its_group_before_its_interpreter_ends(capfd):
 
 
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
-def test_both_launchers_start_it(launcher, world, encoder_folder, tmp_path):
+def test_both_launchers_start_it(launcher, alone, encoder_folder, tmp_path):
     how = {
         "torch.distributed.run": "--nproc_per_node 2 --master_port 29533",
         "accelerate.commands.launch": "--cpu --num_processes 2 --num_machines 1 --mixed_precision no "
         "--dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port 29534",
     }[launcher]
-    where = ["--model", world / "model", "--data", world / "data", "--encoder", encoder_folder]
+    where = [*on(alone / "world"), "--encoder", encoder_folder]
     command = [sys.executable, "-m", launcher, *how.split(), "-m", "icrouting.cli"]
     command += ["fit", "--out", tmp_path / "router", *where, *FIT.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -128,6 +128,7 @@ def test_every_picture_has_an_alternative_text_and_a_caption(page):
     assert 'alt=""' not in page
 
 
+@pytest.mark.slow
 def test_a_report_remade_is_the_same_and_leaves_no_part_behind(run_folder):
     names = ("report.html", "report.md", "report.csv", "summary.json")
     before = [(run_folder / name).read_bytes() for name in names]
@@ -247,6 +248,7 @@ def test_drawing_leaves_matplotlibs_settings_alone():
     assert dict(mpl.rcParams) == before
 
 
+@pytest.mark.browser
 def test_in_a_browser_pictures_load_and_nothing_scrolls_sideways(page, tmp_path):
     for width, found in browser.lay_out(page, (1280, 700, 400), tmp_path).items():
         assert found["images"] == page.count("<img")
@@ -254,6 +256,7 @@ def test_in_a_browser_pictures_load_and_nothing_scrolls_sideways(page, tmp_path)
         assert found["width"] <= width
 
 
+@pytest.mark.browser
 def test_in_a_browser_a_run_of_many_methods_does_not_scroll_sideways(tmp_path):
     records, config = many_methods(20)
     page = report.html(report.summarise(records, config), config, tmp_path)
@@ -262,6 +265,7 @@ def test_in_a_browser_a_run_of_many_methods_does_not_scroll_sideways(tmp_path):
         assert found["width"] <= width
 
 
+@pytest.mark.slow
 def test_tasks_of_more_options_than_can_be_read_have_no_confusion_matrix(tmp_path):
     wide = [replace(r, option_logits=(*r.option_logits, *[-9.0] * 40)) for r in ICR_LOSES_ON_MR]
     mixed = [

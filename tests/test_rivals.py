@@ -10,6 +10,7 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny
+from fitted import fit_method
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE
@@ -34,19 +35,12 @@ from icrouting.tasks.task import Task
 
 TASK = tiny.task("toy", n_test=30)
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
-SMALL = {"demos_per_class": 2, "i2cl_epochs": 1, "tries": 2, "train_rows": 8, "train_epochs": 1}
 EVERY = pytest.mark.parametrize("kind", LEARNING, ids=lambda kind: kind.name)
-
-
-@pytest.fixture(scope="module")
-def small(encoder_folder):
-    return Settings(**SMALL, encoder=str(encoder_folder))
 
 
 def fitted(kind, model, tokenizer, settings, task=TASK, seed=0):
     method = kind(settings)
-    method.fit(model, tokenizer, [task], np.random.default_rng(seed))
-    return method
+    return fit_method(method, model, tokenizer, [task], seed)
 
 
 def prompts():
@@ -62,11 +56,11 @@ def scores(model, tokenizer, texts):
 
 @EVERY
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fit_apply_leave_save_load(kind, family, tokenizer, small, tmp_path):
+def test_fit_apply_leave_save_load(kind, family, tokenizer, small_settings, tmp_path):
     model = tiny.model(family)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     plain = scores(model, tokenizer, prompts())
-    method = fitted(kind, model, tokenizer, small)
+    method = fitted(kind, model, tokenizer, small_settings)
     assert torch.equal(scores(model, tokenizer, prompts()), plain)
     with method.attached(model, tokenizer, TASK):
         changed = scores(model, tokenizer, prompts())
@@ -90,11 +84,14 @@ def test_fit_apply_leave_save_load(kind, family, tokenizer, small, tmp_path):
 
 
 @EVERY
-def test_a_mask_by_position_and_a_static_cache_change_nothing(kind, tokenizer, small):
+def test_a_mask_by_position_and_a_static_cache_change_nothing(kind, tokenizer, small_settings):
     model = tiny.model("llama")
     right, left = (tiny.prompts(side=side) for side in ("right", "left"))
     new = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    with fitted(kind, model, tokenizer, small).attached(model, tokenizer, TASK), torch.no_grad():
+    with (
+        fitted(kind, model, tokenizer, small_settings).attached(model, tokenizer, TASK),
+        torch.no_grad(),
+    ):
         ids, mask = right["input_ids"], right["attention_mask"]
         assert torch.equal(
             model(ids, mask).logits, model(input_ids=ids, attention_mask=mask).logits
@@ -119,22 +116,25 @@ def test_a_mask_by_position_and_a_static_cache_change_nothing(kind, tokenizer, s
     ],
     ids=str,
 )
-def test_a_prompt_is_the_same_however_generation_runs_it(kind, way, tokenizer, small):
+def test_a_prompt_is_the_same_however_generation_runs_it(kind, way, tokenizer, small_settings):
     model = tiny.model("llama")
     given = tokenizer(
         "Review: good good good\nSentiment: good good good\nReview: good", return_tensors="pt"
     )
     new = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    with fitted(kind, model, tokenizer, small).attached(model, tokenizer, TASK), torch.no_grad():
+    with (
+        fitted(kind, model, tokenizer, small_settings).attached(model, tokenizer, TASK),
+        torch.no_grad(),
+    ):
         expected = model.generate(**given, **new, num_beams=way.get("num_beams", 1))
         assert torch.equal(model.generate(**given, **new, **way), expected)
 
 
 @pytest.mark.parametrize("kind", [TaskVectors, Elicit, IterativeVectors, FunctionVectors])
-def test_generated_tokens_are_left_alone_but_by_function_vectors(kind, tokenizer, small):
+def test_generated_tokens_are_left_alone_but_by_function_vectors(kind, tokenizer, small_settings):
     model, token = tiny.model("llama"), torch.tensor([[7]])
     method, given = (
-        fitted(kind, model, tokenizer, small),
+        fitted(kind, model, tokenizer, small_settings),
         tokenizer(prompts()[0], return_tensors="pt"),
     )
     mask, found = torch.ones(1, given.input_ids.shape[1] + 1, dtype=torch.long), []
@@ -146,9 +146,13 @@ def test_generated_tokens_are_left_alone_but_by_function_vectors(kind, tokenizer
     assert torch.equal(*found) == (kind is not FunctionVectors)
 
 
-def test_a_model_that_was_compiled_before_notices_what_is_attached(tokenizer, small):
+@pytest.mark.slow
+def test_a_model_that_was_compiled_before_notices_what_is_attached(tokenizer, small_settings):
     model = tiny.model("llama")
-    method, given = fitted(TaskVectors, model, tokenizer, small), tiny.prompts(side="right")
+    method, given = (
+        fitted(TaskVectors, model, tokenizer, small_settings),
+        tiny.prompts(side="right"),
+    )
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         plain = compiled(**given).logits
@@ -159,15 +163,16 @@ def test_a_model_that_was_compiled_before_notices_what_is_attached(tokenizer, sm
         assert torch.allclose(compiled(**given).logits, plain, atol=1e-5)
 
 
+@pytest.mark.slow
 @EVERY
-def test_a_fit_is_made_by_its_seed_and_by_no_test_row(kind, tokenizer, small):
+def test_a_fit_is_made_by_its_seed_and_by_no_test_row(kind, tokenizer, small_settings):
     model, spoilt = (
         tiny.model("llama"),
         [replace(row, fields={"text": "?"}, label=0) for row in TASK.test],
     )
-    method = fitted(kind, model, tokenizer, small)
-    again = fitted(kind, model, tokenizer, small, replace(TASK, test=tuple(spoilt)))
-    other = fitted(kind, model, tokenizer, small, seed=1)
+    method = fitted(kind, model, tokenizer, small_settings)
+    again = fitted(kind, model, tokenizer, small_settings, replace(TASK, test=tuple(spoilt)))
+    other = fitted(kind, model, tokenizer, small_settings, seed=1)
     assert_same(method, again)
     if kind.draws:
         assert any(
@@ -178,14 +183,15 @@ def test_a_fit_is_made_by_its_seed_and_by_no_test_row(kind, tokenizer, small):
         assert_same(method, other)
 
 
+@pytest.mark.slow
 @EVERY
 def test_what_is_in_force_is_the_best_that_was_tried_and_all_of_it_is_kept(
-    kind, tokenizer, small, monkeypatch
+    kind, tokenizer, small_settings, monkeypatch
 ):
     model, accuracies = tiny.model("llama"), iter([1.0, 0.5])
-    first = fitted(kind, model, tokenizer, replace(small, tries=1))
+    first = fitted(kind, model, tokenizer, replace(small_settings, tries=1))
     monkeypatch.setattr(kind, "validated", lambda self: next(accuracies))  # the first is best
-    method = fitted(kind, model, tokenizer, small)
+    method = fitted(kind, model, tokenizer, small_settings)
     assert_same(method, first)
     assert {name for name, value in vars(method).items() if isinstance(value, torch.Tensor)} <= set(
         kind.learned
@@ -199,8 +205,8 @@ def assert_same(method, other):
 
 
 @EVERY
-def test_what_was_learned_on_another_model_is_refused(kind, tokenizer, small, tmp_path):
-    method = fitted(kind, tiny.model("llama"), tokenizer, small)
+def test_what_was_learned_on_another_model_is_refused(kind, tokenizer, small_settings, tmp_path):
+    method = fitted(kind, tiny.model("llama"), tokenizer, small_settings)
     save_method(method, tmp_path)
     for model in (tiny.model("qwen3"), tiny.model("llama", seed=1)):
         with pytest.raises(ValueError, match="load the base model it was fitted on"):
@@ -212,20 +218,22 @@ def test_what_was_learned_on_another_model_is_refused(kind, tokenizer, small, tm
             pass
 
 
-def test_what_was_learned_with_another_sentence_encoder_is_refused(tokenizer, small, tmp_path):
+def test_what_was_learned_with_another_sentence_encoder_is_refused(
+    tokenizer, small_settings, tmp_path
+):
     model = tiny.model("llama")
-    save_method(fitted(ProbeEncoder, model, tokenizer, small), tmp_path)
+    save_method(fitted(ProbeEncoder, model, tokenizer, small_settings), tmp_path)
     described = json.loads((tmp_path / "method.json").read_text())
     (tmp_path / "method.json").write_text(json.dumps({**described, "depends_on": "0" * 16}))
     with pytest.raises(ValueError, match="was learned with 0000000000000000, now with"):
         load_method(tmp_path, model, tokenizer)
 
 
-def test_a_damaged_folder_is_refused_in_a_sentence(tokenizer, small, tmp_path):
+def test_a_damaged_folder_is_refused_in_a_sentence(tokenizer, small_settings, tmp_path):
     model = tiny.model("llama")
     with pytest.raises(ValueError, match="holds no saved method"):
         load_method(tmp_path, model, tokenizer)
-    (inner,) = make(["task-vectors"], small)
+    (inner,) = make(["task-vectors"], small_settings)
     inner.fit(model, tokenizer, [TASK], np.random.default_rng(0))
     with pytest.raises(ValueError, match="of a method fitted on each task"):
         save_method(inner, tmp_path)
@@ -242,9 +250,9 @@ def test_a_damaged_folder_is_refused_in_a_sentence(tokenizer, small, tmp_path):
         load_method(tmp_path, model, tokenizer)
 
 
-def test_a_folder_saved_before_checksums_is_taken_up(tokenizer, small, tmp_path):
+def test_a_folder_saved_before_checksums_is_taken_up(tokenizer, small_settings, tmp_path):
     model = tiny.model("llama")
-    method = fitted(TaskVectors, model, tokenizer, small)
+    method = fitted(TaskVectors, model, tokenizer, small_settings)
     save_method(method, tmp_path)
     described = json.loads((tmp_path / "method.json").read_text())
     del described["tensors_sha256"]
@@ -252,10 +260,10 @@ def test_a_folder_saved_before_checksums_is_taken_up(tokenizer, small, tmp_path)
     assert_same(method, load_method(tmp_path, model, tokenizer))
 
 
-def test_nothing_is_fitted_under_another_method(tokenizer, small, tmp_path):
-    model, (inner,) = tiny.model("llama"), make(["task-vectors"], small)
+def test_nothing_is_fitted_under_another_method(tokenizer, small_settings, tmp_path):
+    model, (inner,) = tiny.model("llama"), make(["task-vectors"], small_settings)
     inner.fit(model, tokenizer, [TASK], np.random.default_rng(0), tmp_path / "fit.safetensors")
-    with fitted(TaskVectors, model, tokenizer, small).attached(model, tokenizer, TASK):
+    with fitted(TaskVectors, model, tokenizer, small_settings).attached(model, tokenizer, TASK):
         for step in (
             lambda: inner.on(TASK),
             lambda: inner.attached(model, tokenizer, TASK).__enter__(),
@@ -267,10 +275,13 @@ def test_nothing_is_fitted_under_another_method(tokenizer, small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_router_and_a_rival_are_never_on_one_model_at_once(tokenizer, small):
-    model, config = tiny.model("llama"), FitConfig(n_prompts=6, n_queries=6, encoder=small.encoder)
+def test_a_router_and_a_rival_are_never_on_one_model_at_once(tokenizer, small_settings):
+    model, config = (
+        tiny.model("llama"),
+        FitConfig(n_prompts=6, n_queries=6, encoder=small_settings.encoder),
+    )
     rival, before = (
-        fitted(TaskVectors, model, tokenizer, small),
+        fitted(TaskVectors, model, tokenizer, small_settings),
         scores(model, tokenizer, prompts()),
     )
     steps = (
@@ -295,17 +306,19 @@ def test_a_router_and_a_rival_are_never_on_one_model_at_once(tokenizer, small):
         assert torch.equal(scores(model, tokenizer, prompts()), under)
 
 
-def test_a_fit_kept_before_a_setting_was_there_is_taken_up(tokenizer, small, tmp_path, monkeypatch):
+def test_a_fit_kept_before_a_setting_was_there_is_taken_up(
+    tokenizer, small_settings, tmp_path, monkeypatch
+):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
-    TaskVectors(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    TaskVectors(small_settings).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
     tensors, notes = load_tensors(file)
     save_tensors(file, tensors, {name: note for name, note in notes.items() if name != "tries"})
     monkeypatch.setattr(TaskVectors, "learn", lambda *args: pytest.fail("fitted again"))
-    TaskVectors(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    TaskVectors(small_settings).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
 
 
-def test_a_method_fitted_on_each_task_is_attached_as_the_task_s_own(tokenizer, small):
-    model, (inner,) = tiny.model("llama"), make(["task-vectors"], small)
+def test_a_method_fitted_on_each_task_is_attached_as_the_task_s_own(tokenizer, small_settings):
+    model, (inner,) = tiny.model("llama"), make(["task-vectors"], small_settings)
     inner.fit(model, tokenizer, [TASK], np.random.default_rng(0))
     plain = scores(model, tokenizer, prompts())
     with inner.on(TASK).attached(model, tokenizer, TASK):
@@ -317,11 +330,11 @@ def test_a_method_fitted_on_each_task_is_attached_as_the_task_s_own(tokenizer, s
 
 
 @EVERY
-def test_a_second_method_is_refused_until_the_first_is_left(kind, tokenizer, small):
+def test_a_second_method_is_refused_until_the_first_is_left(kind, tokenizer, small_settings):
     model = tiny.model("llama")
     method, other = (
-        fitted(kind, model, tokenizer, small),
-        fitted(TaskVectors, model, tokenizer, small),
+        fitted(kind, model, tokenizer, small_settings),
+        fitted(TaskVectors, model, tokenizer, small_settings),
     )
     for second in (method, other):
         with method.attached(model, tokenizer, TASK):
@@ -347,21 +360,23 @@ class Views(Method):
         self.other = self.one[0]
 
 
-def test_tensors_that_share_memory_or_are_turned_are_kept(tokenizer, small, tmp_path, monkeypatch):
+def test_tensors_that_share_memory_or_are_turned_are_kept(
+    tokenizer, small_settings, tmp_path, monkeypatch
+):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
     monkeypatch.setattr("icrouting.methods.registry.LEARNING", [Views])
-    method = Views(small)
+    method = Views(small_settings)
     method.fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
     save_method(method, tmp_path)
-    again = Views(small)
+    again = Views(small_settings)
     again.fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
     assert_same(method, again)
     assert_same(method, load_method(tmp_path, model, tokenizer))
 
 
 @EVERY
-def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small, tmp_path):
-    method = kind(small)
+def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small_settings, tmp_path):
+    method = kind(small_settings)
     method.fit(
         tiny.model("llama"),
         tokenizer,
@@ -375,7 +390,7 @@ def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small, tmp_p
         assert method.cost["forwards"] > 0
         assert (method.cost["backwards"] > 0) == (method.cost["trained"] > 0)
     assert all(0 <= tried["accuracy"] <= 1 for tried in method.tried)
-    again = kind(small)
+    again = kind(small_settings)
     again.fit(
         tiny.model("llama"),
         tokenizer,
@@ -386,37 +401,39 @@ def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small, tmp_p
     assert (again.cost, again.tried) == (method.cost, method.tried)
 
 
-def test_a_kept_fit_of_another_configuration_is_refused(tokenizer, small, tmp_path):
+def test_a_kept_fit_of_another_configuration_is_refused(tokenizer, small_settings, tmp_path):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
-    Refit(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    Refit(small_settings).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
     with pytest.raises(
         ValueError, match="was learned with n_queries=8, now with n_queries=9: put that back"
     ):
-        Refit(replace(small, train_rows=9)).fit(
+        Refit(replace(small_settings, train_rows=9)).fit(
             model, tokenizer, [TASK], np.random.default_rng(0), file
         )
 
 
-def test_a_kept_fit_of_another_model_or_other_settings_is_refused(tokenizer, small, tmp_path):
+def test_a_kept_fit_of_another_model_or_other_settings_is_refused(
+    tokenizer, small_settings, tmp_path
+):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
-    TaskVectors(small).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
+    TaskVectors(small_settings).fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
     with pytest.raises(
         ValueError,
         match="was learned with demos_per_class=2, now with demos_per_class=1: put that back",
     ):
-        TaskVectors(replace(small, demos_per_class=1)).fit(
+        TaskVectors(replace(small_settings, demos_per_class=1)).fit(
             model, tokenizer, [TASK], np.random.default_rng(0), file
         )
     with pytest.raises(
         ValueError, match=r"was learned with [0-9a-f]{16}, now with [0-9a-f]{16}: put that back"
     ):
-        TaskVectors(small).fit(
+        TaskVectors(small_settings).fit(
             tiny.model("llama", seed=1), tokenizer, [TASK], np.random.default_rng(0), file
         )
 
 
-def test_the_cost_of_a_method_that_draws_nothing_is_found(tokenizer, small, tmp_path):
-    Refit(small).fit(
+def test_the_cost_of_a_method_that_draws_nothing_is_found(tokenizer, small_settings, tmp_path):
+    Refit(small_settings).fit(
         tiny.model("llama"),
         tokenizer,
         [TASK],
@@ -427,9 +444,9 @@ def test_the_cost_of_a_method_that_draws_nothing_is_found(tokenizer, small, tmp_
     assert (row["method"], row["fits"]) == ("icr-refit", 1)
 
 
-def test_a_task_s_name_may_hold_a_slash(tokenizer, small, tmp_path):
+def test_a_task_s_name_may_hold_a_slash(tokenizer, small_settings, tmp_path):
     task = Task(replace(TASK.spec, name="glue/toy"), TASK.train, TASK.test, TASK.validation)
-    (inner,) = make(["task-vectors"], small)
+    (inner,) = make(["task-vectors"], small_settings)
     inner.fit(
         tiny.model("llama"),
         tokenizer,
@@ -441,9 +458,11 @@ def test_a_task_s_name_may_hold_a_slash(tokenizer, small, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["fit-glue%2Ftoy.safetensors"]
 
 
-def test_soft_prompts_start_somewhere_where_a_template_has_no_words(tokenizer, small):
+def test_soft_prompts_start_somewhere_where_a_template_has_no_words(tokenizer, small_settings):
     task = Task(replace(TASK.spec, template="{text}"), TASK.train, TASK.test, TASK.validation)
-    PromptTuning(small).fit(tiny.model("llama"), tokenizer, [task], np.random.default_rng(0))
+    PromptTuning(small_settings).fit(
+        tiny.model("llama"), tokenizer, [task], np.random.default_rng(0)
+    )
 
 
 @EVERY
@@ -462,7 +481,7 @@ def test_a_regime_that_a_method_lacks_is_refused_with_the_reason(kind):
     ids=lambda kind: kind.name,
 )
 def test_a_decoder_inside_a_model_of_images_is_changed_or_refused_in_a_sentence(
-    kind, tokenizer, small
+    kind, tokenizer, small_settings
 ):
     vision = {
         "hidden_size": 16,
@@ -479,8 +498,8 @@ def test_a_decoder_inside_a_model_of_images_is_changed_or_refused_in_a_sentence(
     plain = scores(model, tokenizer, prompts())
     if issubclass(kind, PromptTuning):  # one attention mask is not what it gets
         with pytest.raises(ValueError, match="one attention mask"):
-            fitted(kind, model, tokenizer, small).applied(TASK).__enter__()
+            fitted(kind, model, tokenizer, small_settings).applied(TASK).__enter__()
     else:
-        with fitted(kind, model, tokenizer, small).attached(model, tokenizer, TASK):
+        with fitted(kind, model, tokenizer, small_settings).attached(model, tokenizer, TASK):
             assert scores(model, tokenizer, prompts()).isfinite().all()
     assert torch.equal(scores(model, tokenizer, prompts()), plain)

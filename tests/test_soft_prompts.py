@@ -4,13 +4,13 @@ import copy
 import sys
 import warnings
 
-import numpy as np
 import peft
 import pytest
 import torch
 from transformers import DynamicCache
 
 import tiny
+from fitted import fit_method
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, dims_of, stack_of
 from icrouting.decoder.scoring import score_options
@@ -29,18 +29,13 @@ WORDS = [17, 200, 31, 8, 90, 121, 44, 63]
 
 def fitted(kind, model, tokenizer, tasks=(TASK,), **changes):
     method = kind(Settings(**SMALL | changes))
-    method.fit(model, tokenizer, list(tasks), np.random.default_rng(0))
-    return method
+    return fit_method(method, model, tokenizer, tasks)
 
 
 def of(model, kind):
     method = kind(Settings())
     method.decoder = Decoder.of(model, tiny.tokenizer())
     return method
-
-
-def model_of(family):
-    return tiny.model(family, "eager" if family == "gemma2" else "sdpa")
 
 
 def wide(family):
@@ -91,7 +86,7 @@ def same(before, after):
 @pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
 def test_a_soft_prompt_made_of_tokens_is_those_tokens_in_front(kind, family):
     """On every row of the family table: positions are shifted by P, prefix keys are rotated where they stood."""
-    model, before = model_of(family), whole(model_of(family))
+    model, before = tiny.model_of(family), whole(tiny.model_of(family))
     tokens = tiny.prompts((13,))["input_ids"]
     for n_virtual in (1, 8):
         with torch.no_grad():
@@ -264,6 +259,7 @@ def test_the_model_is_whole_again_after_an_exception_and_a_failed_entry(kind, to
     assert torch.equal(scores(model, tokenizer), plain)
 
 
+@pytest.mark.slow
 @BOTH
 def test_training_lowers_the_loss_on_its_rows_and_stays_on_the_seed(kind, tokenizer):
     model = tiny.model("llama")

@@ -69,19 +69,6 @@ def reviews(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def pinned_folder() -> Path:
-    try:
-        return wheels.fetch("staicc")
-    except ConnectionError as error:
-        pytest.skip(f"the pinned wheel is not at hand: {error}")
-
-
-@pytest.fixture(scope="module")
-def pinned_tasks(pinned_folder: Path) -> dict[str, Task]:
-    return {name: staicc.read_task(catalogue.SPECS[name]) for name in catalogue.STAICC}
-
-
 def test_pickle_with_code_is_refused_without_running_it(folder):
     dump(folder, "trec", [(["What is it ?"], Evil(folder / "made"))])
     with pytest.raises(ValueError, match=r"it asks for the code \w+\.mkdir"):
@@ -132,6 +119,7 @@ def test_fifth_of_the_rows_is_for_testing_and_texts_are_stripped(folder):
     assert texts == {f"Item number {i} ." for i in range(35)}
 
 
+@pytest.mark.slow
 def test_splits_are_capped_for_agnews_higher(folder):
     dump(folder, "agnews", numbered_rows(14500, 4))
     dump(folder, "subj", numbered_rows(14500, 2))
@@ -270,14 +258,7 @@ def test_pinned_sets_read_the_same_twice(pinned_tasks, name):
     ],
 )
 def test_labels_of_the_pinned_sets_are_in_the_order_of_the_catalogue(
-    pinned_folder, name, start, label
+    pinned_rows, name, start, label
 ):
-    labels = [
-        row.label
-        for row in _starting(start, staicc._read_rows(pinned_folder, catalogue.SPECS[name]))
-    ]
-    assert [catalogue.SPECS[name].options[i] for i in labels] == [label]
-
-
-def _starting(start, rows):
-    return [row for row in rows if row.fields["text"].startswith(start)]
+    starting = [row for row in pinned_rows[name] if row.fields["text"].startswith(start)]
+    assert [catalogue.SPECS[name].options[row.label] for row in starting] == [label]

@@ -36,8 +36,7 @@ def test_the_documented_task_file_reads(stance):
 def test_the_documented_command_runs_on_a_task_file(stance, tmp_path, capsys):
     import tiny
 
-    tiny.model("llama").save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.save(tmp_path / "model")
     for file in stance.parent.iterdir():  # the tiny tokenizer knows few words
         text = file.read_text().replace("against", "negative").replace("favour", "positive")
         file.write_text(text.replace('"none"', '"joy"'))

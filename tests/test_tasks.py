@@ -111,6 +111,7 @@ def test_an_unknown_task_brings_near_matches():
         load_task("sst3", "anywhere")
 
 
+@pytest.mark.slow
 @needs_shared
 @pytest.mark.parametrize("name", PAPER_TASKS)
 def test_every_task_of_the_paper_reads_and_its_options_are_distinct(name):

@@ -103,6 +103,17 @@ def model(family: str, kernel: str = "sdpa", seed: int = 0) -> PreTrainedModel:
     return sharp(ALL_CONFIGS[family], kernel, seed, embed_std=0.4 if family == "gemma3" else 1.0)
 
 
+def model_of(family: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model on a kernel that computes all of it: sdpa has no soft cap."""
+    return model(family, "eager" if family == "gemma2" else "sdpa", seed)
+
+
+def save(folder: Path, family: str = "llama", seed: int = 0) -> None:
+    """Writes a tiny model and its tokenizer to a folder."""
+    model(family, seed=seed).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
 def sharp(
     config: PretrainedConfig, kernel: str = "sdpa", seed: int = 0, embed_std: float = 1.0
 ) -> PreTrainedModel:
