@@ -199,7 +199,7 @@ def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(tmp_path):
     assert {key: [getattr(one, name) for name in fields] for key, one in again.items()} == {
         one.key: [getattr(one, name) for name in fields] for one in lines
     }
-    pages = [report.write(tmp_path / name).lines for name in ("run", "again")]
+    pages = [report.write(tmp_path / name).summary.lines for name in ("run", "again")]
     pd.testing.assert_frame_equal(*pages)
     assert (tmp_path / "run" / "report.csv").read_text() == (
         tmp_path / "again" / "report.csv"

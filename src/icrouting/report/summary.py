@@ -9,6 +9,7 @@ import pandas as pd
 
 from icrouting.evaluation.records import BASELINE, Record
 from icrouting.report import metrics
+from icrouting.report.run import Run
 
 HEADLINE = "icr"
 MOST_OPTIONS = 30  # of which a confusion matrix can be read
@@ -92,11 +93,11 @@ class Summary:
         return self.lines.xs(("task", method), level=("kind", "method"))
 
 
-def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
+def summarise(records: Sequence[Record], run: Run) -> Summary:
     """Returns the figures of a run, finished or in progress."""
     if not records:
         raise ValueError("no records to summarise: the run has not scored an example yet")
-    refused, lines = config.get("refused", ()), metrics.frame(records)
+    refused, lines = run.refused, metrics.frame(records)
     n_answered = lines.groupby(["method", "task", "seed"]).label.transform("size")
     is_whole = n_answered == n_answered.groupby(lines.task).transform(
         "max"
@@ -106,10 +107,7 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     )
     shown = lines.loc[is_whole | ~is_open]
     by_cell: dict[Any, pd.DataFrame] = dict(iter(shown.groupby(["method", "task"], sort=False)))
-    kinds = {
-        task["name"]: "source" if task["role"] == "source" else task["group"]
-        for task in config["tasks"]
-    }
+    kinds = {task.name: "source" if task.role == "source" else task.group for task in run.tasks}
     sections = {task: SECTIONS.get(kind, kind) for task, kind in kinds.items()}
     if unknown := sorted({task for _, task in by_cell} - set(sections)):
         raise ValueError(f"config.json does not describe the tasks {unknown}, which have records")
@@ -119,7 +117,7 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
         task: max((found for (_, of), found in by_cell.items() if of == task), key=len)
         for _, task in by_cell
     }
-    methods = list(dict.fromkeys([*config["methods"], *(method for method, _ in by_cell)]))
+    methods = list(dict.fromkeys([*run.methods, *(method for method, _ in by_cell)]))
     keys = [
         (method, task) for method in methods for task in groups["all"] if (method, task) in by_cell
     ]
@@ -139,11 +137,17 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
             methods, list(sections), by_cell, fullest, {(m, task) for m, task, _ in refused}
         ),
         notes=(
-            *config.get("notes", ()),
+            *run.notes,
             *(f"{m} does not fit {task}: {said}" for m, task, said in refused),
         ),
-        origin=ORIGIN.format_map(
-            {"dtype": "dtype not kept", **config, "seeds": ", ".join(map(str, config["seeds"]))}
+        origin=ORIGIN.format(
+            model=run.model,
+            dtype=run.dtype or "dtype not kept",
+            n_test=run.n_test,
+            seeds=", ".join(map(str, run.seeds)),
+            created=run.created,
+            commit=run.commit,
+            command=run.command,
         ),
     )
 
