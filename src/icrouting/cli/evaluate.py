@@ -39,6 +39,7 @@ def evaluate(out: Path, config: EvalConfig) -> None:
     with first_one_first():  # which may have to download
         loaded_tasks = load_tasks(names, config.data)
         model, tokenizer = load(config.model)
+    # A task may be tested on and a source too, under the one name that the user gave.
     tasks_by_name: dict[str, Task] = {}
     notes = []
     for name, task in zip(dict.fromkeys(names), loaded_tasks, strict=True):
@@ -92,6 +93,7 @@ def finish(
     records.gather(folder.records)
     n_cells = len(evaluation.methods) * len(tasks)
     _say_refused(evaluation.refused, n_cells)
+    # The report reads all of this from the folder, so that it can be remade without the model.
     folder.add(outcome_of(evaluation, tasks, seed, folder))
     write_tried(folder.fits, folder.read_config()["methods"], folder.tried)
     if icr is not None:
@@ -132,6 +134,7 @@ def _write_to_card(card: Path, run: Run, folder: RunFolder) -> None:
     if run.router != icr.digest():
         held = f"{card} holds {icr.digest()}"
         raise ValueError(f"{folder} measured router {run.router}, {held}: nothing is recorded")
+    # Writes the card anew where it was deleted, and keeps one that is there.
     icr.save_pretrained(card)
     file = card / "README.md"
     text = file.read_text(encoding="utf-8")

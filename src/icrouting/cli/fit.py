@@ -41,6 +41,7 @@ def fit(
         message = f"{out} holds this router already"
     else:
         icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit")
+        # All processes hold the same router by now.
         if is_first():
             icr.save_pretrained(out)
         wait()
@@ -61,6 +62,7 @@ def show_plan(
     """Prints what a fit would take; no weights are read."""
     sources = load_tasks(tasks, data)
     skeleton, tokenizer = load_skeleton(model.model)
+    # A fit to be planned is a large one, and those run on accelerators.
     planned = plan.plan_fit(skeleton, tokenizer, sources, config, torch.bfloat16)
     console.print(_texts_by_task(planned, f"fit on {model}"))
     counted = "by the model's tokenizer"

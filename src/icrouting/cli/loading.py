@@ -17,7 +17,7 @@ console = Console()
 
 def load(model: Backbone) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a model and its tokenizer, without the loaders' bars."""
-    disable_progress_bar()
+    disable_progress_bar()  # they would fill the terminal between ours
     return load_model(model.model, device_map=model.device_map)
 
 
@@ -25,6 +25,7 @@ def load_tasks(names: Sequence[str], data: str) -> list[Task]:
     """Returns tasks by name, in their order and each once; says which rows were left out."""
     with spinner("reading tasks"):
         tasks = [load_task(name, data) for name in dict.fromkeys(names)]
+    # Records know a task by its name alone.
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(
             f"two of the tasks {', '.join(names)} have one name: set `name` in a task file"

@@ -42,6 +42,7 @@ def generate(
         text = Text(str(tokenizer.decode(new_tokens, skip_special_tokens=True)))
         return Panel(text, title=f"{title}: {len(new_tokens)} tokens in {seconds:.1f} s")
 
+    # Before the router is attached, which would route this one too.
     plain = panel("zero-shot")
     with icr.attached(base, tokenizer, strength=strength) as routed:
         beside = Table.grid(Column(ratio=1), Column(ratio=1), expand=True)

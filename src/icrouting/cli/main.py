@@ -12,6 +12,7 @@ from icrouting.decoder.backbone import Backbone
 from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
 from icrouting.methods.settings import Settings
 
+# What a command runs is imported inside it: torch takes seconds, and `--help` needs none of it.
 BACKBONE = Backbone()
 FITTING = FitConfig()
 EVALUATION = EvalConfig()
@@ -157,6 +158,7 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     from icrouting.cli import fit as fitting
     from icrouting.cli.loading import console
 
+    # Few enough that two cores are done while someone waits.
     n_prompts, n_queries, n_test = (6, 60, 24) if quick else (40, 400, 120)
     model = Backbone("pinned:smollm2-135m")
     data = "pinned:staicc"
@@ -204,6 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(130)
+    # What a user can mend comes as these two; anything else is our mistake and keeps its traceback.
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

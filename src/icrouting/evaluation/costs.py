@@ -23,7 +23,7 @@ class _KeptFit:
 
     method: str
     place: str
-    cost: dict[str, float]
+    cost: dict[str, Any]
     tried: list[dict[str, Any]]
 
 
@@ -39,6 +39,7 @@ def fit_costs(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     if not costs:
         return []
     rows = []
+    # In the order of the names, as the report lists methods elsewhere.
     for method, costs_of_fits in pd.DataFrame(costs).groupby("method", sort=False):
         means = costs_of_fits[list(COLUMNS)].mean().to_dict()
         rows.append({"method": method, "fits": len(costs_of_fits), **means})

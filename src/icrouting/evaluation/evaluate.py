@@ -68,6 +68,7 @@ class Evaluation:
                 jobs.append((task, items[start : start + CHUNK]))
         for seed in seeds:
             self._run_seed(jobs, tasks, seed)
+        # Each process has met refusals of its own; the report is to name them all.
         self.refused = dict(joined(list(self.refused.items())))
 
     def _run_seed(self, jobs: Sequence[Job], tasks: Sequence[Task], seed: int) -> None:
@@ -93,6 +94,7 @@ class Evaluation:
         if here().num_processes == 1:
             self.fit(seed)
             return
+        # First its share, so that two processes do not learn the same; then, from their files, all.
         self.fit(seed, mine(self.methods))
         self._unfit = dict(joined(list(self._unfit.items())))
         self.fit(seed)
@@ -113,6 +115,7 @@ class Evaluation:
             if method.seed == seed or method.name in self._unfit:
                 continue
             method.seed = seed
+            # From its name: a method's draw is the same whatever others the run has.
             rng = np.random.default_rng([seed, zlib.crc32(method.name.encode())])
             file = self._fit_file(method, seed)
             try:
@@ -148,6 +151,7 @@ class Evaluation:
 
     def _answer(self, method: Method, task: Task, items: list[int], seed: int) -> None:
         """Appends a method's records on items; one that draws nothing has another seed's."""
+        # Without a draw every seed has the same answers, so the first seed's are copied.
         answers = {} if method.draws else self._answers[method.name, task.name]
         new_records = []
         unknown_items = []

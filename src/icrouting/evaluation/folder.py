@@ -29,6 +29,7 @@ class Outcome:
 
     def entries(self) -> dict[str, Any]:
         """Returns the entries of config.json."""
+        # Where nothing was timed, config.json keeps what an earlier run timed.
         timing = {"timing": {"baseline": self.baseline, "ratios": self.ratios}}
         measured = timing if self.ratios else {}
         return {"refused": self.refused, **measured, "fits": self.costs}

@@ -45,10 +45,13 @@ def _ratios(
     """A row for each way of each method that has been timed, by this run or by earlier ones."""
     rows_by_way = {row["method"]: dict(row) for row in earlier}
     methods = _able(evaluation, tasks)
+    # In turns means on the same prompts, so only a task that no method refuses will do.
     shared_tasks = _answered_by_all(evaluation, methods, tasks)
     expected = {method.name for method in methods} - {BASELINE}
+    # A run that is taken up for more seeds or items is not timed again.
     if shared_tasks and not rows_by_way.keys() >= expected:
         evaluation.fit(seed, methods)
+        # Where prompts are short, what a method adds to their time shows most.
         shortest = min(shared_tasks, key=_length)
         new_rows = time_ratios(evaluation.model, evaluation.tokenizer, methods, shortest)
         rows_by_way.update({str(row["method"]): row for row in new_rows})

@@ -49,6 +49,7 @@ class Predictor:
         prompts = [method.prompt(task, example) for example in examples]
         options = [task.options(example) for example in examples]
         token_lists = tokenize(self.tokenizer, [prompt.text for prompt in prompts])
+        # A method's own work after the model's counts as its time too.
         scores, seconds = self._scores(method, task, prompts, options)
         started = time.monotonic()
         scores = method.adjusted(task, examples, scores)

@@ -62,6 +62,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
     A line that a kill cut short is removed first. The file is made where there is none.
     """
     with open(path, "a+b") as file:
+        # Opened for appending, the file stands at its end.
         file.seek(0)
         content = file.read()
         end = content.rfind(b"\n") + 1

@@ -59,6 +59,7 @@ class RunConfig:
     def flat(self) -> dict[str, Any]:
         """The content of config.json, with the methods' settings beside the others."""
         asked = self.asked
+        # The settings' "router" is where it lies; the digest, in its place, is what it is.
         return {
             **asdict(asked.settings),
             "model": str(asked.model),
@@ -197,6 +198,7 @@ def _short(value: object) -> str:
 
 def commit() -> str:
     """The commit of the working tree that runs, or "unknown" outside one."""
+    # An installed copy may lie in somebody else's repository, whose commit says nothing of ours.
     here = Path(__file__)
     is_tracked = ["git", "ls-files", "--error-unmatch", here.name]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

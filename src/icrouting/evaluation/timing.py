@@ -55,6 +55,7 @@ def time_ratios(
     for method in methods:
         if method.name != BASELINE:
             timed_methods.append(method.on(task))
+    # The baseline comes first, and has one way: it has no context to keep.
     ways = []
     for method in timed_methods:
         ways += _ways(method, [method.prompt(task, example) for example in examples])
@@ -70,6 +71,7 @@ def time_ratios(
                 seconds[way.name].append(time.monotonic() - started)
 
     note = f"median of {n_rounds} turns on {len(examples)} prompts of {task.name}"
+    # Ratios within a turn: what slows the machine for a while slows both sides of them.
     baseline_seconds = np.array(seconds[BASELINE][1:])
     rows: list[dict[str, object]] = []
     for way in ways[1:]:
@@ -88,6 +90,7 @@ def _untouched(settings: Settings) -> Method:
 
 
 def _ways(method: Method, prompts: Sequence[Prompt]) -> list[_Way]:
+    # As plain texts, prompts that have a context in common do not share the reading of it.
     ways = [_Way(method.name, method, [prompt.text for prompt in prompts], None)]
     if prompts[0].context:
         ways.append(_Way(f"{method.name}, context kept", method, prompts, {}))

@@ -96,6 +96,7 @@ def markdown(report: Report) -> str:
 
 def _objects(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The lines of a frame as JSON has them, without what is NaN."""
+    # As objects, figures are Python's own numbers, as JSON needs them.
     lines = frame.reset_index().astype(object)
     return [line.dropna().to_dict() for _, line in lines.iterrows()]
 
@@ -117,6 +118,7 @@ def _pictures(report: Report, folder: RunFolder) -> dict[str, str]:
     """The pictures that the run has the figures for, as SVG by name."""
     summary = report.summary
     pictures = {"accuracies": figures.accuracies(summary)}
+    # Means over different tasks cannot stand in one picture.
     if figures.complete(summary):
         pictures["costs"] = figures.costs(summary, report.run.n_cached())
     if summary.lines.gain_n.any():
@@ -134,6 +136,7 @@ def _routing_pictures(routing: Mapping[str, Any]) -> dict[str, str]:
     tasks = routing["tasks"]
     if not tasks:
         return {}
+    # All parts have a layer in front, so tasks can be averaged place by place.
     mean = {}
     for part in ("head_gates", "routing_vector_abs"):
         mean[part] = np.mean([task[part] for task in tasks.values()], axis=0)

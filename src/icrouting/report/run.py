@@ -93,6 +93,7 @@ class Run:
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Run":
         """Returns what a run's config.json says; ValueError if a report could not be made of it."""
+        # What runs of earlier versions did not write, and unfinished ones have yet to.
         absent = {"dtype": None, "router": None, "notes": [], "refused": [], "timing": None}
         known = {name: content[name] for name in cls.__annotations__ if name in content}
         run = read(cls, {**absent, "fits": [], **known, "as_written": {}})
@@ -101,6 +102,7 @@ class Run:
     def n_cached(self) -> dict[str, int]:
         """Returns by method the numbers that it keeps beside the model, a kept context included."""
         ratios = self.timing.ratios if self.timing else ()
+        # Timed with its context kept, a method has a further row, which comes later and counts.
         return {ratio.method.removesuffix(", context kept"): ratio.n_cached for ratio in ratios}
 
 
