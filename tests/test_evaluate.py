@@ -241,7 +241,7 @@ def test_fits_are_kept_for_a_resumed_run(tokenizer, tmp_path, monkeypatch):
 
 
 def config_of(**changes):
-    asked = {"data": "d", "methods": ("zero-shot",), "seeds": (0,), "n_test": 13}
+    asked = {"data": "d", "methods": ("zero-shot",), "seeds": [0], "n_test": 13}
     values = {
         "fingerprint": "f",
         "dtype": "float32",
@@ -259,7 +259,7 @@ def config_of(**changes):
 def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tmp_path):
     runs.claim(RunFolder(tmp_path), config_of())
     runs.claim(RunFolder(tmp_path), config_of(methods=("zero-shot", "icr")))
-    runs.claim(RunFolder(tmp_path), config_of(seeds=(1,)))
+    runs.claim(RunFolder(tmp_path), config_of(seeds=[1]))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["methods"] == ["zero-shot", "icr"]
     assert config["seeds"] == [0, 1]
@@ -322,7 +322,7 @@ def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
         return json.loads((tmp_path / "config.json").read_text())
 
     assert grow("a")["notes"] == ["1 seed, 13 test items a task at most (paper: 3, 500)."]
-    assert grow("b", seeds=(1, 2))["notes"] == [
+    assert grow("b", seeds=[1, 2])["notes"] == [
         "3 seeds, 13 test items a task at most (paper: 3, 500)."
     ]
     config = grow("b", methods=("i2cl", "prompt-tuning-once"), n_test=500)
@@ -336,7 +336,7 @@ def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
 def test_a_budget_smaller_than_usual_is_a_cut_that_the_report_names(tmp_path):
     runs.claim(
         RunFolder(tmp_path),
-        config_of(seeds=(0, 1, 2), n_test=500, settings=Settings(tries=1, train_rows=30)),
+        config_of(seeds=[0, 1, 2], n_test=500, settings=Settings(tries=1, train_rows=30)),
     )
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["notes"] == [

@@ -174,7 +174,7 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
         sources=sources,
         methods=("zero-shot", "calibration", "few-shot", "icr"),
         n_test=n_test,
-        seeds=(0,),
+        seeds=[0],
         model=model,
         settings=Settings(router=str(router)),
     )

@@ -16,7 +16,7 @@ HUB_TASKS = tuple(name for name in PAPER_TASKS if name != "ai2scie")
 # How options read on the command line: names in a row, and a group's options without its prefix.
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
 Base = Annotated[Backbone, tyro.conf.arg(name="")]
-Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class EvalConfig:
     sources: Names = HUB_TASKS[:5]
     methods: Names = ("zero-shot", "few-shot", "multi-task-few-shot", "calibration", "icr")
     n_test: PositiveInt = 500
-    seeds: Seeds = (0, 1, 2)
+    seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
     model: Base = field(default_factory=Backbone)
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
 
