@@ -3,6 +3,7 @@
 import numpy as np
 
 from icrouting.evaluation.records import Record
+from icrouting.report.run import Run
 
 TASKS = (
     {
@@ -55,7 +56,7 @@ def fake_records(
 
 
 def fake_config(methods=("zero-shot", "few-shot", "icr"), **changes) -> dict:
-    """A run's configuration over the three tasks."""
+    """The content of a run's config.json over the three tasks."""
     return {
         "command": "icr evaluate --model <tiny>",
         "commit": "abc1234",
@@ -71,6 +72,11 @@ def fake_config(methods=("zero-shot", "few-shot", "icr"), **changes) -> dict:
     }
 
 
+def fake_run(methods=("zero-shot", "few-shot", "icr"), **changes) -> Run:
+    """A run over the three tasks."""
+    return Run.of(fake_config(methods, **changes))
+
+
 ICR_LOSES_ON_MR = fake_records(
     {
         **{("zero-shot", "agnews"): 0.4, ("zero-shot", "mr"): 0.9, ("zero-shot", "cb"): 0.5},
@@ -80,12 +86,12 @@ ICR_LOSES_ON_MR = fake_records(
 )
 
 
-def many_methods(n_methods: int) -> tuple[list[Record], dict]:
-    """Records and configuration of a run with more methods than a table has room for."""
+def many_methods(n_methods: int) -> tuple[list[Record], Run]:
+    """Records of a run, and the run, with more methods than a table has room for."""
     names = ["zero-shot", *(f"method-with-a-long-name-{n}" for n in range(1, n_methods))]
     accuracies = {
         (name, task["name"]): 0.3 + 0.6 * (7 * n % n_methods) / n_methods
         for n, name in enumerate(names)
         for task in TASKS
     }
-    return fake_records(accuracies), fake_config(names)
+    return fake_records(accuracies), fake_run(names)

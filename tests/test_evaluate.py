@@ -11,12 +11,16 @@ from filelock import FileLock
 
 import tiny
 from icrouting.cli import main
+from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import layers_of
 from icrouting.decoder.hooks import edited
 from icrouting.evaluation import evaluate, records, runs
+from icrouting.evaluation.config import EvalConfig
 from icrouting.evaluation.evaluate import Evaluation
+from icrouting.evaluation.folder import RunFolder
 from icrouting.evaluation.items import draw_items
+from icrouting.evaluation.timing import time_ratios
 from icrouting.methods import METHODS, Settings, make
 from icrouting.methods.prompting import ZeroShot
 from icrouting.methods.regimes import regimes
@@ -162,11 +166,10 @@ def test_an_unknown_method_brings_near_matches():
 
 
 def test_times_are_ratios_to_the_first_method(methods, tokenizer, tmp_path):
-    evaluation = Evaluation(
-        Decoder.of(tiny.model("llama"), tokenizer), methods, TASKS, tmp_path / "none"
-    )
-    evaluation.fit(0)
-    plain, kept = evaluation.time_ratios(TASKS[0], n_items=3, n_rounds=3)
+    model = tiny.model("llama")
+    decoder = Decoder.of(model, tokenizer)
+    Evaluation(decoder, methods, TASKS, tmp_path / "none").fit(0)
+    plain, kept = time_ratios(decoder, methods, TASKS[0], n_items=3, n_rounds=3)
     assert [plain["method"], kept["method"]] == ["few-shot", "few-shot, context kept"]
     assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in (plain, kept))
     assert plain["n_cached"] == 0
@@ -250,44 +253,41 @@ def test_fits_are_kept_for_a_resumed_run(tokenizer, tmp_path, monkeypatch):
 
 
 def config_of(**changes):
+    asked = {"data": "d", "methods": ("zero-shot",), "seeds": [0], "n_test": 13}
     values = {
-        "model": "m",
         "fingerprint": "f",
         "dtype": "float32",
-        "data": "d",
         "rows": "r",
         "router": None,
-        "methods": ["zero-shot"],
         "tasks": runs.task_entries(TASKS, ["toy"]),
         "sources": ["toy"],
-        "seeds": [0],
-        "n_test": 13,
-        "settings": Settings(),
         "notes": [],
     }
-    return runs.RunConfig(**{**values, **changes})
+    for name, value in changes.items():
+        (values if name in values else asked)[name] = value
+    return runs.RunConfig(asked=EvalConfig(model=Backbone("m"), **asked), **values)
 
 
 def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tmp_path):
-    runs.claim(tmp_path, config_of())
-    runs.claim(tmp_path, config_of(methods=["zero-shot", "icr"]))
-    runs.claim(tmp_path, config_of(seeds=[1]))
+    runs.claim(RunFolder(tmp_path), config_of())
+    runs.claim(RunFolder(tmp_path), config_of(methods=("zero-shot", "icr")))
+    runs.claim(RunFolder(tmp_path), config_of(seeds=[1]))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["methods"] == ["zero-shot", "icr"]
     assert config["seeds"] == [0, 1]
-    runs.claim(tmp_path, config_of(n_test=14))
+    runs.claim(RunFolder(tmp_path), config_of(n_test=14))
     with pytest.raises(
         ValueError, match=r"another run \(n_test was 14, is 13\): choose another folder"
     ):
-        runs.claim(tmp_path, config_of(n_test=13))
+        runs.claim(RunFolder(tmp_path), config_of(n_test=13))
     with pytest.raises(ValueError, match="rows was"):
-        runs.claim(tmp_path, config_of(rows="other rows"))
+        runs.claim(RunFolder(tmp_path), config_of(rows="other rows"))
 
 
 def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path):
-    runs.claim(tmp_path, config_of())
-    runs.claim(tmp_path, config_of(router="r1"))
-    runs.claim(tmp_path, config_of())
+    runs.claim(RunFolder(tmp_path), config_of())
+    runs.claim(RunFolder(tmp_path), config_of(router="r1"))
+    runs.claim(RunFolder(tmp_path), config_of())
     assert json.loads((tmp_path / "config.json").read_text())["router"] == "r1"
     for changes in (
         {"router": "r2"},
@@ -296,22 +296,24 @@ def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path
         {"sources": ["other"]},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} was"):
-            runs.claim(tmp_path, config_of(**changes))
+            runs.claim(RunFolder(tmp_path), config_of(**changes))
     with pytest.raises(ValueError, match=r"another run \(i2cl_epochs was 100, is 9\)"):
-        runs.claim(tmp_path, config_of(settings=Settings(i2cl_epochs=9)))
+        runs.claim(RunFolder(tmp_path), config_of(settings=Settings(i2cl_epochs=9)))
 
 
 def test_controls_of_icr_keep_a_router_from_coming_or_going(tmp_path):
     folder = {name: tmp_path / name for name in ("default", "routed")}
     for place in folder.values():
         place.mkdir()
-    runs.claim(folder["default"], config_of(methods=["zero-shot", "icr-refit-once"]))
+    runs.claim(RunFolder(folder["default"]), config_of(methods=("zero-shot", "icr-refit-once")))
     with pytest.raises(ValueError, match="router was null, is "):
-        runs.claim(folder["default"], config_of(router="r1"))
-    runs.claim(folder["routed"], config_of(router="r1", methods=["zero-shot", "icr-refit"]))
-    runs.claim(folder["routed"], config_of())
+        runs.claim(RunFolder(folder["default"]), config_of(router="r1"))
+    runs.claim(
+        RunFolder(folder["routed"]), config_of(router="r1", methods=("zero-shot", "icr-refit"))
+    )
+    runs.claim(RunFolder(folder["routed"]), config_of())
     with pytest.raises(ValueError, match="router was "):
-        runs.claim(folder["routed"], config_of(methods=["icr-refit"]))
+        runs.claim(RunFolder(folder["routed"]), config_of(methods=("icr-refit",)))
 
 
 def test_a_folder_of_another_kind_is_no_run(tmp_path):
@@ -319,22 +321,23 @@ def test_a_folder_of_another_kind_is_no_run(tmp_path):
     with pytest.raises(
         ValueError, match=r"is no run's, it lacks command, methods, .*: choose another folder"
     ):
-        runs.claim(tmp_path, config_of())
+        runs.claim(RunFolder(tmp_path), config_of())
 
 
 def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
     def grow(argument, **changes):
         monkeypatch.setattr(
-            "sys.argv", ["venv/icrouting/main.py" if argument == "b" else "venv/bin/icr", argument]
+            "sys.argv",
+            ["venv/icrouting/cli/__main__.py" if argument == "b" else "venv/bin/icr", argument],
         )
-        runs.claim(tmp_path, config_of(settings=Settings(i2cl_epochs=20), **changes))
+        runs.claim(RunFolder(tmp_path), config_of(settings=Settings(i2cl_epochs=20), **changes))
         return json.loads((tmp_path / "config.json").read_text())
 
     assert grow("a")["notes"] == ["1 seed, 13 test items a task at most (paper: 3, 500)."]
     assert grow("b", seeds=[1, 2])["notes"] == [
         "3 seeds, 13 test items a task at most (paper: 3, 500)."
     ]
-    config = grow("b", methods=["i2cl", "prompt-tuning-once"], n_test=500)
+    config = grow("b", methods=("i2cl", "prompt-tuning-once"), n_test=500)
     assert config["notes"] == [
         "I2CL is calibrated for 20 epochs (published: 100).",
         "Prompt tuning is trained for 10 epochs (published: 50).",
@@ -344,7 +347,8 @@ def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
 
 def test_a_budget_smaller_than_usual_is_a_cut_that_the_report_names(tmp_path):
     runs.claim(
-        tmp_path, config_of(seeds=[0, 1, 2], n_test=500, settings=Settings(tries=1, train_rows=30))
+        RunFolder(tmp_path),
+        config_of(seeds=[0, 1, 2], n_test=500, settings=Settings(tries=1, train_rows=30)),
     )
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["notes"] == [
@@ -420,11 +424,11 @@ def test_one_process_that_outlived_the_others_of_its_run_keeps_another_run_out(t
     with FileLock(tmp_path / "lock.1", thread_local=False):
         with (
             pytest.raises(ValueError, match="another run is writing"),
-            runs.claimed(tmp_path, config_of()),
+            runs.claimed(RunFolder(tmp_path), config_of()),
         ):
             pass
         assert not (tmp_path / "config.json").exists()
-    with runs.claimed(tmp_path, config_of()):
+    with runs.claimed(RunFolder(tmp_path), config_of()):
         assert (tmp_path / "config.json").exists()
 
 
@@ -438,6 +442,6 @@ def test_where_a_file_system_has_no_locks_a_run_goes_on_and_says_so(
         raise error
 
     monkeypatch.setattr(FileLock, "acquire", fail)
-    with runs.claimed(tmp_path / "run", config_of()):
+    with runs.claimed(RunFolder(tmp_path / "run"), config_of()):
         assert (tmp_path / "run" / "config.json").exists()
     assert f"cannot be locked against other runs ({error})" in caplog.text

@@ -356,7 +356,7 @@ def test_calibration_divides_by_the_probabilities_on_content_free_inputs(tokeniz
 def test_the_untouched_model_reads_equal_prompts_once(tokenizer, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "icrouting.evaluation.evaluate.score",
+        "icrouting.evaluation.predictor.score",
         lambda *a, **k: calls.append(1) or score(*a, **k),
     )
     methods = make(["zero-shot", "calibration"], Settings())
@@ -437,7 +437,7 @@ def test_a_kept_context_gives_the_scores_of_whole_prompts(tokenizer, tmp_path):
     )
     found = torch.tensor([record.option_logits for records in kept for record in records])
     assert torch.allclose(found, whole, atol=1e-5)
-    assert len(evaluation._kept["few-shot"][1]) == 1
+    assert len(evaluation._predictor._kept_contexts["few-shot"][1]) == 1
 
 
 def test_the_two_regimes_learn_from_the_task_itself_or_from_the_sources(tokenizer, tmp_path):

@@ -12,7 +12,7 @@ import tiny
 from icrouting import PAPER, FitConfig, InContextRouter
 from icrouting.cli import fit as fit_command
 from icrouting.cli import main
-from icrouting.cli.options import Backbone
+from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.families import dims_of, family_of, stack_of
 from icrouting.decoder.loading import load_skeleton
 from icrouting.fitting import plan

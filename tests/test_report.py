@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import browser
-from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records, many_methods
+from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records, fake_run, many_methods
 from icrouting.evaluation import records
+from icrouting.evaluation.folder import RunFolder
 from icrouting.report import page as report
 from icrouting.report.figures import confusions
 from icrouting.report.page import summarise
@@ -39,7 +40,7 @@ TRAINING = [
     }
     for step in range(1, 31)
 ]
-NO_FOLDER = Path("holds neither routing nor training")
+NO_FOLDER = RunFolder(Path("holds neither routing nor training"))
 
 
 def write_run(folder, some=ICR_LOSES_ON_MR, config=None, is_full=False):
@@ -80,7 +81,7 @@ def text_of(page):
 
 
 def test_every_cell_is_in_every_format(run_folder, page):
-    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    summary = summarise(ICR_LOSES_ON_MR, fake_run())
     cells = summary.lines.loc["task"]
     assert len(cells) == 9
     text, plain = text_of(page), (run_folder / "report.md").read_text()
@@ -139,7 +140,7 @@ def test_a_report_remade_is_the_same_and_leaves_no_part_behind(run_folder):
 
 def test_the_summary_file_holds_the_conclusion_and_the_figures(run_folder):
     values = json.loads((run_folder / "summary.json").read_text())
-    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    summary = summarise(ICR_LOSES_ON_MR, fake_run())
     assert values["conclusion"] == conclusion(summary)
     assert len(values["lines"]) == len(summary.lines)
     for line in values["lines"]:
@@ -153,14 +154,12 @@ def test_the_summary_file_holds_the_conclusion_and_the_figures(run_folder):
 def test_a_run_in_progress_renders_and_says_what_is_missing(tmp_path):
     done = [one for one in ICR_LOSES_ON_MR if one.method != "few-shot" and one.task != "cb"]
     cut = [one for one in done if (one.method, one.task, one.seed) != ("icr", "mr", 1)]
-    summary = report.write(write_run(tmp_path / "run", cut))
+    summary = report.write(write_run(tmp_path / "run", cut)).summary
     assert "few-shot: no records on agnews, mr, cb" in summary.unfinished
     assert "icr: no records on cb" in summary.unfinished
     assert "icr: 30 of 60 predictions on mr" in summary.unfinished
     few = [one for one in cut if one.method != "icr" or one.index > 3]
-    assert any(
-        line.count("predictions on") == 2 for line in summarise(few, fake_config()).unfinished
-    )
+    assert any(line.count("predictions on") == 2 for line in summarise(few, fake_run()).unfinished)
     text = text_of((tmp_path / "run" / "report.html").read_text())
     assert "This run is not complete" in text
     assert "So far" in text
@@ -170,24 +169,23 @@ def test_a_run_in_progress_renders_and_says_what_is_missing(tmp_path):
 
 def test_a_lone_baseline_renders_without_gains():
     some = fake_records({("zero-shot", "mr"): 0.5})
-    config = fake_config(methods=("zero-shot",), tasks=[TASKS[1]])
-    summary = summarise(some, config)
-    page = report.html(summary, config, NO_FOLDER)
+    run = fake_run(methods=("zero-shot",), tasks=[TASKS[1]])
+    made = report.report_of(run, some)
+    page = report.html(made, NO_FOLDER)
     assert "There is no gain to report: only zero-shot has been run." in text_of(page)
-    assert summary.methods[0].n_compared == 0
+    assert made.summary.methods[0].n_compared == 0
 
 
 def test_methods_without_a_baseline_render():
     some = fake_records({("icr", "mr"): 0.5})
-    config = fake_config(methods=("icr",), tasks=[TASKS[1]])
-    summary = summarise(some, config)
-    assert "no zero-shot records to compare with" in conclusion(summary)
-    assert "ICR" in text_of(report.html(summary, config, NO_FOLDER))
+    made = report.report_of(fake_run(methods=("icr",), tasks=[TASKS[1]]), some)
+    assert "no zero-shot records to compare with" in made.conclusion
+    assert "ICR" in text_of(report.html(made, NO_FOLDER))
 
 
 def test_what_comes_from_the_run_is_escaped():
-    config = fake_config(notes=["<img src=x>"], model="<b>&", command="a 'b' \"c\" <d>")
-    page = report.html(summarise(ICR_LOSES_ON_MR, config), config, NO_FOLDER)
+    run = fake_run(notes=["<img src=x>"], model="<b>&", command="a 'b' \"c\" <d>")
+    page = report.html(report.report_of(run, ICR_LOSES_ON_MR), NO_FOLDER)
     assert "<img src=x>" not in page
     assert "&lt;b&gt;&amp;" in page
 
@@ -199,7 +197,7 @@ def test_a_cell_that_was_refused_part_way_is_left_open(tmp_path):
     ]
     half = [r for r in ICR_LOSES_ON_MR if (r.method, r.task) == ("few-shot", "mr")][:10]
     whole, cut = (
-        summarise(found, fake_config(refused=refused)) for found in (records, [*records, *half])
+        summarise(found, fake_run(refused=refused)) for found in (records, [*records, *half])
     )
     assert cut.line("task", "mr", "few-shot") is None
     assert cut.unfinished == whole.unfinished == []
@@ -209,7 +207,7 @@ def test_a_cell_that_was_refused_part_way_is_left_open(tmp_path):
 def test_what_was_finished_before_a_method_was_refused_is_shown():
     first = [r for r in ICR_LOSES_ON_MR if (r.method, r.task, r.seed) != ("few-shot", "mr", 1)]
     refused = [["few-shot", "mr", "loss is nan"]]
-    summary, whole = summarise(first, fake_config(refused=refused)), summarise(first, fake_config())
+    summary, whole = summarise(first, fake_run(refused=refused)), summarise(first, fake_run())
     assert summary.line("task", "mr", "few-shot").accuracy_n == 30
     assert summary.unfinished == whole.unfinished == ["few-shot: 30 of 60 predictions on mr"]
 
@@ -244,7 +242,7 @@ def test_drawing_leaves_matplotlibs_settings_alone():
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    assert confusions(summarise(ICR_LOSES_ON_MR, fake_config()), "icr").count("<svg") == 1
+    assert confusions(summarise(ICR_LOSES_ON_MR, fake_run()), "icr").count("<svg") == 1
     assert dict(mpl.rcParams) == before
 
 
@@ -258,8 +256,8 @@ def test_in_a_browser_pictures_load_and_nothing_scrolls_sideways(page, tmp_path)
 
 @pytest.mark.browser
 def test_in_a_browser_a_run_of_many_methods_does_not_scroll_sideways(tmp_path):
-    records, config = many_methods(20)
-    page = report.html(report.summarise(records, config), config, tmp_path)
+    records, run = many_methods(20)
+    page = report.html(report.report_of(run, records), RunFolder(tmp_path))
     for width, found in browser.lay_out(page, (1280, 700, 400), tmp_path).items():
         assert found["broken"] == found["clipped"] == 0
         assert found["width"] <= width
@@ -271,7 +269,7 @@ def test_tasks_of_more_options_than_can_be_read_have_no_confusion_matrix(tmp_pat
     mixed = [
         many if many.task == "mr" else few for many, few in zip(wide, ICR_LOSES_ON_MR, strict=True)
     ]
-    found = summarise(mixed, fake_config()).cells("icr").confusion
+    found = summarise(mixed, fake_run()).cells("icr").confusion
     assert [task for task, counts in found.items() if not counts] == ["mr"]
     pages = []
     for name, some in (("mixed", mixed), ("wide", wide)):

@@ -3,13 +3,13 @@ import math
 import pandas as pd
 import pytest
 
-from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config
+from fake_run import ICR_LOSES_ON_MR, TASKS, fake_run
 from icrouting.report import metrics, summary
 from icrouting.report.summary import summarise
 
 
 def test_means_and_gains_follow_from_the_cells():
-    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    summary = summarise(ICR_LOSES_ON_MR, fake_run())
     unseen, baseline = (summary.line("mean", "unseen", method) for method in ("icr", "zero-shot"))
     cells = summary.cells("icr").loc[["mr", "cb"]]
     assert unseen.accuracy == pytest.approx(cells.accuracy.mean())
@@ -21,11 +21,11 @@ def test_means_and_gains_follow_from_the_cells():
 
 def test_a_task_without_a_description_is_an_error():
     with pytest.raises(ValueError, match=r"does not describe the tasks \['cb'\]"):
-        summarise(ICR_LOSES_ON_MR, fake_config(tasks=list(TASKS[:2])))
+        summarise(ICR_LOSES_ON_MR, fake_run(tasks=list(TASKS[:2])))
 
 
 def test_groups_follow_the_sections_whatever_the_order_of_the_configuration():
-    groups = summarise(ICR_LOSES_ON_MR, fake_config(tasks=TASKS[::-1])).groups
+    groups = summarise(ICR_LOSES_ON_MR, fake_run(tasks=TASKS[::-1])).groups
     assert list(groups) == ["source", "near", "far", "unseen", "all"]
     assert groups["unseen"] == (*groups["near"], *groups["far"])
     assert groups["all"] == (*groups["source"], *groups["unseen"])
@@ -33,14 +33,14 @@ def test_groups_follow_the_sections_whatever_the_order_of_the_configuration():
 
 def test_an_in_domain_task_that_was_not_a_source_is_unseen():
     tasks = [{**TASKS[0], "role": "unseen"}, *TASKS[1:]]
-    groups = summarise(ICR_LOSES_ON_MR, fake_config(tasks=tasks)).groups
+    groups = summarise(ICR_LOSES_ON_MR, fake_run(tasks=tasks)).groups
     assert "source" not in groups
     assert groups["in-domain, unseen"] == ("agnews",)
     assert groups["unseen"] == groups["all"]
 
 
 def test_holm_corrects_over_the_tasks_of_one_method():
-    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    summary = summarise(ICR_LOSES_ON_MR, fake_run())
     for method in ("icr", "few-shot"):
         cells = summary.cells(method)
         assert len(cells) == 3
@@ -48,7 +48,7 @@ def test_holm_corrects_over_the_tasks_of_one_method():
 
 
 def test_a_rivals_lead_is_its_accuracy_less_the_headlines():
-    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    summary = summarise(ICR_LOSES_ON_MR, fake_run())
     ((rival, lead),) = summary.rivals.items()
     ours, theirs = (
         summary.line("mean", "all", method).accuracy for method in (summary.headline, rival)

@@ -3,13 +3,13 @@ import math
 
 from rich.console import Console
 
-from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, many_methods
+from fake_run import ICR_LOSES_ON_MR, TASKS, fake_run, many_methods
 from icrouting.report.summary import summarise
 from icrouting.report.table import NONE, WIDE, collapse, grid, grids, marks, ranked, terminal_table
 
 
 def test_the_terminal_table_holds_brackets_of_notes_as_they_are():
-    summary = summarise(ICR_LOSES_ON_MR, fake_config(notes=["cut [bold]short[/bold]"]))
+    summary = summarise(ICR_LOSES_ON_MR, fake_run(notes=["cut [bold]short[/bold]"]))
     console = Console(width=160)
     with console.capture() as capture:
         console.print(terminal_table(summary))
@@ -18,7 +18,7 @@ def test_the_terminal_table_holds_brackets_of_notes_as_they_are():
 
 
 def test_tasks_stand_by_section_with_a_mean_after_each():
-    titles = [row.title for row in summarise(ICR_LOSES_ON_MR, fake_config()).rows]
+    titles = [row.title for row in summarise(ICR_LOSES_ON_MR, fake_run()).rows]
     assert titles == [
         "agnews",
         "mean source",
@@ -32,7 +32,7 @@ def test_tasks_stand_by_section_with_a_mean_after_each():
 
 
 def test_marks_and_collapse_name_the_loss():
-    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    summary = summarise(ICR_LOSES_ON_MR, fake_run())
     assert marks(summary.line("task", "mr", "icr")) == "▼≈"
     assert marks(summary.line("task", "agnews", "icr")) == "▲"
     methods = {method.name: method for method in summary.methods}
@@ -44,7 +44,7 @@ def test_marks_and_collapse_name_the_loss():
 
 
 def test_few_methods_are_columns():
-    summary = summarise(ICR_LOSES_ON_MR, fake_config())
+    summary = summarise(ICR_LOSES_ON_MR, fake_run())
     assert grids(summary) == [grid(summary, summary.methods)]
 
 
@@ -74,7 +74,7 @@ def test_a_time_that_was_not_measured_is_no_number():
     found = [
         dataclasses.replace(record, **untimed.get(record.method, {})) for record in ICR_LOSES_ON_MR
     ]
-    summary = summarise(found, fake_config())
+    summary = summarise(found, fake_run())
     (times,) = (line for line in grid(summary, summary.methods) if line[0] == "ms per example")
     assert [text == NONE for text in times[1:-2]] == [
         method.name == "icr" for method in summary.methods

@@ -2,14 +2,14 @@ import re
 
 import pytest
 
-from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records
+from fake_run import ICR_LOSES_ON_MR, TASKS, fake_records, fake_run
 from icrouting.report.summary import summarise
 from icrouting.report.wording import conclusion
 from icrouting.runtime.pages import points
 
 
 def test_the_conclusion_names_gains_losses_and_rivals():
-    said = conclusion(summarise(ICR_LOSES_ON_MR, fake_config()))
+    said = conclusion(summarise(ICR_LOSES_ON_MR, fake_run()))
     assert said.startswith(
         "ICR scores 70.0 on the 1 source task, 30.0 points above zero-shot (95 % interval "
     )
@@ -23,7 +23,7 @@ def test_the_conclusion_names_gains_losses_and_rivals():
 
 def test_the_conclusion_does_not_sell_noise_as_a_gain():
     some = fake_records({("zero-shot", "mr"): 0.5, ("icr", "mr"): 0.54})
-    said = conclusion(summarise(some, fake_config(methods=("zero-shot", "icr"), tasks=[TASKS[1]])))
+    said = conclusion(summarise(some, fake_run(methods=("zero-shot", "icr"), tasks=[TASKS[1]])))
     assert "not distinguishable from no change" in said
     assert "on none of 1 task" in said
     assert "Ahead" not in said
@@ -32,7 +32,7 @@ def test_the_conclusion_does_not_sell_noise_as_a_gain():
 def test_the_conclusion_speaks_of_the_last_method_where_there_is_no_icr():
     some = fake_records({("zero-shot", "mr"): 0.5, ("probe", "mr"): 0.9, ("few-shot", "mr"): 0.2})
     said = conclusion(
-        summarise(some, fake_config(methods=("zero-shot", "probe", "few-shot"), tasks=[TASKS[1]]))
+        summarise(some, fake_run(methods=("zero-shot", "probe", "few-shot"), tasks=[TASKS[1]]))
     )
     assert said.startswith("few-shot scores 20.0 on the 1 unseen task, 30.0 points below zero-shot")
     assert "Ahead of it: probe by 70.0 points" in said

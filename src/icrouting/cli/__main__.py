@@ -1,4 +1,4 @@
-"""`python -m icrouting.cli`: the command line where no script is installed, as under `accelerate launch`."""
+"""`python -m icrouting.cli`: the command line where no script is, as under `accelerate launch`."""
 
 from icrouting.cli.main import main
 

@@ -1,7 +1,6 @@
 """What `icr eval` and `icr report` do, once their arguments are parsed."""
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.panel import Panel
@@ -9,148 +8,138 @@ from rich.text import Text
 
 from icrouting import methods as registry
 from icrouting.cli.loading import console, load, load_tasks
-from icrouting.cli.options import Backbone
 from icrouting.decoder.batches import context_length
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.identity import fingerprint
-from icrouting.evaluation import costs, records, runs
+from icrouting.evaluation import records, runs
+from icrouting.evaluation.config import EvalConfig
+from icrouting.evaluation.costs import write_tried
 from icrouting.evaluation.evaluate import Evaluation
+from icrouting.evaluation.folder import RunFolder
 from icrouting.evaluation.items import within
-from icrouting.evaluation.records import BASELINE
+from icrouting.evaluation.outcome import outcome_of
+from icrouting.evaluation.runs import RunConfig
 from icrouting.icr import InContextRouter
-from icrouting.methods.settings import Settings
 from icrouting.report import page, table
-from icrouting.report.wording import conclusion
+from icrouting.report.run import Run
 from icrouting.routing.artifact import with_results
 from icrouting.routing.routed import routing_summary
 from icrouting.runtime.processes import first_one_first, is_first
 from icrouting.runtime.progress import spinner
-from icrouting.runtime.storage import load_json, save_json, save_text
+from icrouting.runtime.storage import save_json, save_text
 from icrouting.tasks.task import Task, rows_digest
 
+PAPER_FIT = 5000  # prompts and queries a task
 
-def evaluate(
-    out: Path,
-    model: Backbone,
-    data: str,
-    task_names: Sequence[str],
-    source_names: Sequence[str],
-    method_names: Sequence[str],
-    n_test: int,
-    seeds: Sequence[int],
-    settings: Settings,
-) -> None:
+
+def evaluate(out: Path, config: EvalConfig) -> None:
     """Evaluates methods into a run folder and prints the table."""
     console.quiet = not is_first()
-    methods = registry.make(method_names, settings)
-    names = list(dict.fromkeys([*task_names, *source_names]))
+    methods = registry.make(config.methods, config.settings)
+    names = [*config.tasks, *config.sources]
     with first_one_first():  # which may have to download
-        every = load_tasks(names, data)
-        base, tokenizer = load(model)
-    every, left = zip(
-        *(within(task, tokenizer, context_length(base)) for task in every), strict=True
-    )
-    tasks, sources = (
-        [every[names.index(n)] for n in dict.fromkeys(chosen)]
-        for chosen in (task_names, source_names)
-    )
-    icr = InContextRouter.from_pretrained(settings.router) if settings.router else None
-    config = runs.RunConfig(
-        model=str(model),
-        fingerprint=fingerprint(base),
-        dtype=str(base.dtype).removeprefix("torch."),
-        data=data,
-        rows=rows_digest(every),
+        loaded_tasks = load_tasks(names, config.data)
+        model, tokenizer = load(config.model)
+    # A task may be tested on and a source too, under the one name that the user gave.
+    tasks_by_name: dict[str, Task] = {}
+    notes = []
+    for name, task in zip(dict.fromkeys(names), loaded_tasks, strict=True):
+        shortened, note = within(task, tokenizer, context_length(model))
+        tasks_by_name[name] = shortened
+        notes.append(note)
+    tasks = [tasks_by_name[name] for name in dict.fromkeys(config.tasks)]
+    sources = [tasks_by_name[name] for name in dict.fromkeys(config.sources)]
+    source_names = [task.name for task in sources]
+    router = config.settings.router
+    icr = InContextRouter.from_pretrained(router) if router else None
+    run_config = RunConfig(
+        asked=config,
+        fingerprint=fingerprint(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        rows=rows_digest(list(tasks_by_name.values())),
         router=icr.digest() if icr else None,
-        methods=[method.name for method in methods],
-        tasks=runs.task_entries(tasks, [task.name for task in sources]),
-        sources=[task.name for task in sources],
-        seeds=list(dict.fromkeys(seeds)),
-        n_test=n_test,
-        settings=settings,
-        notes=[*_router_cuts(icr), *filter(None, left)],
+        tasks=runs.task_entries(tasks, source_names),
+        sources=source_names,
+        notes=[*_router_cuts(icr), *filter(None, notes)],
     )
-    with runs.claimed(out, config):
+    folder = RunFolder(out)
+    with runs.claimed(folder, run_config):
         evaluation = Evaluation(
-            Decoder.of(base, tokenizer), methods, sources, out / "records.jsonl", out / "fits"
+            Decoder.of(model, tokenizer), methods, sources, folder.records, folder.fits
         )
-        evaluation.run(tasks, seeds, n_test)  # ends when all processes have ended theirs
+        # Ends when all processes have ended theirs.
+        evaluation.run(tasks, config.seeds, config.n_test)
         if is_first():
-            finish(out, evaluation, tasks, seeds[-1], icr)
+            finish(folder, evaluation, tasks, config.seeds[-1], icr)
 
 
 def _router_cuts(icr: InContextRouter | None) -> list[str]:
     """What a router learned from less than the paper's did."""
     fit = icr.description.fit if icr else None
-    if fit is None or min(fit.n_prompts, fit.n_queries) >= 5000:
+    if fit is None or min(fit.n_prompts, fit.n_queries) >= PAPER_FIT:
         return []
-    return [
-        f"ICR learned once, from {fit.n_prompts} prompts, {fit.n_queries} queries a task at most (paper: 5,000)."
-    ]
+    learned = f"{fit.n_prompts} prompts, {fit.n_queries} queries a task at most"
+    return [f"ICR learned once, from {learned} (paper: {PAPER_FIT:,})."]
 
 
 def finish(
-    out: Path, evaluation: Evaluation, tasks: Sequence[Task], seed: int, icr: InContextRouter | None
+    folder: RunFolder,
+    evaluation: Evaluation,
+    tasks: Sequence[Task],
+    seed: int,
+    icr: InContextRouter | None,
 ) -> None:
-    """Adds to a run what its report shows beside the records: times, routing, the training curve; and shows it."""
-    records.gather(out / "records.jsonl")
-    methods, config = evaluation.methods, load_json(out / "config.json")
-    refused = [[*cell, said] for cell, said in evaluation.refused.items()]
-    for method, task, said in refused:
-        console.print(f"{method} does not fit {task}: {said}", markup=False)
-    if len(refused) == len(methods) * len(tasks):
-        raise ValueError(f"no method fits any task: {refused[0][-1]}")
-    asked = {(method.name, task.name) for method in methods for task in tasks}
-    earlier = [entry for entry in config.get("refused", []) if tuple(entry[:2]) not in asked]
-    runs.add_to_config(out, refused=[*earlier, *refused])
-    timed = {row["method"]: row for row in config.get("timing", {}).get("ratios", [])}
-    able = [
-        method
-        for method in methods
-        if not all((method.name, task.name) in evaluation.refused for task in tasks)
-    ]
-    unrefused = [
-        task
-        for task in tasks
-        if all((method.name, task.name) not in evaluation.refused for method in able)
-    ]
-    if unrefused and not timed.keys() >= {method.name for method in able} - {BASELINE}:
-        evaluation.methods = able
-        evaluation.fit(seed)
-        shortest = min(
-            unrefused, key=lambda task: sum(len(task.prompt(example)) for example in task.test[:20])
-        )
-        timed |= {row["method"]: row for row in evaluation.time_ratios(shortest)}
-        runs.add_to_config(out, timing={"baseline": BASELINE, "ratios": list(timed.values())})
-    runs.add_to_config(out, fits=costs.fit_costs(out / "fits", config["methods"]))
-    costs.write_tried(out / "fits", config["methods"], out / "tried.csv")
+    """Adds to a run what its report shows beside the records, and shows it.
+
+    That is refusals, times, costs, what the router did on each task, and its training curve.
+    """
+    records.gather(folder.records)
+    n_cells = len(evaluation.methods) * len(tasks)
+    _say_refused(evaluation.refused, n_cells)
+    # The report reads all of this from the folder, so that it can be remade without the model.
+    folder.add(outcome_of(evaluation, tasks, seed, folder))
+    write_tried(folder.fits, folder.read_config()["methods"], folder.tried)
     if icr is not None:
-        with icr.attached(evaluation.decoder.model, evaluation.decoder.tokenizer) as routed:
-            save_json(out / "routing.json", routing_summary(routed, icr.pids.layers, tasks))
-        if icr.folder is not None and (curve := icr.folder / "fit" / "training.jsonl").exists():
-            shutil.copyfile(curve, out / "training.jsonl")
-    show(out)
+        with icr.attached_to(evaluation.decoder) as routed:
+            save_json(folder.routing, routing_summary(routed, icr.pids.layers, tasks))
+        if icr.folder is not None:
+            folder.take_training(icr.folder / "fit")
+    show(folder.path)
+
+
+def _say_refused(refused: Mapping[tuple[str, str], str], n_cells: int) -> None:
+    """Prints which methods do not fit which tasks; ValueError if none of the cells is left."""
+    for (method, task), reason in refused.items():
+        console.print(f"{method} does not fit {task}: {reason}", markup=False)
+    if len(refused) == n_cells:
+        first_reason = next(iter(refused.values()))
+        raise ValueError(f"no method fits any task: {first_reason}")
 
 
 def show(run: Path, card: Path | None = None) -> None:
-    """Remakes a run's report, prints its table and its conclusion, and writes both to the card of a router's folder."""
+    """Remakes a run's report and prints its table and its conclusion.
+
+    Both are written to the card in the folder of a router too, if one is named.
+    """
+    folder = RunFolder(run)
     with spinner("making the report"):
-        summary = page.write(run)
+        report = page.write(run)
     if card is not None:
-        icr, measured = (
-            InContextRouter.from_pretrained(card),
-            load_json(run / "config.json").get("router"),
-        )
-        if measured != icr.digest():
-            raise ValueError(
-                f"{run} measured router {measured}, {card} holds {icr.digest()}: nothing is recorded"
-            )
-        icr.save_pretrained(card)
-        file = card / "README.md"
-        save_text(
-            file,
-            with_results(file.read_text(encoding="utf-8"), (run / "report.md").read_text("utf-8")),
-        )
-    console.print(table.terminal_table(summary))
-    console.print(Panel(Text(conclusion(summary)), title="in short"))
-    console.print(f"report: {run / 'report.html'}", soft_wrap=True, markup=False)
+        _write_to_card(card, report.run, folder)
+    console.print(table.terminal_table(report.summary))
+    console.print(Panel(Text(report.conclusion), title="in short"))
+    console.print(f"report: {folder.html}", soft_wrap=True, markup=False)
+
+
+def _write_to_card(card: Path, run: Run, folder: RunFolder) -> None:
+    """Writes a run's report to the card of the router that it measured; ValueError for another."""
+    icr = InContextRouter.from_pretrained(card)
+    if run.router != icr.digest():
+        held = f"{card} holds {icr.digest()}"
+        raise ValueError(f"{folder} measured router {run.router}, {held}: nothing is recorded")
+    # Writes the card anew where it was deleted, and keeps one that is there.
+    icr.save_pretrained(card)
+    file = card / "README.md"
+    text = file.read_text(encoding="utf-8")
+    results = folder.markdown.read_text(encoding="utf-8")
+    save_text(file, with_results(text, results))

@@ -7,8 +7,8 @@ import torch
 from rich.table import Table
 
 from icrouting.cli.loading import console, load, load_tasks
-from icrouting.cli.options import Backbone
 from icrouting.config import FitConfig
+from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.loading import default_dtype, load_skeleton
 from icrouting.fitting import plan
@@ -21,63 +21,77 @@ from icrouting.tasks.task import rows_digest
 def fit(
     out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
 ) -> InContextRouter:
-    """Fits a router, saves it to `out` and returns it; or the one that was finished there already."""
+    """Returns a router that is fitted and saved to `out`, or was finished there already."""
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
         sources = load_tasks(tasks, data)
-        if not (out / "config.json").exists():  # reckoned before the weights are loaded
-            planned = plan.plan_fit(*load_skeleton(model.model), sources, config, default_dtype())
+        if not _is_saved(out):
+            # Reckoned before the weights are loaded, which may take long.
+            skeleton, tokenizer = load_skeleton(model.model)
+            planned = plan.plan_fit(skeleton, tokenizer, sources, config, default_dtype())
             planned.check(*plan.room_of(out), is_spread=model.device_map is not None)
         base, tokenizer = load(model)
-    if (out / "config.json").exists():
+    if _is_saved(out):
         icr = InContextRouter.from_pretrained(out)
-        wanted = (config, fingerprint(base), rows_digest(sources))
-        if (icr.description.fit, icr.description.fingerprint, icr.description.rows) != wanted:
-            raise ValueError(
-                f"{out} holds a router of other settings, model or data: choose another folder with --out"
-            )
-        said = f"{out} holds this router already"
+        description = icr.description
+        saved = (description.fit, description.fingerprint, description.rows)
+        if saved != (config, fingerprint(base), rows_digest(sources)):
+            other = "a router of other settings, model or data"
+            raise ValueError(f"{out} holds {other}: choose another folder with --out")
+        message = f"{out} holds this router already"
     else:
         icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit")
+        # All processes hold the same router by now.
         if is_first():
             icr.save_pretrained(out)
         wait()
-        said = f"router saved to {out}"
+        message = f"router saved to {out}"
     (out / "fit" / TRUNK_FILE).unlink(missing_ok=True)  # as large as the tokens are many
-    console.print(said, markup=False)
+    console.print(message, markup=False)
     return icr
+
+
+def _is_saved(out: Path) -> bool:
+    """Whether a folder holds a finished router."""
+    return (out / "config.json").exists()
 
 
 def show_plan(
     model: Backbone, data: str, tasks: Sequence[str], config: FitConfig, tflops: float
 ) -> None:
     """Prints what a fit would take; no weights are read."""
-    sources, (skeleton, tokenizer) = load_tasks(tasks, data), load_skeleton(model.model)
+    sources = load_tasks(tasks, data)
+    skeleton, tokenizer = load_skeleton(model.model)
+    # A fit to be planned is a large one, and those run on accelerators.
     planned = plan.plan_fit(skeleton, tokenizer, sources, config, torch.bfloat16)
-    by_task = Table(
-        "task", "prompts", "their tokens", "queries", "their tokens", title=f"fit on {model}"
-    )
-    for task, texts in planned.prompts.items():
-        counts = (
-            texts.count,
-            texts.tokens,
-            planned.queries[task].count,
-            planned.queries[task].tokens,
-        )
-        by_task.add_row(task, *(f"{count:,}" for count in counts))
-    console.print(by_task)
+    console.print(_texts_by_task(planned, f"fit on {model}"))
+    counted = "by the model's tokenizer"
+    if tokenizer is None:
+        counted = f"no tokenizer: {plan.CHARS_PER_TOKEN} characters each"
+    memory = plan.listed(planned.memory, plan.size)
+    if "weights" not in planned.memory:
+        memory += "; weights not reckoned, being quantised"
+    n_layers = len(planned.layers)
     seconds = planned.seconds(tflops * 1e12)
-    unknown = "" if "weights" in planned.memory else "; weights not reckoned, being quantised"
+    total_time = plan.hours(sum(seconds.values()))
     lines = {
-        "tokens": "by the model's tokenizer"
-        if tokenizer
-        else f"no tokenizer: {plan.CHARS_PER_TOKEN} characters each",
+        "tokens": counted,
         "parameters": f"base model {planned.n_parameters:,}, router {planned.n_router:,}",
-        "routed layers": f"{len(planned.layers)} from layer {planned.layers[0]} on, rank {config.rank}",
-        "memory, in bfloat16 as on accelerators": plan.listed(planned.memory, plan.size) + unknown,
+        "routed layers": f"{n_layers} from layer {planned.layers[0]} on, rank {config.rank}",
+        "memory, in bfloat16 as on accelerators": memory,
         "disk": plan.listed(planned.disk, plan.size),
-        f"time at {tflops:g} TFLOP/s": f"{plan.hours(sum(seconds.values()))}: {plan.listed(seconds, plan.hours)}",
+        f"time at {tflops:g} TFLOP/s": f"{total_time}: {plan.listed(seconds, plan.hours)}",
     }
-    console.print(
-        "\n".join(f"{name}: {said}" for name, said in lines.items()), markup=False, highlight=False
-    )
+    text = "\n".join(f"{name}: {value}" for name, value in lines.items())
+    console.print(text, markup=False, highlight=False)
+
+
+def _texts_by_task(planned: plan.Plan, title: str) -> Table:
+    """How much text of each task a fit would read."""
+    columns = ("task", "prompts", "their tokens", "queries", "their tokens")
+    by_task = Table(*columns, title=title)
+    for task, prompts in planned.prompts.items():
+        queries = planned.queries[task]
+        counts = (prompts.count, prompts.tokens, queries.count, queries.tokens)
+        by_task.add_row(task, *(f"{count:,}" for count in counts))
+    return by_task

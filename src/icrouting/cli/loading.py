@@ -6,7 +6,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from icrouting.cli.options import Backbone
+from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.loading import load_model
 from icrouting.runtime.progress import spinner
 from icrouting.tasks.load import load_task
@@ -17,22 +17,21 @@ console = Console()
 
 def load(model: Backbone) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a model and its tokenizer, without the loaders' bars."""
-    disable_progress_bar()
+    disable_progress_bar()  # they would fill the terminal between ours
     return load_model(model.model, device_map=model.device_map)
 
 
 def load_tasks(names: Sequence[str], data: str) -> list[Task]:
-    """Returns tasks by name, in their order and each once; says which training rows were left out."""
+    """Returns tasks by name, in their order and each once; says which rows were left out."""
     with spinner("reading tasks"):
         tasks = [load_task(name, data) for name in dict.fromkeys(names)]
+    # Records know a task by its name alone.
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(
             f"two of the tasks {', '.join(names)} have one name: set `name` in a task file"
         )
-    if dropped := [f"{task.name} {task.n_dropped}" for task in tasks if task.n_dropped]:
-        rows = ", ".join(dropped)
-        console.print(
-            f"training rows left out, as they repeat each other or held-back rows: {rows}",
-            markup=False,
-        )
+    dropped = [f"{task.name} {task.n_dropped}" for task in tasks if task.n_dropped]
+    if dropped:
+        heading = "training rows left out, as they repeat each other or held-back rows"
+        console.print(f"{heading}: {', '.join(dropped)}", markup=False)
     return tasks

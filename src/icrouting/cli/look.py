@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from icrouting.cli.loading import console, load
-from icrouting.cli.options import Backbone
+from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.batches import context_length, tokenize
 from icrouting.decoder.families import device_of
 from icrouting.icr import InContextRouter
@@ -25,21 +25,28 @@ def generate(
     icr = InContextRouter.from_pretrained(router)
     base, tokenizer = load(model)
     (tokens,) = tokenize(tokenizer, [prompt], context_length(base))
-    inputs = {"input_ids": torch.tensor([tokens], device=device_of(base))}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    input_ids = torch.tensor([tokens], device=device_of(base))
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    def go_on(title: str) -> Panel:
-        base.generate(**inputs, max_new_tokens=1)  # pyright: ignore[reportCallIssue]  # warms up, so that times compare
+    def continued(n_tokens: int) -> torch.Tensor:
+        return base.generate(  # pyright: ignore[reportCallIssue]
+            **inputs, max_new_tokens=n_tokens, do_sample=False
+        )
+
+    def panel(title: str) -> Panel:
+        continued(1)  # warms up, so that times compare
         started = time.monotonic()
-        output = base.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore[reportCallIssue]
-        seconds, new = time.monotonic() - started, output[0, len(tokens) :]
-        text = Text(str(tokenizer.decode(new, skip_special_tokens=True)))
-        return Panel(text, title=f"{title}: {len(new)} tokens in {seconds:.1f} s")
+        output = continued(max_new_tokens)
+        seconds = time.monotonic() - started
+        new_tokens = output[0, len(tokens) :]
+        text = Text(str(tokenizer.decode(new_tokens, skip_special_tokens=True)))
+        return Panel(text, title=f"{title}: {len(new_tokens)} tokens in {seconds:.1f} s")
 
-    plain = go_on("zero-shot")
+    # Before the router is attached, which would route this one too.
+    plain = panel("zero-shot")
     with icr.attached(base, tokenizer, strength=strength) as routed:
         beside = Table.grid(Column(ratio=1), Column(ratio=1), expand=True)
-        beside.add_row(plain, go_on(f"routed, strength {strength:g}"))
+        beside.add_row(plain, panel(f"routed, strength {strength:g}"))
         console.print(beside)
         console.print(routed.effect([prompt]), markup=False, highlight=False)
 
@@ -58,6 +65,5 @@ def inspect(
         seen = inspection.inspect_prompt(routed, prompt, options)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_text(out, inspection.html(seen, f"{model}, router {router} ({icr.digest()})"))
-    console.print(
-        f"{inspection.text(seen)}\npage: {out}", soft_wrap=True, markup=False, highlight=False
-    )
+    text = inspection.text(seen)
+    console.print(f"{text}\npage: {out}", soft_wrap=True, markup=False, highlight=False)

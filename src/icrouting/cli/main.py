@@ -7,16 +7,15 @@ from typing import Annotated
 
 import tyro
 
-from icrouting.cli.options import Backbone
 from icrouting.config import FitConfig
+from icrouting.decoder.backbone import Backbone
+from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
 from icrouting.methods.settings import Settings
-from icrouting.tasks.catalogue import PAPER_TASKS
 
-BACKBONE, DEFAULTS, SETTINGS = Backbone(), FitConfig(), Settings()
-# The paper's tasks that the hub holds: the five in-domain ones first.
-HUB_TASKS = tuple(name for name in PAPER_TASKS if name != "ai2scie")
-Base = Annotated[Backbone, tyro.conf.arg(name="")]
-Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
+# What a command runs is imported inside it: torch takes seconds, and `--help` needs none of it.
+BACKBONE = Backbone()
+FITTING = FitConfig()
+EVALUATION = EvalConfig()
 
 
 def fit(
@@ -26,23 +25,25 @@ def fit(
     tasks: Names = HUB_TASKS[:5],
     dry_run: bool = False,
     tflops: float = 100.0,
-    config: Annotated[FitConfig, tyro.conf.arg(name="")] = DEFAULTS,
+    config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
 ) -> None:
     """Fit a router on a frozen model, from few-shot prompts of a few tasks.
 
-    Three stages, each with a progress bar: few-shot prompts are run and their queries and keys pooled; PIDs
-    are computed; the router is trained. Stopped and started again with the same settings, it goes on.
+    Three stages, each with a progress bar: few-shot prompts are run and their queries and keys
+    pooled; PIDs are computed; the router is trained. Stopped and started again with the same
+    settings, it goes on.
 
-    Example: icr fit --model pinned:smollm2-135m --encoder pinned:minilm --data pinned:staicc --tasks agnews sst2
-    --out my-router
+    Example: icr fit --model pinned:smollm2-135m --encoder pinned:minilm --data pinned:staicc
+    --tasks agnews sst2 --out my-router
 
     Args:
         out: Folder for the router; the stages' results are kept in its subfolder "fit".
         model: The model below.
         data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
         tasks: Source tasks: names, or task files of your own (my-task.toml).
-        dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and end. Nothing is run,
-            no weights are read: of the model, a folder with its config.json is enough.
+        dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and
+            end. Nothing is run, no weights are read: of the model, a folder with its config.json is
+            enough.
         tflops: The model's speed that a dry run reckons times with, in TFLOP/s.
         config: The settings below.
     """
@@ -53,44 +54,28 @@ def fit(
     room.fit(out, model, data, tasks, config)
 
 
-def evaluate(
-    out: Path,
-    model: Base = BACKBONE,
-    data: str = "hub",
-    tasks: Names = HUB_TASKS,
-    sources: Names = HUB_TASKS[:5],
-    methods: Names = ("zero-shot", "few-shot", "multi-task-few-shot", "calibration", "icr"),
-    n_test: int = 500,
-    seeds: tuple[int, ...] = (0, 1, 2),
-    settings: Annotated[Settings, tyro.conf.arg(name="")] = SETTINGS,
-) -> None:
+def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:
     """Compare methods on tasks; writes a run folder with records, tables and an HTML report.
 
-    Killed and started again with the same --out, it goes on where it was; methods and seeds may be added. The methods:
-    zero-shot, few-shot (the task's own demonstrations), multi-task-few-shot (the sources'), calibration, icr, icr-gated
-    (not on prompts unlike the sources'); fitted on each task, or as NAME-once on the sources: task-vectors,
-    function-vectors, icv, elicit, iterative-vectors, i2cl, live, m2iv, lora-block, lora-head, lora-block-more,
-    prefix-tuning, prompt-tuning, and controls of ICR: icr-refit, icr-random-basis, icr-learned-directions,
-    icr-constant, icr-random-features, icr-uniform-alpha, icr-uniform-gates; on each task alone: probe-hidden,
-    probe-encoder.
+    Killed and started again with the same --out, it goes on where it was; methods and seeds may be
+    added. The methods: zero-shot, few-shot (the task's own demonstrations), multi-task-few-shot
+    (the sources'), calibration, icr, icr-gated (not on prompts unlike the sources'); fitted on each
+    task, or as NAME-once on the sources: task-vectors, function-vectors, icv, elicit,
+    iterative-vectors, i2cl, live, m2iv, lora-block, lora-head, lora-block-more, prefix-tuning,
+    prompt-tuning, and controls of ICR: icr-refit, icr-random-basis, icr-learned-directions,
+    icr-constant, icr-random-features, icr-uniform-alpha, icr-uniform-gates; on each task alone:
+    probe-hidden, probe-encoder.
 
-    Example: icr eval --model pinned:smollm2-135m --router my-router --data pinned:staicc --tasks agnews sst2 mr
-    --sources agnews sst2 --n-test 200 --out runs/first
+    Example: icr eval --model pinned:smollm2-135m --router my-router --data pinned:staicc
+    --tasks agnews sst2 mr --sources agnews sst2 --n-test 200 --out runs/first
 
     Args:
         out: The run's folder.
-        model: The model below.
-        data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
-        tasks: Tasks to test on: names, or task files of your own (my-task.toml).
-        sources: The tasks that the router was fitted on; the others count as unseen.
-        methods: What to compare; zero-shot is the baseline.
-        n_test: Test items per task (all, where a task has fewer), the same for every seed.
-        seeds: Each draws demonstrations and fits anew.
-        settings: The methods' settings below.
+        config: What to evaluate, below.
     """
     from icrouting.cli import evaluate as room
 
-    room.evaluate(out, model, data, tasks, sources, methods, n_test, seeds, settings)
+    room.evaluate(out, config)
 
 
 def report(
@@ -144,7 +129,8 @@ def generate(
 ) -> None:
     r"""Continue a prompt with and without routing, side by side.
 
-    Example: icr generate --model pinned:smollm2-135m --router my-router --prompt "Review: a joy .\nSentiment:"
+    Example: icr generate --model pinned:smollm2-135m --router my-router
+    --prompt "Review: a joy .\nSentiment:"
 
     Args:
         prompt: The text to go on from; \n stands for a new line.
@@ -168,8 +154,8 @@ def inspect(
 ) -> None:
     r"""Show what the router does to one prompt: gates, weights, scores, attention; as text and as an HTML page.
 
-    Example: icr inspect --model pinned:smollm2-135m --router my-router --prompt "Review: a joy .\nSentiment:"
-    --options negative positive
+    Example: icr inspect --model pinned:smollm2-135m --router my-router
+    --prompt "Review: a joy .\nSentiment:" --options negative positive
 
     Args:
         prompt: The text to look at; \n stands for a new line.
@@ -187,8 +173,9 @@ def inspect(
 def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     """Fit a router on SmolLM2-135M and compare it with zero-shot and few-shot, all offline data included.
 
-    Model, sentence encoder and data come from pinned, checksummed wheels of the package index; nothing else
-    is downloaded. About twenty minutes on two cores; stopped and started again, it goes on.
+    Model, sentence encoder and data come from pinned, checksummed wheels of the package index;
+    nothing else is downloaded. About twenty minutes on two cores; stopped and started again, it
+    goes on.
 
     Args:
         out: The run's folder; the router is written to its subfolder "router".
@@ -198,22 +185,28 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     from icrouting.cli import fit as fitting
     from icrouting.cli.loading import console
 
+    # Few enough that two cores are done while someone waits.
     n_prompts, n_queries, n_test = (6, 60, 24) if quick else (40, 400, 120)
-    model, data, sources = (
-        Backbone("pinned:smollm2-135m"),
-        "pinned:staicc",
-        ("agnews", "sst2", "trec"),
-    )
+    model = Backbone("pinned:smollm2-135m")
+    data = "pinned:staicc"
+    router = out / "router"
+    sources = ("agnews", "sst2", "trec")
     tasks = (*sources, "sst5", "mr", "subj", "emotion")
     console.print(f"ICR on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks")
     config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
-    fitting.fit(out / "router", model, data, sources, config)
-    methods, settings = (
-        ("zero-shot", "calibration", "few-shot", "icr"),
-        Settings(router=str(out / "router")),
+    fitting.fit(router, model, data, sources, config)
+    evaluation = EvalConfig(
+        data=data,
+        tasks=tasks,
+        sources=sources,
+        methods=("zero-shot", "calibration", "few-shot", "icr"),
+        n_test=n_test,
+        seeds=[0],
+        model=model,
+        settings=Settings(router=str(router)),
     )
-    evaluating.evaluate(out, model, data, tasks, sources, methods, n_test, [0], settings)
-    console.print(f"router: {out / 'router'}", soft_wrap=True)
+    evaluating.evaluate(out, evaluation)
+    console.print(f"router: {router}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -240,6 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(130)
+    # What a user can mend comes as these two; anything else is our mistake and keeps its traceback.
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

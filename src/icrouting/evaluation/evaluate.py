@@ -1,7 +1,6 @@
 """Evaluation: every method on every task and seed, as records that are never computed twice."""
 
 import dataclasses
-import time
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,29 +8,28 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from icrouting.decoder.batches import tokenize
 from icrouting.decoder.decoder import Decoder
-from icrouting.decoder.passes import KeptContext
-from icrouting.decoder.scoring import score
 from icrouting.evaluation import records
 from icrouting.evaluation.items import draw_items
-from icrouting.evaluation.records import BASELINE, Record
+from icrouting.evaluation.predictor import Predictor
+from icrouting.evaluation.records import Record
 from icrouting.methods import Method
 from icrouting.runtime.processes import here, joined, mine, wait
 from icrouting.runtime.progress import track
-from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Task
 
 CHUNK = 50
 
+Job = tuple[Task, list[int]]
+
 
 class Evaluation:
-    """One run: methods on a model, and the records that they leave in `file`; what it holds is not computed again.
+    """One run: methods on a model, and the records that they leave in `file`.
 
-    `fits` is a folder that keeps what methods learn, for a resumed run and for other processes; None keeps nothing.
-    Several processes share tasks to learn and items to answer, and each appends to a file of its own.
+    What the file holds already is not computed again. `fits` is a folder that keeps what methods
+    learn, for a resumed run and for other processes; None keeps nothing. Several processes share
+    tasks to learn and items to answer, and each appends to a file of its own.
     """
 
     def __init__(
@@ -42,208 +40,135 @@ class Evaluation:
         file: Path,
         fits: Path | None = None,
     ):
-        self.decoder, self.fits = decoder, fits
-        self.methods, self.sources = list(methods), list(sources)
+        self.decoder = decoder
+        self.methods = list(methods)
+        self.sources = list(sources)
+        self.file = records.part(file, here().process_index)
+        self.fits = fits
+        # Why a method does not fit a task, by their names; and why one cannot learn at all.
         self.refused: dict[tuple[str, str], str] = {}
         self._unfit: dict[str, str] = {}
+        self._predictor = Predictor(decoder)
         self._done: set[tuple[str, str, int, int]] = set()
         self._answers: defaultdict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
         self._note(records.read(file))
-        self.file = records.part(file, here().process_index)
-        self._kept: dict[str, tuple[str, dict[str, KeptContext]]] = {}
-        self._plain: tuple[object, Tensor, float] | None = None
 
     def run(self, tasks: Sequence[Task], seeds: Sequence[int], n_test: int) -> None:
         """Appends a record for every method, task, seed and test item that has none yet.
 
-        Methods take turns on each chunk of items, so that a slow spell of the machine meets all of them. A
-        method that refuses a task (ValueError) is left out there, and `refused` says why.
+        Methods take turns on each chunk of items, so that a slow spell of the machine meets all of
+        them. A method that refuses a task (ValueError) is left out there, and `refused` says why.
         """
-        chosen = [(task, draw_items(task, n_test)) for task in tasks]
-        jobs = [
-            (task, items[at : at + CHUNK])
-            for task, items in chosen
-            for at in range(0, len(items), CHUNK)
-        ]
+        jobs: list[Job] = []
+        for task in tasks:
+            items = draw_items(task, n_test)
+            for start in range(0, len(items), CHUNK):
+                jobs.append((task, items[start : start + CHUNK]))
         for seed in seeds:
-            missing = [
-                any(self._missing(method, *job, seed) for method in self.methods) for job in jobs
-            ]
-            if any(joined(missing)):
-                self._fit_together(seed, tasks)
-            mine_missing = [
-                job for job, is_missing in zip(mine(jobs), mine(missing), strict=True) if is_missing
-            ]
-            sizes = [
-                sum(len(self._missing(method, *job, seed)) for method in self.methods)
-                for job in mine_missing
-            ]
-            for task, items in track(
-                mine_missing, f"evaluation, seed {seed}", sizes, "predictions"
-            ):
-                for method in self.methods:
-                    self._answer(method, task, self._missing(method, task, items, seed), seed)
+            self._run_seed(jobs, tasks, seed)
+        # Each process has met refusals of its own; the report is to name them all.
         self.refused = dict(joined(list(self.refused.items())))
 
+    def _run_seed(self, jobs: Sequence[Job], tasks: Sequence[Task], seed: int) -> None:
+        """Fits if any process lacks an answer, then answers what is missing of this one's share."""
+        sizes = [self._n_missing(job, seed) for job in jobs]
+        if any(joined(sizes)):
+            self._fit_together(seed, tasks)
+        my_jobs = []
+        for job, size in zip(mine(jobs), mine(sizes), strict=True):
+            if size:
+                my_jobs.append(job)
+        # Counted anew: a method that could not learn has refused its tasks by now.
+        my_sizes = [self._n_missing(job, seed) for job in my_jobs]
+        for task, items in track(my_jobs, f"evaluation, seed {seed}", my_sizes, "predictions"):
+            for method in self.methods:
+                self._answer(method, task, self._missing(method, task, items, seed), seed)
+
     def _fit_together(self, seed: int, tasks: Sequence[Task]) -> None:
-        """Fits once for all processes: each learns its share of methods and of tasks, and takes up the others'."""
-        if here().num_processes > 1:
-            self.fit(seed, mine(self.methods))
-            self._unfit = dict(joined(list(self._unfit.items())))
+        """Fits once for all processes.
+
+        Each learns its share of methods and of tasks, and takes up what the others learned.
+        """
+        if here().num_processes == 1:
+            self.fit(seed)
+            return
+        # First its share, so that two processes do not learn the same; then, from their files, all.
+        self.fit(seed, mine(self.methods))
+        self._unfit = dict(joined(list(self._unfit.items())))
         self.fit(seed)
-        if here().num_processes > 1:
-            for task in mine(tasks):
-                for method in self.methods:
-                    with suppress(
-                        ValueError
-                    ):  # it is refused, with its reason, where it is asked for an answer
-                        method.on(task)
-            wait()
+        for task in mine(tasks):
+            for method in self.methods:
+                # It is refused, with its reason, where it is asked for an answer.
+                with suppress(ValueError):
+                    method.on(task)
+        wait()
 
     def fit(self, seed: int, methods: Sequence[Method] | None = None) -> None:
-        """Lets methods (None: all) learn what they learn, each with a draw of its own that no other method moves.
+        """Lets methods (None: all) learn what they learn.
 
-        One that cannot (ValueError) is left out of the run, which says why.
+        Each has a draw of its own that no other method moves. One that cannot learn (ValueError)
+        is left out of the run, which says why.
         """
         for method in self.methods if methods is None else methods:
             if method.seed == seed or method.name in self._unfit:
                 continue
             method.seed = seed
-            drawn = f"-seed{seed}" if method.draws else ""
-            file = self.fits / f"{method.name}{drawn}.safetensors" if self.fits else None
+            # From its name: a method's draw is the same whatever others the run has.
             rng = np.random.default_rng([seed, zlib.crc32(method.name.encode())])
+            file = self._fit_file(method, seed)
             try:
                 method.fit_on(self.decoder, self.sources, rng, file)
             except ValueError as error:  # the others need not wait for what this one lacks
                 self._unfit[method.name] = str(error)
-            self._kept.pop(method.name, None)
+            self._predictor.forget(method)
 
-    def _missing(self, method: Method, task: Task, items: Sequence[int], seed: int) -> list[int]:
-        missing = [
-            index for index in items if (method.name, task.name, seed, index) not in self._done
-        ]
-        if missing and method.name in self._unfit:
-            self.refused[method.name, task.name] = self._unfit[method.name]
-        return [] if (method.name, task.name) in self.refused else missing
-
-    def _answer(self, method: Method, task: Task, items: list[int], seed: int) -> None:
-        known = {} if method.draws else self._answers[method.name, task.name]
-        found = [dataclasses.replace(known[index], seed=seed) for index in items if index in known]
-        asked = [index for index in items if index not in known]
-        try:
-            found += self.predict(method, task, asked, seed) if asked else []
-        except ValueError as error:
-            self.refused[method.name, task.name] = str(error)
-            return
-        records.append(self.file, found)
-        self._note(found)
-
-    def _note(self, found: Sequence[Record]) -> None:
-        for record in found:
-            self._done.add(record.key)
-            self._answers[record.method, record.task][record.index] = record
+    def _fit_file(self, method: Method, seed: int) -> Path | None:
+        """Where a method's fit is kept: one file for all seeds where it draws nothing."""
+        if self.fits is None:
+            return None
+        drawn = f"-seed{seed}" if method.draws else ""
+        return self.fits / f"{method.name}{drawn}.safetensors"
 
     def predict(
         self, method: Method, task: Task, indices: Sequence[int], seed: int
     ) -> list[Record]:
         """Returns the records of one method on some test items of one task."""
-        method = method.on(task)
-        examples = [task.test[index] for index in indices]
-        prompts = [method.prompt(task, example) for example in examples]
-        options = [task.options(example) for example in examples]
-        n_tokens = [
-            len(tokens)
-            for tokens in tokenize(self.decoder.tokenizer, [prompt.text for prompt in prompts])
-        ]
-        scores, seconds = self._scores(method, task, prompts, options)
-        started = time.monotonic()
-        scores = method.adjusted(task, examples, scores)
-        seconds += (time.monotonic() - started) / len(prompts)
-        logits = [
-            tuple(row[: len(chosen)].tolist()) for row, chosen in zip(scores, options, strict=True)
-        ]
-        found = zip(
-            indices,
-            [row.label for row in examples],
-            scores.argmax(1).tolist(),
-            logits,
-            n_tokens,
-            strict=True,
-        )
-        return [Record(method.name, task.name, seed, *one, seconds) for one in found]
+        return self._predictor.predict(method, task, indices, seed)
 
-    def _scores(
-        self, method: Method, task: Task, prompts: list[Prompt], options: list[tuple[str, ...]]
-    ) -> tuple[Tensor, float]:
-        """Returns option scores and seconds per prompt; the untouched model reads equal prompts only once."""
-        if not method.edits_model and self._plain and self._plain[0] == (prompts, options):
-            return self._plain[1:]
-        of, kept = self._kept.get(method.name, ("", {}))
-        if prompts[0].context not in kept or (method.edits_model and of != task.name):
-            kept = {}  # the contexts of a large model are large
-        self._kept[method.name] = task.name, kept
-        with method.applied(task):  # entered once for many prompts, so not in their time
-            started = time.monotonic()
-            scores = score(self.decoder, prompts, options, kept=kept)
-            seconds = (time.monotonic() - started) / len(prompts)
-        if not method.edits_model:
-            self._plain = (prompts, options), scores, seconds
-        return scores, seconds
+    def _n_missing(self, job: Job, seed: int) -> int:
+        """How many answers a job lacks, over all methods."""
+        return sum(len(self._missing(method, *job, seed)) for method in self.methods)
 
-    def time_ratios(
-        self, task: Task, *, n_items: int = 4, n_rounds: int = 5
-    ) -> list[dict[str, object]]:
-        """Returns each method's time over zero-shot's, measured in turns on the same items.
+    def _missing(self, method: Method, task: Task, items: Sequence[int], seed: int) -> list[int]:
+        """The items that a method has yet to answer: none of a task that it refuses."""
+        cell = method.name, task.name
+        missing = [index for index in items if (*cell, seed, index) not in self._done]
+        if missing and method.name in self._unfit:
+            self.refused[cell] = self._unfit[method.name]
+        return [] if cell in self.refused else missing
 
-        Prompts run as they would arrive at a server, alone in their context. Where a method's prompts have a
-        context in common, it is timed once more with that context kept from before.
-        """
-        examples = [task.test[index] for index in draw_items(task, n_items)]
-        options = [task.options(example) for example in examples]
-        baseline = Method(self.methods[0].settings)
-        baseline.name = BASELINE
-        methods = [
-            baseline,
-            *(method.on(task) for method in self.methods if method.name != BASELINE),
-        ]
-        prompts = {
-            method.name: [method.prompt(task, example) for example in examples]
-            for method in methods
-        }
-        ways: list[tuple[str, Method, dict[str, KeptContext] | None]] = []
-        for method in methods:
-            ways.append((method.name, method, None))
-            if prompts[method.name][0].context:
-                ways.append((f"{method.name}, context kept", method, {}))
-        seconds: dict[str, list[float]] = {name: [] for name, _, _ in ways}
-        for _ in track(range(n_rounds + 1), "timing, in turns", [1] * (n_rounds + 1), "turns"):
-            for name, method, kept in ways:
-                asked = (
-                    prompts[method.name]
-                    if kept is not None
-                    else [p.text for p in prompts[method.name]]
-                )
-                with method.applied(task):
-                    started = time.monotonic()
-                    scores = score(self.decoder, asked, options, kept=kept)
-                    method.adjusted(task, examples, scores)
-                    seconds[name].append(time.monotonic() - started)
-        note = f"median of {n_rounds} turns on {len(examples)} prompts of {task.name}"
-        rows = []
-        for name, method, kept in ways[1:]:
-            ratios = np.array(seconds[name][1:]) / np.array(seconds[BASELINE][1:])
-            low, middle, high = (float(end) for end in np.percentile(ratios, [0, 50, 100]))
-            n_cached = method.n_cached(task) + sum(
-                context.n_numbers for context in (kept or {}).values()
-            )
-            rows.append(
-                {
-                    "method": name,
-                    "ratio": middle,
-                    "low": low,
-                    "high": high,
-                    "n_cached": n_cached,
-                    "note": note,
-                }
-            )
-        return rows
+    def _answer(self, method: Method, task: Task, items: list[int], seed: int) -> None:
+        """Appends a method's records on items; one that draws nothing has another seed's."""
+        # Without a draw every seed has the same answers, so the first seed's are copied.
+        answers = {} if method.draws else self._answers[method.name, task.name]
+        new_records = []
+        unknown_items = []
+        for index in items:
+            if index in answers:
+                new_records.append(dataclasses.replace(answers[index], seed=seed))
+            else:
+                unknown_items.append(index)
+        try:
+            if unknown_items:
+                new_records += self.predict(method, task, unknown_items, seed)
+        except ValueError as error:
+            self.refused[method.name, task.name] = str(error)
+            return
+        records.append(self.file, new_records)
+        self._note(new_records)
+
+    def _note(self, new_records: Sequence[Record]) -> None:
+        """Remembers what need not be computed again."""
+        for record in new_records:
+            self._done.add(record.key)
+            self._answers[record.method, record.task][record.index] = record

@@ -9,33 +9,44 @@ from transformers import PreTrainedTokenizerBase
 from icrouting.tasks.task import Example, Task
 
 SPARE = 24  # of a model's context, for what methods put around a prompt: virtual tokens, an answer
+_ITEM_SEED = 0
 
 
 def within(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[Task, str]:
-    """Returns a task without rows whose prompt leaves less than `SPARE` of `limit` tokens, and a line on them, if any.
+    """Returns a task without rows that are too long for a model, and a line on them, if any.
 
-    A task that would lose all rows of a split or of a training label is left as it is: methods say what is too long.
+    The prompt of a row must leave `SPARE` of `limit` tokens (None: no limit). A task that would
+    lose all rows of a split or of a training label is left as it is: methods say what is too long.
     """
-
-    def fits(row: Example) -> bool:
-        text = task.prompt(row)  # a token takes a byte or more, but for two before the text
-        return (
-            room is None or len(text.encode()) + 2 <= room or len(tokenizer(text).input_ids) <= room
-        )
-
-    room = None if limit is None else limit - SPARE
-    rows = {split: vars(task)[split] for split in ("train", "validation", "test")}
-    kept = {split: tuple(filter(fits, own)) for split, own in rows.items()}
-    left = [f"{n} {split}" for split in rows if (n := len(rows[split]) - len(kept[split]))]
-    labels = [{row.label for row in of["train"]} for of in (rows, kept)]
-    if not left or labels[0] != labels[1] or any(rows[split] and not kept[split] for split in rows):
+    if limit is None:
         return task, ""
-    return replace(
-        task, **kept
-    ), f"Left out, as longer than {room} tokens: {', '.join(left)} rows of {task.name}."
+    room = limit - SPARE
+    shortened: dict[str, tuple[Example, ...]] = {}
+    counts = []
+    for split in ("train", "validation", "test"):
+        rows = vars(task)[split]
+        kept_rows = tuple(row for row in rows if _fits(task.prompt(row), tokenizer, room))
+        if rows and not kept_rows:
+            return task, ""
+        if len(kept_rows) < len(rows):
+            counts.append(f"{len(rows) - len(kept_rows)} {split}")
+        shortened[split] = kept_rows
+    if not counts or _labels(shortened["train"]) != _labels(task.train):
+        return task, ""
+    line = f"Left out, as longer than {room} tokens: {', '.join(counts)} rows of {task.name}."
+    return replace(task, **shortened), line
 
 
-_ITEM_SEED = 0
+def _fits(text: str, tokenizer: PreTrainedTokenizerBase, room: int) -> bool:
+    """Whether a text has `room` tokens at most."""
+    # A token takes a byte or more, but for two before the text: most rows need no tokenizer.
+    if len(text.encode()) + 2 <= room:
+        return True
+    return len(tokenizer(text).input_ids) <= room
+
+
+def _labels(rows: tuple[Example, ...]) -> set[int]:
+    return {row.label for row in rows}
 
 
 def draw_items(task: Task, n_test: int) -> list[int]:

@@ -1,50 +1,56 @@
-"""A run: a folder with its configuration, its records and the report made from them."""
+"""A run: what it measures, and the claim on the folder that holds it."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from icrouting.evaluation import records
+from icrouting.evaluation.config import EvalConfig
+from icrouting.evaluation.folder import RunFolder
+from icrouting.methods.registry import cuts_of
 from icrouting.methods.settings import Settings
-from icrouting.runtime.checks import check
+from icrouting.runtime.checks import check, differences
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, first_one_first, is_first
-from icrouting.runtime.storage import load_json, save_json
 from icrouting.tasks.task import Task
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
 _GROWING = ("methods", "seeds", "n_test", "router", "notes")
+# What the paper takes; a run of less says so.
+PAPER_SEEDS = 3
+PAPER_TEST_ITEMS = 500
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run measures.
+    """What a run measures: what was asked for, and what that turned out to be.
 
-    `data` says where the tasks' rows come from and `rows` is their digest, `router` is the router's; `dtype` is the
-    weights'; `tasks` has name, group, role ("source" or "unseen") and number of options of each; `seeds` are those of
-    demonstrations and fits, `settings` those of the methods, `notes` say what was cut short, beside the table.
+    Attributes:
+        asked: the user's part.
+        fingerprint: the model's.
+        dtype: the weights'.
+        rows: the digest of the tasks' rows.
+        router: the digest of the router; None without one.
+        tasks: name, group, role ("source" or "unseen") and number of options of each.
+        sources: names of the source tasks.
+        notes: what was cut short, beside what the settings say.
     """
 
-    model: str
+    asked: EvalConfig
     fingerprint: str
     dtype: str
-    data: str
     rows: str
     router: str | None
-    methods: list[str]
     tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
     sources: list[str]
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
-    n_test: PositiveInt
-    settings: Settings
     notes: list[str]
 
     def __post_init__(self):
@@ -52,133 +58,155 @@ class RunConfig:
 
     def flat(self) -> dict[str, Any]:
         """The content of config.json, with the methods' settings beside the others."""
-        values = asdict(self)
-        return {**values.pop("settings"), **values}
+        asked = self.asked
+        # The settings' "router" is where it lies; the digest, in its place, is what it is.
+        return {
+            **asdict(asked.settings),
+            "model": str(asked.model),
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "data": asked.data,
+            "rows": self.rows,
+            "router": self.router,
+            "methods": _unique(asked.methods),
+            "tasks": self.tasks,
+            "sources": self.sources,
+            "seeds": _unique(asked.seeds),
+            "n_test": asked.n_test,
+            "notes": self.notes,
+        }
 
 
 def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str, Any]]:
     """Returns what a run's configuration says of its tasks."""
-    return [
-        {
+    entries = []
+    for task in tasks:
+        entry = {
             "name": task.name,
             "group": task.spec.group,
             "role": "source" if task.name in sources else "unseen",
             "n_options": max(len(task.options(example)) for example in task.test),
         }
-        for task in tasks
-    ]
+        entries.append(entry)
+    return entries
 
 
 @contextmanager
-def claimed(folder: Path, config: RunConfig) -> Iterator[None]:
-    """Inside, a folder is one run's alone, made or taken up where all processes, however many, left it."""
+def claimed(folder: RunFolder, config: RunConfig) -> Iterator[None]:
+    """Inside, a folder is one run's alone, made or taken up where its processes left it.
+
+    They may have been more or fewer.
+    """
     agree(**config.flat())
-    with locked(folder):
+    with locked(folder.path):
         with first_one_first():
             if is_first():
                 claim(folder, config)
-                records.gather(folder / "records.jsonl")
+                records.gather(folder.records)
         yield
 
 
-def claim(folder: Path, config: RunConfig) -> None:
+def claim(folder: RunFolder, config: RunConfig) -> None:
     """Writes a run's configuration, or checks that the run begun in the folder measures the same.
 
-    Methods, with the router of one, seeds and test items may be added to a run; their records join the others.
+    Methods, with the router of one, seeds and test items may be added to a run; their records join
+    the others.
     """
-    file, settings = folder / "config.json", config.flat()
-    begun = {
-        "command": _command(),
-        "commit": commit(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    found = load_json(file) if file.exists() else {**settings, **begun}
-    if missing := {"command", *_GROWING} - found.keys():
+    wanted = config.flat()
+    if folder.config.exists():
+        begun = folder.read_config()
+    else:
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        begun = {**wanted, "command": _command(), "commit": commit(), "created": created}
+    missing = {"command", *_GROWING} - begun.keys()
+    if missing:
+        lacking = ", ".join(sorted(missing))
         raise ValueError(
-            f"{file} is no run's, it lacks {', '.join(sorted(missing))}: choose another folder with --out"
+            f"{folder.config} is no run's, it lacks {lacking}: choose another folder with --out"
         )
-    routers = {found["router"], settings["router"]} - {None}
-    different = [
-        key
-        for key in settings
-        if key not in _GROWING and found.get(key, settings[key]) != settings[key]
-    ]
-    with_no_router = (
-        settings if settings["router"] is None else found
-    )  # whose controls of ICR have the defaults
-    is_mixed = len({found["router"], settings["router"]}) > 1 and any(
-        "icr-" in m for m in with_no_router["methods"]
-    )
-    different += ["router"] if len(routers) > 1 or is_mixed else []
-    different += ["n_test"] if settings["n_test"] < found["n_test"] else []
-    if different:
-        changes = "; ".join(
-            f"{key} was {_short(found.get(key))}, is {_short(settings[key])}" for key in different
-        )
+    changes = _changes(begun, wanted)
+    if changes:
         raise ValueError(
-            f"{folder} holds another run ({changes}): choose another folder with --out"
+            f"{folder} holds another run ({'; '.join(changes)}): choose another folder with --out"
         )
     grown = {
-        key: list(dict.fromkeys([*found[key], *settings[key]])) for key in ("methods", "seeds")
+        "methods": _unique([*begun["methods"], *wanted["methods"]]),
+        "seeds": _unique([*begun["seeds"], *wanted["seeds"]]),
+        "n_test": wanted["n_test"],
+        "router": begun["router"] or wanted["router"],  # the same, or one of them None
     }
-    grown |= {"n_test": settings["n_test"], "router": next(iter(routers), None)}
-    if _command() not in found["command"]:
-        grown["command"] = f"{found['command']} && {_command()}"
-    settings = {**settings, **found, **grown, "notes": settings["notes"]}
-    save_json(file, {**settings, "notes": [*_cuts(settings), *settings["notes"]]})
+    if _command() not in begun["command"]:
+        grown["command"] = f"{begun['command']} && {_command()}"
+    content = {**wanted, **begun, **grown}
+    cuts = _cuts(content, config.asked.settings)
+    folder.write_config({**content, "notes": [*cuts, *wanted["notes"]]})
 
 
-def _cuts(settings: dict[str, Any]) -> list[str]:
+def _changes(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What makes a run another measurement than the one begun in its folder, in words."""
+    held = {key: value for key, value in wanted.items() if key not in _GROWING}
+    routers = {begun["router"], wanted["router"]}
+    if len(routers - {None}) > 1:
+        held["router"] = wanted["router"]
+    elif len(routers) > 1:
+        # Without a router, its controls are fitted by the default settings, with one as it was.
+        unrouted = wanted if wanted["router"] is None else begun
+        if any("icr-" in name for name in unrouted["methods"]):
+            held["router"] = wanted["router"]
+    if wanted["n_test"] < begun["n_test"]:
+        held["n_test"] = wanted["n_test"]
+    # What an earlier version did not write down is taken to be as it is.
+    return differences({**held, **begun}, held, _short)
+
+
+def _cuts(content: Mapping[str, Any], settings: Settings) -> list[str]:
     """What a run takes less of than was published, or than is usual here."""
-    names, n_seeds, n_test = (
-        " ".join(settings["methods"]),
-        len(settings["seeds"]),
-        settings["n_test"],
-    )
-    i2cl, epochs = settings["i2cl_epochs"], settings["train_epochs"]
-    usual = {name: getattr(Settings(), name) for name in ("tries", "train_rows", "train_epochs")}
-    less = [
-        f"{name} {settings[name]} (usual: {most})"
-        for name, most in usual.items()
-        if settings[name] < most
-    ]
-    seeds = (
-        f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most (paper: 3, 500)."
-    )
-    cuts = {
-        seeds: n_seeds < 3 or n_test < 500,
-        f"I2CL is calibrated for {i2cl} epochs (published: 100).": "i2cl" in names and i2cl < 100,
-        f"Prompt tuning is trained for {epochs} epochs (published: 50).": "prompt-tuning" in names
-        and epochs < 50,
-        f"Methods that learn are held to less, where they would take more: {', '.join(less)}.": bool(
-            less
-        ),
-    }
-    return [text for text, is_cut in cuts.items() if is_cut]
+    n_seeds = len(content["seeds"])
+    n_test = content["n_test"]
+    cuts = []
+    if n_seeds < PAPER_SEEDS or n_test < PAPER_TEST_ITEMS:
+        counted = f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most"
+        cuts.append(f"{counted} (paper: {PAPER_SEEDS}, {PAPER_TEST_ITEMS}).")
+    cuts += cuts_of(content["methods"], settings)
+    usual = Settings()
+    smaller = []
+    for name in ("tries", "train_rows", "train_epochs"):
+        value = getattr(settings, name)
+        usual_value = getattr(usual, name)
+        if value < usual_value:
+            smaller.append(f"{name} {value} (usual: {usual_value})")
+    if smaller:
+        held_to = ", ".join(smaller)
+        cuts.append(f"Methods that learn are held to less, where they would take more: {held_to}.")
+    return cuts
+
+
+def _unique(values: Sequence[Any]) -> list[Any]:
+    """The values in their order, each once."""
+    return list(dict.fromkeys(values))
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name.replace("__main__.py", "icr"), *sys.argv[1:]])
+    program = Path(sys.argv[0]).name.replace("__main__.py", "icr")
+    return " ".join([program, *sys.argv[1:]])
 
 
 def _short(value: object) -> str:
-    return (text := json.dumps(value))[:77] + "..." * (len(text) > 77)
+    text = json.dumps(value)
+    return text if len(text) <= 77 else f"{text[:77]}..."
 
 
 def commit() -> str:
     """The commit of the working tree that runs, or "unknown" outside one."""
+    # An installed copy may lie in somebody else's repository, whose commit says nothing of ours.
     here = Path(__file__)
     is_tracked = ["git", "ls-files", "--error-unmatch", here.name]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         subprocess.run(is_tracked, cwd=here.parent, capture_output=True, check=True)
-        return subprocess.run(
+        described = subprocess.run(
             describe, cwd=here.parent, capture_output=True, check=True, text=True
-        ).stdout.strip()
+        )
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def add_to_config(folder: Path, **entries: object) -> None:
-    """Adds entries to a run's configuration."""
-    save_json(folder / "config.json", {**load_json(folder / "config.json"), **entries})
+    return described.stdout.strip()

@@ -62,6 +62,11 @@ class Method:
     def __init__(self, settings: Settings):
         self.settings = settings
 
+    @classmethod
+    def cuts(cls, settings: Settings) -> list[str]:
+        """Returns what the settings make it take less of than was published, in sentences for a report."""
+        return []
+
     def fit(
         self,
         model: PreTrainedModel,

@@ -15,6 +15,7 @@ from icrouting.decoder.hooks import edited
 from icrouting.decoder.passes import next_token_logits
 from icrouting.decoder.states import mean_last_outputs
 from icrouting.methods.base import Context, Method
+from icrouting.methods.settings import Settings
 from icrouting.methods.tuning import answered
 from icrouting.runtime.progress import track
 from icrouting.tasks.prompts import balanced_demos, demonstration
@@ -25,6 +26,7 @@ GRID = [
     {"lr": lr, "noise": noise} for lr in (1e-2, 3e-3) for noise in (1e-3, 0.0)
 ]  # as published, then others
 FIRST_LAMBDA, FIRST_BETA = 0.1, 1.0
+PUBLISHED_EPOCHS = 100
 Scalars = Float[Tensor, "n_branches 2"]
 
 
@@ -41,6 +43,14 @@ class I2CL(Method):
     learned = ("vectors", "scalars", "losses")
     cached = ("vectors", "scalars")
     scalars: Scalars
+
+    @classmethod
+    def cuts(cls, settings: Settings) -> list[str]:
+        """Returns a sentence if the calibration is shorter than the published one."""
+        epochs = settings.i2cl_epochs
+        if epochs >= PUBLISHED_EPOCHS:
+            return []
+        return [f"I2CL is calibrated for {epochs} epochs (published: {PUBLISHED_EPOCHS})."]
 
     def learn(self, rng: np.random.Generator) -> None:
         """Records the vectors and calibrates the scalars."""

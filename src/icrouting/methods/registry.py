@@ -16,12 +16,13 @@ from icrouting.methods.lora import LoraBlock, LoraBlockMore, LoraHead
 from icrouting.methods.m2iv import M2IV
 from icrouting.methods.probes import ProbeEncoder, ProbeHidden
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
-from icrouting.methods.regimes import regimes
+from icrouting.methods.regimes import ONCE, regimes
 from icrouting.methods.settings import Settings
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.runtime.checks import known
 
+PLAIN: tuple[type[Method], ...] = (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr, IcrGated)
 LEARNING: tuple[type[Method], ...] = (
     *(TaskVectors, FunctionVectors, ICV, Elicit, IterativeVectors),
     *(I2CL, Live, M2IV),
@@ -31,10 +32,7 @@ LEARNING: tuple[type[Method], ...] = (
     *(ProbeHidden, ProbeEncoder),
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
-    **{
-        kind.name: kind
-        for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr, IcrGated)
-    },
+    **{kind.name: kind for kind in PLAIN},
     **{name: maker for kind in LEARNING for name, maker in regimes(kind).items()},
 }
 
@@ -48,3 +46,12 @@ def make(names: Sequence[str], settings: Settings) -> list[Method]:
         raise ValueError(f"there is no {missing[0]!r}: {lacking[missing[0]]}")
     kinds = [known("method", name, METHODS) for name in dict.fromkeys(names)]
     return [kind(settings) for kind in kinds]
+
+
+def cuts_of(names: Sequence[str], settings: Settings) -> list[str]:
+    """Returns what methods take less of than was published; a name that is none any more says nothing."""
+    sentences = []
+    for kind in (*PLAIN, *LEARNING):
+        if kind.name in names or kind.name + ONCE in names:
+            sentences += kind.cuts(settings)
+    return sentences

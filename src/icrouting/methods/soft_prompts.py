@@ -15,8 +15,11 @@ from icrouting.decoder.families import CACHE, device_of
 from icrouting.decoder.passes import next_token_logits
 from icrouting.methods.adapters import in_front, load_peft
 from icrouting.methods.base import Context, Method
+from icrouting.methods.settings import Settings
 from icrouting.methods.tuning import answered, tune
 from icrouting.tasks.task import Task
+
+PUBLISHED_EPOCHS = 50
 
 
 class PromptTuning(Method):
@@ -33,6 +36,14 @@ class PromptTuning(Method):
     grid = tuple({"n_virtual": n, "lr": lr} for n in (1, 8, 20) for lr in (0.1, 0.01, 0.3))
     kind = "PromptTuningConfig"
     soft_prompt: Float[Tensor, "n_virtual width"]
+
+    @classmethod
+    def cuts(cls, settings: Settings) -> list[str]:
+        """Returns a sentence if the training is shorter than the published one."""
+        epochs = settings.train_epochs
+        if epochs >= PUBLISHED_EPOCHS:
+            return []
+        return [f"Prompt tuning is trained for {epochs} epochs (published: {PUBLISHED_EPOCHS})."]
 
     def learn(self, rng: np.random.Generator) -> None:
         """Trains one soft prompt on the pooled rows of all sources."""
@@ -90,6 +101,11 @@ class PrefixTuning(PromptTuning):
     name = "prefix-tuning"
     grid = tuple({"n_virtual": n, "lr": lr} for n in (8, 16, 1) for lr in (1e-2, 1e-3, 3e-2))
     kind = "PrefixTuningConfig"
+
+    @classmethod
+    def cuts(cls, settings: Settings) -> list[str]:
+        """Returns nothing: 50 epochs are what was published of soft prompts, not of prefixes."""
+        return []
 
     def start(self, tokens: Sequence[int]) -> Float[Tensor, "n_virtual width"]:
         """Returns the prefix that does what tokens in front of the prompt would do."""

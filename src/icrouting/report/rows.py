@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from icrouting.report import metrics
+from icrouting.report.run import RunTask
 
 # By a task's role or else its group, what its section is called; the table has them in this order.
 SECTIONS = {"source": "source", "in-domain": "in-domain, unseen", "near": "near", "far": "far"}
@@ -39,12 +40,12 @@ class Row:
         return f"mean {self.name}" if self.kind == "mean" else self.name
 
 
-def sections_of(tasks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def sections_of(tasks: Sequence[RunTask]) -> dict[str, str]:
     """Returns each task's section by the task's name, from the tasks that config.json describes."""
     sections = {}
     for task in tasks:
-        kind = "source" if task["role"] == "source" else task["group"]
-        sections[task["name"]] = SECTIONS.get(kind, kind)
+        kind = "source" if task.role == "source" else task.group
+        sections[task.name] = SECTIONS.get(kind, kind)
     return sections
 
 

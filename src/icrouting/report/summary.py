@@ -14,6 +14,7 @@ from icrouting.evaluation.records import BASELINE, Record
 from icrouting.report import metrics
 from icrouting.report.coverage import Cells, counted, fullest_records, unfinished
 from icrouting.report.rows import Row, groups_of, rows_of, sections_of
+from icrouting.report.run import Run
 
 HEADLINE = "icr"
 # With more options than this a confusion matrix cannot be read.
@@ -92,17 +93,17 @@ class Summary:
         return self.lines.xs(("task", method), level=("kind", "method"))
 
 
-def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
+def summarise(records: Sequence[Record], run: Run) -> Summary:
     """Returns the figures of a run, finished or in progress.
 
     Raises:
-        ValueError: there are no records, or some of a task that `config` does not describe.
+        ValueError: there are no records, or some of a task that the run does not describe.
     """
     if not records:
         raise ValueError("no records to summarise: the run has not scored an example yet")
-    refusals = config.get("refused", ())
+    refusals = run.refused
     records_by_cell = counted(metrics.frame(records), refusals)
-    sections = sections_of(config["tasks"])
+    sections = sections_of(run.tasks)
     undescribed = {task for _, task in records_by_cell} - set(sections)
     if undescribed:
         raise ValueError(
@@ -112,7 +113,7 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
     fullest = fullest_records(records_by_cell)
     # Methods stand as the run names them; what only the records know comes after.
     scored_methods = [method for method, _ in records_by_cell]
-    methods = list(dict.fromkeys([*config["methods"], *scored_methods]))
+    methods = list(dict.fromkeys([*run.methods, *scored_methods]))
     cells = _cells(methods, groups["all"], records_by_cell)
     headline = _headline(list(cells.method))
     lines = pd.concat([cells, _means(cells, groups)])
@@ -125,8 +126,8 @@ def summarise(records: Sequence[Record], config: Mapping[str, Any]) -> Summary:
         lines=lines.set_index(["kind", "name", "method"]),
         rivals=_rivals(headline, records_by_cell),
         unfinished=unfinished(methods, list(sections), records_by_cell, fullest, refusals),
-        notes=(*config.get("notes", ()), *refusal_notes),
-        origin=_origin(config),
+        notes=(*run.notes, *refusal_notes),
+        origin=_origin(run),
     )
 
 
@@ -138,12 +139,18 @@ def _headline(methods: Sequence[str]) -> str | None:
     return others[-1] if others else None
 
 
-def _origin(config: Mapping[str, Any]) -> str:
+def _origin(run: Run) -> str:
     """Where the figures come from, in words."""
-    seeds = ", ".join(str(seed) for seed in config["seeds"])
-    # Old run folders do not name their dtype.
-    values = {"dtype": "dtype not kept", **config, "seeds": seeds}
-    return ORIGIN.format_map(values)
+    return ORIGIN.format(
+        model=run.model,
+        # Old run folders do not name their dtype.
+        dtype=run.dtype or "dtype not kept",
+        n_test=run.n_test,
+        seeds=", ".join(str(seed) for seed in run.seeds),
+        created=run.created,
+        commit=run.commit,
+        command=run.command,
+    )
 
 
 def _cells(methods: Sequence[str], tasks: Sequence[str], records_by_cell: Cells) -> pd.DataFrame:

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import tiny
-from fake_run import fake_config, fake_records
+from fake_run import fake_records, fake_run
 from icrouting.evaluation.costs import fit_costs, write_tried
 from icrouting.methods import Settings, make
-from icrouting.report.page import markdown
-from icrouting.report.summary import summarise
+from icrouting.report.page import markdown, report_of
 from icrouting.runtime.storage import save_tensors
 
 TASKS = [tiny.task("toy", n_test=30), tiny.task("other", n_test=30)]
@@ -60,8 +59,9 @@ def test_fits_of_an_earlier_version_have_no_cost(tmp_path):
 
 
 def test_the_report_lists_the_costs(folder):
-    summary = summarise(fake_records({("icr", "agnews"): 0.5}), fake_config())
+    few_records = fake_records({("icr", "agnews"): 0.5})
+    costs = fit_costs(folder, ["i2cl"])
     assert "| i2cl | 2 | 4 | 20 | 16 | 12 |" in markdown(
-        summary, {"fits": fit_costs(folder, ["i2cl"])}
+        report_of(fake_run(fits=costs), few_records)
     )
-    assert "What a fit costs" not in markdown(summary, {})
+    assert "What a fit costs" not in markdown(report_of(fake_run(), few_records))

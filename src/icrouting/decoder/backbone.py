@@ -1,4 +1,4 @@
-"""Options that commands share; light, so that `--help` comes at once."""
+"""Which model a command loads; light, so that `--help` comes at once."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,8 @@ class Backbone:
 
     Attributes:
         model: Hub id, local folder, .gguf file, or "pinned:smollm2-135m".
-        device_map: "auto" or "balanced" spreads it over accelerators, memory and disk; by default one device holds it.
+        device_map: "auto" or "balanced" spreads it over accelerators, memory and disk; by default
+            one device holds it.
     """
 
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"

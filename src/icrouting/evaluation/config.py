@@ -1,0 +1,47 @@
+"""What a user asks an evaluation for; light, so that `--help` comes at once."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from icrouting.decoder.backbone import Backbone
+from icrouting.methods.settings import Settings
+from icrouting.runtime.checks import check
+from icrouting.tasks.catalogue import PAPER_TASKS
+
+# The paper's tasks that the hub holds: the five in-domain ones first.
+HUB_TASKS = tuple(name for name in PAPER_TASKS if name != "ai2scie")
+# How options read on the command line: names in a row, and a group's options without its prefix.
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
+Base = Annotated[Backbone, tyro.conf.arg(name="")]
+Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate; each field is an option of `icr eval`.
+
+    Attributes:
+        data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
+        tasks: Tasks to test on: names, or task files of your own (my-task.toml).
+        sources: The tasks that the router was fitted on; the others count as unseen.
+        methods: What to compare; zero-shot is the baseline.
+        n_test: Test items per task (all, where a task has fewer), the same for every seed.
+        seeds: Each draws demonstrations and fits anew.
+        model: The model below.
+        settings: The methods' settings below.
+    """
+
+    data: str = "hub"
+    tasks: Names = HUB_TASKS
+    sources: Names = HUB_TASKS[:5]
+    methods: Names = ("zero-shot", "few-shot", "multi-task-few-shot", "calibration", "icr")
+    n_test: PositiveInt = 500
+    seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
+    model: Base = field(default_factory=Backbone)
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+
+    def __post_init__(self):
+        check(self)

@@ -1,0 +1,83 @@
+"""What a run comes to beside its records: what was refused, and what methods take."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from icrouting.evaluation.costs import fit_costs
+from icrouting.evaluation.evaluate import Evaluation
+from icrouting.evaluation.folder import Outcome, RunFolder
+from icrouting.evaluation.records import BASELINE
+from icrouting.evaluation.timing import time_ratios
+from icrouting.methods import Method
+from icrouting.tasks.task import Task
+
+
+def outcome_of(
+    evaluation: Evaluation, tasks: Sequence[Task], seed: int, folder: RunFolder
+) -> Outcome:
+    """Returns what an evaluation came to, with what earlier ones left in the folder.
+
+    Methods that were not timed yet are timed, fitted for `seed`.
+    """
+    config = folder.read_config()
+    return Outcome(
+        refused=_refused(evaluation, tasks, config.get("refused", [])),
+        ratios=_ratios(evaluation, tasks, seed, config.get("timing", {}).get("ratios", [])),
+        baseline=BASELINE,
+        costs=fit_costs(folder.fits, config["methods"]),
+    )
+
+
+def _refused(
+    evaluation: Evaluation, tasks: Sequence[Task], earlier: Sequence[Sequence[str]]
+) -> list[list[str]]:
+    """Earlier refusals of what was not asked this time, then this time's."""
+    cells = {(method.name, task.name) for method in evaluation.methods for task in tasks}
+    refused = [list(entry) for entry in earlier if tuple(entry[:2]) not in cells]
+    for cell, reason in evaluation.refused.items():
+        refused.append([*cell, reason])
+    return refused
+
+
+def _ratios(
+    evaluation: Evaluation, tasks: Sequence[Task], seed: int, earlier: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row for each way of each method that has been timed, by this run or by earlier ones."""
+    rows_by_way = {row["method"]: dict(row) for row in earlier}
+    methods = _able(evaluation, tasks)
+    # In turns means on the same prompts, so only a task that no method refuses will do.
+    shared_tasks = _answered_by_all(evaluation, methods, tasks)
+    expected = {method.name for method in methods} - {BASELINE}
+    # A run that is taken up for more seeds or items is not timed again.
+    if shared_tasks and not rows_by_way.keys() >= expected:
+        evaluation.fit(seed, methods)
+        # Where prompts are short, what a method adds to their time shows most.
+        shortest = min(shared_tasks, key=_length)
+        new_rows = time_ratios(evaluation.decoder, methods, shortest)
+        rows_by_way.update({str(row["method"]): row for row in new_rows})
+    return list(rows_by_way.values())
+
+
+def _able(evaluation: Evaluation, tasks: Sequence[Task]) -> list[Method]:
+    """The methods that fit some task."""
+    able = []
+    for method in evaluation.methods:
+        if any((method.name, task.name) not in evaluation.refused for task in tasks):
+            able.append(method)
+    return able
+
+
+def _answered_by_all(
+    evaluation: Evaluation, methods: Sequence[Method], tasks: Sequence[Task]
+) -> list[Task]:
+    """The tasks that no method refuses."""
+    answered = []
+    for task in tasks:
+        if not any((method.name, task.name) in evaluation.refused for method in methods):
+            answered.append(task)
+    return answered
+
+
+def _length(task: Task) -> int:
+    """How long a task's prompts are, by its first test items."""
+    return sum(len(task.prompt(example)) for example in task.test[:20])
