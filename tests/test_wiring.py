@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import tiny
-from icrouting.decoder import probe
+from icrouting.decoder import wiring
 from icrouting.decoder.families import FAMILIES, Family, Site, family_of
 from icrouting.decoder.sites import fused_key, fused_query, token_major
 from icrouting.routing.attach import attach
@@ -50,7 +50,7 @@ def test_every_family_passes_and_is_left_as_it_was(family, dtype):
     assert family_of(model) == FAMILIES[tiny.ALL_CONFIGS[family].model_type]
     assert (state_of(model), [m.training for m in model.modules()]) == (before, modes)
     assert torch.equal(torch.get_rng_state(), seed)
-    assert not probe._received
+    assert not wiring._received
 
 
 WRONG = {
@@ -177,7 +177,7 @@ def test_rotary_tables_that_scale_a_part_of_the_head_pass():
     assert family_of(model) == FAMILIES["phi3"]
 
 
-def test_the_probe_runs_once_per_model(monkeypatch):
+def test_the_wiring_is_checked_once_per_model(monkeypatch):
     model, runs = tiny.model("llama"), []
     model.model.register_forward_hook(lambda *args: runs.append(1))
     for _ in range(3):
