@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 from icrouting.decoder.batches import Batch, by_length, pad
@@ -88,10 +89,16 @@ class _Checkpointed(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
+        self.is_off_loaded = any(parameter.is_meta for parameter in layer.parameters())
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         checkpoint = cast(Callable, self.layer._gradient_checkpointing_func)
-        return checkpoint(self.layer, *args, **kwargs)
+        if not self.is_off_loaded:
+            return checkpoint(self.layer, *args, **kwargs)
+        # Else the backward would stop inside the layer, once it has what it needs, and the weight
+        # that was brought in last would stay.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(self.layer, *args, **kwargs)
 
 
 @contextmanager
