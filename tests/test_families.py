@@ -27,22 +27,22 @@ def test_every_row_has_a_tiny_model():
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", ALL)
 def test_zero_gates_leave_logits_unchanged(family, side):
-    model, inputs = tiny.model_of(family), tiny.prompts(side=side)
+    model = tiny.model_of(family)
+    inputs = tiny.prompts(side=side)
     plain = logits_of(model, inputs)
-    assert (
-        routed_logits(model, inputs, tiny.pids(model), no_routing(model, 3)) - plain
-    ).abs().max() == 0.0
+    routed = routed_logits(model, inputs, tiny.pids(model), no_routing(model, 3))
+    assert (routed - plain).abs().max() == 0.0
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", ALL)
 def test_routed_attention_equals_the_dense_reference(family, side):
-    model, dense, inputs = (
-        tiny.model_of(family),
-        tiny.model(family, "eager"),
-        tiny.prompts(side=side),
-    )
-    pids, routing, plain = tiny.pids(model), strong_routing(model), logits_of(model, inputs)
+    model = tiny.model_of(family)
+    dense = tiny.model(family, "eager")
+    inputs = tiny.prompts(side=side)
+    pids = tiny.pids(model)
+    routing = strong_routing(model)
+    plain = logits_of(model, inputs)
     with reference_routed(dense, pids, no_routing(model, 3)):
         assert (logits_of(dense, inputs) - plain).abs().max() <= CLOSE
     with reference_routed(dense, pids, routing):
@@ -55,49 +55,54 @@ def test_routed_attention_equals_the_dense_reference(family, side):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", ALL)
 def test_prefill_and_decoding_equal_one_pass(family, side, cache_kind):
-    model, inputs = tiny.model_of(family), tiny.prompts(side=side)
-    real, n_tokens = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
+    model = tiny.model_of(family)
+    inputs = tiny.prompts(side=side)
+    is_real = inputs["attention_mask"].bool()
+    n_tokens = inputs["input_ids"].shape[1]
     with attach(model, tiny.pids(model)) as attachment:
         attachment.routing = strong_routing(model)
         expected = model(**inputs).logits
-        dynamic = cache_kind == "dynamic"
-        cache = (
-            DynamicCache(config=model.config)
-            if dynamic
-            else StaticCache(config=model.config, max_cache_len=20)
-        )
+        if cache_kind == "dynamic":
+            cache = DynamicCache(config=model.config)
+        else:
+            cache = StaticCache(config=model.config, max_cache_len=20)
+        # Two pieces of a prefill, then one token after the other.
+        steps = [(token, token + 1) for token in range(12, n_tokens)]
         pieces = []
-        for start, stop in [
-            (0, 9),
-            (9, 12),
-            *((token, token + 1) for token in range(12, n_tokens)),
-        ]:
+        for start, stop in [(0, 9), (9, 12), *steps]:
             step = {
                 "input_ids": inputs["input_ids"][:, start:stop],
                 "position_ids": inputs["position_ids"][:, start:stop],
                 "attention_mask": inputs["attention_mask"][:, :stop],
             }
             pieces.append(model(**step, use_cache=True, **{CACHE: cache}).logits)
-    assert (torch.cat(pieces, 1) - expected)[real].abs().max() <= CLOSE
+    assert (torch.cat(pieces, 1) - expected)[is_real].abs().max() <= CLOSE
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", ALL)
 def test_a_batch_equals_its_rows_one_by_one(family, side):
-    model, lengths = tiny.model_of(family), (11, 5, 17)
-    inputs, pids, routing = tiny.prompts(lengths, side), tiny.pids(model), strong_routing(model)
+    model = tiny.model_of(family)
+    lengths = (11, 5, 17)
+    inputs = tiny.prompts(lengths, side)
+    pids = tiny.pids(model)
+    routing = strong_routing(model)
     together = routed_logits(model, inputs, pids, routing).split(lengths)
     for row, length in enumerate(lengths):
-        where = slice(-length, None) if side == "left" else slice(0, length)
-        single = {name: tensor[row : row + 1, where] for name, tensor in inputs.items()}
-        one = Routing(routing.routing_vector[row : row + 1], routing.head_gates[row : row + 1])
-        assert (routed_logits(model, single, pids, one) - together[row]).abs().max() <= CLOSE
+        columns = slice(-length, None) if side == "left" else slice(0, length)
+        row_inputs = {name: tensor[row : row + 1, columns] for name, tensor in inputs.items()}
+        row_routing = Routing(
+            routing.routing_vector[row : row + 1], routing.head_gates[row : row + 1]
+        )
+        alone = routed_logits(model, row_inputs, pids, row_routing)
+        assert (alone - together[row]).abs().max() <= CLOSE
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 @pytest.mark.parametrize("family", ALL)
 def test_generation_with_a_cache_equals_generation_without(family, settings):
-    model, inputs = tiny.model_of(family), tiny.prompts(side="left")
+    model = tiny.model_of(family)
+    inputs = tiny.prompts(side="left")
     del inputs["position_ids"]
     settings = {"max_new_tokens": 7, "do_sample": False, **settings}
     plain = model.generate(**inputs, **settings)
@@ -112,12 +117,11 @@ def test_generation_with_a_cache_equals_generation_without(family, settings):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("family", ALL)
 def test_leaving_restores_the_model_after_an_exception_in_generation(family, training):
-    model, inputs = tiny.model_of(family), tiny.prompts(side="left")
+    model = tiny.model_of(family)
+    inputs = tiny.prompts(side="left")
     del inputs["position_ids"]
-    plain, before = (
-        logits_of(model, inputs),
-        [state_of(model.train(training)), [m.training for m in model.modules()]],
-    )
+    plain = logits_of(model, inputs)
+    before = [state_of(model.train(training)), [m.training for m in model.modules()]]
 
     def explode(step, scores):
         if step.shape[1] > inputs["input_ids"].shape[1] + 2:

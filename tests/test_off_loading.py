@@ -44,18 +44,20 @@ def pair(request, folder):
 
 
 def state_of(model):
-    """All that attaching, fitting and scoring touch, accelerate's hooks, and where every weight lies."""
-    hooks = [
-        (*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks) for m in model.modules()
-    ]
-    own = [
-        (id(vars(m).get("_hf_hook")), id(vars(m).get("forward")), m.training)
-        for m in model.modules()
-    ]
+    """All that attaching, fitting and scoring touch.
+
+    Accelerate's hooks are among it, and where every weight lies.
+    """
+    hooks = []
+    attributes = []
+    for module in model.modules():
+        hooks.append((*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks))
+        accelerates = vars(module).get("_hf_hook")
+        attributes.append((id(accelerates), id(vars(module).get("forward")), module.training))
     weights = [
         (name, weight.is_meta, weight.requires_grad) for name, weight in model.named_parameters()
     ]
-    return hooks, own, weights, model.config._attn_implementation, sorted(vars(model))
+    return hooks, attributes, weights, model.config._attn_implementation, sorted(vars(model))
 
 
 def fitted(model, tokenizer, encoder, folder=None):
@@ -76,8 +78,10 @@ def test_a_fit_equals_that_in_memory_and_leaves_the_model_as_it_was(
     pair, features, encoder_folder, tmp_path
 ):
     whole, spread, tokenizer = pair
-    encoder, before = str(encoder_folder) if features == "encoder" else features, state_of(spread)
-    expected, got = fitted(whole, tokenizer, encoder), fitted(spread, tokenizer, encoder, tmp_path)
+    encoder = str(encoder_folder) if features == "encoder" else features
+    before = state_of(spread)
+    expected = fitted(whole, tokenizer, encoder)
+    got = fitted(spread, tokenizer, encoder, tmp_path)
     assert state_of(spread) == before
     assert fingerprint(spread) == fingerprint(whole)
     assert (got.pids.query_pids - expected.pids.query_pids).abs().max() <= CLOSE
@@ -91,9 +95,12 @@ def test_a_fit_equals_that_in_memory_and_leaves_the_model_as_it_was(
 def test_activation_checkpointing_brings_off_loaded_layers_in_again(pair):
     whole, spread, tokenizer = pair
     expected = fitted(whole, tokenizer, HIDDEN).router.state_dict()
+    _, _, weights, *_ = state_of(spread)
     spread.activation_checkpointing_enable()
     got = fitted(spread, tokenizer, HIDDEN).router.state_dict()
     spread.activation_checkpointing_disable()
+    # And takes the last of them out again.
+    assert state_of(spread)[2] == weights
     assert max((got[name] - weight).abs().max() for name, weight in expected.items()) <= CLOSE
 
 
@@ -101,33 +108,34 @@ def test_activation_checkpointing_brings_off_loaded_layers_in_again(pair):
 def icr(pair, encoder_folder):
     whole, _, tokenizer = pair
     icr = fitted(whole, tokenizer, str(encoder_folder))
-    icr.router.alpha[-1].weight.normal_(
-        generator=torch.Generator().manual_seed(0)
-    )  # so that it matters
+    # So that it matters.
+    icr.router.alpha[-1].weight.normal_(generator=torch.Generator().manual_seed(0))
     return icr
 
 
 def test_scores_and_generation_equal_those_in_memory(pair, icr):
     whole, spread, tokenizer = pair
-    texts, before = (
-        [tiny.task().prompt(example) for example in tiny.task().test[:3]],
-        state_of(spread),
-    )
+    texts = [tiny.task().prompt(example) for example in tiny.task().test[:3]]
+    before = state_of(spread)
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
     inputs.pop("token_type_ids", None)
-    found = []
+    scores = []
+    tokens = []
+    effects = []
     for model in (whole, spread):
         with icr.attached(model, tokenizer) as routed:
-            tokens = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-            found.append((routed.score(texts, OPTIONS), tokens, routed.effect(texts)))
-    assert (found[0][0] - found[1][0]).abs().max() <= CLOSE
-    assert torch.equal(found[0][1], found[1][1])
-    assert found[0][2] == found[1][2]
+            tokens.append(
+                model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+            )
+            scores.append(routed.score(texts, OPTIONS))
+            effects.append(routed.effect(texts))
+    assert (scores[0] - scores[1]).abs().max() <= CLOSE
+    assert torch.equal(tokens[0], tokens[1])
+    assert effects[0] == effects[1]
     assert state_of(spread) == before
-    with icr.attached(whole, tokenizer, strength=0.0) as routed:
-        assert (routed.score(texts, OPTIONS) - found[0][0]).abs().max() > 100 * CLOSE, (
-            "the routing must matter"
-        )
+    with icr.attached(whole, tokenizer, strength=0.0) as unrouted:
+        plain_scores = unrouted.score(texts, OPTIONS)
+    assert (plain_scores - scores[0]).abs().max() > 100 * CLOSE, "the routing must matter"
 
 
 @pytest.mark.slow
@@ -135,7 +143,9 @@ def test_an_evaluation_equals_that_in_memory(pair, icr, tmp_path):
     whole, spread, tokenizer = pair
     icr.save_pretrained(tmp_path / "router")
     settings = Settings(router=str(tmp_path / "router"), demos_per_class=1, i2cl_epochs=1)
-    task, before, found = tiny.task(), state_of(spread), []
+    task = tiny.task()
+    before = state_of(spread)
+    logits_by_model = []
     for name, model in (("whole", whole), ("spread", spread)):
         evaluation = Evaluation(
             Decoder.of(model, tokenizer),
@@ -144,11 +154,11 @@ def test_an_evaluation_equals_that_in_memory(pair, icr, tmp_path):
             tmp_path / f"{name}.jsonl",
         )
         evaluation.run([task], [0], 7)
-        found.append(
-            {record.key: record.option_logits for record in read(tmp_path / f"{name}.jsonl")}
-        )
-    assert len(found[0]) == 7 * len(METHODS)
-    assert found[0].keys() == found[1].keys()
-    for key, expected in found[0].items():
-        assert np.allclose(found[1][key], expected, rtol=0, atol=CLOSE), key
+        records = read(tmp_path / f"{name}.jsonl")
+        logits_by_model.append({record.key: record.option_logits for record in records})
+    expected, got = logits_by_model
+    assert len(expected) == 7 * len(METHODS)
+    assert got.keys() == expected.keys()
+    for key, logits in expected.items():
+        assert np.allclose(got[key], logits, rtol=0, atol=CLOSE), key
     assert state_of(spread) == before

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -21,8 +22,6 @@ def slow_scores(model, tokenizer, texts, options):
 
 
 def prompts_of(task, rng_seed=None):
-    import numpy as np
-
     if rng_seed is None:
         return [Prompt("", task.prompt(example)) for example in task.test]
     demos = [(task, demo) for demo in balanced_demos(task, 3, np.random.default_rng(rng_seed))]
@@ -32,16 +31,18 @@ def prompts_of(task, rng_seed=None):
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 @pytest.mark.parametrize("few", [None, 0])
 def test_batched_scores_equal_one_prompt_at_a_time(family, few, tokenizer):
-    model, task = tiny.model(family), tiny.task()
-    prompts, options = prompts_of(task, few), task.spec.options
+    model = tiny.model(family)
+    task = tiny.task()
+    prompts = prompts_of(task, few)
+    options = task.spec.options
     fast = score_options(model, tokenizer, prompts, options, token_budget=90)
-    assert (
-        fast - slow_scores(model, tokenizer, [p.text for p in prompts], options)
-    ).abs().max() < CLOSE
+    slow = slow_scores(model, tokenizer, [prompt.text for prompt in prompts], options)
+    assert (fast - slow).abs().max() < CLOSE
 
 
 def test_a_shared_context_gives_the_scores_of_the_plain_way(tokenizer):
-    model, task = tiny.model("llama"), tiny.task()
+    model = tiny.model("llama")
+    task = tiny.task()
     prompts = prompts_of(task, 1)
     shared = score_options(model, tokenizer, prompts, task.spec.options)
     plain = score_options(model, tokenizer, [prompt.text for prompt in prompts], task.spec.options)
@@ -51,11 +52,11 @@ def test_a_shared_context_gives_the_scores_of_the_plain_way(tokenizer):
 @pytest.mark.parametrize("n_same", [2, 5])
 def test_equal_prompts_and_one_that_begins_another_share_their_context_too(n_same, tokenizer):
     """Of what they share in tokens the last is left to each, or there would be nothing to score."""
-    model, task = tiny.model("llama"), tiny.task()
-    first, options = (
-        few_shot(task, task.test[0], [(task, e) for e in task.train[:3]]),
-        task.spec.options,
-    )
+    model = tiny.model("llama")
+    task = tiny.task()
+    demos = [(task, example) for example in task.train[:3]]
+    first = few_shot(task, task.test[0], demos)
+    options = task.spec.options
     for queries in ([first.query] * n_same, [first.query, f"{first.query} {first.query}"]):
         prompts = [Prompt(first.context, query) for query in queries]
         plain = score_options(model, tokenizer, [prompt.text for prompt in prompts], options)
@@ -63,8 +64,10 @@ def test_equal_prompts_and_one_that_begins_another_share_their_context_too(n_sam
 
 
 def test_a_shared_context_runs_once(tokenizer):
-    model, task = tiny.model("llama"), tiny.task()
-    prompts, lengths = prompts_of(task, 1), []
+    model = tiny.model("llama")
+    task = tiny.task()
+    prompts = prompts_of(task, 1)
+    lengths = []
     hook = model.model.embed_tokens.register_forward_pre_hook(
         lambda m, args: lengths.append(args[0].numel())
     )
@@ -75,7 +78,9 @@ def test_a_shared_context_runs_once(tokenizer):
 
 
 def test_the_rows_behind_a_shared_context_are_few_enough_for_its_cache(tokenizer):
-    model, task, shapes = tiny.model("llama"), tiny.task(), []
+    model = tiny.model("llama")
+    task = tiny.task()
+    shapes = []
     prompts = prompts_of(task, 1)
     plain = score_options(model, tokenizer, [prompt.text for prompt in prompts], task.spec.options)
     longest = max(len(tokenizer(prompt.text).input_ids) for prompt in prompts)
@@ -119,7 +124,7 @@ def test_an_option_that_begins_with_a_bare_space_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "options", "said"),
+    ("prompts", "options", "message"),
     [
         (["a:"], ["good"], "at least two options"),
         (["a:", "b:"], [["good", "bad"]], r"one per prompt \(2\)"),
@@ -127,8 +132,8 @@ def test_an_option_that_begins_with_a_bare_space_is_refused(tokenizer):
         (["joy " * 600], ["good", "bad"], r"longer than the model's context of 512"),
     ],
 )
-def test_what_cannot_be_scored_is_said(prompts, options, said, tokenizer):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_scored_is_said(prompts, options, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
         score_options(tiny.model("llama"), tokenizer, prompts, options)
 
 

@@ -1,13 +1,12 @@
 """What `icr report` does, once its arguments are parsed."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from icrouting.cli import evaluate
 from icrouting.cli.loading import console
 from icrouting.evaluation import answers
-from icrouting.evaluation.runs import commit
+from icrouting.evaluation.runs import command, commit
 from icrouting.report import leads
 from icrouting.runtime.progress import spinner
 from icrouting.runtime.storage import save_json
@@ -64,8 +63,3 @@ def show_leads(
         out.parent.mkdir(parents=True, exist_ok=True)
         save_json(out, {"command": command(), "commit": commit(), "leads": leads_by_name})
         console.print(f"leads: {out}", soft_wrap=True, markup=False)
-
-
-def command() -> str:
-    """The command line, as it is named in the files that it makes."""
-    return " ".join(["icr", *sys.argv[1:]])

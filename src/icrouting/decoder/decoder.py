@@ -16,13 +16,14 @@ from icrouting.decoder.sites import Dims, Family
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """A loaded model and its tokenizer; what costs something to find out is found out once.
+    """A loaded model and its tokenizer; what is costly to learn of them is learned once.
 
-    Whoever is given a model and a tokenizer makes one of them (`Decoder.of`) and hands it on. The fingerprint holds
-    for as long as the weights do, so a decoder is made anew wherever a user hands a model over.
+    Whoever gets a model and a tokenizer makes one of them (`Decoder.of`) and hands it on. The
+    fingerprint holds for as long as the weights do, so a decoder is made anew wherever a user hands
+    a model over.
 
     Attributes:
-        model: the transformers model itself, also where a peft wrapper was given.
+        model: the transformers model itself, without a peft wrapper around it.
         tokenizer: its tokenizer.
     """
 
@@ -31,7 +32,12 @@ class Decoder:
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> "Decoder":
-        """Returns a model, as users have it, with its tokenizer; TypeError if it is no transformers model."""
+        """Returns the decoder of a model as users have it, perhaps inside a peft wrapper.
+
+        Raises:
+            TypeError: it is no transformers model.
+            ValueError: its peft wrapper changes the prompt.
+        """
         return cls(base_of(model), tokenizer)
 
     @cached_property
@@ -56,7 +62,10 @@ class Decoder:
 
     @property
     def context_length(self) -> int | None:
-        """The longest prompt that the model was built for, in tokens; None where its config names none."""
+        """The longest prompt that the model was built for, in tokens.
+
+        None where its config names none.
+        """
         return context_length(self.model)
 
     @property
@@ -80,17 +89,27 @@ class Decoder:
         return int(self.stack.config.hidden_size)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token lists of texts; ValueError on an empty one or one beyond the context."""
+        """Returns the token lists of texts.
+
+        Raises:
+            ValueError: a text is empty, or longer than the model's context.
+        """
         return tokenize(self.tokenizer, texts, self.context_length)
 
     def check_fitted_on(self, what: str, name: str | None, expected: str) -> None:
-        """Checks that this is the model `name`, with the fingerprint `expected`, on which `what` was fitted.
+        """Checks that this is the model on which something was fitted.
 
-        ValueError names both models where it is not.
+        Args:
+            what: what was fitted, as the error is to name it.
+            name: the name of the model that it was fitted on.
+            expected: the fingerprint of that model.
+
+        Raises:
+            ValueError: this is another model; both are named.
         """
         if self.fingerprint != expected:
             raise ValueError(
                 f"{what} was fitted on {name!r} (fingerprint {expected}), this model is "
-                f"{self.model.config.name_or_path!r} ({self.fingerprint}): load the base model it was fitted on, "
-                "or fit anew"
+                f"{self.model.config.name_or_path!r} ({self.fingerprint}): "
+                "load the base model it was fitted on, or fit anew"
             )

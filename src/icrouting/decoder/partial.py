@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 from icrouting.decoder.batches import Batch, by_length, pad
@@ -13,9 +15,10 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import device_of, layers_of
 from icrouting.decoder.passes import next_token_logits
 
-TOKEN_BUDGET = 4096
+# Padded tokens of a pass that is run for the states which enter a layer.
+TRUNK_TOKEN_BUDGET = 4096
 
-
+# From a batch and the states that enter the first late layer, the logits after each row.
 LateEntry = Callable[
     [Batch, Float[Tensor, "batch q_len hidden_size"]], Float[Tensor, "batch vocab"]
 ]
@@ -29,34 +32,38 @@ class _Reached(Exception):
 def entering_states(
     decoder: Decoder, token_lists: Sequence[Sequence[int]], first: int
 ) -> list[Float[Tensor, "q_len hidden_size"]]:
-    """Returns what enters layer `first` for every prompt; the layers from there on do not run."""
-    entered: list[Tensor] = [torch.empty(0)] * len(token_lists)
-    with _entering(decoder.model, first, stop=True) as entering:
-        for group in by_length(token_lists, TOKEN_BUDGET):
-            batch = pad([token_lists[i] for i in group], decoder.pad_id).to(decoder.device)
+    """Returns what enters layer `first` for every prompt; no layer from there on runs."""
+    states_by_row: list[Tensor] = [torch.empty(0)] * len(token_lists)
+    with watch_entering(decoder.model, first, stop=True) as entered:
+        for group in by_length(token_lists, TRUNK_TOKEN_BUDGET):
+            group_lists = [token_lists[row] for row in group]
+            batch = pad(group_lists, decoder.pad_id).to(decoder.device)
             with suppress(_Reached):
                 decoder.stack(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask.long(),
                     use_cache=False,
                 )
-            for row, hidden in zip(group, entering.pop(), strict=True):
-                entered[row] = hidden[: len(token_lists[row])]
-    return entered
+            for row, hidden in zip(group, entered.pop(), strict=True):
+                states_by_row[row] = hidden[: len(token_lists[row])]
+    return states_by_row
 
 
 @contextmanager
-def _entering(model: PreTrainedModel, first: int, *, stop: bool) -> Iterator[list[Tensor]]:
-    """Inside, every pass appends what enters layer `first`, and ends there with `stop`."""
-    entering: list[Tensor] = []
+def watch_entering(model: PreTrainedModel, first: int, *, stop: bool) -> Iterator[list[Tensor]]:
+    """Inside, every pass appends what enters layer `first` to the yielded list.
 
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        entering.append(entering_of(args, kwargs))
+    With `stop` it ends there, by an exception that `entering_states` awaits.
+    """
+    entered: list[Tensor] = []
+
+    def keep(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        entered.append(entering_of(args, kwargs))
         if stop:
             raise _Reached
 
     with layers_of(model)[first].register_forward_pre_hook(keep, with_kwargs=True):
-        yield entering
+        yield entered
 
 
 def entering_of(args: tuple, kwargs: dict) -> Float[Tensor, "batch q_len hidden_size"]:
@@ -74,40 +81,52 @@ class _PassThrough(nn.Module):
 
 
 class _Checkpointed(nn.Module):
-    """Stands in for a layer with activation checkpointing, which transformers heeds in training mode alone."""
+    """Stands in for a layer with activation checkpointing.
+
+    transformers heeds that in training mode alone.
+    """
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
+        self.is_off_loaded = any(parameter.is_meta for parameter in layer.parameters())
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        return self.layer._gradient_checkpointing_func(self.layer, *args, **kwargs)  # pyright: ignore[reportCallIssue]
+        checkpoint = cast(Callable, self.layer._gradient_checkpointing_func)
+        if not self.is_off_loaded:
+            return checkpoint(self.layer, *args, **kwargs)
+        # Else the backward would stop inside the layer, once it has what it needs, and the weight
+        # that was brought in last would stay.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(self.layer, *args, **kwargs)
 
 
 @contextmanager
 def late_entry(model: PreTrainedModel, first: int) -> Iterator[LateEntry]:
-    """Inside, the layers below `first` are bridged; the model's own forward builds masks and rotary tables.
+    """Inside, the layers below `first` are bridged.
 
-    What is yielded returns the logits after each row's last token, given a batch and the states that enter layer
-    `first`. With `first` = 0 there is no trunk and every pass is a whole one.
+    The model's own forward still builds masks and rotary tables. What is yielded returns the logits
+    after each row's last token, from a batch and the states that enter layer `first`. With `first`
+    = 0 there is no trunk and every pass is a whole one.
     """
     layers = layers_of(model)
-    kept = list(layers)
-    bridges = [_PassThrough() for _ in kept[:first]]
-    late = [
-        _Checkpointed(lay) if getattr(lay, "gradient_checkpointing", False) else lay
-        for lay in kept[first:]
-    ]
+    original_layers = list(layers)
+    bridges = [_PassThrough() for _ in original_layers[:first]]
+    late_layers: list[nn.Module] = []
+    for layer in original_layers[first:]:
+        is_checkpointed = getattr(layer, "gradient_checkpointing", False)
+        late_layers.append(_Checkpointed(layer) if is_checkpointed else layer)
 
     def logits_of(
         batch: Batch, hidden: Float[Tensor, "batch q_len hidden_size"]
     ) -> Float[Tensor, "batch vocab"]:
         if bridges:
+            # The first bridge drops the embeddings; the others hand on what it gives.
             bridges[0].states = hidden.to(device_of(model))
         return next_token_logits(model, batch)
 
-    with ExitStack() as stack:
-        for index, stand_in in enumerate([*bridges, *late]):
-            stack.callback(layers.__setitem__, index, kept[index])
+    with ExitStack() as cleanup:
+        for index, stand_in in enumerate([*bridges, *late_layers]):
+            cleanup.callback(layers.__setitem__, index, original_layers[index])
             layers[index] = stand_in
         yield logits_of

@@ -1,4 +1,4 @@
-"""Scoring: the logit of every option at the next position, batched and safe under padding (section 5)."""
+"""Scoring: the logit of every option at the next position (section 5), safe under padding."""
 
 import logging
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from icrouting.decoder.passes import (
 )
 from icrouting.tasks.prompts import Prompt
 
-_say_once = lru_cache(None)(logging.getLogger(__name__).warning)
+# Once a message: an evaluation scores the same options on every prompt.
+_warn_once = lru_cache(None)(logging.getLogger(__name__).warning)
 
 
 def option_ids(
@@ -28,33 +29,49 @@ def option_ids(
     """Returns the token with which each option, after a space, goes on from this very prompt.
 
     An option of several tokens is known by its first.
+
+    Raises:
+        ValueError: an option merges with the prompt, or cannot be told from another by its token.
     """
-    prompt_ids, *option_lists = tokenizer(
-        [prompt, *(f"{prompt} {option}" for option in options)]
-    ).input_ids
-    ids = []
-    for option, tokens in zip(options, option_lists, strict=True):
-        if tokens[: len(prompt_ids)] != prompt_ids or len(tokens) == len(prompt_ids):
+    continued = [f"{prompt} {option}" for option in options]
+    prompt_ids, *token_lists = tokenizer([prompt, *continued]).input_ids
+    n_prompt = len(prompt_ids)
+    ids: list[int] = []
+    for option, tokens in zip(options, token_lists, strict=True):
+        if tokens[:n_prompt] != prompt_ids or len(tokens) == n_prompt:
             raise ValueError(
-                f"the prompt's last token merges with the option {option!r}: end the prompt with a character "
-                f"such as ':' and without a space (it ends {prompt[-20:]!r})"
+                f"the prompt's last token merges with the option {option!r}: "
+                "end the prompt with a character such as ':' and without a space "
+                f"(it ends {prompt[-20:]!r})"
             )
-        ids.append(tokens[len(prompt_ids)])
-        if len(tokens) > len(prompt_ids) + 1:
-            _say_once(
-                f"option {option!r} is several tokens, and known by its first, {tokenizer.decode(ids[-1:])!r}"
+        first = tokens[n_prompt]
+        ids.append(first)
+        if len(tokens) > n_prompt + 1:
+            _warn_once(
+                f"option {option!r} is several tokens, and known by its first, "
+                f"{tokenizer.decode([first])!r}"
             )
-    for position, (option, token) in enumerate(zip(options, ids, strict=True)):
-        word, twin = str(tokenizer.decode([token])), options[ids.index(token)]
+    _check_told_apart(tokenizer, options, ids)
+    return ids
+
+
+def _check_told_apart(
+    tokenizer: PreTrainedTokenizerBase, options: Sequence[str], ids: list[int]
+) -> None:
+    option_by_id: dict[int, str] = {}
+    for option, token in zip(options, ids, strict=True):
+        word = str(tokenizer.decode([token]))
         if not word.strip():
             raise ValueError(
-                f"option {option!r} begins with a token that is a bare space: choose another word for it"
+                f"option {option!r} begins with a token that is a bare space: "
+                "choose another word for it"
             )
-        if token in ids[:position]:
+        if token in option_by_id:
             raise ValueError(
-                f"options {twin!r} and {option!r} share their first token {word!r}: let them differ there"
+                f"options {option_by_id[token]!r} and {option!r} share their first token "
+                f"{word!r}: let them differ there"
             )
-    return ids
+        option_by_id[token] = option
 
 
 def score_options(
@@ -68,19 +85,39 @@ def score_options(
 ) -> Float[Tensor, "n_prompts n_options"]:
     """Returns each option's logit at the position after each prompt.
 
-    Rows with fewer options than others end in -inf. Prompts that share a non-empty `Prompt.context` have it
-    computed once; the scores are the same.
+    Rows with fewer options than others end in -inf. Prompts that share a non-empty `Prompt.context`
+    have it computed once; the scores are the same.
 
     Args:
-        model: the decoder; routed only where no context is shared, since a routed cache cannot be copied.
+        model: the decoder; routed only where no context is shared, since a routed cache cannot be
+            copied.
         tokenizer: its tokenizer.
         prompts: texts, or `Prompt`s, each ending right before the space and the answer.
         options: the answers to choose from, for all prompts or one list per prompt.
         token_budget: padded tokens per forward pass, and as many cached ones.
-        kept: contexts that earlier calls computed with this very model; those computed now join them.
+        kept: contexts that earlier calls computed with this very model; those computed now join
+            them.
 
     Raises:
-        ValueError: a prompt is empty or too long, or its options cannot be told apart by their first tokens.
+        ValueError: a prompt is empty or too long, or its options cannot be told apart by their
+            first tokens.
+
+    Example:
+        Which word is likelier behind each prompt, on a small model with random weights:
+
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> vocabulary = {word: place for place, word in enumerate("? a film : good bad".split())}
+        >>> words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> config = LlamaConfig(
+        ...     vocab_size=6, hidden_size=8, intermediate_size=8,
+        ...     num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> scores = score_options(model, tokenizer, ["a film:", "film:"], ["good", "bad"])
+        >>> scores.shape  # `scores.argmax(1)` is each prompt's answer
+        torch.Size([2, 2])
     """
     decoder = Decoder.of(model, tokenizer)
     return score(decoder, prompts, options, token_budget=token_budget, kept=kept)
@@ -96,22 +133,23 @@ def score(
     kept: dict[str, KeptContext] | None = None,
 ) -> Float[Tensor, "n_prompts n_options"]:
     """Returns what `score_options` does, for whoever holds a decoder."""
-    whole_prompts = []
+    whole_prompts: list[Prompt] = []
     for prompt in prompts:
         whole_prompts.append(Prompt("", prompt) if isinstance(prompt, str) else prompt)
     options_by_prompt = _options_by_prompt(options, len(whole_prompts))
     token_lists = decoder.tokenize([prompt.text for prompt in whole_prompts])
-    ids_by_prompt = [
-        option_ids(decoder.tokenizer, prompt.query, prompt_options)
-        for prompt, prompt_options in zip(whole_prompts, options_by_prompt, strict=True)
-    ]
-    most_options = max(map(len, ids_by_prompt), default=0)
+    ids_by_prompt: list[list[int]] = []
+    for prompt, prompt_options in zip(whole_prompts, options_by_prompt, strict=True):
+        # The query is enough: it ends as the whole text does, and is shorter.
+        ids_by_prompt.append(option_ids(decoder.tokenizer, prompt.query, prompt_options))
+    most_options = max((len(ids) for ids in ids_by_prompt), default=0)
     scores = torch.full((len(whole_prompts), most_options), -torch.inf)
     for cache, batch in by_context(decoder, whole_prompts, token_lists, token_budget, kept):
         if cache is None:
             logits = next_token_logits(decoder.model, batch)
         else:
             logits = after_prefix(decoder.model, cache, batch)
+        # One copy a batch: each row's options differ, and picking them there would cost one each.
         for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
             ids = ids_by_prompt[row]
             scores[row, : len(ids)] = row_logits[ids]
@@ -119,16 +157,21 @@ def score(
 
 
 def _options_by_prompt(
-    options: Sequence[str] | Sequence[Sequence[str]], n: int
+    options: Sequence[str] | Sequence[Sequence[str]], n_prompts: int
 ) -> list[Sequence[str]]:
     shared = [option for option in options if isinstance(option, str)]
-    per_prompt: list[Sequence[str]] = (
-        [shared] * n if shared else [list(chosen) for chosen in options]
-    )
-    if len(per_prompt) != n or (shared and len(shared) != len(options)):
+    by_prompt: list[Sequence[str]]
+    if shared:
+        by_prompt = [shared] * n_prompts
+    else:
+        by_prompt = [list(prompt_options) for prompt_options in options]
+    # Words and lists of words cannot be mixed.
+    is_mixed = bool(shared) and len(shared) != len(options)
+    if is_mixed or len(by_prompt) != n_prompts:
         raise ValueError(
-            f"expected one list of options, or one per prompt ({n}), got {len(options)} entries"
+            f"expected one list of options, or one per prompt ({n_prompts}), "
+            f"got {len(options)} entries"
         )
-    if any(len(chosen) < 2 for chosen in per_prompt):
+    if any(len(prompt_options) < 2 for prompt_options in by_prompt):
         raise ValueError("expected at least two options for every prompt")
-    return per_prompt
+    return by_prompt

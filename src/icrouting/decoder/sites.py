@@ -50,14 +50,20 @@ def fused_key(output: Tensor, dims: Dims) -> Tensor:
 
 def interleaved(part: int) -> Reader:
     """Reads part 0 (query) or 1 (key) of heads that are [query, key, value] one by one."""
-    return lambda output, dims: output.unflatten(-1, (dims.n_heads, 3, dims.head_dim))[
-        ..., part, :
-    ].flatten(2)
+
+    def read(output: Tensor, dims: Dims) -> Tensor:
+        by_head = output.unflatten(-1, (dims.n_heads, 3, dims.head_dim))
+        return by_head[..., part, :].flatten(2)
+
+    return read
 
 
 @dataclass(frozen=True)
 class Site:
-    """A submodule of the attention module and how to read its output as [batch, q_len, heads * head_dim]."""
+    """A submodule of the attention, and how its output reads as queries or keys.
+
+    `read` gives [batch, q_len, heads * head_dim].
+    """
 
     module: str
     read: Reader = flat
@@ -67,9 +73,10 @@ class Site:
 class Family:
     """Where a family keeps its layers, its attention, its queries and its keys.
 
-    `attention_branch` (None: the attention) and `mlp_branch` are the submodules of a layer whose outputs are added to
-    the residual stream: the attention and the MLP, or the norms behind them. `output` is the submodule of the attention
-    that mixes what its heads give, [batch, q_len, n_heads * head_dim], into one state.
+    `attention_branch` (None: the attention) and `mlp_branch` are the submodules of a layer whose
+    outputs are added to the residual stream: the attention and the MLP, or the norms behind them.
+    `output` is the submodule of the attention that mixes what its heads give, [batch, q_len,
+    n_heads * head_dim], into one state.
     """
 
     query: Site = Site("q_proj")
@@ -82,22 +89,24 @@ class Family:
 
     def __str__(self) -> str:
         place = f"{self.layers}.*.{self.attention}"
-        return " and ".join(
-            f"{place}.{name}" for name in dict.fromkeys((self.query.module, self.key.module))
-        )
+        # Both are one submodule in families that compute queries and keys together.
+        names = dict.fromkeys((self.query.module, self.key.module))
+        return " and ".join(f"{place}.{name}" for name in names)
 
 
 @contextmanager
 def watched(attention: nn.Module, family: Family, dims: Dims) -> Iterator[dict[str, Tensor]]:
-    """Inside, a forward leaves the sites' outputs, [batch, q_len, heads * head_dim], under "query" and "key"."""
-    store: dict[str, Tensor] = {}
+    """Inside, a forward leaves the sites' outputs under "query" and "key".
+
+    They are [batch, q_len, heads * head_dim].
+    """
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str, site: Site, module: nn.Module, args: tuple, output: Tensor) -> None:
-        store[name] = site.read(output, dims)
+        outputs[name] = site.read(output, dims)
 
-    with ExitStack() as stack:
+    with ExitStack() as hooks:
         for name, site in (("query", family.query), ("key", family.key)):
-            stack.enter_context(
-                getattr(attention, site.module).register_forward_hook(partial(keep, name, site))
-            )
-        yield store
+            module = getattr(attention, site.module)
+            hooks.enter_context(module.register_forward_hook(partial(keep, name, site)))
+        yield outputs

@@ -15,19 +15,21 @@ from icrouting.decoder.families import CACHE, device_of
 from icrouting.decoder.hooks import Editor, edited, recorded
 from icrouting.decoder.passes import TOKEN_BUDGET, after_prefix, next_token_logits, run_prefix
 
-PREFIX_BUDGET, MOST_VARIANTS = (
-    8192,
-    256,
-)  # tokens of a prefix times the rows behind it; variants side by side
+# Tokens of a prefix times the rows behind it, each of which needs a copy of its cache.
+PREFIX_BUDGET = 8192
+# Variants side by side in one row; their mask grows with the square of their number.
+MOST_VARIANTS = 256
 
-
-Vary = Callable[[Int[Tensor, "n"], int, Tensor], Tensor]
+# From the variants that run, a module's place and their states [n, width], the edited states.
+EditVariants = Callable[[Int[Tensor, "n"], int, Tensor], Tensor]
 
 
 def last_of(hidden: Tensor, positions: Int[Tensor, "batch"]) -> Float[Tensor, "batch hidden_size"]:
-    """Returns each row's hidden state at its position; some families' branches give all rows in one line."""
-    rows = hidden.reshape(len(positions), -1, hidden.shape[-1])
-    return rows[torch.arange(len(rows), device=hidden.device), positions.to(hidden.device)]
+    """Returns each row's hidden state at its position."""
+    # Some families' branches give all rows in one line.
+    states = hidden.reshape(len(positions), -1, hidden.shape[-1])
+    rows = torch.arange(len(states), device=hidden.device)
+    return states[rows, positions.to(hidden.device)]
 
 
 @torch.no_grad()
@@ -35,26 +37,27 @@ def last_outputs(
     decoder: Decoder,
     modules: Sequence[nn.Module],
     texts: Sequence[str],
-    by: Editor = edited,
+    editor: Editor = edited,
 ) -> tuple[list[Float[Tensor, "n_texts width"]], Int[Tensor, "n_texts"]]:
-    """Returns what each module gives at the last token of every text, and the likeliest token after it.
+    """Returns what each module gives at every text's last token, and the likeliest next token.
 
-    The states are a tensor per module (blocks, branches or projections; each may have a width of its own), in float32
-    and, like the token ids, on the CPU. By `edited_inputs` they are what the modules are given instead.
+    The states are a tensor per module (blocks, branches or projections; each may have a width of
+    its own), in float32 and, like the token ids, on the CPU. With `edited_inputs` as the editor
+    they are what the modules are handed instead.
     """
     token_lists = decoder.tokenize(texts)
     likeliest = torch.zeros(len(texts)).long()
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(texts) for _ in modules]
-    with recorded(modules, by) as outputs:
+    states_by_module: list[list[Tensor]] = [[torch.empty(0)] * len(texts) for _ in modules]
+    with recorded(modules, editor) as outputs:
         for group in by_length(token_lists, TOKEN_BUDGET):
-            batch = pad([token_lists[i] for i in group], decoder.pad_id, group).to(decoder.device)
+            group_lists = [token_lists[row] for row in group]
+            batch = pad(group_lists, decoder.pad_id, group).to(decoder.device)
             likeliest[group] = next_token_logits(decoder.model, batch).argmax(-1).cpu()
-            for states, output in zip(found, outputs, strict=True):
-                for row, state in zip(
-                    group, last_of(output, batch.last).float().cpu(), strict=True
-                ):
+            for states, output in zip(states_by_module, outputs, strict=True):
+                last_states = last_of(output, batch.last).float().cpu()
+                for row, state in zip(group, last_states, strict=True):
                     states[row] = state
-    return [torch.stack(states) for states in found], likeliest
+    return [torch.stack(states) for states in states_by_module], likeliest
 
 
 def mean_last_outputs(
@@ -63,54 +66,78 @@ def mean_last_outputs(
     texts: Sequence[str],
 ) -> Float[Tensor, "n_modules hidden_size"]:
     """Returns what each module gives at a text's last token, the mean over texts, in float32."""
-    return torch.stack([states.mean(0) for states in last_outputs(decoder, modules, texts)[0]])
+    states_by_module, _ = last_outputs(decoder, modules, texts)
+    return torch.stack([states.mean(0) for states in states_by_module])
 
 
 @torch.no_grad()
 def last_token_variants(
     model: PreTrainedModel,
     tokens: list[int],
-    n: int,
+    n_variants: int,
     modules: Sequence[nn.Module],
-    edit: Vary,
-    by: Editor = edited,
-) -> Iterator[Float[Tensor, "n_these vocab"]]:
-    """Yields, by groups, the logits after `n` variants of a prompt's last token; the tokens before it are run once.
+    edit: EditVariants,
+    editor: Editor = edited,
+) -> Iterator[Float[Tensor, "n_group vocab"]]:
+    """Yields, by groups, the logits after variants of a prompt's last token.
 
-    A group stands side by side in one row, each blind to the others, or in a row each where a layer keeps more than
-    all keys and values, as a sliding window does, or the kernel takes no such mask. `edit` is given which of them are
-    there, a module's place in `modules` and their states [n_these, width], and returns those that tell them apart.
+    The tokens before it are run once. A group stands side by side in one row, each variant blind to
+    the others, or in a row each where a layer keeps more than all keys and values, as a sliding
+    window does, or the kernel takes no such mask.
+
+    Args:
+        model: the model.
+        tokens: the prompt.
+        n_variants: how many variants there are.
+        modules: where they differ.
+        edit: gets which variants run, a module's place in `modules` and their states
+            [n_group, width], and returns states that tell them apart.
+        editor: whether it gets what modules give or, as `edited_inputs`, what they are handed.
     """
     *prefix, last = tokens
     cache = run_prefix(model, prefix) if prefix else DynamicCache()
-    has_all = bool(prefix) and all(type(layer) is DynamicLayer for layer in cache.layers)
-    is_shared = has_all and model.config._attn_implementation in ("sdpa", "eager")
-    most, run = (
-        (MOST_VARIANTS, _side_by_side)
-        if is_shared
-        else (PREFIX_BUDGET // max(1, len(prefix)), after_prefix)
-    )
-    for these in torch.arange(n).split(max(1, most)):
-        with by(
-            modules,
-            lambda at, given, these=these: edit(these, at, given.flatten(0, 1)).view_as(given),
-        ):
-            logits = run(model, cache, pad([[last]] * len(these), last).to(device_of(model)))
+    if bool(prefix) and _can_stand_side_by_side(model, cache):
+        group_size = MOST_VARIANTS
+        run = _side_by_side
+    else:
+        group_size = PREFIX_BUDGET // max(1, len(prefix))
+        run = after_prefix
+    for variants in torch.arange(n_variants).split(max(1, group_size)):
+
+        def edit_group(place: int, states: Tensor, variants: Tensor = variants) -> Tensor:
+            # A variant is a token of the one row, or a row of one token.
+            return edit(variants, place, states.flatten(0, 1)).view_as(states)
+
+        batch = pad([[last]] * len(variants), last).to(device_of(model))
+        with editor(modules, edit_group):
+            logits = run(model, cache, batch)
         yield logits
+
+
+def _can_stand_side_by_side(model: PreTrainedModel, cache: Cache) -> bool:
+    """Whether every layer keeps all keys and values, and the kernel takes any mask."""
+    keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return keeps_all and model.config._attn_implementation in ("sdpa", "eager")
 
 
 def _side_by_side(
     model: PreTrainedModel, prefix_cache: Cache, batch: Batch
 ) -> Float[Tensor, "batch vocab"]:
-    """What `after_prefix` gives for rows of one token each, without a copy of the prefix for each."""
-    n, n_seen, device = len(batch.input_ids), prefix_cache.get_seq_length(), batch.input_ids.device
-    additive_mask = (
-        torch.cat([torch.ones(n, n_seen), torch.eye(n)], dim=1)
-        .log()[None, None]
-        .to(device, model.dtype)
-    )
-    positions, cache = torch.full((1, n), n_seen, device=device), copy.deepcopy(prefix_cache)
+    """Returns what `after_prefix` does for rows of one token each.
+
+    They stand in one row, so that the prefix need not be copied for each.
+    """
+    n_rows = len(batch.input_ids)
+    n_seen = prefix_cache.get_seq_length()
+    device = batch.input_ids.device
+    # Each sees the prefix and itself: log 1 = 0 lets a token through, log 0 = -inf does not.
+    sees = torch.cat([torch.ones(n_rows, n_seen), torch.eye(n_rows)], dim=1)
+    additive_mask = sees.log()[None, None].to(device, model.dtype)
     output = model(
-        batch.input_ids.T, attention_mask=additive_mask, position_ids=positions, **{CACHE: cache}
+        batch.input_ids.T,
+        attention_mask=additive_mask,
+        # All of them are the token behind the prefix.
+        position_ids=torch.full((1, n_rows), n_seen, device=device),
+        **{CACHE: copy.deepcopy(prefix_cache)},
     )
     return output.logits[0].float()

@@ -117,7 +117,7 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
         begun = folder.read_config()
     else:
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        begun = {**wanted, "command": _command(), "commit": commit(), "created": created}
+        begun = {**wanted, "command": command(), "commit": commit(), "created": created}
     missing = {"command", *_GROWING} - begun.keys()
     if missing:
         lacking = ", ".join(sorted(missing))
@@ -135,8 +135,8 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
         "n_test": wanted["n_test"],
         "router": begun["router"] or wanted["router"],  # the same, or one of them None
     }
-    if _command() not in begun["command"]:
-        grown["command"] = f"{begun['command']} && {_command()}"
+    if command() not in begun["command"]:
+        grown["command"] = f"{begun['command']} && {command()}"
     content = {**wanted, **begun, **grown}
     cuts = _cuts(content, config.asked.settings)
     folder.write_config({**content, "notes": [*cuts, *wanted["notes"]]})
@@ -186,7 +186,8 @@ def _unique(values: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _command() -> str:
+def command() -> str:
+    """The command line that runs, as the files that it makes name it."""
     program = Path(sys.argv[0]).name.replace("__main__.py", "icr")
     return " ".join([program, *sys.argv[1:]])
 

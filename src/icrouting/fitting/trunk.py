@@ -18,7 +18,7 @@ from torch import Tensor
 
 from icrouting.decoder.batches import Batch, by_length, pad
 from icrouting.decoder.decoder import Decoder
-from icrouting.decoder.partial import TOKEN_BUDGET, _entering
+from icrouting.decoder.partial import TRUNK_TOKEN_BUDGET, watch_entering
 from icrouting.decoder.passes import next_token_logits
 from icrouting.fitting.losses import entropy
 from icrouting.runtime.processes import decided, is_first, mine, total, wait
@@ -48,7 +48,7 @@ def run_trunk(
     first: int,
     folder: Path | None = None,
     *,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int = TRUNK_TOKEN_BUDGET,
 ) -> list[TrunkState]:
     """Returns the trunk state of every prompt, from one plain pass each; `first` is the first routed layer.
 
@@ -108,7 +108,7 @@ def _fill(
     """Writes the states of this process's share of prompts, and returns their entropies; 0 for the others."""
     ends, entropies = list(accumulate(map(len, token_lists))), torch.zeros(len(token_lists))
     groups = mine(list(by_length(token_lists, token_budget)))
-    with _entering(decoder.model, first, stop=False) as entering, file.open("r+b") as stream:
+    with watch_entering(decoder.model, first, stop=False) as entering, file.open("r+b") as stream:
         for group in track(groups, "trunk", [len(group) for group in groups], "queries"):
             batch = pad([token_lists[i] for i in group], decoder.pad_id).to(decoder.device)
             entropies[group] = entropy(next_token_logits(decoder.model, batch)).cpu()

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import tiny
-from icrouting.decoder import probe
+from icrouting.decoder import wiring
 from icrouting.decoder.families import FAMILIES, Family, Site, family_of
 from icrouting.decoder.sites import fused_key, fused_query, token_major
 from icrouting.routing.attach import attach
@@ -41,15 +41,14 @@ def test_every_family_passes_and_is_left_as_it_was(family, dtype):
     model = tiny.model(family, "eager").to(dtype)
     model.train()
     model.get_output_embeddings().eval()
-    before, modes, seed = (
-        state_of(model),
-        [m.training for m in model.modules()],
-        torch.get_rng_state(),
-    )
+    before = state_of(model)
+    modes = [module.training for module in model.modules()]
+    seed = torch.get_rng_state()
     assert family_of(model) == FAMILIES[tiny.ALL_CONFIGS[family].model_type]
-    assert (state_of(model), [m.training for m in model.modules()]) == (before, modes)
+    assert state_of(model) == before
+    assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), seed)
-    assert not probe._received
+    assert not wiring._received
 
 
 WRONG = {
@@ -103,9 +102,12 @@ def test_a_model_type_without_a_row_is_tried_with_every_row(family, monkeypatch)
 
 
 def check_laws(model):
-    pids, routing, inputs = tiny.pids(model), tiny.routing(model, 3), tiny.prompts()
+    pids = tiny.pids(model)
+    routing = tiny.routing(model, 3)
+    inputs = tiny.prompts()
     plain = logits_of(model, inputs)
-    assert (routed_logits(model, inputs, pids, no_routing(model, 3)) - plain).abs().max() == 0.0
+    unrouted = routed_logits(model, inputs, pids, no_routing(model, 3))
+    assert (unrouted - plain).abs().max() == 0.0
     with reference_routed(model, pids, routing):
         expected = logits_of(model, inputs)
     assert (routed_logits(model, inputs, pids, routing) - expected).abs().max() <= CLOSE
@@ -176,8 +178,9 @@ def test_rotary_tables_that_scale_a_part_of_the_head_pass():
     assert family_of(model) == FAMILIES["phi3"]
 
 
-def test_the_probe_runs_once_per_model(monkeypatch):
-    model, runs = tiny.model("llama"), []
+def test_the_wiring_is_checked_once_per_model(monkeypatch):
+    model = tiny.model("llama")
+    runs = []
     model.model.register_forward_hook(lambda *args: runs.append(1))
     for _ in range(3):
         with attach(model, tiny.pids(model)):

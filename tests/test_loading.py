@@ -10,7 +10,8 @@ from icrouting.routing.encoder import SentenceEncoder
 
 
 def test_a_saved_model_loads_frozen_with_a_padding_token(tmp_path):
-    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    model = tiny.model("llama")
+    tokenizer = tiny.tokenizer()
     tokenizer.pad_token = None
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -42,22 +43,22 @@ def test_weights_are_in_bfloat16_where_the_hardware_multiplies_it(native, dtype,
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("pinned:smollm", "known are pinned:smollm2-135m"),
         ("nowhere.gguf", "no such file"),
         ("./no-such-folder", "expected a hub id, a folder with config.json"),
     ],
 )
-def test_what_cannot_be_loaded_is_said(name, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_loaded_is_said(name, message):
+    with pytest.raises(ValueError, match=message):
         load_model(name)
 
 
-@pytest.mark.parametrize("said", ["", " \n"])
-def test_what_fails_without_a_word_is_said_by_its_name(said, monkeypatch):
+@pytest.mark.parametrize("message", ["", " \n"])
+def test_what_fails_without_a_word_is_said_by_its_name(message, monkeypatch):
     def fail(*args, **kwargs):
-        raise OSError(said)
+        raise OSError(message)
 
     monkeypatch.setattr("icrouting.decoder.loading.AutoTokenizer.from_pretrained", fail)
     with pytest.raises(ValueError, match=r"cannot load model 'any'.*; OSError$"):
@@ -69,7 +70,10 @@ def test_what_fails_without_a_word_is_said_by_its_name(said, monkeypatch):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with a model of experts, whose weights transformers joins, and so has to write anew for the disk."""
+    """A folder with a model of experts.
+
+    transformers joins their weights, and so has to write them anew for the disk.
+    """
     tiny.save(tmp_path, "mixtral")
     return tmp_path
 
@@ -81,13 +85,9 @@ def test_weights_on_disk_lie_in_the_cache_folder_as_long_as_their_model_lives(
     model, tokenizer = load_model(saved, dtype=torch.float32, device_map={"": "disk"})
     assert list((tmp_path / "cache").rglob("*.safetensors"))
     assert all(weight.is_meta and not weight.requires_grad for weight in model.parameters())
-    whole, inputs = (
-        load_model(saved, dtype=torch.float32)[0],
-        tokenizer(["a dull film"], return_tensors="pt"),
-    )
-    assert torch.equal(
-        model(input_ids=inputs.input_ids).logits, whole(input_ids=inputs.input_ids).logits
-    )
+    whole, _ = load_model(saved, dtype=torch.float32)
+    input_ids = tokenizer(["a dull film"], return_tensors="pt").input_ids
+    assert torch.equal(model(input_ids=input_ids).logits, whole(input_ids=input_ids).logits)
     del model
     gc.collect()
     assert not list((tmp_path / "cache" / "off-loaded").iterdir())
@@ -100,7 +100,7 @@ def test_a_map_that_puts_all_in_one_place_loads_an_ordinary_model(saved):
 
 
 @pytest.mark.parametrize(
-    ("places", "said"),
+    ("places", "message"),
     [
         ({"device_map": "foo"}, r"device_map that fits it, not 'foo'; .*'auto', 'balanced'"),
         (
@@ -112,10 +112,10 @@ def test_a_map_that_puts_all_in_one_place_loads_an_ordinary_model(saved):
     ],
 )
 def test_a_place_that_is_none_is_said_in_one_line_and_leaves_nothing(
-    places, said, saved, tmp_path, monkeypatch
+    places, message, saved, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("ICROUTING_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         load_model(saved, **places)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
