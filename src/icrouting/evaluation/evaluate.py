@@ -46,6 +46,8 @@ class Evaluation:
         self.methods, self.sources = list(methods), list(sources)
         self.refused: dict[tuple[str, str], str] = {}
         self._unfit: dict[str, str] = {}
+        # The seed of the fit that each method has in force, by its name.
+        self._fitted_seeds: dict[str, int] = {}
         self._done: set[tuple[str, str, int, int]] = set()
         self._answers: defaultdict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
         self._note(records.read(file))
@@ -106,9 +108,9 @@ class Evaluation:
         One that cannot (ValueError) is left out of the run, which says why.
         """
         for method in self.methods if methods is None else methods:
-            if method.seed == seed or method.name in self._unfit:
+            if self._fitted_seeds.get(method.name) == seed or method.name in self._unfit:
                 continue
-            method.seed = seed
+            self._fitted_seeds[method.name] = seed
             drawn = f"-seed{seed}" if method.draws else ""
             file = self.fits / f"{method.name}{drawn}.safetensors" if self.fits else None
             rng = np.random.default_rng([seed, zlib.crc32(method.name.encode())])

@@ -1,4 +1,7 @@
-"""The methods under test: what they are called and how they are made. A new one is a file and a line here."""
+"""The methods under test: what they are called and how they are made.
+
+A new one is a file and a line here.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -22,6 +25,7 @@ from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.runtime.checks import known
 
+PLAIN: tuple[type[Method], ...] = (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr, IcrGated)
 LEARNING: tuple[type[Method], ...] = (
     *(TaskVectors, FunctionVectors, ICV, Elicit, IterativeVectors),
     *(I2CL, Live, M2IV),
@@ -31,20 +35,24 @@ LEARNING: tuple[type[Method], ...] = (
     *(ProbeHidden, ProbeEncoder),
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
-    **{
-        kind.name: kind
-        for kind in (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr, IcrGated)
-    },
+    **{kind.name: kind for kind in PLAIN},
     **{name: maker for kind in LEARNING for name, maker in regimes(kind).items()},
 }
 
 
 def make(names: Sequence[str], settings: Settings) -> list[Method]:
-    """Returns methods by name; ValueError for a regime that a method lacks, or with near matches on an unknown one."""
-    lacking = {
-        kind.name + regime: reason for kind in LEARNING for regime, reason in kind.lacks.items()
-    }
-    if missing := [name for name in names if name in lacking]:
-        raise ValueError(f"there is no {missing[0]!r}: {lacking[missing[0]]}")
+    """Returns methods by name, each once.
+
+    Raises:
+        ValueError: a regime that a method lacks, with its reason; or an unknown name, with near
+            matches.
+    """
+    reasons = {}
+    for kind in LEARNING:
+        for regime, reason in kind.lacks.items():
+            reasons[kind.name + regime] = reason
+    for name in names:
+        if name in reasons:
+            raise ValueError(f"there is no {name!r}: {reasons[name]}")
     kinds = [known("method", name, METHODS) for name in dict.fromkeys(names)]
     return [kind(settings) for kind in kinds]
