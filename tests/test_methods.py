@@ -134,7 +134,10 @@ def test_the_cached_sweep_takes_a_prompt_of_one_token(tokenizer):
 
 
 def test_a_cache_that_holds_more_than_keys_and_values_is_never_swept_wrongly():
-    """Falcon-H1's other half is a recurrent state, which would run through variants that stand side by side."""
+    """Falcon-H1's other half is a recurrent state.
+
+    It would run through variants that stand side by side.
+    """
     sizes = {
         "mamba_d_ssm": 32,
         "mamba_n_heads": 4,

@@ -1,4 +1,7 @@
-"""The shared matrix: fit, apply, leave, save, load, same result, for every method that learns over the family table."""
+"""The shared matrix: fit, apply, leave, save, load, same result.
+
+For every method that learns, over the family table.
+"""
 
 import json
 from contextlib import nullcontext

@@ -50,11 +50,13 @@ class Method:
         file: where the fit is kept for a resumed run; None keeps none.
     """
 
+    # What a subclass says of itself.
     name: str
     draws: bool = True
     learned: tuple[str, ...] = ()
     cached: tuple[str, ...] = ()
     lacks: Mapping[str, str] = {}
+    # What the fit in force leaves.
     n_labelled: int = 0
     n_trained: int = 0
     decoder: Decoder
@@ -98,6 +100,7 @@ class Method:
         """Does what `fit` does, for whoever holds a decoder."""
         check_alone(decoder.model, self.name)
         self.file = file
+        # Drawn before the file is looked for, so that a resumed run's draws are the same.
         self.entropy = int(rng.integers(2**32))
         if file is not None and file.exists():
             fit, made_by = load_fit(file)
@@ -109,6 +112,7 @@ class Method:
             return
         fit = self._learn_fit(decoder, sources, rng)
         self.take(fit, decoder, sources)
+        # What learned nothing, or is fitted on each task, has nothing of its own to keep.
         if file is not None and fit.tensors:
             save_fit(file, fit, {"method": self.name, **self._made_by()})
 
@@ -153,6 +157,7 @@ class Method:
         with counted_rows(decoder.model) as n_rows:
             self.learn(rng)
         seconds = time.monotonic() - started
+        # A slip of the method's author, told here rather than where a file is written.
         no_tensors = []
         for name in self.learned:
             if not isinstance(vars(self).get(name), Tensor):
@@ -230,10 +235,12 @@ class Method:
         """
         allowed = settings[: self.settings.tries]
         is_choice = len(allowed) > 1
+        # In a pooled choice, a task without such rows would have no say.
         if is_choice and not all(task.validation for task in self.sources):
             raise ValueError(
                 f"{self.name} chooses on validation rows: give 5 training rows or more"
             )
+        # Below any accuracy, so that a lone setting, which is not scored, is taken up too.
         best_accuracy = -1.0
         best_tensors: dict[str, Tensor] = {}
         for setting in allowed:
@@ -260,6 +267,7 @@ class Method:
         hits = []
         for task in self.sources:
             rows = task.validation
+            # Of few rows none are held back.
             if not rows:
                 continue
             prompts = [self.prompt(task, row) for row in rows]
@@ -286,6 +294,7 @@ class Method:
         """
         check_alone(model, self.name)
         method = self.on(task)._moved_to(Decoder.of(model, tokenizer))
+        # Held once its hooks are in place, which may hold the model themselves.
         with method.applied(task), hooked(method.model, method.name):
             yield method
 
@@ -312,4 +321,5 @@ class Method:
 
         If not, equal prompts are run once.
         """
+        # By the class: whoever edits a model has a context of its own to do so.
         return type(self).applied is not Method.applied

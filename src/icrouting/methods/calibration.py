@@ -31,6 +31,7 @@ class Calibration(Method):
 
     def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
         """Returns log p_i - log p_cf_i, up to a constant per example."""
+        # Beyond an example's own options the scores are -inf, which a level of 0 leaves alone.
         levels = torch.zeros_like(scores)
         for row, example in enumerate(examples):
             level = self._level(task, example)
@@ -42,6 +43,7 @@ class Calibration(Method):
         n_choices = len(example.choices)
         key = task.name, n_choices
         if key not in self._levels:
+            # An example needs a label; that of a blank is never looked at.
             blanks = []
             for text in CONTENT_FREE:
                 fields = dict.fromkeys(example.fields, text)

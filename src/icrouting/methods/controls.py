@@ -43,6 +43,7 @@ class Refit(Method):
     """
 
     name = "icr-refit"
+    # The seed is the configuration's, as it is of the router that a control is held against.
     draws = False
     learned = ("layers", "query_directions", "key_directions", "weights")
     cached = ("query_directions", "key_directions")
@@ -57,6 +58,7 @@ class Refit(Method):
     def __init__(self, settings: Settings):
         super().__init__(settings)
         config = _config(settings)
+        # All that a control does not change is as the router's.
         self.config = replace(
             config, basis=self.basis or config.basis, encoder=self.blind + config.encoder
         )
@@ -91,6 +93,7 @@ class Refit(Method):
             self.config.hidden_width,
         )
         router.requires_grad_(False)
+        # In the order in which `learn` strung them together.
         vector_to_parameters(self.weights, router.parameters())
         router.to(self.decoder.device)
         # Where the basis is whitened, so are the directions already: as "pca" they are taken as
@@ -211,6 +214,7 @@ class _UniformAlpha(Router):
         rng: Generator | None = None,
     ):
         super().__init__(n_features, n_layers, n_heads, rank, hidden_width, rng)
+        # A term for each hidden unit of the perceptron, so that it can move about as fast.
         self.alpha = nn.Sequential(_Same(n_layers * rank, n_terms=hidden_width))
 
 
@@ -227,6 +231,7 @@ class _UniformGates(Router):
         rng: Generator | None = None,
     ):
         super().__init__(n_features, n_layers, n_heads, rank, hidden_width, rng)
+        # Nothing to train, and the sigmoid of 0 is 1/2.
         self.gamma = nn.Sequential(_Same(n_layers * n_heads, n_terms=0))
 
 

@@ -31,6 +31,7 @@ def save_fit(file: Path, fit: Fit, made_by: Mapping[str, str]) -> None:
     """Writes a fit, with notes of what it was made by, which `load_fit` gives back."""
     notes = {**made_by, "tried": json.dumps(fit.tried), "cost": json.dumps(fit.cost)}
     file.parent.mkdir(parents=True, exist_ok=True)
+    # What is learned may be views of one tensor, which safetensors does not take.
     save_tensors(file, unshared(fit.tensors), notes)
 
 

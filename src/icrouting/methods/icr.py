@@ -38,6 +38,7 @@ class Icr(Method):
                 f"the method {self.name!r} needs --router, a folder or hub id: "
                 "fit one with `icr fit`"
             )
+        # At once, so that a router that is not there stops a run before any work.
         self._router = InContextRouter.from_pretrained(settings.router)
 
     def applied(self, task: Task) -> Context:
@@ -91,6 +92,7 @@ class IcrGated(Icr):
         known = []
         owners = []
         others = []
+        # By place, since names are no tensor.
         for place, states in enumerate(states_by_block[0].split(n_rows)):
             n_known = len(states) * N_KNOWN // N_ROWS
             known.append(states[:n_known])
@@ -98,6 +100,7 @@ class IcrGated(Icr):
             others.append(states[n_known:])
         self.known = torch.cat(known)
         self.owners = torch.cat(owners)
+        # Needs the two above in place. Of rows like the known ones, 1 % are farther away.
         self.limit = self._distances(torch.cat(others)).quantile(1 - SHUT_OUT)
 
     def applied(self, task: Task) -> Context:
@@ -111,6 +114,7 @@ class IcrGated(Icr):
             hidden: a prompt's states where they enter the first routed layer,
                 [q_len, hidden_size] each.
         """
+        # The known states stay off the accelerator.
         last_states = torch.stack([states[-1].cpu() for states in hidden])
         return self._distances(last_states) <= self.limit
 
@@ -127,7 +131,8 @@ class IcrGated(Icr):
         return prompts_by_task
 
     def _check_rows(self, prompts_by_task: dict[str, list[str]]) -> None:
-        """ValueError unless there are rows enough of the very tasks that the router learned from."""
+        """ValueError unless there are rows enough of the tasks that the router learned from."""
+        # Prompts of a task that the router never learned from would count as known.
         n_rows = {name: len(prompts) for name, prompts in prompts_by_task.items()}
         wanted = sorted(self._router.description.tasks)
         if sorted(n_rows) != wanted or min(n_rows.values()) < FEWEST_ROWS:

@@ -31,6 +31,7 @@ class FewShot(Method):
 
     def prompt(self, task: Task, example: Example) -> Prompt:
         """Returns the prompt behind the demonstrations."""
+        # Once a task, so that all its prompts share a context, which is then computed once.
         if task.name not in self._demos:
             self._demos[task.name] = self.demonstrations(task)
         return few_shot(task, example, self._demos[task.name])
@@ -55,9 +56,10 @@ class MultiTaskFewShot(FewShot):
     name = "multi-task-few-shot"
 
     def demonstrations(self, task: Task) -> list[tuple[Task, Example]]:
-        """Returns demonstrations of all source tasks, shuffled; the same for every task of a seed."""
+        """Returns demonstrations of all source tasks, shuffled; the same for all tasks of a seed."""
         if not self.sources:
             raise ValueError(f"{self.name} shows rows of source tasks: give at least one")
+        # Without the task's name in it: the prompt is one for all tasks.
         rng = np.random.default_rng(self.entropy)
         demos = []
         for source in self.sources:

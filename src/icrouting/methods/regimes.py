@@ -38,6 +38,7 @@ class InDomain(Method):
         key = self.entropy, task.name
         if key not in self._fitted:
             method = self._kind(self.settings)
+            # By the task's name, not by the order in which tasks are met.
             rng = np.random.default_rng([self.entropy, zlib.crc32(task.name.encode())])
             method.fit_on(self.decoder, [task], rng, self._file_of(task))
             self._fitted[key] = method

@@ -47,6 +47,7 @@ def make(names: Sequence[str], settings: Settings) -> list[Method]:
         ValueError: a regime that a method lacks, with its reason; or an unknown name, with near
             matches.
     """
+    # Such a name is known for its reason, which says more than near matches would.
     reasons = {}
     for kind in LEARNING:
         for regime, reason in kind.lacks.items():

@@ -90,12 +90,14 @@ def load_method(
     saved = _read_saved(folder)
     decoder = Decoder.of(model, tokenizer)
     decoder.check_fitted_on(str(folder), saved.model, saved.fingerprint)
+    # A gate is fitted on its router's sources alone, so it has no regimes and is not LEARNING's.
     kinds = {kind.name: kind for kind in (*LEARNING, IcrGated)}
     kind = known("method", saved.method, kinds)
     method = kind(read(Settings, saved.settings))
     tensors, _ = load_tensors(folder / TENSORS)
     # The rows that it was learned from are elsewhere, and answering needs none.
     method.take(Fit(tensors, saved.tried, saved.cost), decoder, sources=())
+    # Only with its tensors in place does a method know whether it reads by an encoder.
     check_same(str(folder), saved.depends_on, method.depends_on())
     return method
 
@@ -106,6 +108,7 @@ def _read_saved(folder: Path) -> Saved:
         raise ValueError(
             f"{folder} holds no saved method: expected {CONFIG} and {TENSORS}, see `save_method`"
         )
+    # The two files are written one after the other; a kill in between leaves no pair.
     digest = _digest(folder)
     # An earlier version kept no digest.
     saved = read(Saved, {"tensors_sha256": digest, **load_json(folder / CONFIG)})
