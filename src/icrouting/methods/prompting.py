@@ -56,7 +56,7 @@ class MultiTaskFewShot(FewShot):
     name = "multi-task-few-shot"
 
     def demonstrations(self, task: Task) -> list[tuple[Task, Example]]:
-        """Returns demonstrations of all source tasks, shuffled; the same for all tasks of a seed."""
+        """Returns shuffled demonstrations of all source tasks, the same for all tasks of a seed."""
         if not self.sources:
             raise ValueError(f"{self.name} shows rows of source tasks: give at least one")
         # Without the task's name in it: the prompt is one for all tasks.
