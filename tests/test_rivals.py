@@ -352,7 +352,7 @@ class Views(Method):
 
 def test_tensors_that_share_memory_or_are_turned_are_kept(tokenizer, small, tmp_path, monkeypatch):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
-    monkeypatch.setattr("icrouting.methods.registry.LEARNING", [Views])
+    monkeypatch.setattr("icrouting.methods.saved.LEARNING", [Views])
     method = Views(small)
     method.fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
     save_method(method, tmp_path)
