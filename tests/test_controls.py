@@ -210,7 +210,10 @@ def test_learned_directions_start_at_the_random_ones_and_move_both(fits):
 
 
 def test_directions_get_the_gradient_of_a_finite_difference(config, tokenizer):
-    """The fast way keeps one view of the directions for all steps; the slow one runs the loss at moved ones."""
+    """The fast way keeps one view of the directions for all steps.
+
+    The slow one runs the loss at moved ones.
+    """
     model, task = tiny.model("llama"), TASK
     config = dataclasses.replace(config, epochs=1, basis="random", w_conf=0.0)
     features = features_of(config.encoder, Decoder.of(model, tokenizer), "cpu")

@@ -1,4 +1,4 @@
-"""ICR behind a gate: like ICR on prompts that are like its training queries, like nothing on others."""
+"""ICR behind a gate: like ICR on prompts like its training queries, like nothing on others."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -61,7 +61,7 @@ def scores(model, tokenizer, prompts=MIXED):
 
 
 def last_states(model, tokenizer, prompts):
-    """The slow obvious way: whole passes one by one, what enters the first routed layer, its last token."""
+    """The slow obvious way: whole passes, what enters the first routed layer, its last token."""
     with torch.no_grad():
         rows = [
             model(torch.tensor([ids]), output_hidden_states=True)
@@ -80,7 +80,10 @@ def distances(states, known):
 
 
 def is_new(method, model, tokenizer):
-    """The slow obvious way; some of a random model's states of other prompts may lie among the known ones."""
+    """The slow obvious way.
+
+    Some of a random model's states of other prompts may lie among the known ones.
+    """
     found = distances(last_states(model, tokenizer, MIXED), method.known) > method.limit
     assert found.any()
     assert not found.all()

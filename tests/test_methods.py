@@ -21,6 +21,7 @@ from icrouting.evaluation import records
 from icrouting.evaluation.evaluate import Evaluation
 from icrouting.methods import Settings, make
 from icrouting.methods.i2cl import I2CL
+from icrouting.methods.lora import LoraBlock
 from icrouting.methods.task_vectors import TaskVectors, sweep
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Example, Task, TaskSpec
@@ -133,7 +134,10 @@ def test_the_cached_sweep_takes_a_prompt_of_one_token(tokenizer):
 
 
 def test_a_cache_that_holds_more_than_keys_and_values_is_never_swept_wrongly():
-    """Falcon-H1's other half is a recurrent state, which would run through variants that stand side by side."""
+    """Falcon-H1's other half is a recurrent state.
+
+    It would run through variants that stand side by side.
+    """
     sizes = {
         "mamba_d_ssm": 32,
         "mamba_n_heads": 4,
@@ -235,6 +239,44 @@ def test_a_fit_comes_back_from_its_tensors(kind, tokenizer):
         scores_under(again, model, tokenizer, prompts),
         scores_under(method, model, tokenizer, prompts),
     )
+
+
+@pytest.mark.parametrize("kind", [TaskVectors, I2CL, LoraBlock])
+def test_a_fit_is_taken_up_by_another_method_of_its_kind(kind, tokenizer):
+    if kind is LoraBlock:
+        pytest.importorskip("peft")
+    model, prompts = tiny.model("llama"), prompts_of(TASK)
+    method, again = fitted(kind, model, tokenizer, tries=2), kind(Settings())
+    again.take(method.in_force(), method.decoder, [TASK])
+    assert torch.equal(
+        scores_under(again, model, tokenizer, prompts),
+        scores_under(method, model, tokenizer, prompts),
+    )
+    assert (again.tried, again.cost) == (method.tried, method.cost)
+
+
+def test_a_fit_of_one_seed_is_left_as_it_was_by_the_next(tokenizer):
+    model = tiny.model("llama")
+    method = fitted(I2CL, model, tokenizer, tries=2)
+    first = method.in_force()
+    tensors, tried = dict(first.tensors), list(first.tried)
+    method.fit(model, tokenizer, [TASK], np.random.default_rng(1))
+    assert (first.tensors, first.tried) == (tensors, tried)
+    assert not torch.equal(method.tensors()["vectors"], tensors["vectors"])
+
+
+def test_attached_to_the_same_weights_in_another_object_a_method_stays_where_it_was(tokenizer):
+    model, other = tiny.model("llama"), tiny.model("llama")
+    prompts = prompts_of(TASK)
+    method = fitted(TaskVectors, model, tokenizer)
+    decoder, expected = method.decoder, scores_under(method, model, tokenizer, prompts)
+    method.decoder = decoder
+    with method.attached(other, tokenizer, TASK) as moved:
+        assert moved.model is other
+        found = score_options(other, tokenizer, prompts, TASK.spec.options)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert moved is not method
+    assert method.decoder is decoder
 
 
 def test_context_vectors_are_means_at_the_newline_of_each_demonstration(tokenizer, monkeypatch):

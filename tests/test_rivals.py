@@ -1,4 +1,7 @@
-"""The shared matrix: fit, apply, leave, save, load, same result, for every method that learns over the family table."""
+"""The shared matrix: fit, apply, leave, save, load, same result.
+
+For every method that learns, over the family table.
+"""
 
 import json
 from contextlib import nullcontext
@@ -364,7 +367,7 @@ def test_tensors_that_share_memory_or_are_turned_are_kept(
     tokenizer, small_settings, tmp_path, monkeypatch
 ):
     model, file = tiny.model("llama"), tmp_path / "fit.safetensors"
-    monkeypatch.setattr("icrouting.methods.registry.LEARNING", [Views])
+    monkeypatch.setattr("icrouting.methods.saved.LEARNING", [Views])
     method = Views(small_settings)
     method.fit(model, tokenizer, [TASK], np.random.default_rng(0), file)
     save_method(method, tmp_path)

@@ -49,6 +49,8 @@ class Evaluation:
         self.refused: dict[tuple[str, str], str] = {}
         self._unfit: dict[str, str] = {}
         self._predictor = Predictor(decoder)
+        # The seed of the fit that each method has in force, by its name.
+        self._fitted_seeds: dict[str, int] = {}
         self._done: set[tuple[str, str, int, int]] = set()
         self._answers: defaultdict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
         self._note(records.read(file))
@@ -110,9 +112,9 @@ class Evaluation:
         is left out of the run, which says why.
         """
         for method in self.methods if methods is None else methods:
-            if method.seed == seed or method.name in self._unfit:
+            if self._fitted_seeds.get(method.name) == seed or method.name in self._unfit:
                 continue
-            method.seed = seed
+            self._fitted_seeds[method.name] = seed
             # From its name: a method's draw is the same whatever others the run has.
             rng = np.random.default_rng([seed, zlib.crc32(method.name.encode())])
             file = self._fit_file(method, seed)

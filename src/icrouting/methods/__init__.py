@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from icrouting.methods.registry import METHODS, make
     from icrouting.methods.settings import Settings
 
+# By name the module that defines it: the registry imports every method, and torch with them.
 _ROOMS = {"METHODS": "registry", "Method": "base", "Settings": "settings", "make": "registry"}
 
 __all__ = ["METHODS", "Method", "Settings", "make"]

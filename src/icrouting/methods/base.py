@@ -1,9 +1,9 @@
 """What a method is: a few verbs with plain defaults, and no privilege for any."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +16,53 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, hooked
 from icrouting.decoder.hooks import counted_rows
 from icrouting.decoder.scoring import score
+from icrouting.methods.fits import Fit, load_fit, save_fit
 from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same
-from icrouting.runtime.storage import load_tensors, save_tensors, unshared
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Example, Task
 
 Scores = Float[Tensor, "n_examples n_options"]
 Context = AbstractContextManager[object]
-_NOTES = {"tried": "[]", "cost": "{}"}
 
 
 class Method:
-    """A way to make a frozen model solve a task; as it stands here, the untouched model on the bare prompt.
+    """A way to make a frozen model solve a task.
 
-    A subclass says only what it does otherwise. `fit` is called once per seed, before anything else.
+    As it stands here, it is the untouched model on the bare prompt; a subclass says only what it
+    does otherwise. `fit` is called once per seed, before anything else. What a fit learned is a
+    value of its own, `Fit`; a method takes one up by `take`, and by nothing else.
 
     Attributes:
         name: what tables call it.
-        draws: whether its predictions depend on the seed. One that draws nothing answers every seed alike, and
-            the evaluator copies the answers instead of computing them again.
+        draws: whether its predictions depend on the seed. One that draws nothing answers every
+            seed alike, and the evaluator copies the answers instead of computing them again.
         learned: names of the attributes, all tensors, in which `learn` leaves what it learned.
         cached: those of them that inference keeps beside the model.
         lacks: why it has no in-domain regime, under "", or no train-once regime, under "-once".
         n_labelled: labelled rows that the fit in force looked at; `learn` says.
         n_trained: parameters that it trained; `learn` says.
-        tried: the settings it tried, each with its accuracy on validation rows under "accuracy".
-        cost: what the fit took: "labelled", "trained", rows run "forwards" and "backwards", "seconds".
-        seed: of the fit in force.
+        tried: the settings that the fit in force tried, see `Fit`; `learn` may add to them.
+        cost: what the fit in force took, see `Fit`.
         decoder: the frozen model and its tokenizer; like the three below, from `fit` on.
         sources: the tasks to learn from.
         entropy: drawn from the seed; seeds further draws.
         file: where the fit is kept for a resumed run; None keeps none.
     """
 
+    # What a subclass says of itself.
     name: str
     draws: bool = True
     learned: tuple[str, ...] = ()
     cached: tuple[str, ...] = ()
     lacks: Mapping[str, str] = {}
+    # What the fit in force leaves.
     n_labelled: int = 0
     n_trained: int = 0
-    seed: int | None = None
+    decoder: Decoder
+    sources: Sequence[Task]
+    tried: list[dict[str, Any]]
+    cost: dict[str, int | float]
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -75,7 +80,19 @@ class Method:
         rng: np.random.Generator,
         file: Path | None = None,
     ) -> None:
-        """Learns, or takes up what an earlier run learned and kept in `file`."""
+        """Learns, or takes up what an earlier run learned and kept in `file`.
+
+        Args:
+            model: the frozen model.
+            tokenizer: its tokenizer.
+            sources: the tasks to learn from.
+            rng: makes every draw of the fit.
+            file: keeps the fit for a resumed run; None keeps nothing.
+
+        Raises:
+            ValueError: the method cannot learn from these tasks or on this model, another method
+                is attached to it, or `file` holds a fit of another model or of other settings.
+        """
         self.fit_on(Decoder.of(model, tokenizer), sources, rng, file)
 
     def fit_on(
@@ -87,42 +104,34 @@ class Method:
     ) -> None:
         """Does what `fit` does, for whoever holds a decoder."""
         check_alone(decoder.model, self.name)
+        self.file = file
+        # Drawn before the file is looked for, so that a resumed run's draws are the same.
+        self.entropy = int(rng.integers(2**32))
+        if file is not None and file.exists():
+            fit, made_by = load_fit(file)
+            self.take(fit, decoder, sources)
+            for name, asked_value in self._made_by().items():
+                # An earlier version kept less; what it did not keep is not held against it.
+                kept_value = made_by.get(name, asked_value)
+                check_same(str(file), kept_value, asked_value)
+            return
+        fit = self._learn_fit(decoder, sources, rng)
+        self.take(fit, decoder, sources)
+        # What learned nothing, or is fitted on each task, has nothing of its own to keep.
+        if file is not None and fit.tensors:
+            save_fit(file, fit, {"method": self.name, **self._made_by()})
+
+    def take(self, fit: Fit, decoder: Decoder, sources: Sequence[Task]) -> None:
+        """Puts a fit in force that was learned on this model, from these tasks."""
         self.decoder = decoder
         self.sources = sources
-        self.file = file
-        self.entropy = int(rng.integers(2**32))
-        self.tried: list[dict[str, Any]] = []
-        self.cost: dict[str, float] = {}
-        if file is not None and file.exists():
-            tensors, notes = load_tensors(file)
-            self.restore(tensors)
-            for name, now in self._made_with().items():  # an earlier version kept less
-                check_same(str(file), notes.get(name, now), now)
-            self.tried, self.cost = (
-                json.loads(notes.get(name, empty)) for name, empty in _NOTES.items()
-            )
-            return
-        # A model met for the first time is asked what it is, which is no part of the cost.
-        _ = decoder.family
-        if self.learned and not self.sources:
-            raise ValueError(
-                f"{self.name} learns from training rows: give at least one source task"
-            )
-        started = time.monotonic()
-        with counted_rows(decoder.model) as rows:
-            self.learn(rng)
-        if wrong := [name for name in self.learned if not isinstance(vars(self).get(name), Tensor)]:
-            raise TypeError(
-                f"{self.name}: what `learned` names must be tensors after `learn`, not so {wrong}"
-            )
-        self.cost = {"labelled": self.n_labelled, "trained": self.n_trained, **rows}
-        self.cost["seconds"] = time.monotonic() - started
-        if file is not None and (learned := self.tensors()):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            notes = {name: json.dumps(vars(self)[name]) for name in _NOTES}
-            save_tensors(
-                file, unshared(learned), {"method": self.name, **self._made_with(), **notes}
-            )
+        self.restore(fit.tensors)
+        self.tried = fit.tried
+        self.cost = fit.cost
+
+    def in_force(self) -> Fit:
+        """Returns the fit in force, so that it can be kept."""
+        return Fit(self.tensors(), self.tried, self.cost)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -134,14 +143,51 @@ class Method:
         """Its tokenizer, from `fit` on."""
         return self.decoder.tokenizer
 
-    def _made_with(self) -> dict[str, str]:
-        """What a fit that is kept is held against; the router, which a run may take more of, is in `depends_on`."""
-        settings = {
-            name: f"{name}={value!r}"
-            for name, value in vars(self.settings).items()
-            if name != "router"
+    def _learn_fit(
+        self, decoder: Decoder, sources: Sequence[Task], rng: np.random.Generator
+    ) -> Fit:
+        """Returns what `learn` learns, with its cost."""
+        # What `learn` reads, and what `choose` adds to.
+        self.decoder = decoder
+        self.sources = sources
+        self.tried = []
+        self.cost = {}
+        # A model met for the first time is asked what it is, which is no part of the cost.
+        _ = decoder.family
+        if self.learned and not sources:
+            raise ValueError(
+                f"{self.name} learns from training rows: give at least one source task"
+            )
+        started = time.monotonic()
+        with counted_rows(decoder.model) as n_rows:
+            self.learn(rng)
+        seconds = time.monotonic() - started
+        # A slip of the method's author, told here rather than where a file is written.
+        no_tensors = []
+        for name in self.learned:
+            if not isinstance(vars(self).get(name), Tensor):
+                no_tensors.append(name)
+        if no_tensors:
+            raise TypeError(
+                f"{self.name}: what `learned` names must be tensors after `learn`, "
+                f"not so {no_tensors}"
+            )
+        cost = {
+            "labelled": self.n_labelled,
+            "trained": self.n_trained,
+            **n_rows,
+            "seconds": seconds,
         }
-        return {"depends_on": self.depends_on(), "model": self.decoder.fingerprint, **settings}
+        return Fit(self.tensors(), self.tried, cost)
+
+    def _made_by(self) -> dict[str, str]:
+        """Returns what a kept fit is held against, each as a phrase."""
+        phrases = {"depends_on": self.depends_on(), "model": self.decoder.fingerprint}
+        for name, value in vars(self.settings).items():
+            # A run may take a router later; a method that reads it says so in `depends_on`.
+            if name != "router":
+                phrases[name] = f"{name}={value!r}"
+        return phrases
 
     def learn(self, rng: np.random.Generator) -> None:
         """Learns from the training rows of `self.sources`, and chooses on their validation rows."""
@@ -159,7 +205,10 @@ class Method:
         return nullcontext()
 
     def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
-        """Returns the option scores that count, given the model's (-inf where an example has fewer options)."""
+        """Returns the option scores that count, given the model's.
+
+        They are -inf where an example has fewer options than others.
+        """
         return scores
 
     def n_cached(self, task: Task) -> int:
@@ -167,7 +216,10 @@ class Method:
         return sum(vars(self)[name].numel() for name in self.cached)
 
     def depends_on(self) -> str:
-        """Returns what the answers depend on beside the model, the settings and the tensors; empty for nothing."""
+        """Returns what else the answers depend on; empty for nothing.
+
+        That is, beside the model, the settings and the tensors.
+        """
         return ""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -181,62 +233,98 @@ class Method:
     def choose(
         self, settings: Sequence[Mapping[str, Any]], build: Callable[..., dict[str, Tensor]]
     ) -> None:
-        """Takes up what `build` makes of the setting that is right on most validation rows, the first of equals.
+        """Takes up what `build` makes of the setting that is right on most validation rows.
 
-        Every method has the same budget of settings: those beyond `Settings.tries` are not tried. Where there is
-        only one to try, nothing is scored.
+        Of equals it is the first. Every method has the same budget of settings: those beyond
+        `Settings.tries` are not tried. Where there is only one to try, nothing is scored.
         """
-        best, kept, allowed = -1.0, {}, settings[: self.settings.tries]
-        if len(allowed) > 1 and not all(task.validation for task in self.sources):
+        allowed = settings[: self.settings.tries]
+        is_choice = len(allowed) > 1
+        # In a pooled choice, a task without such rows would have no say.
+        if is_choice and not all(task.validation for task in self.sources):
             raise ValueError(
                 f"{self.name} chooses on validation rows: give 5 training rows or more"
             )
+        # Below any accuracy, so that a lone setting, which is not scored, is taken up too.
+        best_accuracy = -1.0
+        best_tensors: dict[str, Tensor] = {}
         for setting in allowed:
-            built = build(**setting)
-            self.restore(built)
-            accuracy = self.validated() if len(allowed) > 1 else 0.0
-            self.tried += [{**setting, "accuracy": accuracy}] if len(allowed) > 1 else []
-            if accuracy > best:
-                best, kept = accuracy, built
-        self.restore(kept)
+            tensors = build(**setting)
+            self.restore(tensors)
+            accuracy = 0.0
+            if is_choice:
+                accuracy = self.validated()
+                self.tried.append({**setting, "accuracy": accuracy})
+            if accuracy > best_accuracy:
+                best_accuracy = accuracy
+                best_tensors = tensors
+        self.restore(best_tensors)
 
     @property
     def n_validation(self) -> int:
-        """The validation rows that were read to choose by: none where there was only one setting."""
-        return sum(len(task.validation) for task in self.sources) if self.tried else 0
+        """The validation rows that were read to choose by: none where there was one setting."""
+        if not self.tried:
+            return 0
+        return sum(len(task.validation) for task in self.sources)
 
     def validated(self) -> float:
-        """Returns the accuracy of what is in force on the validation rows of the sources, pooled."""
+        """Returns the accuracy of what is in force on the sources' validation rows, pooled."""
         hits = []
-        for task in (task for task in self.sources if task.validation):
+        for task in self.sources:
             rows = task.validation
+            # Of few rows none are held back.
+            if not rows:
+                continue
+            prompts = [self.prompt(task, row) for row in rows]
             options = [task.options(row) for row in rows]
             with self.applied(task):
-                scores = score(self.decoder, [self.prompt(task, row) for row in rows], options)
-            predicted = self.adjusted(task, rows, scores).argmax(1).tolist()
-            hits += [guess == row.label for guess, row in zip(predicted, rows, strict=True)]
+                scores = score(self.decoder, prompts, options)
+            predictions = self.adjusted(task, rows, scores).argmax(1).tolist()
+            for prediction, row in zip(predictions, rows, strict=True):
+                hits.append(prediction == row.label)
         return float(np.mean(hits))
 
     @contextmanager
     def attached(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
     ) -> Iterator["Method"]:
-        """Inside, the model (ValueError for another) is under the influence of what was learned, for one task.
+        """Inside, the model is under the influence of what was learned, for one task.
 
-        ValueError while another method is attached: how two would add up, none of them says.
+        Yields the method that is in force. On another object than it was fitted on, which may be
+        the same checkpoint loaded anew, that is a copy: this one stays where it was.
+
+        Raises:
+            ValueError: another model, or one to which a method is attached: how two would add up,
+                none of them says.
         """
         check_alone(model, self.name)
-        method = self.on(task)
-        decoder = Decoder.of(model, tokenizer)
-        fitted_on = vars(method).get("decoder", decoder)
-        if decoder.model is not fitted_on.model:
-            fitted_name = fitted_on.model.config.name_or_path
-            decoder.check_fitted_on(method.name, fitted_name, fitted_on.fingerprint)
-        method.decoder = decoder
-        with method.applied(task), hooked(decoder.model, method.name):
+        method = self.on(task)._moved_to(Decoder.of(model, tokenizer))
+        # Held once its hooks are in place, which may hold the model themselves.
+        with method.applied(task), hooked(method.model, method.name):
             yield method
+
+    def _moved_to(self, decoder: Decoder) -> "Method":
+        """Returns this method on a decoder; ValueError if it was fitted on another model."""
+        fitted_on: Decoder | None = vars(self).get("decoder")
+        if fitted_on is not None:
+            is_same_model = fitted_on.model is decoder.model
+            if is_same_model and fitted_on.tokenizer is decoder.tokenizer:
+                # The weights may have been changed in place, and a router is held against what
+                # they are: so the new decoder, which has not looked at them yet.
+                self.decoder = decoder
+                return self
+            if not is_same_model:
+                fitted_name = fitted_on.model.config.name_or_path
+                decoder.check_fitted_on(self.name, fitted_name, fitted_on.fingerprint)
+        moved = copy(self)
+        moved.decoder = decoder
+        return moved
 
     @property
     def edits_model(self) -> bool:
-        """Whether the model computes anything else under this method; if not, equal prompts are run once."""
+        """Whether the model computes anything else under this method.
+
+        If not, equal prompts are run once.
+        """
+        # By the class: whoever edits a model has a context of its own to do so.
         return type(self).applied is not Method.applied

@@ -1,4 +1,4 @@
-"""Contextual calibration: the bare prompt, its option probabilities divided by those on content-free inputs."""
+"""Contextual calibration: option probabilities divided by those on content-free inputs."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,11 @@ CONTENT_FREE = ("N/A", "[MASK]", "")
 
 
 class Calibration(Method):
-    """Zero-shot, corrected for what the model answers when there is nothing to answer (Zhao et al. 2021).
+    """Zero-shot, corrected for what the model answers when nothing is asked (Zhao et al. 2021).
 
-    p_i / p_cf_i with p_cf the mean of the normalised option probabilities over content-free inputs, which
-    stand in every field and choice. Where examples bring their own choices, p_cf is taken per number of choices.
+    p_i / p_cf_i with p_cf the mean of the normalised option probabilities over content-free
+    inputs, which stand in every field and choice. Where examples bring their own choices, p_cf is
+    taken per number of choices.
     """
 
     name = "calibration"
@@ -30,6 +31,7 @@ class Calibration(Method):
 
     def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
         """Returns log p_i - log p_cf_i, up to a constant per example."""
+        # Beyond an example's own options the scores are -inf, which a level of 0 leaves alone.
         levels = torch.zeros_like(scores)
         for row, example in enumerate(examples):
             level = self._level(task, example)
@@ -37,13 +39,17 @@ class Calibration(Method):
         return scores - levels
 
     def _level(self, task: Task, example: Example) -> Float[Tensor, "n_options"]:
-        key = task.name, len(example.choices)
+        """Returns log p_cf of the options that an example of a task has."""
+        n_choices = len(example.choices)
+        key = task.name, n_choices
         if key not in self._levels:
-            blanks = [
-                Example(dict.fromkeys(example.fields, text), (text,) * len(example.choices), 0)
-                for text in CONTENT_FREE
-            ]
+            # An example needs a label; that of a blank is never looked at.
+            blanks = []
+            for text in CONTENT_FREE:
+                fields = dict.fromkeys(example.fields, text)
+                blanks.append(Example(fields, (text,) * n_choices, label=0))
             prompts = [task.prompt(blank) for blank in blanks]
-            scores = score(self.decoder, prompts, [task.options(blank) for blank in blanks])
+            options = [task.options(blank) for blank in blanks]
+            scores = score(self.decoder, prompts, options)
             self._levels[key] = scores.softmax(-1).mean(0).log()
         return self._levels[key]

@@ -1,11 +1,13 @@
-"""Controls of ICR: a router fitted anew with one thing changed; what it loses to `icr-refit`, that thing gives."""
+"""Controls of ICR: a router fitted anew with one thing changed.
+
+What a control loses to `icr-refit`, that thing gives.
+"""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from icrouting.config import Basis, FitConfig
@@ -14,7 +16,7 @@ from icrouting.fitting import stages
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
 from icrouting.methods.settings import Settings
-from icrouting.routing.features import features_of
+from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Reader
 from icrouting.routing.rerouting import rerouted
@@ -24,105 +26,143 @@ from icrouting.tasks.task import Task
 
 
 class Refit(Method):
-    """ICR itself with nothing changed, fitted on the very task or on the sources, as its controls are.
+    """ICR itself with nothing changed, fitted on the very task or on the sources.
 
-    The configuration is that of `Settings.router`, its seed included; without one, the defaults, with
-    `Settings.train_rows` queries per task. Nothing is chosen on validation rows.
+    So are its controls. The configuration is that of `Settings.router`, its seed included; without
+    one, the defaults, with `Settings.train_rows` queries per task. Nothing is chosen on validation
+    rows.
+
+    Attributes:
+        kind: the kind of router that is trained.
+        basis: the directions to route along; None takes the configuration's.
+        blind: what stands before the encoder's name where features say less than it does.
+        layers: the routed ones, [n_layers].
+        query_directions: [n_layers, width, rank], whitened where the basis is.
+        key_directions: likewise.
+        weights: the router's parameters in their order, as one vector.
     """
 
     name = "icr-refit"
+    # The seed is the configuration's, as it is of the router that a control is held against.
     draws = False
     learned = ("layers", "query_directions", "key_directions", "weights")
     cached = ("query_directions", "key_directions")
     kind: type[Router] = Router
     basis: Basis | None = None
     blind = ""
+    layers: Tensor
+    query_directions: Tensor
+    key_directions: Tensor
+    weights: Tensor
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
         config = _config(settings)
+        # All that a control does not change is as the router's.
         self.config = replace(
             config, basis=self.basis or config.basis, encoder=self.blind + config.encoder
         )
 
     def learn(self, rng: np.random.Generator) -> None:
-        """Fits directions and router; `n_labelled` is a bound, since demonstrations are drawn anew for each prompt."""
-        with alone():  # others may be learning another task
+        """Fits directions and router."""
+        # Other processes may be learning another task: this one must not wait for them.
+        with alone():
             pids, router, _ = stages.fit(self.decoder, self.sources, self.config, kind=self.kind)
-        self.layers, sides = (
-            torch.tensor(pids.layers),
-            (pids.query_directions(), pids.key_directions()),
-        )
-        self.query_directions, self.key_directions = (side.detach().cpu() for side in sides)
-        self.weights = parameters_to_vector(
-            v.cpu() for n, v in router.named_parameters() if not n.endswith("_pids")
-        )
+        self.layers = torch.tensor(pids.layers)
+        self.query_directions = pids.query_directions().detach().cpu()
+        self.key_directions = pids.key_directions().detach().cpu()
+        # Directions that a router trained along with itself are kept above, with all others'.
+        weights = []
+        for name, parameter in router.named_parameters():
+            if not name.endswith("_pids"):
+                weights.append(parameter.cpu())
+        self.weights = parameters_to_vector(weights)
         self.n_trained = sum(parameter.numel() for parameter in router.parameters())
-        per_class, n_queries = (
-            self.config.n_prompts * self.config.demos_per_class,
-            self.config.n_queries,
-        )
-        n_drawn = [
-            n_queries + per_class * len(set(task.train_labels.tolist())) for task in self.sources
-        ]
-        self.n_labelled = sum(
-            min(len(task.train), n) for task, n in zip(self.sources, n_drawn, strict=True)
-        )
+        self.n_labelled = self._most_labelled()
 
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt."""
-        decoder = self.decoder
         layers = tuple(self.layers.tolist())
         rank = self.query_directions.shape[-1]
-        features = features_of(self.config.encoder, decoder, "cpu")
-        sizes = (
+        features = self._features()
+        router = self.kind(
             features.n_features,
             len(layers),
-            decoder.dims.n_heads,
+            self.decoder.dims.n_heads,
             rank,
             self.config.hidden_width,
         )
-        router = self.kind(*sizes).requires_grad_(False)
+        router.requires_grad_(False)
+        # In the order in which `learn` strung them together.
         vector_to_parameters(self.weights, router.parameters())
-        one = torch.ones(
-            len(layers), rank
-        )  # the directions are whitened already where the basis is
+        router.to(self.decoder.device)
+        # Where the basis is whitened, so are the directions already: as "pca" they are taken as
+        # they stand, and the moments beside them are not looked at.
+        one = torch.ones(len(layers), rank)
         pids = PIDs(layers, self.query_directions, self.key_directions, one, one, one, one, "pca")
-        router.to(decoder.device)
         scale = self.config.final_alpha_scale
-        return rerouted(Reader(decoder, features, router, layers[0], scale), pids)
+        return rerouted(Reader(self.decoder, features, router, layers[0], scale), pids)
 
     def depends_on(self) -> str:
-        """Returns the configuration, which may be a router's, and the fingerprint of what the router reads."""
-        return f"{self.config}, {features_of(self.config.encoder, self.decoder, 'cpu').fingerprint}"
+        """Returns the configuration and the fingerprint of what the router reads.
+
+        The configuration may be a router's, so the settings do not tell it.
+        """
+        return f"{self.config}, {self._features().fingerprint}"
+
+    def _features(self) -> Features:
+        return features_of(self.config.encoder, self.decoder, "cpu")
+
+    def _most_labelled(self) -> int:
+        """Returns how many labelled rows a fit looks at, at most.
+
+        A bound, since demonstrations are drawn anew for each prompt.
+        """
+        demos_per_class = self.config.n_prompts * self.config.demos_per_class
+        most = 0
+        for task in self.sources:
+            n_classes = len(set(task.train_labels.tolist()))
+            n_drawn = self.config.n_queries + demos_per_class * n_classes
+            most += min(len(task.train), n_drawn)
+        return most
 
 
 def _config(settings: Settings) -> FitConfig:
+    """Returns the configuration of the settings' router, or the defaults within their budget."""
     if settings.router is not None:
         return InContextRouter.from_pretrained(settings.router).description.fit
     config = FitConfig(demos_per_class=settings.demos_per_class, encoder=settings.encoder)
-    n_prompts = max(
-        config.rank + 1, min(config.n_prompts, settings.train_rows)
-    )  # PCA needs more than directions
+    # PCA needs more prompts than it gives directions.
+    n_prompts = max(config.rank + 1, min(config.n_prompts, settings.train_rows))
     return replace(config, n_prompts=n_prompts, n_queries=settings.train_rows)
 
 
 class RandomBasis(Refit):
-    """Random orthonormal directions instead of principal ones (paper, ablations); they are never whitened."""
+    """Random orthonormal directions instead of principal ones (paper, ablations).
+
+    They are never whitened.
+    """
 
     name = "icr-random-basis"
     basis = "random"
 
 
 class _TrainedDirections(Router):
+    """A router that trains the directions along with itself."""
+
     def adopt(self, pids: PIDs) -> PIDs:
-        sides = pids.query_pids, pids.key_pids
-        self.query_pids, self.key_pids = (nn.Parameter(side.to(device_of(self))) for side in sides)
+        """Returns the directions as parameters of the router, which start at the PIDs."""
+        device = device_of(self)
+        self.query_pids = nn.Parameter(pids.query_pids.to(device))
+        self.key_pids = nn.Parameter(pids.key_pids.to(device))
         return replace(pids, query_pids=self.query_pids, key_pids=self.key_pids)
 
 
 class LearnedDirections(RandomBasis):
-    """Directions trained together with the router, from random ones on and free to be no longer orthonormal."""
+    """Directions trained together with the router.
+
+    They start as random ones and are free to be no longer orthonormal.
+    """
 
     name = "icr-learned-directions"
     kind = _TrainedDirections
@@ -136,44 +176,77 @@ class ConstantFeatures(Refit):
 
 
 class RandomFeatures(Refit):
-    """A router that reads a fixed random vector per prompt: it can tell prompts apart, and nothing about them."""
+    """A router that reads a fixed random vector per prompt.
+
+    It can tell prompts apart, and knows nothing about them.
+    """
 
     name = "icr-random-features"
     blind = "random:"
 
 
 class _Same(nn.Module):
-    """In a perceptron's place: one number, 0 at first; a sum, as Adam moves a parameter no faster than its rate."""
+    """In a perceptron's place: one number for all prompts and outputs, 0 at first.
+
+    It is a sum, as Adam moves a parameter no faster than its rate; a sum of no terms stays 0.
+    """
 
     def __init__(self, n_out: int, n_terms: int):
         super().__init__()
-        self.n_out, self.terms = n_out, nn.Parameter(torch.zeros(n_terms))
+        self.n_out = n_out
+        self.terms = nn.Parameter(torch.zeros(n_terms))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Returns the number, [batch, n_out]."""
         return self.terms.sum().expand(len(features), self.n_out)
 
 
-def _uniform(part: str, place: int, is_trained: bool) -> type[Router]:
-    """The kind of router with one number for a part's outputs, a layer's being the `place`th of its sizes."""
+class _UniformAlpha(Router):
+    """A router whose alpha is one trained number."""
 
-    class Uniform(Router):
-        def __init__(self, *sizes: Any):
-            super().__init__(*sizes)
-            hidden_width = sizes[4] if is_trained else 0
-            setattr(self, part, nn.Sequential(_Same(sizes[1] * sizes[place], hidden_width)))
+    def __init__(
+        self,
+        n_features: int,
+        n_layers: int,
+        n_heads: int,
+        rank: int,
+        hidden_width: int,
+        rng: Generator | None = None,
+    ):
+        super().__init__(n_features, n_layers, n_heads, rank, hidden_width, rng)
+        # A term for each hidden unit of the perceptron, so that it can move about as fast.
+        self.alpha = nn.Sequential(_Same(n_layers * rank, n_terms=hidden_width))
 
-    return Uniform
+
+class _UniformGates(Router):
+    """A router whose gates are all those of an untrained one, and stay so."""
+
+    def __init__(
+        self,
+        n_features: int,
+        n_layers: int,
+        n_heads: int,
+        rank: int,
+        hidden_width: int,
+        rng: Generator | None = None,
+    ):
+        super().__init__(n_features, n_layers, n_heads, rank, hidden_width, rng)
+        # Nothing to train, and the sigmoid of 0 is 1/2.
+        self.gamma = nn.Sequential(_Same(n_layers * n_heads, n_terms=0))
 
 
 class UniformAlpha(Refit):
-    """One alpha, trained (paper silent), for all directions, layers and prompts: gates alone route."""
+    """One alpha, trained (paper silent), for all directions, layers and prompts.
+
+    So the gates alone route.
+    """
 
     name = "icr-uniform-alpha"
-    kind = _uniform("alpha", 3, is_trained=True)
+    kind = _UniformAlpha
 
 
 class UniformGates(Refit):
     """All gates at 1/2, where those of an untrained router are: alpha alone routes."""
 
     name = "icr-uniform-gates"
-    kind = _uniform("gamma", 2, is_trained=False)
+    kind = _UniformGates

@@ -1,8 +1,8 @@
 """In-Context Routing as one method among others, as it is and behind a gate."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 
 import numpy as np
 import torch
@@ -15,7 +15,14 @@ from icrouting.methods.base import Context, Method
 from icrouting.methods.settings import Settings
 from icrouting.tasks.task import Task
 
-N_ROWS, N_KNOWN, FEWEST, SHUT_OUT, SHRINKAGE = 260, 200, 26, 0.01, 0.1
+# Rows of a source task that a gate reads, and those of them that it knows; the others, whose states
+# it has not seen, say how far from the known ones a row of the same task may lie.
+N_ROWS = 260
+N_KNOWN = 200
+# Of 26 rows 20 are known and 6 are others: with fewer, neither says much.
+FEWEST_ROWS = 26
+SHUT_OUT = 0.01
+SHRINKAGE = 0.1
 
 
 class Icr(Method):
@@ -28,8 +35,10 @@ class Icr(Method):
         super().__init__(settings)
         if settings.router is None:
             raise ValueError(
-                f"the method {self.name!r} needs --router, a folder or hub id: fit one with `icr fit`"
+                f"the method {self.name!r} needs --router, a folder or hub id: "
+                "fit one with `icr fit`"
             )
+        # At once, so that a router that is not there stops a run before any work.
         self._router = InContextRouter.from_pretrained(settings.router)
 
     def applied(self, task: Task) -> Context:
@@ -43,12 +52,18 @@ class Icr(Method):
 
 
 class IcrGated(Icr):
-    """ICR on prompts like those that the router was trained on; others get the model's own answer (not in the paper).
+    """ICR on prompts like those that the router was trained on (not in the paper).
 
-    A prompt is as new as the state of its last token, where it enters the first routed layer, is far from that of the
-    nearest source task's prompts, in Mahalanobis distance (Lee et al. 2018; its covariance is shrunk a tenth towards a
-    ball). The mean and covariance are those of 200 training rows; 60 others of each task say where the gate shuts: 1 %
-    of them would stay out. No label is read, and nothing is run beside what ICR runs.
+    Other prompts get the model's own answer. A prompt is as new as the state of its last token,
+    where it enters the first routed layer, is far from that of the nearest source task's prompts,
+    in Mahalanobis distance (Lee et al. 2018; its covariance is shrunk a tenth towards a ball). The
+    mean and covariance are those of 200 training rows; 60 others of each task say where the gate
+    shuts: 1 % of them would stay out. No label is read, and nothing is run beside what ICR runs.
+
+    Attributes:
+        known: states of rows of the source tasks, [n_known, hidden_size].
+        owners: which task each of them is of, by its place among the sources, [n_known].
+        limit: the largest squared distance of a prompt that is routed.
     """
 
     name = "icr-gated"
@@ -61,66 +76,125 @@ class IcrGated(Icr):
 
     def learn(self, rng: np.random.Generator) -> None:
         """Keeps the states of rows, and how far the other rows are from them."""
-        if (before := self._router.pids.layers[0] - 1) < 0:
+        first_layer = self._router.pids.layers[0]
+        if first_layer == 0:
             raise ValueError(
-                "what enters layer 0 tells no prompts apart: gate a router that routes from layer 1 up"
+                "what enters layer 0 tells no prompts apart: "
+                "gate a router that routes from layer 1 up"
             )
-        rows = {
-            t.name: [t.prompt(t.train[i]) for i in rng.permutation(len(t.train))[:N_ROWS]]
-            for t in self.sources
-        }
-        lengths, wanted = (
-            {name: len(own) for name, own in rows.items()},
-            sorted(self._router.description.tasks),
-        )
-        if sorted(rows) != wanted or min(lengths.values()) < FEWEST:
-            raise ValueError(
-                f"a gate needs {FEWEST} rows of each of its router's source tasks, {wanted}; these give {lengths}"
-            )
-        texts = [*chain(*rows.values())]
-        ((states,), _) = last_outputs(self.decoder, [self.decoder.layers[before]], texts)
-        parts = [
-            own.tensor_split([len(own) * N_KNOWN // N_ROWS])
-            for own in states.split([*lengths.values()])
-        ]
-        self.known = torch.cat([own for own, _ in parts])
-        self.owners = torch.cat(
-            [torch.full((len(own),), place) for place, (own, _) in enumerate(parts)]
-        )
-        self.limit = self._distances(torch.cat([others for _, others in parts])).quantile(
-            1 - SHUT_OUT
-        )
+        prompts_by_task = self._drawn_prompts(rng)
+        self._check_rows(prompts_by_task)
+        # What enters a layer is what the one before it gives.
+        block = self.decoder.layers[first_layer - 1]
+        prompts = [prompt for group in prompts_by_task.values() for prompt in group]
+        states_by_block, _ = last_outputs(self.decoder, [block], prompts)
+        n_rows = [len(group) for group in prompts_by_task.values()]
+        known = []
+        owners = []
+        others = []
+        # By place, since names are no tensor.
+        for place, states in enumerate(states_by_block[0].split(n_rows)):
+            n_known = len(states) * N_KNOWN // N_ROWS
+            known.append(states[:n_known])
+            owners.append(torch.full((n_known,), place))
+            others.append(states[n_known:])
+        self.known = torch.cat(known)
+        self.owners = torch.cat(owners)
+        # Needs the two above in place. Of rows like the known ones, 1 % are farther away.
+        self.limit = self._distances(torch.cat(others)).quantile(1 - SHUT_OUT)
 
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt that is not new."""
         return self._router.attached_to(self.decoder, gate=self.is_known)
 
     def is_known(self, hidden: Sequence[Tensor]) -> Bool[Tensor, "batch"]:
-        """Returns whether prompts are routed, given the states that enter the first routed layer."""
-        return self._distances(torch.stack([states[-1].cpu() for states in hidden])) <= self.limit
+        """Returns whether prompts are routed.
+
+        Args:
+            hidden: a prompt's states where they enter the first routed layer,
+                [q_len, hidden_size] each.
+        """
+        # The known states stay off the accelerator.
+        last_states = torch.stack([states[-1].cpu() for states in hidden])
+        return self._distances(last_states) <= self.limit
 
     def depends_on(self) -> str:
         """Returns the router's digest."""
         return self._router.digest()
 
+    def _drawn_prompts(self, rng: np.random.Generator) -> dict[str, list[str]]:
+        """Returns the bare prompts of rows that are drawn from each source task."""
+        prompts_by_task = {}
+        for task in self.sources:
+            places = rng.permutation(len(task.train))[:N_ROWS]
+            prompts_by_task[task.name] = [task.prompt(task.train[i]) for i in places]
+        return prompts_by_task
+
+    def _check_rows(self, prompts_by_task: dict[str, list[str]]) -> None:
+        """ValueError unless there are rows enough of the tasks that the router learned from."""
+        # Prompts of a task that the router never learned from would count as known.
+        n_rows = {name: len(prompts) for name, prompts in prompts_by_task.items()}
+        wanted = sorted(self._router.description.tasks)
+        if sorted(n_rows) != wanted or min(n_rows.values()) < FEWEST_ROWS:
+            raise ValueError(
+                f"a gate needs {FEWEST_ROWS} rows of each of its router's source tasks, {wanted}; "
+                f"these give {n_rows}"
+            )
+
     def _distances(self, states: Float[Tensor, "n hidden_size"]) -> Float[Tensor, "n"]:
-        """Squared, to the nearest task; by Woodbury's identity, since a covariance is hidden_size squared."""
-        found = []
-        for mean, centred, ball, inverse in _gaussians(self.known, self.owners):
-            along = (gaps := states.double() - mean) @ centred.T
-            inside = (1 - SHRINKAGE) / len(centred) * ((along @ inverse) * along).sum(1)
-            found.append((gaps.square().sum(1) - inside) / ball)
-        return torch.stack(found).amin(0)
+        """Returns the squared distance of states to the nearest task."""
+        by_task = []
+        for gaussian in _gaussians(self.known, self.owners):
+            by_task.append(gaussian.distances(states))
+        return torch.stack(by_task).amin(0)
 
 
-@lru_cache(maxsize=1)
-def _gaussians(known: Tensor, owners: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Each task's mean, its centred states C, b, and (b I + a C C^T)^-1, with covariance a C^T C + b I."""
-    found = []
-    for owner in owners.unique():
-        states = known[owners == owner].double()
-        centred = states - (mean := states.mean(0))
+@dataclass(frozen=True, eq=False)
+class _Gaussian:
+    """The states of one task's rows, as a mean and a covariance S that is never written out.
+
+        S = a C^T C + b I,    a = (1 - SHRINKAGE) / n,    b = SHRINKAGE * the mean of C^2
+
+    S is hidden_size squared, where the rows are a few hundred. By Woodbury's identity
+
+        b S^-1 = I - a C^T M^-1 C,    M = a C C^T + b I
+
+    so that a matrix of n by n is all that is inverted.
+
+    Attributes:
+        mean: of the states.
+        centred: C, the states less their mean.
+        ball: b.
+        inverse: of M.
+    """
+
+    mean: Float[Tensor, "hidden_size"]
+    centred: Float[Tensor, "n hidden_size"]
+    ball: Float[Tensor, ""]
+    inverse: Float[Tensor, "n n"]
+
+    @classmethod
+    def of(cls, states: Float[Tensor, "n hidden_size"]) -> "_Gaussian":
+        # The inverse loses digits that float32 does not have to spare.
+        states = states.double()
+        mean = states.mean(0)
+        centred = states - mean
         ball = SHRINKAGE * centred.square().mean()
         gram = (1 - SHRINKAGE) / len(states) * centred @ centred.T
-        found.append((mean, centred, ball, torch.linalg.inv(gram + ball * torch.eye(len(states)))))
-    return found
+        inverse = torch.linalg.inv(gram + ball * torch.eye(len(states)))
+        return cls(mean, centred, ball, inverse)
+
+    def distances(self, states: Float[Tensor, "n_states hidden_size"]) -> Float[Tensor, "n_states"]:
+        """Returns squared Mahalanobis distances to the mean."""
+        gaps = states.double() - self.mean
+        along = gaps @ self.centred.T
+        share = (1 - SHRINKAGE) / len(self.centred)
+        inside = share * ((along @ self.inverse) * along).sum(1)
+        return (gaps.square().sum(1) - inside) / self.ball
+
+
+# A gate is asked for every prompt that runs, and the inverses stay the same until the next fit.
+@lru_cache(maxsize=1)
+def _gaussians(known: Tensor, owners: Tensor) -> list[_Gaussian]:
+    """Returns what each task's states are described by."""
+    return [_Gaussian.of(known[owners == owner]) for owner in owners.unique()]

@@ -19,8 +19,8 @@ class ZeroShot(Method):
 class FewShot(Method):
     """Balanced demonstrations of the task in front of every prompt, the same ones for a whole seed.
 
-    Differs: on unseen tasks too the demonstrations are the task's own, a harder rival than the paper's (section 6),
-    which is `MultiTaskFewShot`.
+    Differs: on unseen tasks too the demonstrations are the task's own, a harder rival than the
+    paper's (section 6), which is `MultiTaskFewShot`.
     """
 
     name = "few-shot"
@@ -31,32 +31,40 @@ class FewShot(Method):
 
     def prompt(self, task: Task, example: Example) -> Prompt:
         """Returns the prompt behind the demonstrations."""
+        # Once a task, so that all its prompts share a context, which is then computed once.
         if task.name not in self._demos:
             self._demos[task.name] = self.demonstrations(task)
         return few_shot(task, example, self._demos[task.name])
 
     def demonstrations(self, task: Task) -> list[tuple[Task, Example]]:
-        """Returns the demonstrations for a task, drawn apart from any other's, so their order is all the same."""
+        """Returns the demonstrations for a task.
+
+        They are drawn apart from any other task's, so the order of tasks makes no difference.
+        """
         rng = np.random.default_rng([self.entropy, zlib.crc32(task.name.encode())])
-        return [(task, demo) for demo in balanced_demos(task, self.settings.demos_per_class, rng)]
+        demos = balanced_demos(task, self.settings.demos_per_class, rng)
+        return [(task, demo) for demo in demos]
 
 
 class MultiTaskFewShot(FewShot):
-    """Demonstrations of every source task, three each, in front of every prompt: no labels of the task itself.
+    """Demonstrations of every source task, three each, in front of every prompt.
 
-    The paper's few-shot rival on unseen tasks (section 6); on a source task it is the same prompt.
+    No label of the task itself is seen: the paper's few-shot rival on unseen tasks (section 6). On
+    a source task it is the same prompt.
     """
 
     name = "multi-task-few-shot"
 
     def demonstrations(self, task: Task) -> list[tuple[Task, Example]]:
-        """Returns demonstrations of all source tasks, shuffled; the same for every task of a seed."""
+        """Returns shuffled demonstrations of all source tasks, the same for all tasks of a seed."""
         if not self.sources:
             raise ValueError(f"{self.name} shows rows of source tasks: give at least one")
-        rng, n = np.random.default_rng(self.entropy), self.settings.demos_per_source
-        demos = [
-            (source, source.train[i])
-            for source in self.sources
-            for i in rng.permutation(len(source.train))[:n]
-        ]
-        return [demos[i] for i in rng.permutation(len(demos))]
+        # Without the task's name in it: the prompt is one for all tasks.
+        rng = np.random.default_rng(self.entropy)
+        demos = []
+        for source in self.sources:
+            places = rng.permutation(len(source.train))[: self.settings.demos_per_source]
+            for place in places:
+                demos.append((source, source.train[place]))
+        # Else the tasks would stand in blocks, and the last of them next to the question.
+        return [demos[place] for place in rng.permutation(len(demos))]

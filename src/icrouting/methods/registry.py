@@ -1,4 +1,7 @@
-"""The methods under test: what they are called and how they are made. A new one is a file and a line here."""
+"""The methods under test: what they are called and how they are made.
+
+A new one is a file and a line here.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -38,12 +41,20 @@ METHODS: dict[str, Callable[[Settings], Method]] = {
 
 
 def make(names: Sequence[str], settings: Settings) -> list[Method]:
-    """Returns methods by name; ValueError for a regime that a method lacks, or with near matches on an unknown one."""
-    lacking = {
-        kind.name + regime: reason for kind in LEARNING for regime, reason in kind.lacks.items()
-    }
-    if missing := [name for name in names if name in lacking]:
-        raise ValueError(f"there is no {missing[0]!r}: {lacking[missing[0]]}")
+    """Returns methods by name, each once.
+
+    Raises:
+        ValueError: a regime that a method lacks, with its reason; or an unknown name, with near
+            matches.
+    """
+    # Such a name is known for its reason, which says more than near matches would.
+    reasons = {}
+    for kind in LEARNING:
+        for regime, reason in kind.lacks.items():
+            reasons[kind.name + regime] = reason
+    for name in names:
+        if name in reasons:
+            raise ValueError(f"there is no {name!r}: {reasons[name]}")
     kinds = [known("method", name, METHODS) for name in dict.fromkeys(names)]
     return [kind(settings) for kind in kinds]
 

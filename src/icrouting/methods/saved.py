@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.decoder.decoder import Decoder
 from icrouting.methods.base import Method
+from icrouting.methods.fits import Fit
 from icrouting.methods.icr import IcrGated
 from icrouting.methods.regimes import ONCE
 from icrouting.methods.registry import LEARNING
@@ -16,12 +17,16 @@ from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same, known, read
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors, unshared
 
-CONFIG, TENSORS = "method.json", "method.safetensors"
+CONFIG = "method.json"
+TENSORS = "method.safetensors"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The content of method.json: what was learned, with which settings, and on what it depends."""
+    """The content of method.json.
+
+    That is what was learned, with which settings, on which model, and on what else it depends.
+    """
 
     method: str
     settings: dict[str, Any]
@@ -37,58 +42,83 @@ class Saved:
 def save_method(method: Method, folder: str | Path) -> None:
     """Writes what a fitted method learned, with the settings and the model that it is for.
 
-    ValueError for a method that learned nothing, or one thing per task: then save `method.on(task)`.
+    Args:
+        method: what was fitted.
+        folder: where to; made where it is not there.
+
+    Raises:
+        ValueError: the method learned nothing, or one thing per task: then save `method.on(task)`.
     """
     folder = Path(folder)
-    if not (learned := method.tensors()):
+    if not method.tensors():
         raise ValueError(
-            f"{method.name} holds nothing to save: name its tensors in `learned`, and of a method fitted on each task, "
-            "save `method.on(task)`"
+            f"{method.name} holds nothing to save: name its tensors in `learned`, and of a method "
+            "fitted on each task, save `method.on(task)`"
         )
+    fit = method.in_force()
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / TENSORS, unshared(learned))
-    described = Saved(
+    save_tensors(folder / TENSORS, unshared(fit.tensors))
+    saved = Saved(
+        # Of its kind: the regime decides what is learned from, not what is done with it.
         method=method.name.removesuffix(ONCE),
         settings=asdict(method.settings),
         model=str(method.model.config.name_or_path),
         fingerprint=method.decoder.fingerprint,
         depends_on=method.depends_on(),
         sources=[task.name for task in method.sources],
-        tried=method.tried,
-        cost=method.cost,
+        tried=fit.tried,
+        cost=fit.cost,
         tensors_sha256=_digest(folder),
     )
-    save_json(folder / CONFIG, asdict(described))
-
-
-def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    save_json(folder / CONFIG, asdict(saved))
 
 
 def load_method(
     folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Method:
-    """Returns a saved method on its model; ValueError for a damaged folder, another model or another encoder."""
+    """Returns a saved method on its model.
+
+    Args:
+        folder: where `save_method` wrote it.
+        model: the model that it was fitted on.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ValueError: a damaged folder, another model or another encoder.
+    """
     folder = Path(folder)
+    saved = _read_saved(folder)
+    decoder = Decoder.of(model, tokenizer)
+    decoder.check_fitted_on(str(folder), saved.model, saved.fingerprint)
+    # A gate is fitted on its router's sources alone, so it has no regimes and is not LEARNING's.
+    kinds = {kind.name: kind for kind in (*LEARNING, IcrGated)}
+    kind = known("method", saved.method, kinds)
+    method = kind(read(Settings, saved.settings))
+    tensors, _ = load_tensors(folder / TENSORS)
+    # The rows that it was learned from are elsewhere, and answering needs none.
+    method.take(Fit(tensors, saved.tried, saved.cost), decoder, sources=())
+    # Only with its tensors in place does a method know whether it reads by an encoder.
+    check_same(str(folder), saved.depends_on, method.depends_on())
+    return method
+
+
+def _read_saved(folder: Path) -> Saved:
+    """Returns what a folder says of its tensors; ValueError if it is damaged or no method's."""
     if not all((folder / name).exists() for name in (CONFIG, TENSORS)):
         raise ValueError(
             f"{folder} holds no saved method: expected {CONFIG} and {TENSORS}, see `save_method`"
         )
+    # The two files are written one after the other; a kill in between leaves no pair.
     digest = _digest(folder)
-    found = read(
-        Saved, {"tensors_sha256": digest, **load_json(folder / CONFIG)}
-    )  # an earlier version kept none
-    if found.tensors_sha256 != digest:
+    # An earlier version kept no digest.
+    saved = read(Saved, {"tensors_sha256": digest, **load_json(folder / CONFIG)})
+    if saved.tensors_sha256 != digest:
         raise ValueError(
-            f"{folder / TENSORS} is damaged: its sha256 is not the one in {CONFIG}; save the method again"
+            f"{folder / TENSORS} is damaged: its sha256 is not the one in {CONFIG}; "
+            "save the method again"
         )
-    decoder = Decoder.of(model, tokenizer)
-    decoder.check_fitted_on(str(folder), found.model, found.fingerprint)
-    kind = known("method", found.method, {kind.name: kind for kind in (*LEARNING, IcrGated)})
-    method = kind(read(Settings, found.settings))
-    method.decoder = decoder
-    method.sources = ()
-    method.tried, method.cost = found.tried, found.cost
-    method.restore(load_tensors(folder / TENSORS)[0])
-    check_same(str(folder), found.depends_on, method.depends_on())
-    return method
+    return saved
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()

@@ -9,17 +9,23 @@ from icrouting.runtime.checks import check
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run tells its methods; each field is an option of `icr eval` and part of what a run measures.
+    """What a run tells its methods.
+
+    Each field is an option of `icr eval` and part of what a run measures.
 
     Attributes:
         demos_per_class: Demonstrations per class of few-shot prompts.
         demos_per_source: Demonstrations per source task of multi-task prompts.
-        router: Folder or hub id of a fitted router, for "icr" and "icr-gated"; its controls are fitted as it was.
-        i2cl_epochs: Epochs of I2CL's calibration; the published 100 take minutes per task on a CPU.
+        router: Folder or hub id of a fitted router, for "icr" and "icr-gated"; its controls are
+            fitted as it was.
+        i2cl_epochs: Epochs of I2CL's calibration; the published 100 take minutes per task on a
+            CPU.
         tries: Settings that every method may try on validation rows, in the order of its own grid.
-        train_rows: Training rows per task of methods that train on many (LIVE, M2IV, soft prompts, LoRA with more).
+        train_rows: Training rows per task of methods that train on many (LIVE, M2IV, soft prompts,
+            LoRA with more).
         train_epochs: Epochs of those.
-        encoder: Sentence encoder of methods that read prompts by one: hub id, folder or "pinned:minilm".
+        encoder: Sentence encoder of methods that read prompts by one: hub id, folder or
+            "pinned:minilm".
     """
 
     demos_per_class: PositiveInt = 5
