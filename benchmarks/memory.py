@@ -75,8 +75,8 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
     from icrouting.config import HIDDEN, FitConfig
     from icrouting.decoder.decoder import Decoder
     from icrouting.decoder.families import dims_of
-    from icrouting.fitting.extraction import extract
     from icrouting.fitting.queries import training_queries
+    from icrouting.fitting.stages import extract_pids
     from icrouting.fitting.training import Trainer
     from icrouting.routing.features import features_of
     from icrouting.routing.router import Router
@@ -90,10 +90,10 @@ def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
     )
     with Peak() as peak:
         if stage == "extraction":
-            extract(Decoder.of(model, tokenizer), [task], layers, config, None)
+            extract_pids(Decoder.of(model, tokenizer), [task], layers, config, None)
         else:
             few = dataclasses.replace(config, n_prompts=8)
-            pids = extract(Decoder.of(model, tokenizer), [task], layers, few, None)
+            pids = extract_pids(Decoder.of(model, tokenizer), [task], layers, few, None)
             queries, _ = training_queries(
                 Decoder.of(model, tokenizer), [task], features, 4, config, folder
             )

@@ -25,7 +25,7 @@ QueriesAndKeys = tuple[
 
 @contextmanager
 def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[dict[str, Tensor]]]:
-    """Inside, every forward leaves each layer's "query" and "key" projections in the yielded dicts.
+    """Inside, every forward leaves each layer's queries and keys in the yielded dicts.
 
     One dict per layer of `layers`, with [batch, q_len, n_heads * head_dim] under "query" and
     [batch, q_len, n_kv_heads * head_dim] under "key", before rotary embedding.
@@ -49,9 +49,11 @@ def capture_last_tokens(
     skip_nan: bool = False,
     token_budget: int = TOKEN_BUDGET,
 ) -> Iterator[QueriesAndKeys]:
-    """Yields the last token's queries and keys of a batch of prompts at a time, in float32.
+    """Yields the last token's queries and keys of a batch of prompts at a time.
 
-    Prompts are batched by length, so the order is not theirs. A context that several share is computed once.
+    They are in float32, on the processor.
+    Prompts are batched by length, so the order is not theirs. A context that several share is
+    computed once.
 
     Args:
         decoder: what reads the prompts.
@@ -85,6 +87,6 @@ def capture_last_tokens(
 def _at(
     layer_outputs: Sequence[Float[Tensor, "batch q_len width"]], positions: Int[Tensor, "batch"]
 ) -> Float[Tensor, "n_layers batch width"]:
-    """Returns every layer's output at one position of each row, in float32 on the processor."""
+    """Returns every layer's output at one position of each row, in float32."""
     rows = torch.arange(len(positions))
     return torch.stack([output[rows, positions].float().cpu() for output in layer_outputs])

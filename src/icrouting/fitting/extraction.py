@@ -33,8 +33,9 @@ HELD = 64
 class Extraction:
     """What has been seen of the prompts so far; it can be saved and taken up again.
 
-    Every process has one. The moments are those of the prompts that this process ran; the first process's include
-    what an earlier run saved. The memory taken does not depend on the number of prompts.
+    Every process has one. The moments are those of the prompts that this process ran; the first
+    process's include what an earlier run saved. The memory taken does not depend on the number of
+    prompts.
 
     Attributes:
         moments: what this process has seen, without the batches that are held back.
@@ -69,7 +70,7 @@ class Extraction:
             self._add_held_back()
 
     def is_due(self) -> bool:
-        """Whether it is time to save, by the first process's clock; all processes ask together."""
+        """Whether the first process's clock says to save; all processes ask together."""
         return decided(time.monotonic() > self._due)
 
     def save(self) -> None:
@@ -110,29 +111,31 @@ def extract(
 ) -> QKMoments:
     """Returns the moments of few-shot prompts of all source tasks, pooled (stage 1).
 
-    Processes take blocks of prompts in turn. What all of them saw is kept at the end of a round, so that any number
-    of processes can go on from there.
+    Processes take blocks of prompts in turn. What all of them saw is kept at the end of a round, so
+    that any number of processes can go on from there.
     """
-    extraction = Extraction(len(layers), decoder.dims, folder / MOMENTS_FILE if folder else None)
+    file = folder / MOMENTS_FILE if folder is not None else None
+    extraction = Extraction(len(layers), decoder.dims, file)
     extraction.load()
     prompts = _drawn(tasks, config)
-    # What an earlier run was through with is drawn once more, for the draws behind it to be the same.
+    # What an earlier run is through with is drawn too, for the draws behind it to be the same.
     for _ in islice(prompts, extraction.n_done):
         pass
     n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
     starts = range(extraction.n_done, n_prompts, BLOCK)
     sizes = [min(BLOCK, n_prompts - start) for start in starts]
-    place = here()
-    for number, start in enumerate(
-        track(starts, "extraction", sizes, "prompts", done=extraction.n_done)
-    ):
+    processes = here()
+    blocks = track(starts, "extraction", sizes, "prompts", done=extraction.n_done)
+    for number, start in enumerate(blocks):
+        # Every process draws every block, so that the draws are one process's, and runs its own.
         block = list(islice(prompts, BLOCK))
-        turn = number % place.num_processes
-        if turn == place.process_index:
+        turn = number % processes.num_processes
+        if turn == processes.process_index:
             extraction.add(capture_last_tokens(decoder, block, layers, skip_nan=config.skip_nan))
         extraction.n_done += len(block)
         is_last = start == starts[-1]
-        is_round_over = turn == place.num_processes - 1
+        # Only then has every process run what `n_done` counts.
+        is_round_over = turn == processes.num_processes - 1
         if is_last or (is_round_over and extraction.is_due()):
             extraction.save()
     return extraction.whole()
@@ -150,7 +153,8 @@ def _drawn(tasks: Sequence[Task], config: FitConfig) -> Iterator[Prompt]:
 def _summed(moments: QKMoments) -> dict[str, Tensor]:
     """Returns what all processes saw, by name.
 
-    In the order of the names, since moments that were read from a file have their tensors in another one.
+    In the order of the names, since moments that were read from a file have their tensors in
+    another one.
     """
     tensors = moments.tensors()
     return {name: total(tensors[name]) for name in sorted(tensors)}

@@ -55,7 +55,8 @@ def measured(
 def prompts_by_task(
     tasks: Sequence[Task], config: FitConfig, token_counts: TokenCounts, sample: int
 ) -> dict[str, Texts]:
-    """Returns every task's few-shot prompts; the sample's are the first that the fit draws."""
+    """Returns every task's few-shot prompts; those read are the fit's first ones."""
+    # As `extraction` draws them.
     rng = np.random.default_rng(config.seed)
     by_task = {}
     for task in tasks:
@@ -75,8 +76,9 @@ def queries_by_task(
     sample: int,
     context_length: int | None,
 ) -> dict[str, Texts]:
-    """Returns every task's zero-shot queries; the sample's are the first that the fit draws."""
+    """Returns every task's zero-shot queries; those read are the fit's first ones."""
     limit = min(config.max_tokens, context_length or config.max_tokens)
+    # As `queries` draws them.
     rng = np.random.default_rng(config.seed + 1)
     by_task = {}
     for task in tasks:

@@ -11,7 +11,8 @@ from torch import Tensor
 def entropy(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
     """Returns the entropy of softmax(logits), in nats."""
     log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1)
+    probs = log_probs.exp()
+    return -(probs * log_probs).sum(-1)
 
 
 def option_loss(
@@ -21,8 +22,8 @@ def option_loss(
 ) -> Float[Tensor, ""]:
     """Returns the cross-entropy of the answers among their task's options.
 
-    Differs: the paper takes the whole vocabulary; among the options no step is spent on pushing the rest
-    of the vocabulary down, which scoring ignores.
+    Differs: the paper takes the whole vocabulary; among the options no step is spent on pushing the
+    rest of the vocabulary down, which scoring ignores.
 
     Args:
         logits: over the vocabulary, after each query.
@@ -52,12 +53,14 @@ def sparsity_loss(
 ) -> Float[Tensor, ""]:
     """Returns L_spar = mean_l w_l |alpha_l|_1 / rank.
 
-    w_l rises from 1 to `deepest_weight` with depth. The paper names the end of the ramp and not its start (open: 1.0).
+    w_l rises from 1 to `deepest_weight` with depth. The paper names the end of the ramp and not its
+    start (open: 1.0).
     """
     n_layers = routing_vector.shape[1]
     weights = torch.linspace(1.0, deepest_weight, n_layers, device=routing_vector.device)
-    sizes = routing_vector.abs().mean(-1)
-    return (sizes * weights).mean()
+    # A mean over the rank is the L1 norm over it, as the equation has it.
+    layer_sizes = routing_vector.abs().mean(-1)
+    return (layer_sizes * weights).mean()
 
 
 def gate_loss(head_gates: Float[Tensor, "batch n_layers n_heads"]) -> Float[Tensor, ""]:

@@ -18,8 +18,8 @@ SAME = 1e-9
 class QKMoments:
     """Streaming second moments of last-token queries and keys, per routed layer.
 
-    Count, sums and sums of outer products, so that streams merge by adding. They are kept in float64, where means
-    of a thousand standard deviations still leave nine digits of a covariance.
+    Count, sums and sums of outer products, so that streams merge by adding. They are kept in
+    float64, where means of a thousand standard deviations still leave nine digits of a covariance.
     """
 
     def __init__(self, n_layers: int, query_width: int, key_width: int):
@@ -89,7 +89,7 @@ class QKMoments:
 
     @classmethod
     def from_tensors(cls, state: dict[str, Tensor]) -> "QKMoments":
-        """The accumulator that `tensors` came from; ValueError where another version saved it."""
+        """The accumulator that `tensors` came from; ValueError if it was another version's."""
         moments = cls(0, 0, 0)
         odd_names = sorted(state.keys() ^ moments._state.keys())
         if odd_names:
@@ -114,7 +114,8 @@ def fit_pids(
         generator: draws the random basis.
 
     Raises:
-        ValueError: too few prompts or too narrow keys for `rank`, or a layer that tells no prompts apart.
+        ValueError: too few prompts or too narrow keys for `rank`, or a layer that tells no prompts
+            apart.
     """
     key_width = moments.tensors()["key_sum"].shape[-1]
     if not 1 <= rank <= key_width:
@@ -161,7 +162,7 @@ def _directions(
 
 
 def _check_varied(moments: QKMoments, side: Side) -> None:
-    """ValueError if a layer has the same vectors in all prompts, as layer 0 has of equal tokens."""
+    """ValueError if a layer's vectors are the same in all prompts, as layer 0's may be."""
     mean_square = moments.mean_square(side)
     variance = mean_square - moments.mean(side).square().sum(1)
     # Not the opposite comparison: a variance that is not a number is refused too.

@@ -63,13 +63,14 @@ class Plan:
             memory: bytes that are free.
             disk: bytes that are free.
             device: bytes that are free on the accelerator; None where there is none.
-            is_spread: whether the model is spread over devices. Where its weights go is accelerate's to see; those
-                of a quantised model are not known.
+            is_spread: whether the model is spread over devices. Where its weights go is
+                accelerate's to see; those of a quantised model are not known.
 
         Raises:
             ValueError: more is needed than is free.
         """
         weights = 0 if is_spread else self.memory.get("weights", 0)
+        # Without an accelerator the weights lie where the moments do.
         in_memory = self.memory["moments"]
         if device is None:
             in_memory += weights
@@ -104,6 +105,7 @@ def _check_room(what: str, needed: int, free: int, advice: str) -> None:
 def size(n_bytes: int) -> str:
     """Returns a number of bytes as people read it."""
     thousands = int(math.log(max(1, n_bytes), 1000))
+    # Whatever is larger stays in the last unit.
     power = min(len(_UNITS) - 1, thousands)
     return f"{n_bytes / 1000**power:.3g} {_UNITS[power]}"
 
@@ -159,7 +161,12 @@ def plan_fit(
     prompts = prompts_by_task(tasks, config, token_counts, sample)
     queries = queries_by_task(tasks, config, token_counts, sample, context_length(model))
     reckoning = Reckoning(
-        sizes, layers, list(prompts.values()), list(queries.values()), config, dtype.itemsize
+        sizes=sizes,
+        layers=layers,
+        prompts=list(prompts.values()),
+        queries=list(queries.values()),
+        config=config,
+        itemsize=dtype.itemsize,
     )
     memory = {
         "weights": reckoning.weights_bytes,

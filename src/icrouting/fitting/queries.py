@@ -41,7 +41,8 @@ def training_queries(
         features: what the router reads.
         first_layer: the first routed layer.
         config: settings.
-        folder: keeps the trunk's states, mapped into memory; None keeps them in a file without a name.
+        folder: keeps the trunk's states, mapped into memory; None keeps them in a file without a
+            name.
 
     Raises:
         ValueError: the states of a query, or with `skip_nan` of all queries, are not finite.
@@ -49,6 +50,7 @@ def training_queries(
     examples = _drawn(tasks, config)
     texts = [task.prompt(example) for task, example in examples]
     options = []
+    # Which tokens an option begins with depends on the text before it.
     for text, (task, example) in zip(texts, examples, strict=True):
         options.append(option_ids(decoder.tokenizer, text, task.options(example)))
     states = run_trunk(decoder, _shortened(decoder, texts, config), first_layer, folder)
@@ -60,6 +62,7 @@ def training_queries(
         raise ValueError(
             "no training query has finite states: load the model in float32 or bfloat16"
         )
+    # Training sees scaled features; the router is told the scale when it is trained.
     mean, std = features.scale(vectors[finite])
     scaled = (vectors - mean) / std
     queries = []
@@ -89,7 +92,7 @@ def _shortened(decoder: Decoder, texts: Sequence[str], config: FitConfig) -> lis
 
 
 def _tail(tokens: list[int], limit: int, bos: object) -> list[int]:
-    """The last `limit` tokens, behind the first one where that is the beginning-of-text token."""
+    """Returns `limit` tokens: the last ones, behind the beginning-of-text token if there is one."""
     if len(tokens) <= limit:
         return tokens
     if tokens[0] == bos and limit > 1:

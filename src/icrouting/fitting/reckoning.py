@@ -1,11 +1,13 @@
 """The figures of a fit that has not begun: parameters, bytes, FLOP and seconds.
 
-    moments   8 * n_routed * (query_width^2 + query_width + key_width^2 + key_width)       bytes, for any n_prompts
-    trunk     query tokens * hidden_size * itemsize                                        bytes, on disk
+    moments   8 * n_routed * (query_width^2 + query_width + key_width^2 + key_width)       bytes
+    trunk     query tokens * hidden_size * itemsize                                        bytes
     pass      2 * n_matrix * tokens + 4 * n_layers * query_width * sum of squared lengths  FLOP
-    training  2 * epochs * the routed layers' pass                FLOP; backward goes to activations alone
+    training  2 * epochs * the routed layers' pass                                         FLOP
 
-n_matrix counts the weights without embeddings and vocabulary head. docs/scaling.md holds this against measurements.
+The moments are as large for any n_prompts; the trunk lies on disk; training's backward pass goes
+to activations alone. n_matrix counts the weights without embeddings and vocabulary head.
+docs/scaling.md holds this against measurements.
 """
 
 from collections.abc import Sequence
@@ -58,6 +60,7 @@ class Sizes:
         """Returns the sizes of a model, which may be on the meta device."""
         dims = dims_of(model)
         stack = stack_of(model)
+        # An embedding is looked up: it multiplies nothing.
         embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         matrices = {*stack.parameters()} - embeddings
         return cls(
@@ -78,7 +81,7 @@ class Sizes:
 
 
 def pass_flops(sizes: Sizes, texts: Sequence[Texts], n_layers: int) -> float:
-    """Returns the FLOP of texts' pass through `n_layers` layers, without the vocabulary head."""
+    """Returns the FLOP of texts' pass through `n_layers` layers, without the head."""
     n_tokens = sum(each.tokens for each in texts)
     n_squares = sum(each.squares for each in texts)
     matrices = 2.0 * sizes.n_matrix / sizes.n_layers * n_tokens
@@ -148,6 +151,7 @@ class Reckoning:
     @property
     def extraction_batch_bytes(self) -> int:
         """Bytes of the largest batch of prompts in passing."""
+        # A prompt longer than the budget runs alone.
         padded = [max(1, TOKEN_BUDGET // texts.longest) * texts.longest for texts in self.prompts]
         n_tokens = min(max(padded), sum(texts.tokens for texts in self.prompts))
         # A pass makes about three times as many numbers as the matrices give.
@@ -176,7 +180,7 @@ class Reckoning:
     @property
     def artifact_bytes(self) -> int:
         """Bytes of the saved router and its PIDs."""
-        # Beside both directions, the standard deviations along them and their shares of the variance.
+        # Each direction comes with a standard deviation and a share of the variance.
         n_pids = self.n_routed * self.config.rank * (sum(self.widths) + 4)
         return FLOAT32 * (self.n_router + n_pids)
 

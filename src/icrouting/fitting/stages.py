@@ -41,8 +41,8 @@ def fit(
         tasks: the source tasks.
         config: settings.
         folder: keeps what the stages computed, so that a fit that was stopped goes on from there.
-        kind: which router is trained: the paper's, or a subclass of it that has other parts, or that trains the
-            directions along (`Router.adopt`).
+        kind: which router is trained: the paper's, or a subclass of it that has other parts, or
+            that trains the directions along (`Router.adopt`).
 
     Raises:
         ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
@@ -70,10 +70,12 @@ def fit(
             torch.Generator().manual_seed(config.seed),
         )
         router.to(decoder.device)
+        # The model's weights take no gradient: what is trained is the router.
         with frozen(decoder.model):
             pids = router.adopt(extract_pids(decoder, tasks, layers, config, folder))
             queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
             Trainer(decoder, pids, router, queries, config, folder).run()
+    # From here on the router reads features as they are.
     router.absorb(*scale)
     return pids, router.eval().requires_grad_(False), features
 
@@ -100,8 +102,8 @@ def claimed(
     It is made, or taken up where it was left.
 
     Raises:
-        ValueError: the folder holds another fit or the processes were started with different ones; what differs is
-            named.
+        ValueError: the folder holds another fit or the processes were started with different ones;
+            what differs is named.
     """
     settings = {
         **dataclasses.asdict(config),
@@ -122,7 +124,7 @@ def claimed(
 
 
 def _check_settings(folder: Path, settings: dict[str, object]) -> None:
-    """ValueError if a folder holds a fit with other settings; one that holds none keeps these."""
+    """ValueError if a folder holds a fit with other settings; an empty one keeps these."""
     file = folder / "fit.json"
     # So for the first process alone: others would write over each other.
     if not file.exists():

@@ -26,6 +26,7 @@ from icrouting.runtime.storage import load_tensors, save_tensors
 
 # Steps.
 CHECKPOINT_EVERY = 25
+# The objective's, in the order of its weights.
 _TERMS = ("ce", "conf", "spar", "gate")
 
 
@@ -49,7 +50,7 @@ class Query:
 
 
 def alpha_scale(step: int, n_steps: int, final: float) -> float:
-    """Returns the routing vector's scale at a step: a cosine from 1 to `final` over training."""
+    """Returns the routing vector's scale at a step: a cosine from 1 to `final`."""
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / max(1, n_steps)))
 
 
@@ -57,7 +58,8 @@ def alpha_scale(step: int, n_steps: int, final: float) -> float:
 class Trainer:
     """One router in training; its state can be saved after any step and taken up again.
 
-    Several processes share the queries of each step and add up their gradients, so that all have the same router.
+    Several processes share the queries of each step and add up their gradients, so that all have
+    the same router.
 
     Attributes:
         decoder: the frozen model.
@@ -84,6 +86,7 @@ class Trainer:
         self.log: list[dict[str, float]] = []
         steps_per_epoch = math.ceil(len(self.queries) / self.config.batch_size)
         self.n_steps = self.config.epochs * steps_per_epoch
+        # A checkpoint of an earlier run: training goes on from there.
         if self.folder is not None and (self.folder / "training.safetensors").exists():
             self._restore(self.folder)
 
@@ -106,7 +109,7 @@ class Trainer:
                 self._save()
 
     def _rows(self) -> list[int]:
-        """The queries of the current step; each epoch has an order of its own, drawn from the seed."""
+        """The queries of the current step; each epoch draws an order of its own."""
         steps_per_epoch = self.n_steps // self.config.epochs
         epoch, position = divmod(self.step, steps_per_epoch)
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
@@ -116,13 +119,13 @@ class Trainer:
     def _terms(
         self, entry: LateEntry, attachment: Attachment, queries: Sequence[Query]
     ) -> dict[str, Tensor]:
-        """Returns the means of the objective's terms over queries, and how many "queries" they are."""
+        """Returns the means of the objective's terms, and the number of "queries"."""
         device = self.decoder.device
         # More processes than queries in this step, or none of the queries is finite.
         if not queries:
             return {name: torch.zeros((), device=device) for name in (*_TERMS, "queries")}
-        features = torch.stack([query.features for query in queries]).to(device)
-        routing = self.router(features)
+        features = torch.stack([query.features for query in queries])
+        routing = self.router(features.to(device))
         scale = alpha_scale(self.step, self.n_steps, self.config.final_alpha_scale)
         attachment.routing = routing.scaled(scale)
         batch, hidden = pad_states([query.state for query in queries], self.decoder.pad_id)
@@ -133,7 +136,8 @@ class Trainer:
         # Once more without the others, as no mask helps: in backward, zero times NaN is NaN.
         if len(finite) < len(queries):
             return self._terms(entry, attachment, [queries[row] for row in finite])
-        plain_entropy = torch.tensor([query.state.entropy for query in queries], device=device)
+        entropies = [query.state.entropy for query in queries]
+        plain_entropy = torch.tensor(entropies, device=device)
         return {
             "ce": self._cross_entropy(logits, queries),
             "conf": losses.confidence_loss(logits, plain_entropy),
@@ -147,8 +151,10 @@ class Trainer:
     ) -> Float[Tensor, ""]:
         """Returns the cross-entropy of the answers, over what `ce_scope` says."""
         device = self.decoder.device
-        labels = torch.tensor([query.label for query in queries], dtype=torch.long, device=device)
+        label_list = [query.label for query in queries]
+        labels = torch.tensor(label_list, dtype=torch.long, device=device)
         id_lists = [torch.tensor(query.option_ids, device=device) for query in queries]
+        # Tasks differ in their number of options; negative tokens stand for missing ones.
         option_ids = pad_sequence(id_lists, batch_first=True, padding_value=-1)
         if self.config.ce_scope == "options":
             return losses.option_loss(logits, option_ids, labels)
@@ -158,63 +164,64 @@ class Trainer:
     def _update(self, terms: dict[str, Tensor]) -> None:
         """Takes one step on the mean over the queries of all processes."""
         config = self.config
-        parameters = list(self.router.parameters())
         means = torch.stack([terms[name] for name in _TERMS])
         weights = means.new_tensor([1.0, config.w_conf, config.w_spar, config.w_gate])
-        summed = self._summed(parameters, means, weights, terms["queries"])
-        n_queries = summed[-1].clone()
+        n_queries = terms["queries"]
+        gradient = self._gradient(means @ weights, n_queries)
+        # One behind the other, since every exchange between processes costs a wait.
+        sums = torch.cat([gradient, means.detach() * n_queries, n_queries[None]])
+        sums = total(sums)
+        n_queries = sums[-1]
         # None of the queries was finite: a step without a move.
         if not n_queries:
             self.step += 1
             return
-        averaged = summed / n_queries
-        n_terms = len(_TERMS)
-        means = averaged[-1 - n_terms : -1]
+        averages = sums / n_queries
+        sizes = [len(gradient), len(_TERMS), 1]
+        gradient, means, _ = averages.split(sizes)
         loss = (means @ weights).item()
-        if not averaged.isfinite().all():
+        if not averages.isfinite().all():
             raise ValueError(
                 f"the training loss is {loss} at step {self.step}, or its gradient is not finite: "
                 f"lower `lr` ({config.lr}) or load the model in float32"
             )
-        sizes = [parameter.numel() for parameter in parameters]
-        gradients = averaged[: sum(sizes)].split(sizes)
-        self.optimizer.zero_grad()
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.view_as(parameter)
-        torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        self.optimizer.step()
+        self._move(gradient)
         self.step += 1
-        logged = dict(zip(_TERMS, means.tolist(), strict=True))
-        self.log.append({"step": self.step, "loss": loss, **logged, "lr": config.lr})
+        term_values = dict(zip(_TERMS, means.tolist(), strict=True))
+        self.log.append({"step": self.step, "loss": loss, **term_values, "lr": config.lr})
 
-    def _summed(
-        self,
-        parameters: Sequence[Tensor],
-        means: Float[Tensor, "n_terms"],
-        weights: Float[Tensor, "n_terms"],
-        n_queries: Float[Tensor, ""],
-    ) -> Float[Tensor, "n_sums"]:
-        """Returns sums over the queries of all processes: the gradient, the terms, their number.
+    def _gradient(
+        self, loss: Float[Tensor, ""], n_queries: Float[Tensor, ""]
+    ) -> Float[Tensor, "n_parameters"]:
+        """Returns the gradient of the loss, summed over this process's queries."""
+        parameters = list(self.router.parameters())
+        # Without a query, the loss depends on no parameter.
+        if not n_queries:
+            return torch.cat([torch.zeros_like(each).detach().flatten() for each in parameters])
+        gradients = torch.autograd.grad(loss * n_queries, parameters)
+        return torch.cat([gradient.flatten() for gradient in gradients])
 
-        One behind the other, since every exchange between processes costs a wait.
-        """
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        if n_queries:
-            objective = (means @ weights) * n_queries
-            gradients = list(torch.autograd.grad(objective, parameters))
-        parts = [*gradients, means * n_queries, n_queries]
-        return total(torch.cat([part.detach().flatten() for part in parts]))
+    def _move(self, gradient: Float[Tensor, "n_parameters"]) -> None:
+        """Takes the optimizer's step along a gradient, which is clipped."""
+        parameters = list(self.router.parameters())
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part in zip(parameters, gradient.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        self.optimizer.step()
 
     def _save(self) -> None:
         """Writes a checkpoint and the log, if there is a folder."""
         if self.folder is None or not is_first():
             return
         tensors = {f"router.{name}": value for name, value in self.router.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
+        moving_averages = self.optimizer.state_dict()["state"]
+        for index, state in moving_averages.items():
             for kind, value in state.items():
                 tensors[f"optimizer.{index}.{kind}"] = value.clone()
         metadata = {"step": str(self.step), "log": json.dumps(self.log)}
         save_tensors(self.folder / "training.safetensors", tensors, metadata)
+        # Whole each time: a checkpoint that is taken up may be older than the last line.
         lines = [json.dumps(entry) + "\n" for entry in self.log]
         (self.folder / "training.jsonl").write_text("".join(lines))
 

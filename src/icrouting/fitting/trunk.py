@@ -1,7 +1,7 @@
 """The frozen trunk: the layers below the first routed one, run once per example, not per epoch.
 
-Routing starts at layer `first`. What enters it is the same for the plain and for the routed pass and in
-every epoch, so it is kept, and training runs the layers from `first` on.
+Routing starts at layer `first`. What enters it is the same for the plain and for the routed pass
+and in every epoch, so it is kept, and training runs the layers from `first` on.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -55,68 +55,117 @@ def run_trunk(
 ) -> list[TrunkState]:
     """Returns the trunk state of every prompt, from one plain pass each.
 
-    The hidden states, tokens * hidden_size numbers of the model's dtype, go to a file that is mapped into memory, so
-    they may be larger than it. A finished file is taken up again.
+    The hidden states, tokens * hidden_size numbers of the model's dtype, go to a file that is
+    mapped into memory, so they may be larger than it. A finished file is taken up again.
 
     Args:
         decoder: the model that is routed.
         token_lists: the prompts' tokens.
         first: the first routed layer.
-        folder: where the file goes; None makes one without a name. Several processes share the work, and need a folder
-            that all of them see.
+        folder: where the file goes; None makes one without a name. Several processes share the
+            work, and need a folder that all of them see.
         token_budget: tokens of a batch, padded.
 
     Raises:
         OSError: the disk does not hold the states.
     """
     lengths = [len(tokens) for tokens in token_lists]
-    n_tokens = sum(lengths)
-    width = decoder.hidden_size
-    dtype = decoder.model.dtype
     with ExitStack() as stack:
         if folder is None:
             # A mapped file stays readable, though its folder is deleted on leaving.
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
             folder = Path(decided(scratch))
-        file = folder / TRUNK_FILE
-        entropies_file = folder / "trunk.safetensors"
-        n_bytes = n_tokens * width * dtype.itemsize
-        about = {"first": str(first), "shape": str([n_tokens, width]), "dtype": str(dtype)}
+        files = _TrunkFiles(folder, first, sum(lengths), decoder.hidden_size, decoder.model.dtype)
         # The first process alone looks: it may change both files before another one would.
-        is_finished = is_first() and _is_finished(file, n_bytes, entropies_file, about)
+        is_finished = is_first() and files.are_finished()
         if not decided(is_finished):
-            if is_first():
-                # It would vouch for a file that a kill leaves half filled.
-                entropies_file.unlink(missing_ok=True)
-                _allocate(file, n_bytes)
-            wait()
-            try:
-                entropies = _fill(file, decoder, token_lists, first, token_budget)
-            except OSError as error:
-                raise OSError(
-                    f"cannot write {file} ({error}): make room or choose another folder"
-                ) from error
-            entropies = total(entropies)
-            if is_first():
-                save_tensors(entropies_file, {"entropies": entropies}, about)
-            wait()
-        entropies = load_tensors(entropies_file)[0]["entropies"].tolist()
-        numbers = torch.from_file(str(file), shared=False, size=n_tokens * width, dtype=dtype)
-        # No process deletes the folder before all have mapped the file.
+            _write(files, decoder, token_lists, token_budget)
+        entropies = load_tensors(files.entropies)[0]["entropies"].tolist()
+        hidden = files.mapped_states()
+        # The folder is not deleted before all processes have mapped the file.
         wait()
-    states = numbers.view(-1, width).split(lengths)
+    states = hidden.split(lengths)
     return [TrunkState(*parts) for parts in zip(token_lists, states, entropies, strict=True)]
 
 
-def _is_finished(file: Path, n_bytes: int, entropies_file: Path, about: dict[str, str]) -> bool:
-    """Whether a file holds all states of the very prompts' sizes, layer and dtype."""
-    if not file.exists() or file.stat().st_size != n_bytes:
-        return False
-    # The entropies are written last, so where they are, the states are whole.
-    if not entropies_file.exists():
-        return False
-    _, metadata = load_tensors(entropies_file)
-    return metadata == about
+@dataclass(frozen=True)
+class _TrunkFiles:
+    """The two files that a trunk is kept in.
+
+    Attributes:
+        folder: where they lie.
+        first: the first routed layer.
+        n_tokens: number of tokens of all prompts.
+        width: numbers in a token's state.
+        dtype: of the states.
+    """
+
+    folder: Path
+    first: int
+    n_tokens: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def states(self) -> Path:
+        """The file of states, one prompt's behind the other's."""
+        return self.folder / TRUNK_FILE
+
+    @property
+    def entropies(self) -> Path:
+        """The file of entropies; it is written last, so where it is, the states are whole."""
+        return self.folder / "trunk.safetensors"
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What the states are of, as the file of entropies has it in its metadata."""
+        return {
+            "first": str(self.first),
+            "shape": str([self.n_tokens, self.width]),
+            "dtype": str(self.dtype),
+        }
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file of states."""
+        return self.n_tokens * self.width * self.dtype.itemsize
+
+    def are_finished(self) -> bool:
+        """Whether both files are there, of this layer, shape and dtype."""
+        if not self.states.exists() or self.states.stat().st_size != self.n_bytes:
+            return False
+        if not self.entropies.exists():
+            return False
+        _, metadata = load_tensors(self.entropies)
+        return metadata == self.about
+
+    def mapped_states(self) -> Shaped[Tensor, "n_tokens hidden_size"]:
+        """The states, which are read from the file where they are used."""
+        size = self.n_tokens * self.width
+        # Not shared: what is written to the tensor goes to memory, never to the file.
+        numbers = torch.from_file(str(self.states), shared=False, size=size, dtype=self.dtype)
+        return numbers.view(-1, self.width)
+
+
+def _write(
+    files: _TrunkFiles, decoder: Decoder, token_lists: Sequence[list[int]], token_budget: int
+) -> None:
+    """Runs the trunk of all prompts into both files; all processes take part."""
+    if is_first():
+        # It would vouch for a file that a kill leaves half filled.
+        files.entropies.unlink(missing_ok=True)
+        _allocate(files.states, files.n_bytes)
+    wait()
+    try:
+        entropies = _fill(files.states, decoder, token_lists, files.first, token_budget)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {files.states} ({error}): make room or choose another folder"
+        ) from error
+    entropies = total(entropies)
+    if is_first():
+        save_tensors(files.entropies, {"entropies": entropies}, files.about)
+    wait()
 
 
 def _fill(
@@ -143,6 +192,7 @@ def _fill(
             batch = pad([token_lists[row] for row in group], decoder.pad_id).to(decoder.device)
             logits = next_token_logits(decoder.model, batch)
             entropies[group] = entropy(logits).cpu()
+            # What the pass left when it entered the first routed layer.
             padded_states = entering.pop().to("cpu", dtype)
             for row, padded in zip(group, padded_states, strict=True):
                 stream.seek(starts[row] * token_bytes)
