@@ -32,7 +32,7 @@ class Texts:
 
 
 def measured(
-    texts: list[str], count: int, token_counts: TokenCounts, limit: float = math.inf
+    texts: list[str], count: int, token_counts: TokenCounts, limit: int | None = None
 ) -> Texts:
     """Returns what `count` texts are together, of which some are a sample.
 
@@ -40,9 +40,11 @@ def measured(
         texts: the sample, whose mean length stands for all.
         count: number of all texts.
         token_counts: gives the lengths of texts.
-        limit: tokens that are left of a longer text.
+        limit: tokens that are left of a longer text; None leaves all.
     """
-    lengths = np.minimum(token_counts(texts), limit)
+    lengths = np.array(token_counts(texts))
+    if limit is not None:
+        lengths = np.minimum(lengths, limit)
     scale = count / len(texts)
     return Texts(
         count=count,
