@@ -82,15 +82,15 @@ def train(model, tokenizer, task, config, folder: Path) -> None:
 
     from icrouting.decoder.decoder import Decoder
     from icrouting.decoder.families import dims_of
-    from icrouting.fitting.extraction import extract
     from icrouting.fitting.queries import training_queries
+    from icrouting.fitting.stages import extract_pids
     from icrouting.fitting.training import Trainer
     from icrouting.routing.features import features_of
     from icrouting.routing.router import Router
 
     features = features_of(config.encoder, Decoder.of(model, tokenizer), "cpu")
     few_prompts = dataclasses.replace(config, n_prompts=8)
-    pids = extract(Decoder.of(model, tokenizer), [task], LAYERS, few_prompts, None)
+    pids = extract_pids(Decoder.of(model, tokenizer), [task], LAYERS, few_prompts, None)
     queries, _ = training_queries(
         Decoder.of(model, tokenizer), [task], features, LAYERS[0], config, folder
     )
@@ -105,14 +105,14 @@ def train(model, tokenizer, task, config, folder: Path) -> None:
 def measure(stage: str, size: int, folder: Path) -> dict[str, float]:
     from icrouting.config import HIDDEN, FitConfig
     from icrouting.decoder.decoder import Decoder
-    from icrouting.fitting.extraction import extract
+    from icrouting.fitting.stages import extract_pids
 
     model, tokenizer, task = small_model(max(size, 1000))
     config = FitConfig(n_prompts=size, n_queries=size, rank=4, encoder=HIDDEN, epochs=1)
     started = time.monotonic()
     with Peak() as peak:
         if stage == "extraction":
-            extract(Decoder.of(model, tokenizer), [task], LAYERS, config, None)
+            extract_pids(Decoder.of(model, tokenizer), [task], LAYERS, config, None)
         else:
             train(model, tokenizer, task, config, folder)
     file = folder / "trunk.bin"

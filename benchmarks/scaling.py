@@ -22,9 +22,9 @@ from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
-from icrouting.fitting.extraction import extract
 from icrouting.fitting.plan import Plan, plan_fit
 from icrouting.fitting.queries import training_queries
+from icrouting.fitting.stages import extract_pids
 from icrouting.fitting.training import Trainer
 from icrouting.routing.features import features_of
 from icrouting.routing.pids import late_third
@@ -57,7 +57,7 @@ def measured(data: str, names: tuple[str, ...], config: FitConfig, trains: bool)
     # Linux: the peak so far, of loading, is forgotten.
     Path("/proc/self/clear_refs").write_text("5")
     started = time.process_time()
-    pids = extract(Decoder.of(model, tokenizer), tasks, layers, config, None)
+    pids = extract_pids(Decoder.of(model, tokenizer), tasks, layers, config, None)
     seconds = {"extraction": time.process_time() - started}
     peak = peak_bytes() - before
     if trains:

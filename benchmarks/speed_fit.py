@@ -43,7 +43,7 @@ def paper_terms(model, bias, trainer, queries):
     }
     rows = torch.arange(len(queries), device=batch.last.device)
     with torch.no_grad():
-        plain = trainer.model(**inputs).logits[rows, batch.last].float()
+        plain = trainer.decoder.model(**inputs).logits[rows, batch.last].float()
     bias.routing = routing.scaled(scale)
     logits = model(**inputs).logits[rows, batch.last].float()
     right_ids = [query.option_ids[query.label] for query in queries]

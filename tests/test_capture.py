@@ -7,7 +7,6 @@ import tiny
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import attention_of, dims_of
 from icrouting.fitting.capture import capture_last_tokens, captured
-from icrouting.routing.pids import late_third
 from icrouting.tasks.prompts import Prompt, extraction_prompts
 
 LAYERS = (2, 4)
@@ -20,16 +19,14 @@ def keep(entering, layer):
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_captured_states_are_the_projections_of_the_last_token(family, tokenizer):
     model, task = tiny.model(family), tiny.task()
-    texts = [task.prompt(example) for example in task.test] + [
-        "joy",
-        "a longer text of the film and its plot :",
-    ]
+    decoder = Decoder.of(model, tokenizer)
+    texts = [task.prompt(example) for example in task.test]
+    texts += ["joy", "a longer text of the film and its plot :"]
     prompts = [Prompt("", text) for text in texts]
-    pieces = list(
-        capture_last_tokens(Decoder.of(model, tokenizer), prompts, LAYERS, token_budget=70)
-    )
-    assert len(pieces) > 2, "several batches"
-    query, key = (torch.cat(side, dim=1) for side in zip(*pieces, strict=True))
+    batches = list(capture_last_tokens(decoder, prompts, LAYERS, token_budget=70))
+    assert len(batches) > 2, "several batches"
+    query, key = (torch.cat(side, dim=1) for side in zip(*batches, strict=True))
+    # Prompt by prompt, from what enters the attention.
     slow = []
     for text in texts:
         entering = {}
@@ -42,7 +39,8 @@ def test_captured_states_are_the_projections_of_the_last_token(family, tokenizer
         model(**tokenizer(text, return_tensors="pt"))
         for hook in hooks:
             hook.remove()
-        attention, hidden = attention_of(model, LAYERS[1]), entering[LAYERS[1]][0, -1]
+        attention = attention_of(model, LAYERS[1])
+        hidden = entering[LAYERS[1]][0, -1]
         if family == "gemma3":
             heads = attention.q_proj(hidden).unflatten(-1, (-1, attention.head_dim))
             slow.append(attention.q_norm(heads).flatten())
@@ -59,49 +57,46 @@ def test_captured_states_are_the_projections_of_the_last_token(family, tokenizer
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_a_shared_context_computed_once_gives_the_same_states(family, tokenizer):
     model, task = tiny.model(family), tiny.task()
+    decoder = Decoder.of(model, tokenizer)
     prompts = list(extraction_prompts(task, 9, 1, np.random.default_rng(0), per_context=4))
-    ran = []
-    with model.register_forward_pre_hook(
-        lambda m, args, kw: ran.append(kw["input_ids"].numel()), with_kwargs=True
-    ):
-        shared = list(
-            capture_last_tokens(Decoder.of(model, tokenizer), prompts, LAYERS, token_budget=70)
-        )
-    cached = min(len(tokenizer(prompt.context).input_ids) for prompt in prompts)
-    assert all(query.shape[1] <= max(1, 70 // cached) for query, _ in shared), (
-        "what a row has cached counts too"
-    )
-    alone = [
-        p for q in prompts for p in capture_last_tokens(Decoder.of(model, tokenizer), [q], LAYERS)
-    ]
+    n_read = []
+
+    def count(module, args, kwargs):
+        n_read.append(kwargs["input_ids"].numel())
+
+    with model.register_forward_pre_hook(count, with_kwargs=True):
+        shared = list(capture_last_tokens(decoder, prompts, LAYERS, token_budget=70))
+    n_cached = min(len(tokenizer(prompt.context).input_ids) for prompt in prompts)
+    for query, _ in shared:
+        assert query.shape[1] <= max(1, 70 // n_cached), "what a row has cached counts too"
+    alone = []
+    for prompt in prompts:
+        alone += capture_last_tokens(decoder, [prompt], LAYERS)
     for side in (0, 1):
-        got, expected = (
-            torch.cat([piece[side][1] for piece in pieces]) for pieces in (shared, alone)
-        )
-        assert torch.cdist(got, expected).min(1).values.max() < 1e-3
-        assert torch.cdist(expected, got).min(1).values.max() < 1e-3
-    assert (
-        0
-        < sum(ran)
-        < sum(len(tokens) for tokens in tokenizer([p.text for p in prompts[:8]]).input_ids)
-    )
+        together = torch.cat([batch[side][1] for batch in shared])
+        expected = torch.cat([batch[side][1] for batch in alone])
+        assert torch.cdist(together, expected).min(1).values.max() < 1e-3
+        assert torch.cdist(expected, together).min(1).values.max() < 1e-3
+    # Two contexts of four prompts each; the ninth has one to itself.
+    token_lists = tokenizer([prompt.text for prompt in prompts[:8]]).input_ids
+    assert 0 < sum(n_read) < sum(len(tokens) for tokens in token_lists)
 
 
 def test_a_prompt_that_is_not_finite_is_named_and_left_out_only_if_asked(tokenizer, caplog):
     model, task = tiny.model("llama"), tiny.task()
+    decoder = Decoder.of(model, tokenizer)
     prompts = [Prompt("", task.prompt(example)) for example in task.test]
     with torch.no_grad():
         token = tokenizer(prompts[2].text).input_ids[4]
         model.get_input_embeddings().weight[token] = torch.nan
     odd = [prompt for prompt in prompts if token in tokenizer(prompt.text).input_ids]
     assert 0 < len(odd) < len(prompts)
-    with pytest.raises(
-        ValueError, match=r"NaN or infinity in the queries or keys of .* leave such prompts out"
-    ):
-        list(capture_last_tokens(Decoder.of(model, tokenizer), prompts, LAYERS))
-    pieces = list(capture_last_tokens(Decoder.of(model, tokenizer), prompts, LAYERS, skip_nan=True))
-    assert sum(query.shape[1] for query, _ in pieces) == len(prompts) - len(odd)
-    assert all(query.isfinite().all() for query, _ in pieces)
+    refusal = r"NaN or infinity in the queries or keys of .* leave such prompts out"
+    with pytest.raises(ValueError, match=refusal):
+        list(capture_last_tokens(decoder, prompts, LAYERS))
+    batches = list(capture_last_tokens(decoder, prompts, LAYERS, skip_nan=True))
+    assert sum(query.shape[1] for query, _ in batches) == len(prompts) - len(odd)
+    assert all(query.isfinite().all() for query, _ in batches)
     assert any(repr(prompt.query[-60:]) in caplog.text for prompt in odd)
 
 
@@ -116,18 +111,7 @@ def test_a_family_that_cannot_be_routed_is_refused_by_name(tokenizer):
     config = GPTJConfig(
         vocab_size=31, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, bos_token_id=0, eos_token_id=0
     )
-    with pytest.raises(
-        ValueError, match="'gptj' models cannot be routed: looked for queries and keys"
-    ):
-        list(
-            capture_last_tokens(
-                Decoder.of(AutoModelForCausalLM.from_config(config), tokenizer),
-                [Prompt("", "a")],
-                (0,),
-            )
-        )
-
-
-def test_the_last_third_is_that_of_the_paper():
-    assert late_third(30) == tuple(range(20, 30))
-    assert late_third(32) == tuple(range(20, 32))  # L/3*2+1 .. L counted from one, integer division
+    decoder = Decoder.of(AutoModelForCausalLM.from_config(config), tokenizer)
+    refusal = "'gptj' models cannot be routed: looked for queries and keys"
+    with pytest.raises(ValueError, match=refusal):
+        list(capture_last_tokens(decoder, [Prompt("", "a")], (0,)))

@@ -13,7 +13,6 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids, score_options
 from icrouting.evaluation.evaluate import Evaluation
 from icrouting.fitting import stages
-from icrouting.fitting.extraction import extract
 from icrouting.fitting.queries import training_queries
 from icrouting.fitting.training import Trainer
 from icrouting.icr import InContextRouter
@@ -217,7 +216,7 @@ def test_directions_get_the_gradient_of_a_finite_difference(config, tokenizer):
     model, task = tiny.model("llama"), TASK
     config = dataclasses.replace(config, epochs=1, basis="random", w_conf=0.0)
     features = features_of(config.encoder, Decoder.of(model, tokenizer), "cpu")
-    pids = extract(Decoder.of(model, tokenizer), [task], (3, 4), config, None)
+    pids = stages.extract_pids(Decoder.of(model, tokenizer), [task], (3, 4), config, None)
     queries, _ = training_queries(Decoder.of(model, tokenizer), [task], features, 3, config)
     router = controls._TrainedDirections(12, 2, 6, 3, 13, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(

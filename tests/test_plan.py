@@ -16,7 +16,9 @@ from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.families import dims_of, family_of, stack_of
 from icrouting.decoder.loading import load_skeleton
 from icrouting.fitting import plan
+from icrouting.fitting.lengths import Texts
 from icrouting.fitting.pca import QKMoments
+from icrouting.fitting.reckoning import Sizes, pass_flops
 from icrouting.routing.pids import late_third
 
 RECIPES = Path(__file__).parents[1] / "benchmarks" / "recipes"
@@ -86,18 +88,19 @@ def test_a_real_fit_runs_the_tokens_and_leaves_the_bytes_that_were_planned(
 ):
     model = tiny.model("llama")
     config = FitConfig(**vars(SMALL) | {"layers": layers})
-    expected, tokens = planned(model, tokenizer, config, sample=500), []
-    family_of(model)  # the probe's passes are none of the fit's
-    with stack_of(model).register_forward_pre_hook(
-        lambda module, args, kwargs: tokens.append(int(kwargs["attention_mask"].sum())),
-        with_kwargs=True,
-    ):
+    expected = planned(model, tokenizer, config, sample=500)
+    n_tokens = []
+
+    def count(module, args, kwargs):
+        n_tokens.append(int(kwargs["attention_mask"].sum()))
+
+    # The probe's passes are none of the fit's.
+    family_of(model)
+    with stack_of(model).register_forward_pre_hook(count, with_kwargs=True):
         icr = InContextRouter.fit(model, tokenizer, TASKS, config)
-    extraction, queries = (
-        sum(texts.tokens for texts in kind.values())
-        for kind in (expected.prompts, expected.queries)
-    )
-    assert sum(tokens) == extraction + (1 + config.epochs) * queries
+    extraction = sum(texts.tokens for texts in expected.prompts.values())
+    queries = sum(texts.tokens for texts in expected.queries.values())
+    assert sum(n_tokens) == extraction + (1 + config.epochs) * queries
     icr.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(
         expected.disk["router"], rel=0.05
@@ -108,41 +111,40 @@ def test_a_real_fit_runs_the_tokens_and_leaves_the_bytes_that_were_planned(
 
 def test_prompts_are_counted_as_the_rows_allow_and_a_sample_stands_for_all(tokenizer):
     model = tiny.model("llama")
-    whole, sampled, guessed = (
-        planned(model, tokenizer),
-        planned(model, tokenizer, sample=5),
-        planned(model),
-    )
+    whole = planned(model, tokenizer)
+    sampled = planned(model, tokenizer, sample=5)
+    guessed = planned(model)
     assert {name: texts.count for name, texts in whole.prompts.items()} == {"toy": 12, "other": 7}
     assert {name: texts.count for name, texts in whole.queries.items()} == {"toy": 40, "other": 7}
     assert max(texts.longest for texts in guessed.queries.values()) <= SMALL.max_tokens
     for kind in ("prompts", "queries"):
-        counts = [
-            {name: texts.count for name, texts in getattr(of, kind).items()}
-            for of in (whole, sampled, guessed)
-        ]
+        counts, tokens = [], []
+        for plan_of_fit in (whole, sampled, guessed):
+            by_task = getattr(plan_of_fit, kind)
+            counts.append({name: texts.count for name, texts in by_task.items()})
+            tokens.append(sum(texts.tokens for texts in by_task.values()))
         assert counts[0] == counts[1] == counts[2]
-        tokens = [
-            sum(texts.tokens for texts in getattr(of, kind).values()) for of in (whole, sampled)
-        ]
         assert tokens[1] == pytest.approx(tokens[0], rel=0.2)
 
 
 def test_without_a_tokenizer_tokens_are_reckoned_from_characters():
     config = replace(SMALL, max_tokens=1000)
-    found = planned(tiny.model("llama"), config=config, sample=100).queries
+    queries = planned(tiny.model("llama"), config=config, sample=100).queries
     for task in TASKS:
         n_chars = sum(len(task.prompt(row)) for row in task.train)
-        assert found[task.name].tokens == pytest.approx(n_chars / 3.8, abs=0.5)
+        assert queries[task.name].tokens == pytest.approx(n_chars / 3.8, abs=0.5)
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_moments_take_the_bytes_of_the_real_ones(family):
-    model, n_routed = tiny.model(family), len(late_third(5))
+    model = tiny.model(family)
     dims = dims_of(model)
+    n_routed = len(late_third(5))
     moments = QKMoments(n_routed, dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
-    nbytes = sum(value.nbytes for name, value in moments.tensors().items() if name != "count")
-    assert planned(model).memory["moments"] == planned(model).disk["moments"] == nbytes
+    n_bytes = sum(value.nbytes for name, value in moments.tensors().items() if name != "count")
+    plan_of_fit = planned(model)
+    assert plan_of_fit.memory["moments"] == n_bytes
+    assert plan_of_fit.disk["moments"] == n_bytes
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2", "opt", "phi3"])
@@ -150,33 +152,39 @@ def test_the_work_of_a_pass_is_what_torch_counts(family):
     model, batch, length = tiny.model(family, "eager"), 3, 29
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         stack_of(model)(input_ids=torch.ones(batch, length, dtype=torch.long), use_cache=False)
-    texts = plan.Texts(batch, batch * length, batch * length**2, length)
+    texts = Texts(batch, batch * length, batch * length**2, length)
     # biases and norms are weights that multiply no matrix: more of these models than of real ones
-    assert plan.pass_flops(model, [texts], 5) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert pass_flops(Sizes.of(model), [texts], 5) == pytest.approx(
+        counter.get_total_flops(), rel=0.1
+    )
 
 
 def test_a_third_of_the_layers_is_a_third_of_the_work():
-    model, texts = tiny.model("llama"), [plan.Texts(2, 20, 200, 10)]
-    assert 5 * plan.pass_flops(model, texts, 2) == pytest.approx(
-        2 * plan.pass_flops(model, texts, 5)
-    )
+    model = tiny.model("llama")
+    sizes = Sizes.of(model)
+    texts = [Texts(2, 20, 200, 10)]
+    two_layers = pass_flops(sizes, texts, 2)
+    all_layers = pass_flops(sizes, texts, 5)
+    assert 5 * two_layers == pytest.approx(2 * all_layers)
     slow, fast = planned(model).seconds(1e9), planned(model).seconds(1e10)
     assert slow["training"] == pytest.approx(10 * fast["training"])
 
 
 def test_what_just_fits_is_let_through_and_a_byte_less_is_refused_with_advice():
-    of = planned(tiny.model("llama"))
-    weights, moments, disk = of.memory["weights"], of.memory["moments"], sum(of.disk.values())
-    of.check(weights + moments, disk, None)
-    of.check(moments, disk, weights)
-    for room, said in (
+    plan_of_fit = planned(tiny.model("llama"))
+    weights = plan_of_fit.memory["weights"]
+    moments = plan_of_fit.memory["moments"]
+    disk = sum(plan_of_fit.disk.values())
+    plan_of_fit.check(weights + moments, disk, None)
+    plan_of_fit.check(moments, disk, weights)
+    for room, advice in (
         ((weights + moments - 1, disk, None), "--layers"),
         ((moments - 1, disk, weights), "of memory"),
         ((moments, disk - 1, weights), "--out"),
         ((moments, disk, weights - 1), "accelerator"),
     ):
-        with pytest.raises(ValueError, match=said) as caught:
-            of.check(*room)
+        with pytest.raises(ValueError, match=advice) as caught:
+            plan_of_fit.check(*room)
         assert "\n" not in str(caught.value)
 
 

@@ -1,10 +1,10 @@
-"""Capture: the last token's queries and keys of every routed layer, prompt by prompt (section 2)."""
+"""Capture: the last token's queries and keys of every routed layer (section 2)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,22 +15,29 @@ from icrouting.decoder.passes import after_prefix, by_context
 from icrouting.decoder.sites import watched
 from icrouting.tasks.prompts import Prompt
 
+# Tokens of a batch, padded.
 TOKEN_BUDGET = 4096
+
+QueriesAndKeys = tuple[
+    Float[Tensor, "n_layers batch query_width"], Float[Tensor, "n_layers batch key_width"]
+]
 
 
 @contextmanager
 def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[dict[str, Tensor]]]:
-    """Inside, every forward leaves each layer's "query" and "key" projections in the yielded dicts.
+    """Inside, every forward leaves each layer's queries and keys in the yielded dicts.
 
     One dict per layer of `layers`, with [batch, q_len, n_heads * head_dim] under "query" and
     [batch, q_len, n_kv_heads * head_dim] under "key", before rotary embedding.
     """
-    family, dims = family_of(model), dims_of(model)
+    family = family_of(model)
+    dims = dims_of(model)
     with ExitStack() as stack:
-        yield [
-            stack.enter_context(watched(attention_of(model, layer), family, dims))
-            for layer in layers
-        ]
+        stores = []
+        for layer in layers:
+            store = watched(attention_of(model, layer), family, dims)
+            stores.append(stack.enter_context(store))
+        yield stores
 
 
 @torch.no_grad()
@@ -41,32 +48,45 @@ def capture_last_tokens(
     *,
     skip_nan: bool = False,
     token_budget: int = TOKEN_BUDGET,
-) -> Iterator[
-    tuple[Float[Tensor, "n_layers batch query_width"], Float[Tensor, "n_layers batch key_width"]]
-]:
-    """Yields the last token's queries and keys of a batch of prompts at a time, in float32.
+) -> Iterator[QueriesAndKeys]:
+    """Yields the last token's queries and keys of a batch of prompts at a time.
 
-    Prompts are batched by length, so the order is not theirs. A context that several share is computed once. ValueError
-    where a prompt's queries or keys are not finite, and `skip_nan` does not say to leave it out.
+    They are in float32, on the processor.
+    Prompts are batched by length, so the order is not theirs. A context that several share is
+    computed once.
+
+    Args:
+        decoder: what reads the prompts.
+        prompts: what is read.
+        layers: the routed layers.
+        skip_nan: leave out a prompt whose queries or keys are not finite.
+        token_budget: tokens of a batch, padded.
+
+    Raises:
+        ValueError: a prompt's queries or keys are not finite, and it is not to be left out.
     """
     token_lists = decoder.tokenize([prompt.text for prompt in prompts])
     with captured(decoder.model, layers) as stores:
         for cache, batch in by_context(decoder, prompts, token_lists, token_budget):
             if cache is not None:
                 after_prefix(decoder.model, cache, batch)
-            else:  # the vocabulary head need not run
+            else:
+                # The stack alone: the vocabulary head need not run.
                 mask = batch.attention_mask.long()
                 decoder.stack(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
-            places = (
-                torch.arange(len(batch.rows)),
-                batch.last.cpu(),
-            )  # layers may lie on several devices
-            query, key = (
-                torch.stack([store[name][places].float().cpu() for store in stores])
-                for name in ("query", "key")
-            )
-            finite = (query.isfinite().all(-1) & key.isfinite().all(-1)).all(0)
-            rows_kept = finite_rows(
-                finite, [prompts[row].query for row in batch.rows], "queries or keys", skip_nan
-            )
-            yield query[:, rows_kept], key[:, rows_kept]
+            # On the processor, as layers may lie on several devices.
+            last = batch.last.cpu()
+            query = _at([store["query"] for store in stores], last)
+            key = _at([store["key"] for store in stores], last)
+            is_finite = (query.isfinite().all(-1) & key.isfinite().all(-1)).all(0)
+            texts = [prompts[row].query for row in batch.rows]
+            finite = finite_rows(is_finite, texts, "queries or keys", skip_nan)
+            yield query[:, finite], key[:, finite]
+
+
+def _at(
+    layer_outputs: Sequence[Float[Tensor, "batch q_len width"]], positions: Int[Tensor, "batch"]
+) -> Float[Tensor, "n_layers batch width"]:
+    """Returns every layer's output at one position of each row, in float32."""
+    rows = torch.arange(len(positions))
+    return torch.stack([output[rows, positions].float().cpu() for output in layer_outputs])

@@ -1,8 +1,7 @@
 """Extraction: few-shot prompts of the source tasks, pooled into moments (stage 1)."""
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,22 +11,95 @@ from torch import Tensor
 
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.sites import Dims
 from icrouting.fitting.capture import capture_last_tokens
-from icrouting.fitting.pca import QKMoments, fit_pids
-from icrouting.routing.pids import PIDs
-from icrouting.runtime.processes import decided, here, total
+from icrouting.fitting.pca import QKMoments
+from icrouting.runtime.processes import decided, here, is_first, total
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors
-from icrouting.tasks.prompts import extraction_prompts
+from icrouting.tasks.prompts import Prompt, extraction_prompts
 from icrouting.tasks.task import Task
 
+MOMENTS_FILE = "moments.safetensors"
 SAVE_EVERY_SECONDS = 20.0
+# Moments of a wide model are gigabytes: writing them takes a twentieth of the time at most.
+SAVING_SHARE = 1 / 20
+# Prompts; what a process takes at a time, and batches by length.
+BLOCK = 32
+# Batches; the moments of a wide model are slower to add to than a batch is to run.
+HELD = 64
 
 
-BLOCK = 32  # prompts; what a process takes at a time, and batches by length
+class Extraction:
+    """What has been seen of the prompts so far; it can be saved and taken up again.
 
+    Every process has one. The moments are those of the prompts that this process ran; the first
+    process's include what an earlier run saved. The memory taken does not depend on the number of
+    prompts.
 
-HELD = 64  # batches; the moments of a wide model are gigabytes, and slower to add to than a batch is to run
+    Attributes:
+        moments: what this process has seen, without the batches that are held back.
+        n_done: number of prompts that all processes together are through with.
+        file: where to save; None saves nothing.
+    """
+
+    def __init__(self, n_layers: int, dims: Dims, file: Path | None):
+        query_width = dims.n_heads * dims.head_dim
+        key_width = dims.n_kv_heads * dims.head_dim
+        self.moments = QKMoments(n_layers, query_width, key_width)
+        self.n_done = 0
+        self.file = file
+        self._held_back: list[tuple[Tensor, Tensor]] = []
+        self._wait_to_save()
+
+    def load(self) -> None:
+        """Takes up what an earlier run saved, if there is anything."""
+        if self.file is None or not self.file.exists():
+            return
+        tensors, metadata = load_tensors(self.file)
+        self.n_done = int(metadata["n_done"])
+        # The file holds what all processes saw, so that it counts once: in the first one's sums.
+        if is_first():
+            self.moments = QKMoments.from_tensors(tensors)
+        self._wait_to_save()
+
+    def add(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Adds the queries and keys of a block of prompts; a few blocks are held back."""
+        self._held_back.extend(batches)
+        if len(self._held_back) >= HELD:
+            self._add_held_back()
+
+    def is_due(self) -> bool:
+        """Whether the first process's clock says to save; all processes ask together."""
+        return decided(time.monotonic() > self._due)
+
+    def save(self) -> None:
+        """Writes what all processes saw; all of them save together."""
+        self._add_held_back()
+        if self.file is None:
+            return
+        started = time.monotonic()
+        state = _summed(self.moments)
+        if is_first():
+            save_tensors(self.file, state, {"n_done": str(self.n_done)})
+        self._wait_to_save(time.monotonic() - started)
+
+    def whole(self) -> QKMoments:
+        """Returns the moments of all processes together."""
+        self._add_held_back()
+        return QKMoments.from_tensors(_summed(self.moments))
+
+    def _add_held_back(self) -> None:
+        if not self._held_back:
+            return
+        queries = [query for query, _ in self._held_back]
+        keys = [key for _, key in self._held_back]
+        self.moments.update(torch.cat(queries, dim=1), torch.cat(keys, dim=1))
+        self._held_back.clear()
+
+    def _wait_to_save(self, seconds_saving: float = 0.0) -> None:
+        pause = max(SAVE_EVERY_SECONDS, seconds_saving / SAVING_SHARE)
+        self._due = time.monotonic() + pause
 
 
 def extract(
@@ -36,55 +108,53 @@ def extract(
     layers: tuple[int, ...],
     config: FitConfig,
     folder: Path | None,
-) -> PIDs:
-    """Returns the PIDs of few-shot prompts of all source tasks, pooled (stages 1 and 2).
+) -> QKMoments:
+    """Returns the moments of few-shot prompts of all source tasks, pooled (stage 1).
 
-    Processes take blocks of prompts in turn. What all of them saw is kept at the end of a round, so that any number
-    of processes can go on from there; the memory taken does not depend on the number of prompts.
+    Processes take blocks of prompts in turn. What all of them saw is kept at the end of a round, so
+    that any number of processes can go on from there.
     """
-    rng, shape = np.random.default_rng(config.seed), (config.n_prompts, config.demos_per_class)
-    prompts = (
-        p
-        for task in tasks
-        for p in extraction_prompts(task, *shape, rng, config.queries_per_context)
-    )
+    file = folder / MOMENTS_FILE if folder is not None else None
+    extraction = Extraction(len(layers), decoder.dims, file)
+    extraction.load()
+    prompts = _drawn(tasks, config)
+    # What an earlier run is through with is drawn too, for the draws behind it to be the same.
+    for _ in islice(prompts, extraction.n_done):
+        pass
     n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
-    dims, place, n_done = decoder.dims, here(), 0
-    moments = QKMoments(len(layers), dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim)
-    kept = folder / "moments.safetensors" if folder else None
-    if kept is not None and kept.exists():
-        tensors, metadata = load_tensors(kept)
-        n_done = int(metadata["n_done"])
-        moments = QKMoments.from_tensors(tensors) if place.is_main_process else moments
-    due, blocks, held = (
-        time.monotonic() + SAVE_EVERY_SECONDS,
-        list(range(n_done, n_prompts, BLOCK)),
-        [],
-    )
-    sizes = [min(BLOCK, n_prompts - start) for start in blocks]
-    deque(islice(prompts, n_done), maxlen=0)
-    for number, start in enumerate(track(blocks, "extraction", sizes, "prompts", n_done)):
-        block, turn = list(islice(prompts, BLOCK)), number % place.num_processes
-        if turn == place.process_index:
-            held += capture_last_tokens(decoder, block, layers, skip_nan=config.skip_nan)
-        is_last = start == blocks[-1]
-        is_due = turn == place.num_processes - 1 and decided(time.monotonic() > due)
-        if held and (is_due or is_last or len(held) >= HELD):
-            moments.update(*(torch.cat(side, dim=1) for side in zip(*held, strict=True)))
-            held.clear()
-        if kept is not None and (is_due or is_last):
-            begun, whole = time.monotonic(), _summed(moments)
-            if place.is_main_process:
-                save_tensors(kept, whole, {"n_done": str(start + len(block))})
-            # Moments of a wide model are gigabytes: writing them takes a twentieth of the time at most.
-            due = time.monotonic() + max(SAVE_EVERY_SECONDS, 20 * (time.monotonic() - begun))
-    moments = QKMoments.from_tensors(_summed(moments))
-    return fit_pids(
-        moments, layers, config.rank, config.basis, torch.Generator().manual_seed(config.seed)
-    )
+    starts = range(extraction.n_done, n_prompts, BLOCK)
+    sizes = [min(BLOCK, n_prompts - start) for start in starts]
+    processes = here()
+    blocks = track(starts, "extraction", sizes, "prompts", done=extraction.n_done)
+    for number, start in enumerate(blocks):
+        # Every process draws every block, so that the draws are one process's, and runs its own.
+        block = list(islice(prompts, BLOCK))
+        turn = number % processes.num_processes
+        if turn == processes.process_index:
+            extraction.add(capture_last_tokens(decoder, block, layers, skip_nan=config.skip_nan))
+        extraction.n_done += len(block)
+        is_last = start == starts[-1]
+        # Only then has every process run what `n_done` counts.
+        is_round_over = turn == processes.num_processes - 1
+        if is_last or (is_round_over and extraction.is_due()):
+            extraction.save()
+    return extraction.whole()
+
+
+def _drawn(tasks: Sequence[Task], config: FitConfig) -> Iterator[Prompt]:
+    """Yields the prompts of one task after the other, all drawn from one generator."""
+    rng = np.random.default_rng(config.seed)
+    for task in tasks:
+        yield from extraction_prompts(
+            task, config.n_prompts, config.demos_per_class, rng, config.queries_per_context
+        )
 
 
 def _summed(moments: QKMoments) -> dict[str, Tensor]:
-    """What all processes saw; by name, since one that was read from a file has its tensors in another order."""
+    """Returns what all processes saw, by name.
+
+    In the order of the names, since moments that were read from a file have their tensors in
+    another one.
+    """
     tensors = moments.tensors()
     return {name: total(tensors[name]) for name in sorted(tensors)}

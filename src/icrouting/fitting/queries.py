@@ -5,18 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import finite_rows, tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids
 from icrouting.fitting.training import Query
-from icrouting.fitting.trunk import run_trunk
+from icrouting.fitting.trunk import TrunkState, run_trunk
 from icrouting.routing.features import Features, Scale
 from icrouting.runtime.processes import mine, total
 from icrouting.runtime.progress import track
-from icrouting.tasks.task import Task
+from icrouting.tasks.task import Example, Task
 
+# Queries whose features are computed at once.
 READ_AT_ONCE = 64
 
 
@@ -28,55 +31,87 @@ def training_queries(
     config: FitConfig,
     folder: Path | None = None,
 ) -> tuple[list[Query], Scale]:
-    """Returns the training queries of all source tasks, trunk run and features computed, and those's scale.
+    """Returns the training queries of all source tasks, and the scale of their features.
 
-    The trunk's states are kept in `folder`, mapped into memory; with None in a file without a name.
+    Their trunk is run and their features are computed, (features - mean) / std.
+
+    Args:
+        decoder: the model that is routed.
+        tasks: the source tasks.
+        features: what the router reads.
+        first_layer: the first routed layer.
+        config: settings.
+        folder: keeps the trunk's states, mapped into memory; None keeps them in a file without a
+            name.
+
+    Raises:
+        ValueError: the states of a query, or with `skip_nan` of all queries, are not finite.
     """
-    rng = np.random.default_rng(config.seed + 1)
-    chosen = [
-        (task, task.train[index])
-        for task in tasks
-        for index in rng.permutation(len(task.train))[: config.n_queries]
-    ]
-    texts = [task.prompt(row) for task, row in chosen]
-    ids = [
-        option_ids(decoder.tokenizer, text, task.options(row))
-        for text, (task, row) in zip(texts, chosen, strict=True)
-    ]
-    limit = min(config.max_tokens, decoder.context_length or config.max_tokens)
-    token_lists = [
-        _tail(tokens, limit, decoder.tokenizer.bos_token_id)
-        for tokens in tokenize(decoder.tokenizer, texts)
-    ]
-    states = run_trunk(decoder, token_lists, first_layer, folder)
-    chunks = mine(range(0, len(states), READ_AT_ONCE))
-    vectors = torch.zeros(len(states), features.n_features)
-    for start in track(chunks, "features", [READ_AT_ONCE] * len(chunks), "queries"):
-        chunk = slice(start, start + READ_AT_ONCE)
-        read = [state.tokens for state in states[chunk]], [state.hidden for state in states[chunk]]
-        vectors[chunk] = features.read(*read).cpu()
-    vectors, entropies = total(vectors), torch.tensor([state.entropy for state in states])
-    kept = finite_rows(
-        vectors.isfinite().all(1) & entropies.isfinite(), texts, "states", config.skip_nan
-    )
-    if not kept:
+    examples = _drawn(tasks, config)
+    texts = [task.prompt(example) for task, example in examples]
+    options = []
+    # Which tokens an option begins with depends on the text before it.
+    for text, (task, example) in zip(texts, examples, strict=True):
+        options.append(option_ids(decoder.tokenizer, text, task.options(example)))
+    states = run_trunk(decoder, _shortened(decoder, texts, config), first_layer, folder)
+    vectors = _vectors(features, states)
+    entropies = torch.tensor([state.entropy for state in states])
+    is_finite = vectors.isfinite().all(1) & entropies.isfinite()
+    finite = finite_rows(is_finite, texts, "states", config.skip_nan)
+    if not finite:
         raise ValueError(
             "no training query has finite states: load the model in float32 or bfloat16"
         )
-    mean, std = features.scale(vectors[kept])
+    # Training sees scaled features; the router is told the scale when it is trained.
+    mean, std = features.scale(vectors[finite])
     scaled = (vectors - mean) / std
-    queries = [
-        Query(states[row], scaled[row], ids[row], chosen[row][1].label, texts[row]) for row in kept
-    ]
+    queries = []
+    for row in finite:
+        _, example = examples[row]
+        queries.append(Query(states[row], scaled[row], options[row], example.label, texts[row]))
     return queries, (mean, std)
 
 
+def _drawn(tasks: Sequence[Task], config: FitConfig) -> list[tuple[Task, Example]]:
+    """Returns the queries drawn from every task's training rows, each with its task."""
+    # Not the seed itself, which draws the prompts of the extraction.
+    rng = np.random.default_rng(config.seed + 1)
+    examples = []
+    for task in tasks:
+        order = rng.permutation(len(task.train))
+        for index in order[: config.n_queries]:
+            examples.append((task, task.train[index]))
+    return examples
+
+
+def _shortened(decoder: Decoder, texts: Sequence[str], config: FitConfig) -> list[list[int]]:
+    """Returns the tokens of texts; long ones lose their beginning."""
+    limit = min(config.max_tokens, decoder.context_length or config.max_tokens)
+    bos = decoder.tokenizer.bos_token_id
+    return [_tail(tokens, limit, bos) for tokens in tokenize(decoder.tokenizer, texts)]
+
+
 def _tail(tokens: list[int], limit: int, bos: object) -> list[int]:
-    """The last `limit` tokens, behind the first one where that is the beginning-of-text token."""
+    """Returns `limit` tokens: the last ones, behind the beginning-of-text token if there is one."""
     if len(tokens) <= limit:
         return tokens
-    return (
-        [tokens[0], *tokens[len(tokens) - limit + 1 :]]
-        if tokens[0] == bos and limit > 1
-        else tokens[-limit:]
-    )
+    if tokens[0] == bos and limit > 1:
+        n_last = limit - 1
+        return [tokens[0], *tokens[-n_last:]]
+    return tokens[-limit:]
+
+
+def _vectors(
+    features: Features, states: Sequence[TrunkState]
+) -> Float[Tensor, "n_queries n_features"]:
+    """Returns the features of all queries, of which every process computes a share."""
+    starts = mine(range(0, len(states), READ_AT_ONCE))
+    sizes = [READ_AT_ONCE] * len(starts)
+    # Zero where another process computes, so that the sum over the processes is the whole.
+    vectors = torch.zeros(len(states), features.n_features)
+    for start in track(starts, "features", sizes, "queries"):
+        rows = slice(start, start + READ_AT_ONCE)
+        tokens = [state.tokens for state in states[rows]]
+        hidden = [state.hidden for state in states[rows]]
+        vectors[rows] = features.read(tokens, hidden).cpu()
+    return total(vectors)

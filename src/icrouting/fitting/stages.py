@@ -1,4 +1,4 @@
-"""The stages of a fit, each of which can be taken up again from what an earlier run kept in its folder."""
+"""The stages of a fit, each of which can be taken up again from what an earlier run kept."""
 
 import dataclasses
 import json
@@ -12,11 +12,13 @@ from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, frozen
 from icrouting.fitting.extraction import extract
+from icrouting.fitting.pca import fit_pids
 from icrouting.fitting.queries import training_queries
 from icrouting.fitting.training import Trainer
 from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs, check_layers, late_third
 from icrouting.routing.router import Router
+from icrouting.runtime.checks import differences
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, first_one_first
 from icrouting.runtime.storage import load_json, save_json
@@ -30,71 +32,106 @@ def fit(
     folder: Path | None = None,
     kind: type[Router] = Router,
 ) -> tuple[PIDs, Router, Features]:
-    """Returns the PIDs, a router of a kind trained on them, and the features that it reads (stages 1 to 3).
+    """Returns the PIDs, a router trained on them, and the features that it reads.
 
-    ValueError where the model cannot be routed, or the settings, tasks or folder do not fit.
+    Stages 1 to 3, on the frozen model.
+
+    Args:
+        decoder: the model to route.
+        tasks: the source tasks.
+        config: settings.
+        folder: keeps what the stages computed, so that a fit that was stopped goes on from there.
+        kind: which router is trained: the paper's, or a subclass of it that has other parts, or
+            that trains the directions along (`Router.adopt`).
+
+    Raises:
+        ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
     """
     if not tasks:
         raise ValueError("a fit needs at least one source task, got none")
     check_alone(decoder.model, "icr")
     # A model that cannot be routed is refused before anything is computed.
     _ = decoder.family
-    dims = decoder.dims
-    device = decoder.device
-    layers = check_layers(config.layers or late_third(dims.n_layers), dims.n_layers)
+    n_layers = decoder.dims.n_layers
+    layers = check_layers(config.layers or late_third(n_layers), n_layers)
     if config.encoder == HIDDEN and layers[0] == 0:
         raise ValueError(
-            "what enters layer 0 has read the last token alone: with hidden states, route from layer 1 up"
+            "what enters layer 0 has read the last token alone: "
+            "with hidden states, route from layer 1 up"
         )
     with claimed(folder, config, tasks, decoder.fingerprint):
-        features = features_of(config.encoder, decoder, str(device))
-        generator = torch.Generator().manual_seed(config.seed)
+        features = features_of(config.encoder, decoder, str(decoder.device))
         router = kind(
             features.n_features,
             len(layers),
-            dims.n_heads,
+            decoder.dims.n_heads,
             config.rank,
             config.hidden_width,
-            generator,
+            torch.Generator().manual_seed(config.seed),
         )
-        router.to(device)
+        router.to(decoder.device)
+        # The model's weights take no gradient: what is trained is the router.
         with frozen(decoder.model):
-            pids = router.adopt(extract(decoder, tasks, layers, config, folder))
+            pids = router.adopt(extract_pids(decoder, tasks, layers, config, folder))
             queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
             Trainer(decoder, pids, router, queries, config, folder).run()
+    # From here on the router reads features as they are.
     router.absorb(*scale)
     return pids, router.eval().requires_grad_(False), features
+
+
+def extract_pids(
+    decoder: Decoder,
+    tasks: Sequence[Task],
+    layers: tuple[int, ...],
+    config: FitConfig,
+    folder: Path | None,
+) -> PIDs:
+    """Returns the PIDs of few-shot prompts of all source tasks, pooled (stages 1 and 2)."""
+    moments = extract(decoder, tasks, layers, config, folder)
+    generator = torch.Generator().manual_seed(config.seed)
+    return fit_pids(moments, layers, config.rank, config.basis, generator)
 
 
 @contextmanager
 def claimed(
     folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str
 ) -> Iterator[None]:
-    """Inside, a folder is one fit's alone, made or taken up where it was left, and the same fit for all processes.
+    """Inside, a folder is one fit's alone, and the same fit for all processes.
 
-    ValueError names what differs, where the folder holds another fit or the processes were given different ones.
+    It is made, or taken up where it was left.
+
+    Raises:
+        ValueError: the folder holds another fit or the processes were started with different ones;
+            what differs is named.
     """
-    settings = {**dataclasses.asdict(config), "tasks": [task.name for task in tasks]}
-    settings = json.loads(
-        json.dumps({**settings, "model": fingerprint, "rows": rows_digest(tasks)})
-    )
+    settings = {
+        **dataclasses.asdict(config),
+        "tasks": [task.name for task in tasks],
+        "model": fingerprint,
+        "rows": rows_digest(tasks),
+    }
+    # As a file gives them back, so that tuples compare as lists.
+    settings = json.loads(json.dumps(settings))
     agree(**settings)
     if folder is None:
         yield
         return
     with locked(folder):
         with first_one_first():
-            file = folder / "fit.json"
-            if (
-                not file.exists()
-            ):  # so for the first process alone: others would write over each other
-                save_json(file, settings)
-            found = load_json(file)
-            if different := [key for key in settings if found.get(key) != settings[key]]:
-                changes = ", ".join(
-                    f"{key} was {found.get(key)!r}, is {settings[key]!r}" for key in different
-                )
-                raise ValueError(
-                    f"{folder} holds a fit with other settings ({changes}): choose another folder"
-                )
+            _check_settings(folder, settings)
         yield
+
+
+def _check_settings(folder: Path, settings: dict[str, object]) -> None:
+    """ValueError if a folder holds a fit with other settings; an empty one keeps these."""
+    file = folder / "fit.json"
+    # So for the first process alone: others would write over each other.
+    if not file.exists():
+        save_json(file, settings)
+    phrases = differences(load_json(file), settings)
+    if phrases:
+        raise ValueError(
+            f"{folder} holds a fit with other settings ({', '.join(phrases)}): "
+            "choose another folder"
+        )

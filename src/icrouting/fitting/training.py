@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -23,13 +24,23 @@ from icrouting.runtime.processes import is_first, mine, total
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors
 
+# Steps.
 CHECKPOINT_EVERY = 25
+# The objective's, in the order of its weights.
 _TERMS = ("ce", "conf", "spar", "gate")
 
 
 @dataclass(frozen=True)
 class Query:
-    """One training query: what the trunk left of its zero-shot prompt, E(x), its options' tokens, and its text."""
+    """One training query.
+
+    Attributes:
+        state: what the trunk left of its zero-shot prompt.
+        features: E(x), what the router reads, [n_features].
+        option_ids: first token of each option.
+        label: place of the answer among the options.
+        text: the prompt, to be named in errors.
+    """
 
     state: TrunkState
     features: Tensor
@@ -39,7 +50,7 @@ class Query:
 
 
 def alpha_scale(step: int, n_steps: int, final: float) -> float:
-    """Returns the routing vector's scale at a step: a cosine from 1 to `final` over training."""
+    """Returns the routing vector's scale at a step: a cosine from 1 to `final`."""
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / max(1, n_steps)))
 
 
@@ -47,8 +58,19 @@ def alpha_scale(step: int, n_steps: int, final: float) -> float:
 class Trainer:
     """One router in training; its state can be saved after any step and taken up again.
 
-    The router is trained in place; checkpoints and `training.jsonl` go to `folder`, if there is one. Several
-    processes share the queries of each step and add up their gradients, so that all have the same router.
+    Several processes share the queries of each step and add up their gradients, so that all have
+    the same router.
+
+    Attributes:
+        decoder: the frozen model.
+        pids: the directions that it is routed along.
+        router: trained in place.
+        queries: all training queries.
+        config: settings.
+        folder: where checkpoints and `training.jsonl` go; None keeps nothing.
+        step: number of steps taken.
+        n_steps: number of steps of the whole training.
+        log: the loss and its terms, one entry per step.
     """
 
     decoder: Decoder
@@ -62,32 +84,34 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=self.config.lr)
         self.step = 0
         self.log: list[dict[str, float]] = []
-        self.n_steps = self.config.epochs * math.ceil(len(self.queries) / self.config.batch_size)
+        steps_per_epoch = math.ceil(len(self.queries) / self.config.batch_size)
+        self.n_steps = self.config.epochs * steps_per_epoch
+        # A checkpoint of an earlier run: training goes on from there.
         if self.folder is not None and (self.folder / "training.safetensors").exists():
             self._restore(self.folder)
 
     def run(self) -> None:
         """Trains to the end, from where the last checkpoint stands."""
         steps = range(self.step, self.n_steps)
+        sizes = [1] * len(steps)
         with (
             attach(self.decoder.model, self.pids) as attachment,
             late_entry(self.decoder.model, self.pids.layers[0]) as entry,
         ):
             try:
-                for _ in track(steps, "training", [1] * len(steps), "steps", done=self.step):
-                    self._update(
-                        self._terms(
-                            entry, attachment, [self.queries[row] for row in mine(self._rows())]
-                        )
-                    )
+                for _ in track(steps, "training", sizes, "steps", done=self.step):
+                    queries = [self.queries[row] for row in mine(self._rows())]
+                    self._update(self._terms(entry, attachment, queries))
                     if self.step % CHECKPOINT_EVERY == 0:
                         self._save()
-            finally:  # ctrl-C loses no step
+            finally:
+                # Whatever ends it, ctrl-C too, loses no step.
                 self._save()
 
     def _rows(self) -> list[int]:
-        """The queries of the current step; each epoch has an order of its own, drawn from the seed."""
-        epoch, position = divmod(self.step, self.n_steps // self.config.epochs)
+        """The queries of the current step; each epoch draws an order of its own."""
+        steps_per_epoch = self.n_steps // self.config.epochs
+        epoch, position = divmod(self.step, steps_per_epoch)
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         order = torch.randperm(len(self.queries), generator=generator)
         return order.split(self.config.batch_size)[position].tolist()
@@ -95,92 +119,121 @@ class Trainer:
     def _terms(
         self, entry: LateEntry, attachment: Attachment, queries: Sequence[Query]
     ) -> dict[str, Tensor]:
-        """Returns the means of the objective's terms over queries, and the number of "queries" behind them."""
-        config, device = self.config, self.decoder.device
-        if not queries:  # more processes than queries in this step, or none that is finite
+        """Returns the means of the objective's terms, and the number of "queries"."""
+        device = self.decoder.device
+        # More processes than queries in this step, or none of the queries is finite.
+        if not queries:
             return {name: torch.zeros((), device=device) for name in (*_TERMS, "queries")}
+        features = torch.stack([query.features for query in queries])
+        routing = self.router(features.to(device))
+        scale = alpha_scale(self.step, self.n_steps, self.config.final_alpha_scale)
+        attachment.routing = routing.scaled(scale)
         batch, hidden = pad_states([query.state for query in queries], self.decoder.pad_id)
-        routing = self.router(torch.stack([query.features for query in queries]).to(device))
-        attachment.routing = routing.scaled(
-            alpha_scale(self.step, self.n_steps, config.final_alpha_scale)
-        )
         logits = entry(batch.to(device), hidden)
-        kept = finite_rows(
-            logits.isfinite().all(-1), [query.text for query in queries], "logits", config.skip_nan
-        )
-        if len(kept) < len(queries):  # once more without them: backward, zero times NaN is NaN
-            return self._terms(entry, attachment, [queries[row] for row in kept])
-        labels = torch.tensor([query.label for query in queries], dtype=torch.long, device=device)
-        id_lists = [torch.tensor(query.option_ids, device=device) for query in queries]
-        option_ids = pad_sequence(id_lists, batch_first=True, padding_value=-1)
-        if config.ce_scope == "options":
-            ce = losses.option_loss(logits, option_ids, labels)
-        else:
-            ce = torch.nn.functional.cross_entropy(
-                logits, option_ids.gather(1, labels[:, None])[:, 0]
-            )
-        plain_entropy = torch.tensor([query.state.entropy for query in queries], device=device)
+        texts = [query.text for query in queries]
+        is_finite = logits.isfinite().all(-1)
+        finite = finite_rows(is_finite, texts, "logits", self.config.skip_nan)
+        # Once more without the others, as no mask helps: in backward, zero times NaN is NaN.
+        if len(finite) < len(queries):
+            return self._terms(entry, attachment, [queries[row] for row in finite])
+        entropies = [query.state.entropy for query in queries]
+        plain_entropy = torch.tensor(entropies, device=device)
         return {
-            "ce": ce,
+            "ce": self._cross_entropy(logits, queries),
             "conf": losses.confidence_loss(logits, plain_entropy),
-            "spar": losses.sparsity_loss(routing.routing_vector, config.deepest_weight),
+            "spar": losses.sparsity_loss(routing.routing_vector, self.config.deepest_weight),
             "gate": losses.gate_loss(routing.head_gates),
             "queries": torch.tensor(float(len(queries)), device=device),
         }
 
+    def _cross_entropy(
+        self, logits: Float[Tensor, "batch vocab"], queries: Sequence[Query]
+    ) -> Float[Tensor, ""]:
+        """Returns the cross-entropy of the answers, over what `ce_scope` says."""
+        device = self.decoder.device
+        label_list = [query.label for query in queries]
+        labels = torch.tensor(label_list, dtype=torch.long, device=device)
+        id_lists = [torch.tensor(query.option_ids, device=device) for query in queries]
+        # Tasks differ in their number of options; negative tokens stand for missing ones.
+        option_ids = pad_sequence(id_lists, batch_first=True, padding_value=-1)
+        if self.config.ce_scope == "options":
+            return losses.option_loss(logits, option_ids, labels)
+        answer_ids = option_ids.gather(1, labels[:, None])[:, 0]
+        return torch.nn.functional.cross_entropy(logits, answer_ids)
+
     def _update(self, terms: dict[str, Tensor]) -> None:
         """Takes one step on the mean over the queries of all processes."""
-        config, parameters = self.config, list(self.router.parameters())
-        n_queries, means = terms["queries"], torch.stack([terms[name] for name in _TERMS])
+        config = self.config
+        means = torch.stack([terms[name] for name in _TERMS])
         weights = means.new_tensor([1.0, config.w_conf, config.w_spar, config.w_gate])
-        self.optimizer.zero_grad()
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        if n_queries:
-            gradients = list(torch.autograd.grad((means @ weights) * n_queries, parameters))
-        flat = total(
-            torch.cat(
-                [part.detach().flatten() for part in (*gradients, means * n_queries, n_queries)]
-            )
-        )
-        if not flat[-1]:  # none was finite
+        n_queries = terms["queries"]
+        gradient = self._gradient(means @ weights, n_queries)
+        # One behind the other, since every exchange between processes costs a wait.
+        sums = torch.cat([gradient, means.detach() * n_queries, n_queries[None]])
+        sums = total(sums)
+        n_queries = sums[-1]
+        # None of the queries was finite: a step without a move.
+        if not n_queries:
             self.step += 1
             return
-        flat /= flat[-1].clone()
-        values = flat[-1 - len(_TERMS) : -1]
-        loss = (values @ weights).item()
-        if not flat.isfinite().all():
+        averages = sums / n_queries
+        sizes = [len(gradient), len(_TERMS), 1]
+        gradient, means, _ = averages.split(sizes)
+        loss = (means @ weights).item()
+        if not averages.isfinite().all():
             raise ValueError(
-                f"the training loss is {loss} at step {self.step}, or its gradient is not finite: lower `lr` "
-                f"({config.lr}) or load the model in float32"
+                f"the training loss is {loss} at step {self.step}, or its gradient is not finite: "
+                f"lower `lr` ({config.lr}) or load the model in float32"
             )
-        sizes = [parameter.numel() for parameter in parameters]
-        for parameter, part in zip(parameters, flat[: sum(sizes)].split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-        torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        self.optimizer.step()
+        self._move(gradient)
         self.step += 1
-        logged = dict(zip(_TERMS, values.tolist(), strict=True))
-        self.log.append({"step": self.step, "loss": loss, **logged, "lr": config.lr})
+        term_values = dict(zip(_TERMS, means.tolist(), strict=True))
+        self.log.append({"step": self.step, "loss": loss, **term_values, "lr": config.lr})
+
+    def _gradient(
+        self, loss: Float[Tensor, ""], n_queries: Float[Tensor, ""]
+    ) -> Float[Tensor, "n_parameters"]:
+        """Returns the gradient of the loss, summed over this process's queries."""
+        parameters = list(self.router.parameters())
+        # Without a query, the loss depends on no parameter.
+        if not n_queries:
+            return torch.cat([torch.zeros_like(each).detach().flatten() for each in parameters])
+        gradients = torch.autograd.grad(loss * n_queries, parameters)
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def _move(self, gradient: Float[Tensor, "n_parameters"]) -> None:
+        """Takes the optimizer's step along a gradient, which is clipped."""
+        parameters = list(self.router.parameters())
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part in zip(parameters, gradient.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        self.optimizer.step()
 
     def _save(self) -> None:
+        """Writes a checkpoint and the log, if there is a folder."""
         if self.folder is None or not is_first():
             return
         tensors = {f"router.{name}": value for name, value in self.router.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value.clone() for name, value in state.items()}
+        moving_averages = self.optimizer.state_dict()["state"]
+        for index, state in moving_averages.items():
+            for kind, value in state.items():
+                tensors[f"optimizer.{index}.{kind}"] = value.clone()
         metadata = {"step": str(self.step), "log": json.dumps(self.log)}
         save_tensors(self.folder / "training.safetensors", tensors, metadata)
-        (self.folder / "training.jsonl").write_text(
-            "".join(json.dumps(entry) + "\n" for entry in self.log)
-        )
+        # Whole each time: a checkpoint that is taken up may be older than the last line.
+        lines = [json.dumps(entry) + "\n" for entry in self.log]
+        (self.folder / "training.jsonl").write_text("".join(lines))
 
     def _restore(self, folder: Path) -> None:
+        """Takes up the checkpoint that `_save` wrote."""
         tensors, metadata = load_tensors(folder / "training.safetensors")
-        self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
-        self.router.load_state_dict(
-            {name: tensors.pop(f"router.{name}") for name in self.router.state_dict()}
-        )
+        self.step = int(metadata["step"])
+        self.log = json.loads(metadata["log"])
+        weights = {name: tensors.pop(f"router.{name}") for name in self.router.state_dict()}
+        self.router.load_state_dict(weights)
         optimizer = self.optimizer.state_dict()
+        # Without the router's weights, what is left is the optimizer's: "optimizer.0.exp_avg".
         for name, value in tensors.items():
             _, index, kind = name.split(".")
             optimizer["state"].setdefault(int(index), {})[kind] = value

@@ -1,0 +1,91 @@
+"""How long the texts are that a fit reads, from a sample of them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from icrouting.config import FitConfig
+from icrouting.tasks.prompts import extraction_prompts
+from icrouting.tasks.task import Task
+
+# Gives the lengths of texts in tokens, which need not be whole where they are reckoned.
+TokenCounts = Callable[[list[str]], list[float]]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One task's prompts in one stage.
+
+    Attributes:
+        count: how many there are.
+        tokens: the sum of their lengths.
+        squares: the sum of their lengths squared.
+        longest: the length of the longest one.
+    """
+
+    count: int
+    tokens: int
+    squares: int
+    longest: int
+
+
+def measured(
+    texts: list[str], count: int, token_counts: TokenCounts, limit: int | None = None
+) -> Texts:
+    """Returns what `count` texts are together, of which some are a sample.
+
+    Args:
+        texts: the sample, whose mean length stands for all.
+        count: number of all texts.
+        token_counts: gives the lengths of texts.
+        limit: tokens that are left of a longer text; None leaves all.
+    """
+    lengths = np.array(token_counts(texts))
+    if limit is not None:
+        lengths = np.minimum(lengths, limit)
+    scale = count / len(texts)
+    return Texts(
+        count=count,
+        tokens=round(lengths.sum() * scale),
+        squares=round((lengths**2).sum() * scale),
+        longest=math.ceil(lengths.max()),
+    )
+
+
+def prompts_by_task(
+    tasks: Sequence[Task], config: FitConfig, token_counts: TokenCounts, sample: int
+) -> dict[str, Texts]:
+    """Returns every task's few-shot prompts; those read are the fit's first ones."""
+    # As `extraction` draws them.
+    rng = np.random.default_rng(config.seed)
+    by_task = {}
+    for task in tasks:
+        n_prompts = min(config.n_prompts, len(task.train))
+        prompts = extraction_prompts(
+            task, min(n_prompts, sample), config.demos_per_class, rng, config.queries_per_context
+        )
+        texts = [prompt.text for prompt in prompts]
+        by_task[task.name] = measured(texts, n_prompts, token_counts)
+    return by_task
+
+
+def queries_by_task(
+    tasks: Sequence[Task],
+    config: FitConfig,
+    token_counts: TokenCounts,
+    sample: int,
+    context_length: int | None,
+) -> dict[str, Texts]:
+    """Returns every task's zero-shot queries; those read are the fit's first ones."""
+    limit = min(config.max_tokens, context_length or config.max_tokens)
+    # As `queries` draws them.
+    rng = np.random.default_rng(config.seed + 1)
+    by_task = {}
+    for task in tasks:
+        n_queries = min(config.n_queries, len(task.train))
+        rows = rng.permutation(len(task.train))[: min(n_queries, sample)]
+        texts = [task.prompt(task.train[row]) for row in rows]
+        by_task[task.name] = measured(texts, n_queries, token_counts, limit)
+    return by_task
