@@ -114,7 +114,7 @@ def test_live_turns_every_blocks_output_and_keeps_its_norm(family, tokenizer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_m2iv_adds_its_vectors_to_what_each_branch_gives(family, tokenizer):
-    """One branch alone, the last layer's MLP: the last block's output moves by the vector, at every token."""
+    """One branch alone, the last layer's MLP: the last block's output moves by the vector."""
     model = tiny.model(family)
     method, batch = bare(M2IV, model, tokenizer), tokenizer(prompts()[0], return_tensors="pt")
     last = [layers_of(model)[-1], branches_of(model, len(layers_of(model)) - 1)[1]]
@@ -199,7 +199,7 @@ def test_a_fit_is_one_for_one_seed_and_says_what_it_took(kind, tokenizer):
 
 @KINDS
 def test_the_loop_equals_a_plain_one(kind, tokenizer, monkeypatch):
-    """Three steps over one batch, written out: KL and half the cross-entropy at the last prompt token, AdamW, clip."""
+    """Three steps over one batch, written out: KL, half the cross-entropy, AdamW and clip."""
     monkeypatch.setattr(d, "CLIP", clip := 0.05)
     model = tiny.model("llama")
     method = bare(kind, model, tokenizer)

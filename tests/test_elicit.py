@@ -1,4 +1,4 @@
-"""ELICIT: the library, its injection, and a retriever that leaves a prompt alone, each against a slow version."""
+"""ELICIT: the library, its injection and its retriever, each against a slow version."""
 
 import numpy as np
 import pytest

@@ -110,7 +110,7 @@ def test_an_adapter_is_the_weight_plus_scale_times_b_a(kind, family, tokenizer):
 
 
 def test_the_last_block_is_what_pefts_own_names_say():
-    """Equality with `layers_to_transform` and the family's list of names; only the last block is touched."""
+    """Equality with `layers_to_transform` and the family's list of names."""
     names = {
         "llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
         "qwen3": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
@@ -248,7 +248,7 @@ def test_nothing_outside_is_drawn_by_a_fit_or_an_application(tokenizer):
 
 
 def test_training_stops_where_the_held_loss_is_least():
-    """A held loss that falls for two epochs and rises then: three more are run, and the second one's weights stay."""
+    """A held loss falls for two epochs, then rises: three more run, the second's weights stay."""
     weight, seen = nn.Parameter(torch.zeros(1)), []
     falls = iter([2.0, 1.0, 5.0, 6.0, 7.0, 8.0, 0.0])
 

@@ -1,4 +1,4 @@
-"""Soft prompts through peft: what stands before a prompt, where positions start, and that nothing of it stays."""
+"""Soft prompts through peft: what stands before a prompt, and that nothing of it stays."""
 
 import copy
 import sys
@@ -15,9 +15,9 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, dims_of, stack_of
 from icrouting.decoder.scoring import score_options
 from icrouting.methods import Settings
-from icrouting.methods.adapters import in_front
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.tuning import answered
+from icrouting.methods.virtual_tokens import in_front
 from icrouting.tasks.prompts import Prompt
 
 TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
@@ -44,7 +44,7 @@ def model_of(family):
 
 
 def wide(family):
-    """A model whose sliding window, if it has one, spans padding too: virtual tokens stand before that."""
+    """A model whose sliding window spans padding too, before which virtual tokens stand."""
     config = copy.deepcopy(tiny.ALL_CONFIGS[family])
     if hasattr(config, "sliding_window"):
         config.sliding_window = 64
@@ -90,7 +90,7 @@ def same(before, after):
 @BOTH
 @pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
 def test_a_soft_prompt_made_of_tokens_is_those_tokens_in_front(kind, family):
-    """On every row of the family table: positions are shifted by P, prefix keys are rotated where they stood."""
+    """On every family: positions are shifted by P, prefix keys are rotated where they stood."""
     model, before = model_of(family), whole(model_of(family))
     tokens = tiny.prompts((13,))["input_ids"]
     for n_virtual in (1, 8):
