@@ -53,12 +53,16 @@ def injected(
         raise ValueError(
             "expected a model without LoRA, got one that has it: merge it first (merge_and_unload)"
         )
+    # Only training draws: what is put in has no dropout.
+    dropout = DROPOUT if seed is not None else 0.0
+    # GPT-2's Conv1D holds its weight transposed.
+    is_transposed = any(isinstance(module, Conv1D) for module in originals.values())
     config = peft.LoraConfig(
         r=RANK,
         lora_alpha=alpha,
-        lora_dropout=DROPOUT if seed is not None else 0.0,
+        lora_dropout=dropout,
         target_modules=list(targets),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in originals.values()),
+        fan_in_fan_out=is_transposed,
     )
     with frozen(base):
         try:
@@ -69,11 +73,11 @@ def injected(
                 warnings.simplefilter("ignore")
                 # Weights that are put in need no memory, and no draw, for their start.
                 peft.LoraModel(base, config, "default", low_cpu_mem_usage=seed is None)
-            starts = {name: weight for name, weight in base.named_parameters() if ".lora_" in name}
+            starts = _lora_weights(base)
             for name, start in starts.items():
                 weight = start if isinstance(adapter, int) else adapter[name]
                 _set_lora_weight(base, name, weight, originals)
-            yield {name: base.get_parameter(name) for name in starts}
+            yield _lora_weights(base)
         finally:
             for name, module in originals.items():
                 base.set_submodule(name, module)
@@ -81,11 +85,17 @@ def injected(
             vars(base).pop("peft_config", None)
 
 
+def _lora_weights(base: PreTrainedModel) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in base.named_parameters() if ".lora_" in name}
+
+
 def _set_lora_weight(
     base: PreTrainedModel, name: str, weight: Tensor, originals: Mapping[str, nn.Module]
 ) -> None:
     """Makes a weight the parameter of that name, in float32, where its module is."""
-    target = name.partition(".lora_")[0]
+    target, _, _ = name.partition(".lora_")
+    # A model may be spread over several devices.
     device = device_of(originals[target])
-    parent = base.get_submodule(name.rpartition(".")[0])
+    parent_name, _, _ = name.rpartition(".")
+    parent = base.get_submodule(parent_name)
     parent.weight = nn.Parameter(weight.detach().float().to(device))

@@ -38,8 +38,10 @@ def descend(
         schedule: Moves the learning rate after every step; without one it stays.
         clip: The largest norm of all parameters' gradient together; without one it has no limit.
     """
-    groups = optimizer.param_groups
-    parameters: list[nn.Parameter] = [weight for group in groups for weight in group["params"]]
+    # The norm is that of all groups together, whatever their learning rates.
+    parameters: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     losses = []
     for batch in batches:
         # Whoever fits a method may have gradients off.

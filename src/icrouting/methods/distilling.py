@@ -33,7 +33,10 @@ W_LABEL = 0.5
 # Draws of demonstrations for every training row.
 N_DRAWS = 2
 
-Edits = Callable[[Float[Tensor, "n_places hidden_size"], Float[Tensor, "n_places"]], Context]
+# A place is where a vector works: a layer for LIVE, a branch of one for M2IV.
+Vectors = Float[Tensor, "n_places hidden_size"]
+Strengths = Float[Tensor, "n_places"]
+Edits = Callable[[Vectors, Strengths], Context]
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,11 @@ class Distilled(Method, ABC):
 
     learned = ("vectors", "strengths", "losses")
     cached = ("vectors", "strengths")
-    vectors: Float[Tensor, "n_places hidden_size"]
-    strengths: Float[Tensor, "n_places"]
+    vectors: Vectors
+    strengths: Strengths
 
     @abstractmethod
-    def _edited(
-        self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]
-    ) -> Context:
+    def _edited(self, vectors: Vectors, strengths: Strengths) -> Context:
         """Inside, the model runs under these vectors."""
 
     def applied(self, task: Task) -> Context:
@@ -77,14 +78,12 @@ class Distilled(Method, ABC):
 
 
 def lessons_of(method: Method, rng: np.random.Generator) -> Lessons:
-    """Returns the lessons of `train_rows` rows per source; ValueError for none.
-
-    Demonstrations are drawn among the same rows.
-    """
+    """Returns the lessons of `train_rows` rows per source; ValueError for none."""
     pairs: list[tuple[Task, Example]] = []
     few_shot_texts: list[str] = []
     for source in method.sources:
         picked = rng.permutation(len(source.train))[: method.settings.train_rows]
+        # Demonstrations come from these rows too, or the teacher would see more than the student.
         task = replace(source, train=tuple(source.train[i] for i in picked))
         pairs += [(task, example) for example in task.train]
         few_shot_texts += _few_shot_texts(task, method.settings.demos_per_class, rng)
@@ -105,8 +104,10 @@ def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> lis
     texts = []
     for i, example in enumerate(task.train):
         for _ in range(N_DRAWS):
+            # A row that is shown with its answer would teach nothing about itself.
             demos = balanced_demos(task, per_class, rng, exclude=[i])
-            texts.append(few_shot(task, example, [(task, demo) for demo in demos]).text)
+            pairs = [(task, demo) for demo in demos]
+            texts.append(few_shot(task, example, pairs).text)
     return texts
 
 
@@ -122,15 +123,18 @@ def teacher_log_probs(decoder: Decoder, texts: Sequence[str], n_draws: int) -> l
     token_lists = decoder.tokenize(texts)
     groups = list(by_length(token_lists, TOKEN_BUDGET))
     sizes = [len(group) for group in groups]
+    # The log of nought, to which probabilities are added.
     mean_log_probs = [torch.tensor(-torch.inf)] * (len(texts) // n_draws)
     for group in track(groups, "teacher", sizes, "prompts"):
-        batch = pad([token_lists[i] for i in group], decoder.pad_id).to(decoder.device)
-        log_probs = next_token_logits(decoder.model, batch).log_softmax(-1).cpu()
+        batch = pad([token_lists[i] for i in group], decoder.pad_id)
+        logits = next_token_logits(decoder.model, batch.to(decoder.device))
+        log_probs = logits.log_softmax(-1).cpu()
         shares = log_probs - math.log(n_draws)
         # The draws of one row may come in different groups, so its mean grows draw by draw.
         for i, share in zip(group, shares, strict=True):
             row = i // n_draws
-            mean_log_probs[row] = torch.logaddexp(mean_log_probs[row].float(), share).half()
+            mean_so_far = mean_log_probs[row].float()
+            mean_log_probs[row] = torch.logaddexp(mean_so_far, share).half()
     return mean_log_probs
 
 
@@ -166,10 +170,12 @@ def distilled(
     decoder = method.decoder
     vectors, strengths = _start(decoder, n_places, seed)
     steps = _steps(len(lessons.labels), epochs, seed)
-    optimizer = torch.optim.AdamW(
-        [{"params": [vectors], "lr": lr}, {"params": [strengths], "lr": STRENGTH_LR}],
-        weight_decay=WEIGHT_DECAY,
-    )
+    # A strength is one number for a whole vector, and moves at a rate of its own.
+    groups = [
+        {"params": [vectors], "lr": lr},
+        {"params": [strengths], "lr": STRENGTH_LR},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     n_warm_up = round(WARM_UP * len(steps))
     schedule = get_cosine_schedule_with_warmup(optimizer, n_warm_up, len(steps))
 
@@ -177,7 +183,9 @@ def distilled(
         token_lists = [lessons.token_lists[row] for row in rows]
         batch = pad(token_lists, decoder.pad_id).to(decoder.device)
         loss = lesson_loss(next_token_logits(decoder.model, batch), lessons, rows)
-        return loss if extra is None else loss + extra(batch)
+        if extra is not None:
+            loss = loss + extra(batch)
+        return loss
 
     tracked = track(steps, method.name, [len(rows) for rows in steps], "rows")
     with frozen(decoder.model), edits(vectors, strengths):
@@ -189,14 +197,14 @@ def distilled(
     }
 
 
-def _start(decoder: Decoder, n_places: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Returns untrained vectors [n_places, hidden_size] and strengths [n_places]."""
+def _start(decoder: Decoder, n_places: int, seed: int) -> tuple[Vectors, Strengths]:
+    """Returns untrained vectors and strengths."""
     # Drawn on the CPU, so that every device starts from the same vectors.
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(n_places, decoder.hidden_size, generator=generator)
     vectors = (drawn * FIRST_STD).to(decoder.device).requires_grad_()
-    strengths = torch.full((n_places,), FIRST_STRENGTH, device=decoder.device, requires_grad=True)
-    return vectors, strengths
+    strengths = torch.full((n_places,), FIRST_STRENGTH, device=decoder.device)
+    return vectors, strengths.requires_grad_()
 
 
 def _steps(n_rows: int, epochs: int, seed: int) -> list[Sequence[int]]:
@@ -227,4 +235,5 @@ def lesson_loss(
     student = logits.log_softmax(-1)
     mimicry = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
     labels = torch.tensor([lessons.labels[row] for row in rows], device=logits.device)
-    return mimicry + W_LABEL * nn.functional.cross_entropy(logits, labels)
+    label_loss = nn.functional.cross_entropy(logits, labels)
+    return mimicry + W_LABEL * label_loss

@@ -21,11 +21,12 @@ from icrouting.tasks.task import Task
 N_PROMPTS = 10
 N_TOP = 10
 N_ROWS = 100
-GRID = [
-    {"weight": weight, "recall": recall} for weight in (2.0, 1.0, 0.5) for recall in (0.8, 0.7, 0.9)
-]
+# The published setting first.
+WEIGHTS = (2.0, 1.0, 0.5)
+RECALLS = (0.8, 0.7, 0.9)
+GRID = [{"weight": weight, "recall": recall} for weight in WEIGHTS for recall in RECALLS]
 # Without a retriever, recall means nothing: one setting for each weight.
-WEIGHTS_ONLY = GRID[::3]
+WEIGHTS_ONLY = GRID[:: len(RECALLS)]
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,7 @@ class Elicit(Method):
     weight: Tensor
 
     def learn(self, rng: np.random.Generator) -> None:
-        """Fills the library, trains the retriever, and chooses what is chosen.
-
-        That is layers, weight and recall, on validation rows.
-        """
+        """Fills the library, trains the retriever, and chooses on validation rows."""
         if not self.sources or not all(task.validation for task in self.sources):
             raise ValueError(
                 "ELICIT chooses layers on validation rows: give 5 training rows or more per source "
@@ -125,9 +123,11 @@ class Elicit(Method):
             likelihoods = same_task(self.head, features, self.features)
         top = likelihoods.topk(N_TOP)
         n_layers = self.states.shape[1]
-        votes = nn.functional.one_hot(self.layers[top.indices], n_layers).sum(1)
-        layers = votes.argmax(1)
-        vectors = self.weight * self.states[top.indices, layers[:, None]].mean(1)
+        # Each of the likeliest votes for its layer.
+        votes = nn.functional.one_hot(self.layers[top.indices], n_layers)
+        layers = votes.sum(1).argmax(1)
+        states = self.states[top.indices, layers[:, None]]
+        vectors = self.weight * states.mean(1)
         likeliest = top.values[:, 0]
         return vectors, layers.masked_fill(likeliest < self.threshold, -1)
 
@@ -149,7 +149,8 @@ class Elicit(Method):
             is_here = layers == layer
             if not is_here.any():
                 return states
-            return torch.where(is_here.to(states.device)[:, None], added(states, vectors), states)
+            is_edited = is_here.to(states.device)[:, None]
+            return torch.where(is_edited, added(states, vectors), states)
 
         blocks = list(self.decoder.layers)
         with edited_last(self.model, blocks, add, in_steps=False) as answering:
@@ -161,7 +162,9 @@ class Elicit(Method):
         prompts = []
         shown_ids: set[int] = set()
         for demos, query in drawn:
-            prompts.append(few_shot(task, query, [(task, demo) for demo in demos]).text)
+            pairs = [(task, demo) for demo in demos]
+            prompts.append(few_shot(task, query, pairs).text)
+            # Rows are told apart by identity: two may read the same.
             shown_ids.update(id(row) for row in (*demos, query))
         self.n_labelled += len(shown_ids)
         # A small task shows all its rows; then they are queries too.
@@ -177,9 +180,11 @@ class Elicit(Method):
     def _states(self, prompts: Sequence[str]) -> Float[Tensor, "n_prompts n_layers hidden_size"]:
         """Returns the last-token states of every prompt, after each block."""
         blocks = list(self.decoder.layers)
-        return torch.stack(
-            [mean_last_outputs(self.decoder, blocks, [prompt]) for prompt in prompts]
-        )
+        states = []
+        for prompt in prompts:
+            # The mean over one prompt is its state.
+            states.append(mean_last_outputs(self.decoder, blocks, [prompt]))
+        return torch.stack(states)
 
     def _best_layers(
         self, states: Float[Tensor, "n_prompts n_layers hidden_size"], weight: float
@@ -188,16 +193,11 @@ class Elicit(Method):
         best_layers = []
         for task, task_states in zip(self.sources, states.split(N_PROMPTS), strict=True):
             rows = [(task, row) for row in task.validation]
-            accuracies = sweep(self.decoder, rows, weight * task_states.mean(0), kept=1.0)
+            vectors = weight * task_states.mean(0)
+            accuracies = sweep(self.decoder, rows, vectors, kept=1.0)
             for layer, accuracy in enumerate(accuracies.tolist()):
-                self.tried.append(
-                    {
-                        "library of": task.name,
-                        "weight": weight,
-                        "layer": layer,
-                        "accuracy": accuracy,
-                    }
-                )
+                setting = {"library of": task.name, "weight": weight, "layer": layer}
+                self.tried.append({**setting, "accuracy": accuracy})
             best_layers.append(accuracies.argmax())
         return torch.stack(best_layers).repeat_interleave(N_PROMPTS)
 
@@ -215,6 +215,7 @@ class Elicit(Method):
             rng: Seeds the training.
         """
         encoder = load_encoder(self.settings.encoder)
+        # The threshold has to hold for prompts that trained nothing.
         held_queries = []
         for task in self.sources:
             held_queries.append([task.prompt(row) for row in task.validation])
@@ -242,5 +243,6 @@ def _read(
     """
     n_queries = torch.tensor([len(texts) for texts in by_task])
     tasks = torch.arange(len(by_task)).repeat_interleave(n_queries)
-    features = encoder([text for texts in by_task for text in texts])
-    return features, tasks[:, None] == owners
+    texts = [text for task_texts in by_task for text in task_texts]
+    is_same_task = tasks[:, None] == owners
+    return encoder(texts), is_same_task

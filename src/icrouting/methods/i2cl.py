@@ -1,6 +1,7 @@
 """I2CL, implicit in-context learning (Li et al. 2024): a vector in every branch."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +28,12 @@ BATCH_SIZE = 2
 FIRST_LAMBDA = 0.1
 FIRST_BETA = 1.0
 # The published setting first.
-GRID = [{"lr": lr, "noise": noise} for lr in (1e-2, 3e-3) for noise in (1e-3, 0.0)]
+GRID = [
+    {"lr": 1e-2, "noise": 1e-3},
+    {"lr": 1e-2, "noise": 0.0},
+    {"lr": 3e-3, "noise": 1e-3},
+    {"lr": 3e-3, "noise": 0.0},
+]
 
 Scalars = Float[Tensor, "n_branches 2"]
 
@@ -58,7 +64,7 @@ class I2CL(Method):
         # Where a task has nothing to choose on, the published setting is taken.
         can_choose = all(task.validation for task in self.sources)
         grid = GRID if can_choose else GRID[:1]
-        self.choose(grid, lambda lr, noise: self._calibrated(demos, rng, lr, noise))
+        self.choose(grid, partial(self._calibrated, demos, rng))
         self.n_labelled = len(demos) + self.n_validation
         self.n_trained = self.scalars.numel()
 
@@ -76,6 +82,7 @@ class I2CL(Method):
             vector = vectors[place].to(output.device)
             changed = output_scale * output.float() + vector_scale * vector
             if noise:
+                # A share of each token's output, and a constant to the gradient.
                 size = changed.detach().norm(dim=-1, keepdim=True) * noise
                 # Drawn on the CPU, so that every device sees the same noise.
                 draw = torch.randn(changed.shape, generator=draws)
@@ -104,14 +111,16 @@ class I2CL(Method):
         # As published, every step draws its rows anew instead of going through all of them.
         batches = []
         for _ in range(n_steps):
-            batches.append(rng.permutation(len(demos))[:BATCH_SIZE].tolist())
+            order = rng.permutation(len(demos))
+            batches.append(order[:BATCH_SIZE].tolist())
 
         def loss_of(batch_rows: list[int]) -> Tensor:
             token_lists = [rows[i][0] for i in batch_rows]
             answers = [rows[i][1] for i in batch_rows]
             batch = pad(token_lists, decoder.pad_id).to(decoder.device)
             logits = next_token_logits(decoder.model, batch)
-            return nn.functional.cross_entropy(logits, torch.tensor(answers, device=decoder.device))
+            target = torch.tensor(answers, device=decoder.device)
+            return nn.functional.cross_entropy(logits, target)
 
         steps = track(batches, "i2cl", [1] * n_steps, "steps")
         with frozen(decoder.model), self._edited(scalars, noise, noise_draws):

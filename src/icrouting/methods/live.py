@@ -9,9 +9,11 @@ from torch import Tensor
 
 from icrouting.decoder.hooks import edited
 from icrouting.methods.base import Context
-from icrouting.methods.distilling import Distilled, distilled, lessons_of
+from icrouting.methods.distilling import Distilled, Strengths, Vectors, distilled, lessons_of
 
+# The published rate first.
 LRS = (1e-3, 5e-3, 5e-4, 1e-4)
+# The share of the epochs in a shorter training, which may suit few rows.
 SHORTER = 0.3
 
 
@@ -50,9 +52,7 @@ class Live(Distilled):
                 grid.append({"lr": lr, "epochs": epochs})
         return grid
 
-    def _edited(
-        self, vectors: Float[Tensor, "n_layers hidden_size"], strengths: Float[Tensor, "n_layers"]
-    ) -> Context:
+    def _edited(self, vectors: Vectors, strengths: Strengths) -> Context:
         def edit(layer: int, hidden: Tensor) -> Tensor:
             return turned(hidden, vectors[layer], strengths[layer])
 
@@ -63,9 +63,11 @@ def turned(
     hidden: Tensor, vector: Float[Tensor, "hidden_size"], strength: Float[Tensor, ""]
 ) -> Tensor:
     """Returns hidden states moved along a vector, each brought back to its norm."""
+    # In half precision the squares of a sink's state would overflow.
     before = hidden.float()
     moved = before + (strength * vector).to(hidden.device)
     # A state that is moved to nought stays there, instead of becoming no number.
     tiny = torch.finfo(torch.float32).tiny
+    norm = before.norm(dim=-1, keepdim=True)
     moved_norm = moved.norm(dim=-1, keepdim=True).clamp_min(tiny)
-    return (moved * (before.norm(dim=-1, keepdim=True) / moved_norm)).to(hidden.dtype)
+    return (moved * (norm / moved_norm)).to(hidden.dtype)

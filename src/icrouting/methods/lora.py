@@ -13,7 +13,7 @@ from icrouting.decoder.partial import entering_states, late_entry
 from icrouting.fitting.trunk import TrunkState, pad_states
 from icrouting.methods.adapters import RANK, injected, load_peft
 from icrouting.methods.base import Context, Method
-from icrouting.methods.tuning import answered, tune
+from icrouting.methods.tuning import AnsweredRow, answered, tune
 from icrouting.tasks.prompts import balanced_demos
 from icrouting.tasks.task import Example, Task
 
@@ -22,7 +22,8 @@ EPOCHS = 20
 # loses nothing.
 GRID = [{"lr": lr, "alpha": alpha} for alpha in (32, 64, 16) for lr in (3e-4, 1e-3, 1e-4)]
 
-States = Sequence[tuple[TrunkState, int]]
+Pairs = list[tuple[Task, Example]]
+States = Sequence[AnsweredRow[TrunkState]]
 
 
 class LoraBlock(Method):
@@ -40,15 +41,18 @@ class LoraBlock(Method):
 
     def learn(self, rng: np.random.Generator) -> None:
         """Trains one adapter on the pooled rows; lower layers run once per row."""
+        # Where peft is missing, that is said before anything is run.
         load_peft()
-        pairs: list[tuple[Task, Example]] = []
+        pairs: Pairs = []
+        held_pairs: Pairs = []
         for task in self.sources:
             pairs += [(task, row) for row in self._rows(task, rng)]
-        held_pairs = [(task, row) for task in self.sources for row in task.validation]
+            held_pairs += [(task, row) for row in task.validation]
         if not pairs:
             raise ValueError("LoRA learns from labelled rows: give at least one source task")
         states = self._states(pairs)
         held_states = self._states(held_pairs)
+        # One seed for all settings, so that they differ in nothing else.
         seed = int(rng.integers(2**31))
         self.choose(GRID, partial(self._trained, states, held_states, seed))
         self.n_labelled = len(pairs) + len(held_pairs)
@@ -82,7 +86,7 @@ class LoraBlock(Method):
         linear = [part for part in block.modules() if isinstance(part, nn.Linear | Conv1D)]
         return _names(self.model, linear)
 
-    def _states(self, pairs: Sequence[tuple[Task, Example]]) -> States:
+    def _states(self, pairs: Pairs) -> States:
         """Returns what enters the last block for every row, and the row's answer.
 
         The states are kept off the accelerator.
@@ -111,7 +115,8 @@ class LoraBlock(Method):
 
                 def logits_of(batch_states: list[TrunkState]) -> Tensor:
                     # Rows that are held back are read without gradients, and without dropout.
-                    dropouts.train(torch.is_grad_enabled())
+                    is_training = torch.is_grad_enabled()
+                    dropouts.train(is_training)
                     batch, hidden = pad_states(batch_states, decoder.pad_id)
                     return entry(batch.to(decoder.device), hidden)
 
@@ -157,11 +162,10 @@ class LoraBlockMore(LoraBlock):
 
 def _names(model: nn.Module, modules: Sequence[nn.Module | None]) -> list[str]:
     """Returns the full names of some of a model's modules, in the model's order."""
-    names = []
-    for name, part in base_of(model).named_modules():
-        if any(part is module for module in modules):
-            names.append(name)
-    return names
+    # Modules are told apart by identity: equal ones stand in every block.
+    ids = {id(module) for module in modules}
+    named = base_of(model).named_modules()
+    return [name for name, part in named if id(part) in ids]
 
 
 def _dropouts(model: nn.Module) -> nn.ModuleList:

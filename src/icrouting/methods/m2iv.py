@@ -16,7 +16,15 @@ from icrouting.decoder.families import all_branches_of
 from icrouting.decoder.hooks import added, edited, recorded
 from icrouting.decoder.states import last_of
 from icrouting.methods.base import Context
-from icrouting.methods.distilling import BATCH_SIZE, Distilled, Lessons, distilled, lessons_of
+from icrouting.methods.distilling import (
+    BATCH_SIZE,
+    Distilled,
+    Lessons,
+    Strengths,
+    Vectors,
+    distilled,
+    lessons_of,
+)
 
 LRS = (1e-3, 5e-4, 1e-4)
 W_SYNERGY = (0.1, 0.01, 0.0)
@@ -59,8 +67,10 @@ class M2IV(Distilled):
                 last_states = last_of(output, batch.last).float()
                 states.append(last_states.to(batch.last.device))
             # A layer's two branches come one after the other.
-            views = torch.stack(states).unflatten(0, (-1, 2)).mean(0)  # [2, batch, hidden_size]
+            by_layer = torch.stack(states).unflatten(0, (-1, 2))
+            views = by_layer.mean(0)  # [2, batch, hidden_size]
             attention, mlp = torch.cat([*earlier_views, views], dim=1)
+            # Of earlier batches only the values count, since their graphs are gone.
             earlier_views.append(views.detach())
             return w_synergy * synergy(attention, mlp)
 
@@ -78,9 +88,7 @@ class M2IV(Distilled):
                 extra=weighted_synergy if w_synergy else None,
             )
 
-    def _edited(
-        self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]
-    ) -> Context:
+    def _edited(self, vectors: Vectors, strengths: Strengths) -> Context:
         def edit(place: int, output: Tensor) -> Tensor:
             return added(output, strengths[place] * vectors[place])
 
@@ -100,12 +108,15 @@ def synergy(
     za = _standardised(attention)
     zm = _standardised(mlp)
     diagonal = (za * zm).mean(0)
-    all_squares = ((za @ za.T) * (zm @ zm.T)).sum() / n_rows**2
+    products = (za @ za.T) * (zm @ zm.T)
+    all_squares = products.sum() / n_rows**2
     off_diagonal = all_squares - diagonal.square().sum()
-    return ((1 - diagonal).square().sum() + OFF_DIAGONAL * off_diagonal) / hidden_size
+    misfit = (1 - diagonal).square().sum()
+    return (misfit + OFF_DIAGONAL * off_diagonal) / hidden_size
 
 
 def _standardised(view: Float[Tensor, "n_rows hidden_size"]) -> Float[Tensor, "n_rows hidden_size"]:
     centred = view - view.mean(0)
+    variance = centred.square().mean(0)
     # The tiny number keeps a feature that never varies at nought.
-    return centred / (centred.square().mean(0) + 1e-12).sqrt()
+    return centred / (variance + 1e-12).sqrt()

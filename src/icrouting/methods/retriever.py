@@ -21,7 +21,10 @@ EPOCHS = 15
 
 def _new_head(n_features: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(2 * n_features, WIDTH), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(WIDTH, 2)
+        nn.Linear(2 * n_features, WIDTH),
+        nn.ReLU(),
+        nn.Dropout(DROPOUT),
+        nn.Linear(WIDTH, 2),
     )
 
 
@@ -42,9 +45,10 @@ def same_task(
     with torch.random.fork_rng(devices=[]):
         head = _new_head(prompts.shape[1]).eval()
     vector_to_parameters(weights, head.parameters())
-    shape = len(queries), len(prompts), -1
+    shape = (len(queries), len(prompts), -1)
     pairs = torch.cat([queries[:, None].expand(shape), prompts.expand(shape)], -1)
-    return head(pairs).softmax(-1)[..., 1]
+    probabilities = head(pairs).softmax(-1)
+    return probabilities[..., 1]
 
 
 def train_head(
@@ -62,6 +66,7 @@ def train_head(
         rng: Seeds the choice of pairs, the head's start, its dropout and the order of pairs.
     """
     with torch.random.fork_rng(devices=[]):
+        # Dropout and the head's start know no generator but the global one.
         torch.manual_seed(int(rng.integers(2**31)))
         pairs = _balanced_pairs(same)
         head = _new_head(prompts.shape[1])
@@ -69,8 +74,10 @@ def train_head(
 
         def loss_of(batch: Int[Tensor, "batch 2"]) -> Tensor:
             query, prompt = batch.T
-            logits = head(torch.cat([queries[query], prompts[prompt]], -1))
-            return nn.functional.cross_entropy(logits, same[query, prompt].long())
+            pair_features = torch.cat([queries[query], prompts[prompt]], -1)
+            logits = head(pair_features)
+            is_same = same[query, prompt].long()
+            return nn.functional.cross_entropy(logits, is_same)
 
         descend(optimizer, _shuffled_batches(pairs), loss_of)
     return parameters_to_vector(head.parameters()).detach()
@@ -82,6 +89,7 @@ def _balanced_pairs(same: Bool[Tensor, "n_queries n_prompts"]) -> Int[Tensor, "n
     for is_kind in (same, ~same):
         order = torch.randperm(int(is_kind.sum()))
         shuffled_by_kind.append(is_kind.nonzero()[order])
+    # Most pairs are of two tasks: a head that always said so would mostly be right.
     n_of_each = min(N_PAIRS // 2, *map(len, shuffled_by_kind))
     return torch.cat([shuffled[:n_of_each] for shuffled in shuffled_by_kind])
 

@@ -19,7 +19,7 @@ from icrouting.decoder.families import CACHE
 from icrouting.decoder.passes import next_token_logits
 from icrouting.methods.adapters import load_peft
 from icrouting.methods.base import Context, Method
-from icrouting.methods.tuning import answered, tune
+from icrouting.methods.tuning import AnsweredRow, answered, tune
 from icrouting.methods.virtual_tokens import in_front
 from icrouting.tasks.task import Example, Task
 
@@ -42,12 +42,14 @@ class PromptTuning(Method):
 
     def learn(self, rng: np.random.Generator) -> None:
         """Trains one soft prompt on the pooled rows of all sources."""
+        # Where peft is missing, that is said before anything is run.
         load_peft()
         pairs: list[tuple[Task, Example]] = []
         for task in self.sources:
             picked = rng.permutation(len(task.train))[: self.settings.train_rows]
             pairs += [(task, task.train[i]) for i in picked]
         rows = answered(self.decoder, pairs)
+        # One seed for all settings, so that they differ in nothing else.
         seed = int(rng.integers(2**31))
         self.choose(self.grid, partial(self._trained, rows, seed))
         self.n_labelled = len(pairs) + self.n_validation
@@ -61,10 +63,11 @@ class PromptTuning(Method):
         """Returns the soft prompt that does what tokens in front of the prompt would do."""
         embed = self.decoder.stack.get_input_embeddings()
         assert embed is not None, "a decoder embeds its tokens"
-        return embed(torch.tensor(tokens, device=self.decoder.device)).float()
+        input_ids = torch.tensor(tokens, device=self.decoder.device)
+        return embed(input_ids).float()
 
     def _trained(
-        self, rows: Sequence[tuple[list[int], int]], seed: int, n_virtual: int, lr: float
+        self, rows: Sequence[AnsweredRow[list[int]]], seed: int, n_virtual: int, lr: float
     ) -> dict[str, Tensor]:
         """Returns a trained soft prompt; `seed` is that of the rows' order."""
         decoder = self.decoder
@@ -85,7 +88,9 @@ class PromptTuning(Method):
                 n_epochs=self.settings.train_epochs,
                 rng=np.random.default_rng(seed),
             )
-            return {"soft_prompt": prompt.detach().cpu().clone()}
+            # A copy, since on the CPU peft's parameter itself would be kept.
+            trained = prompt.detach().cpu().clone()
+        return {"soft_prompt": trained}
 
     def _template_tokens(self, n_tokens: int) -> list[int]:
         """Returns tokens of the sources' templates, over and over."""
@@ -124,4 +129,5 @@ class PrefixTuning(PromptTuning):
                 # [n_kv_heads, n_virtual, head_dim], off the devices, of which there may be many.
                 keys_and_values.append(states[0].float().cpu())
         # A row per token, in peft's order: layer, then key or value, then head.
-        return torch.stack(keys_and_values).permute(2, 0, 1, 3).flatten(1)
+        by_token = torch.stack(keys_and_values).permute(2, 0, 1, 3)
+        return by_token.flatten(1)

@@ -17,6 +17,11 @@ from icrouting.runtime.progress import track
 from icrouting.tasks.task import Example, Task
 
 T = TypeVar("T")
+# Returns the logits at rows' last position, of what it reads of each row.
+LogitsOf = Callable[[list[T]], Float[Tensor, "batch vocab"]]
+# What that reads of a row, and the token that the row's answer begins with.
+AnsweredRow = tuple[T, int]
+
 BATCH_SIZE = 4
 HELD_BATCH_SIZE = 16
 WARM_UP = 0.05
@@ -25,7 +30,7 @@ PATIENCE = 3
 
 def answered(
     decoder: Decoder, pairs: Sequence[tuple[Task, Example]]
-) -> list[tuple[list[int], int]]:
+) -> list[AnsweredRow[list[int]]]:
     """Returns each row's zero-shot prompt as tokens, with its answer's first token."""
     texts = [task.prompt(example) for task, example in pairs]
     # A tokenizer refuses an empty list of texts.
@@ -39,9 +44,9 @@ def answered(
 
 def tune(
     parameters: Sequence[nn.Parameter],
-    rows: Sequence[tuple[T, int]],
-    held: Sequence[tuple[T, int]],
-    logits_of: Callable[[list[T]], Float[Tensor, "batch vocab"]],
+    rows: Sequence[AnsweredRow[T]],
+    held: Sequence[AnsweredRow[T]],
+    logits_of: LogitsOf[T],
     *,
     lr: float,
     n_epochs: int,
@@ -55,9 +60,9 @@ def tune(
 
     Args:
         parameters: What is trained.
-        rows: The training rows: what `logits_of` reads of each, and its answer's token.
-        held: The rows that are held back, likewise; there may be none.
-        logits_of: Returns the logits at rows' last position; gradients are on in training alone.
+        rows: The training rows.
+        held: The rows that are held back; there may be none.
+        logits_of: Reads rows, with gradients on in training alone.
         lr: The highest learning rate.
         n_epochs: The most passes over the rows.
         rng: Draws the rows' order, anew for every epoch.
@@ -80,6 +85,7 @@ def tune(
             continue
         held_loss = _held_loss(logits_of, held)
         if held_loss < least_loss:
+            # Clones, since training goes on in place.
             least_loss = held_loss
             best_values = [parameter.detach().clone() for parameter in parameters]
             n_epochs_waited = 0
@@ -94,16 +100,17 @@ def tune(
 
 
 @torch.no_grad()
-def _held_loss(logits_of: Callable[[list[T]], Tensor], held: Sequence[tuple[T, int]]) -> float:
+def _held_loss(logits_of: LogitsOf[T], held: Sequence[AnsweredRow[T]]) -> float:
     total = 0.0
     for batch in in_batches(held, HELD_BATCH_SIZE):
-        total += _mean_loss(logits_of, batch).item() * len(batch)
+        loss = _mean_loss(logits_of, batch).item()
+        # The last batch may be smaller, and counts for less.
+        total += loss * len(batch)
     return total / len(held)
 
 
-def _mean_loss(
-    logits_of: Callable[[list[T]], Tensor], rows: Sequence[tuple[T, int]]
-) -> Float[Tensor, ""]:
+def _mean_loss(logits_of: LogitsOf[T], rows: Sequence[AnsweredRow[T]]) -> Float[Tensor, ""]:
     logits = logits_of([row for row, _ in rows])
-    answers = torch.tensor([answer for _, answer in rows], device=logits.device)
-    return nn.functional.cross_entropy(logits, answers)
+    answers = [answer for _, answer in rows]
+    target = torch.tensor(answers, device=logits.device)
+    return nn.functional.cross_entropy(logits, target)

@@ -112,6 +112,7 @@ class _Front:
             return arguments, 0
         n_rows, q_len = read_by(arguments).shape[:2]
         arguments = self._counted(arguments, n_rows)
+        # The prompt went into the cache with the first tokens.
         if n_seen(arguments):
             return arguments, 0
         limit = context_length(self._base)
@@ -122,12 +123,14 @@ class _Front:
             )
         prompt = self._make_prompt(n_rows)
         if isinstance(prompt, Cache):
-            return {**arguments, CACHE: _filled(arguments.get(CACHE), prompt)}, 0
+            cache = _filled(arguments.get(CACHE), prompt)
+            return {**arguments, CACHE: cache}, 0
         return self._behind_embeddings(arguments, prompt), self._n_virtual
 
     def _counted(self, arguments: dict[str, Any], n_rows: int) -> dict[str, Any]:
         """Returns arguments whose mask and positions count the virtual tokens in front."""
         counted = dict(arguments)
+        # Where there is no mask, all tokens are attended, the virtual ones too.
         mask = arguments.get("attention_mask")
         if mask is not None:
             ones = mask.new_ones(n_rows, self._n_virtual)
@@ -142,19 +145,20 @@ class _Front:
     ) -> dict[str, Any]:
         """Returns arguments with embeddings: the soft prompt's, then the tokens'."""
         inputs = read_by(arguments)
+        n_rows = len(inputs)
+        # A caller may have embedded the tokens already.
         embeds = inputs
         if not inputs.is_floating_point():
-            embeds = stack_of(self._base).get_input_embeddings()(inputs)
-        prepended = {
-            **arguments,
-            "input_ids": None,
-            "inputs_embeds": torch.cat([prompt.to(embeds), embeds], 1),
-        }
+            embed = stack_of(self._base).get_input_embeddings()
+            embeds = embed(inputs)
+        inputs_embeds = torch.cat([prompt.to(embeds), embeds], 1)
+        prepended = {**arguments, "input_ids": None, "inputs_embeds": inputs_embeds}
         positions = arguments.get("position_ids")
         if positions is not None:
-            n_rows = len(inputs)
-            first = torch.arange(self._n_virtual, device=positions.device).expand(n_rows, -1)
-            prepended["position_ids"] = torch.cat([first, positions.expand(n_rows, -1)], 1)
+            # One row of positions may stand for all rows.
+            first = torch.arange(self._n_virtual, device=positions.device)
+            both = [first.expand(n_rows, -1), positions.expand(n_rows, -1)]
+            prepended["position_ids"] = torch.cat(both, 1)
         return prepended
 
 
@@ -162,6 +166,7 @@ def _check_layout(arguments: Mapping[str, Any]) -> None:
     """ValueError for a mask of another layout, or a cache of a fixed size."""
     mask = arguments.get("attention_mask")
     has_plain_mask = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    # A static cache is made for the caller's tokens, and has no room for the prompt.
     if isinstance(arguments.get(CACHE), StaticCache) or not has_plain_mask:
         raise ValueError(
             "a soft prompt needs one attention mask [batch, kv_len] and a cache that grows: "
