@@ -21,7 +21,8 @@ from icrouting.methods.live import Live, turned
 from icrouting.methods.m2iv import M2IV, synergy
 from icrouting.tasks.prompts import few_shot
 
-TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("others", n_test=30)
+TASK = tiny.task("toy", n_test=30)
+OTHER = tiny.task("others", n_test=30)
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
 KINDS = pytest.mark.parametrize("kind", [Live, M2IV], ids=lambda kind: kind.name)
 OPTIONS = TASK.spec.options
@@ -94,7 +95,8 @@ def test_both_paddings_score_like_single_prompts(kind, family, tokenizer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_live_turns_every_blocks_output_and_keeps_its_norm(family, tokenizer):
     model = tiny.model(family)
-    method, blocks = bare(Live, model, tokenizer, strength=0.7), list(layers_of(model))
+    method = bare(Live, model, tokenizer, strength=0.7)
+    blocks = list(layers_of(model))
     batch = tokenizer(prompts()[0], return_tensors="pt")
     with (
         recorded(blocks) as before,
@@ -114,12 +116,14 @@ def test_live_turns_every_blocks_output_and_keeps_its_norm(family, tokenizer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_m2iv_adds_its_vectors_to_what_each_branch_gives(family, tokenizer):
-    """One branch alone, the last layer's MLP: the last block's output moves by the vector, at every token."""
+    """One branch alone, the last layer's MLP: the last block's output moves by the vector."""
     model = tiny.model(family)
-    method, batch = bare(M2IV, model, tokenizer), tokenizer(prompts()[0], return_tensors="pt")
+    method = bare(M2IV, model, tokenizer)
+    batch = tokenizer(prompts()[0], return_tensors="pt")
     last = [layers_of(model)[-1], branches_of(model, len(layers_of(model)) - 1)[1]]
     for place in (-1, -2):
-        strengths, outputs = torch.zeros(len(method.strengths)), []
+        strengths = torch.zeros(len(method.strengths))
+        outputs = []
         for strength in (0.0, 0.6):
             strengths[place] = strength
             with (
@@ -137,8 +141,10 @@ def test_m2iv_adds_its_vectors_to_what_each_branch_gives(family, tokenizer):
 
 def test_turning_copes_with_nought_and_with_the_norms_of_sinks():
     generator = torch.Generator().manual_seed(1)
-    hidden, vector = torch.randn(2, 3, 8, generator=generator), torch.randn(8, generator=generator)
-    hidden[0, 0], hidden[1, 2] = 0, 1e4 * hidden[1, 2]
+    hidden = torch.randn(2, 3, 8, generator=generator)
+    vector = torch.randn(8, generator=generator)
+    hidden[0, 0] = 0
+    hidden[1, 2] = 1e4 * hidden[1, 2]
     one = torch.tensor(1.0)
     assert torch.isfinite(turned(hidden, vector, one)).all()
     assert torch.equal(turned(hidden, torch.zeros(8), one), hidden)
@@ -172,7 +178,8 @@ def test_training_lowers_the_loss_on_a_model_that_stays_as_it_was(kind, tokenize
     model = tiny.model("llama")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     method = bare(kind, model, tokenizer)
-    method.sources, method.settings = [TASK], Settings(demos_per_class=2, train_rows=16)
+    method.sources = [TASK]
+    method.settings = Settings(demos_per_class=2, train_rows=16)
     lessons = d.lessons_of(method, np.random.default_rng(0))
     found = d.distilled(
         method, lessons, len(method.vectors), method._edited, lr=0.1, epochs=40, seed=0
@@ -201,7 +208,7 @@ def test_a_fit_is_one_for_one_seed_and_says_what_it_took(kind, tokenizer):
 
 @KINDS
 def test_the_loop_equals_a_plain_one(kind, tokenizer, monkeypatch):
-    """Three steps over one batch, written out: KL and half the cross-entropy at the last prompt token, AdamW, clip."""
+    """Three steps over one batch, written out: KL, half the cross-entropy, AdamW and clip."""
     monkeypatch.setattr(d, "CLIP", clip := 0.05)
     model = tiny.model("llama")
     method = bare(kind, model, tokenizer)
@@ -215,7 +222,8 @@ def test_the_loop_equals_a_plain_one(kind, tokenizer, monkeypatch):
     n_places = len(method.vectors)
     found = d.distilled(method, lessons, n_places, method._edited, lr=3e-3, epochs=3, seed=9)
     vectors = 0.01 * torch.randn(n_places, 42, generator=torch.Generator().manual_seed(9))
-    vectors, strengths = vectors.requires_grad_(), torch.full((n_places,), 0.1, requires_grad=True)
+    vectors = vectors.requires_grad_()
+    strengths = torch.full((n_places,), 0.1, requires_grad=True)
     optimizer = torch.optim.AdamW(
         [{"params": [vectors], "lr": 3e-3}, {"params": [strengths]}], 1e-2, weight_decay=1e-3
     )
@@ -276,28 +284,30 @@ def test_the_teacher_is_the_mean_over_draws_and_has_their_mean_gradient(tokenize
 def test_demonstrations_are_drawn_anew_for_every_row_among_the_training_rows_in_use(
     tokenizer, monkeypatch
 ):
-    asked, teacher = [], d.teacher_log_probs
-    monkeypatch.setattr(
-        d,
-        "teacher_log_probs",
-        lambda decoder, texts, n: asked.extend(texts) or teacher(decoder, texts, n),
-    )
+    teacher_texts = []
+    teacher = d.teacher_log_probs
+
+    def noted(decoder, texts, n_draws):
+        teacher_texts.extend(texts)
+        return teacher(decoder, texts, n_draws)
+
+    monkeypatch.setattr(d, "teacher_log_probs", noted)
     method = Live(Settings(demos_per_class=2, train_rows=10))
     method.decoder = Decoder.of(tiny.model("llama"), tokenizer)
     method.sources = [TASK, OTHER]
     lessons = d.lessons_of(method, np.random.default_rng(3))
     prompts = [tokenizer.decode(tokens) for tokens in lessons.token_lists]
     assert len(prompts) == len(lessons.teacher) == len(lessons.labels) == 20
-    for task, mine in ((TASK, range(10)), (OTHER, range(10, 20))):
+    for task, lesson_range in ((TASK, range(10)), (OTHER, range(10, 20))):
         by_prompt = {task.prompt(row): row for row in task.train}
-        used = {prompts[i] for i in mine}
-        for i in mine:
+        used = {prompts[i] for i in lesson_range}
+        for i in lesson_range:
             answer = task.answer(by_prompt[prompts[i]])
             assert (
                 lessons.labels[i]
                 == tokenizer(f"{prompts[i]} {answer}").input_ids[len(lessons.token_lists[i])]
             )
-            draws = asked[2 * i : 2 * i + 2]
+            draws = teacher_texts[2 * i : 2 * i + 2]
             assert draws[0] != draws[1]
             for text in draws:
                 assert text.endswith("\n" + prompts[i])
@@ -314,29 +324,35 @@ def test_demonstrations_are_drawn_anew_for_every_row_among_the_training_rows_in_
 
 @KINDS
 def test_settings_are_tried_from_the_published_one_within_the_budget(kind, tokenizer, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        f"icrouting.methods.{kind.name}.distilled", lambda *a, **k: asked.append(k) or made.pop(0)
-    )
-    model, n = tiny.model("llama"), 8 if kind is Live else 9
-    own = {"vectors": bare(kind, model, tokenizer).vectors, "losses": torch.zeros(1)}
-    made = [{**own, "strengths": torch.full((1,), i)} for i in range(n)]
+    options_tried = []
+    model = tiny.model("llama")
+    n_settings = 8 if kind is Live else 9
+    vectors = bare(kind, model, tokenizer).vectors
+
+    def numbered(*args, **options):
+        strengths = torch.full((1,), len(options_tried))
+        options_tried.append(options)
+        return {"vectors": vectors, "losses": torch.zeros(1), "strengths": strengths}
+
+    monkeypatch.setattr(f"icrouting.methods.{kind.name}.distilled", numbered)
+    # The fourth setting is as good as the sixth, and comes first.
     monkeypatch.setattr(
         kind, "validated", lambda self: 0.5 + 0.1 * (self.strengths.item() in (3, 5))
     )
     method = fitted(kind, model, tokenizer, tries=12, train_epochs=10)
-    assert len(method.tried) == len(asked) == n
-    assert asked[0]["lr"] == 1e-3
-    assert asked[0]["epochs"] == 10
-    assert len({option["seed"] for option in asked}) == 1
+    assert len(method.tried) == len(options_tried) == n_settings
+    assert options_tried[0]["lr"] == 1e-3
+    assert options_tried[0]["epochs"] == 10
+    assert len({options["seed"] for options in options_tried}) == 1
     assert method.strengths.item() == 3
     assert method.n_labelled == 24 + len(TASK.validation)
     first = {name: value for name, value in method.tried[0].items() if name != "accuracy"}
     assert first == ({"lr": 1e-3, "epochs": 10} if kind is Live else {"lr": 1e-3, "w_synergy": 0.1})
     if kind is Live:
-        assert {option["epochs"] for option in asked} == {3, 10}
+        assert {options["epochs"] for options in options_tried} == {3, 10}
     else:
-        assert [option["extra"] is None for option in asked] == [False] * 6 + [True] * 3
+        has_no_synergy = [options["extra"] is None for options in options_tried]
+        assert has_no_synergy == [False] * 6 + [True] * 3
 
 
 def test_synergy_equals_the_matrix_written_out_and_knows_its_ends():

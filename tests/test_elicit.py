@@ -1,4 +1,4 @@
-"""ELICIT: the library, its injection, and a retriever that leaves a prompt alone, each against a slow version."""
+"""ELICIT: the library, its injection and its retriever, each against a slow version."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ from icrouting.routing.encoder import load_encoder
 from icrouting.tasks.task import Task, TaskSpec
 
 TASK = tiny.task("toy")
-NEWS, ROWS = TaskSpec("news", "far", "News: {text}\nTopic:", ("joy", "dull")), tiny.task("others")
+NEWS = TaskSpec("news", "far", "News: {text}\nTopic:", ("joy", "dull"))
+ROWS = tiny.task("others")
 OTHER = Task(NEWS, ROWS.train, ROWS.test, ROWS.validation)
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
 
@@ -53,10 +54,8 @@ def pooled(tokenizer, encoder_folder):
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_with_one_task_it_is_an_added_mean_task_vector(family, tokenizer, encoder_folder):
-    model, padded = (
-        tiny.model(family),
-        tokenizer(prompts(), return_tensors="pt", padding=True),
-    )  # on the left
+    model = tiny.model(family)
+    padded = tokenizer(prompts(), return_tensors="pt", padding=True)  # on the left
     method = fitted(model, tokenizer, encoder_folder, tries=1)
     plain = scores(model, tokenizer, prompts())
     (layer,) = set(method.layers.tolist())
@@ -86,7 +85,8 @@ def test_with_one_task_it_is_an_added_mean_task_vector(family, tokenizer, encode
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_the_sweep_that_adds_equals_the_naive_one(family, tokenizer):
-    model, items = tiny.model(family), [(TASK, row) for row in TASK.train[:9]]
+    model = tiny.model(family)
+    items = [(TASK, row) for row in TASK.train[:9]]
     vector = 9 * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(5))
     vectors = torch.outer(
         torch.tensor([1.0, -1, 1, -1, 1]), vector
@@ -96,12 +96,11 @@ def test_the_sweep_that_adds_equals_the_naive_one(family, tokenizer):
         method = Elicit(Settings())
         method.decoder = Decoder.of(model, tokenizer)
         method.weight = torch.tensor(1.0)
-        method.states, method.layers = vectors.expand(10, -1, -1), torch.full((10,), layer)
-        method.features, method.head, method.threshold = (
-            torch.zeros(0, 0),
-            torch.zeros(0),
-            torch.zeros(()),
-        )
+        method.states = vectors.expand(10, -1, -1)
+        method.layers = torch.full((10,), layer)
+        method.features = torch.zeros(0, 0)
+        method.head = torch.zeros(0)
+        method.threshold = torch.zeros(())
         with method.applied(TASK):
             guesses = (
                 scores(model, tokenizer, [TASK.prompt(row) for _, row in items]).argmax(1).tolist()
@@ -117,21 +116,30 @@ def test_the_sweep_that_adds_equals_the_naive_one(family, tokenizer):
 def test_the_library_holds_the_last_tokens_states_of_prompts_that_the_retriever_does_not_ask(
     tokenizer, encoder_folder, monkeypatch
 ):
-    shown, asked, model = [], [], tiny.model("llama")
-    few_shot, read = elicit.few_shot, elicit._read
-    monkeypatch.setattr(
-        elicit, "few_shot", lambda *args: shown.append(few_shot(*args).text) or few_shot(*args)
-    )
-    monkeypatch.setattr(
-        elicit, "_read", lambda e, texts, o: asked.append(texts) or read(e, texts, o)
-    )
+    shown = []
+    texts_read = []
+    model = tiny.model("llama")
+    few_shot = elicit.few_shot
+    read = elicit._read
+
+    def noted_prompt(*args):
+        prompt = few_shot(*args)
+        shown.append(prompt.text)
+        return prompt
+
+    def noted_texts(encoder, by_task, owners):
+        texts_read.append(by_task)
+        return read(encoder, by_task, owners)
+
+    monkeypatch.setattr(elicit, "few_shot", noted_prompt)
+    monkeypatch.setattr(elicit, "_read", noted_texts)
     method = fitted(model, tokenizer, encoder_folder, (TASK, OTHER), demos_per_class=1, tries=1)
     assert len(shown) == len(method.states) == 20
     for text, state in list(zip(shown, method.states, strict=True))[8:12]:
         with torch.no_grad(), recorded(list(layers_of(model))) as outputs:
             model(**tokenizer(text, return_tensors="pt"))
         assert torch.allclose(state, torch.stack([output[0, -1] for output in outputs]), atol=1e-4)
-    queries = asked[0]
+    queries = texts_read[0]
     assert [len(each) for each in queries] == [12, 12]
     assert queries[0][0].startswith("Review: ")
     assert queries[0][1] in queries[0][0]
@@ -160,7 +168,8 @@ def test_what_is_retrieved_is_the_mean_of_the_ten_likeliest_at_their_most_freque
 
 
 def test_a_prompt_that_retrieves_nothing_is_answered_as_by_the_bare_model(pooled, tokenizer):
-    model, plain = pooled.model, scores(pooled.model, tokenizer, prompts())
+    model = pooled.model
+    plain = scores(pooled.model, tokenizer, prompts())
     likeliest = (
         same_task(pooled.head, load_encoder(pooled.settings.encoder)(prompts()), pooled.features)
         .max(1)
@@ -202,7 +211,9 @@ def test_the_head_learns_which_task_a_query_is_of():
     def near(n):
         return centres.repeat_interleave(n, 0) + 0.3 * torch.randn(3 * n, 8, generator=generator)
 
-    prompts, queries, held = near(10), near(12), near(20)
+    prompts = near(10)
+    queries = near(12)
+    held = near(20)
     owners = torch.arange(3)
     same = owners.repeat_interleave(12)[:, None] == owners.repeat_interleave(10)
     before = torch.get_rng_state()

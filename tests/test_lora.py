@@ -22,7 +22,8 @@ from icrouting.methods.adapters import RANK, injected
 from icrouting.methods.lora import GRID, LoraBlock, LoraBlockMore, LoraHead
 from icrouting.methods.tuning import PATIENCE, answered, tune
 
-TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
+TASK = tiny.task("toy", n_test=30)
+OTHER = tiny.task("other", n_test=30)
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
 ARMS = pytest.mark.parametrize("kind", [LoraBlock, LoraHead])
 SMALL = {"demos_per_class": 2, "tries": 1, "train_rows": 7, "train_epochs": 2}
@@ -62,7 +63,7 @@ def same(before, after):
     )
 
 
-def of(model, kind):
+def unfitted(model, kind):
     method = kind(Settings())
     method.decoder = Decoder.of(model, tiny.tokenizer())
     return method
@@ -73,7 +74,9 @@ def of(model, kind):
 def test_a_new_adapter_changes_nothing_and_any_other_something(kind, family, tokenizer):
     """B starts at zero; on every row of the family table."""
     model = tiny.model(family, "eager" if family == "gemma2" else "sdpa")
-    targets, plain, before = of(model, kind)._targets(), scores(model, tokenizer, 3), whole(model)
+    targets = unfitted(model, kind)._targets()
+    plain = scores(model, tokenizer, 3)
+    before = whole(model)
     with torch.random.fork_rng(), injected(model, targets, 32, 5) as adapter:
         for module in model.modules():
             module.eval()
@@ -92,8 +95,10 @@ def test_a_new_adapter_changes_nothing_and_any_other_something(kind, family, tok
 @pytest.mark.parametrize("family", [*LAW_FAMILIES, "gpt2"])
 def test_an_adapter_is_the_weight_plus_scale_times_b_a(kind, family, tokenizer):
     """Against weights with the update added by hand."""
-    model, updated = tiny.model(family), tiny.model(family)
-    targets, generator = of(model, kind)._targets(), torch.Generator().manual_seed(3)
+    model = tiny.model(family)
+    updated = tiny.model(family)
+    targets = unfitted(model, kind)._targets()
+    generator = torch.Generator().manual_seed(3)
     with torch.random.fork_rng(), injected(model, targets, 64, 5) as adapter:
         shapes = {name: weight.shape for name, weight in adapter.items()}
     adapter = {name: torch.randn(shape, generator=generator) / 9 for name, shape in shapes.items()}
@@ -110,7 +115,7 @@ def test_an_adapter_is_the_weight_plus_scale_times_b_a(kind, family, tokenizer):
 
 
 def test_the_last_block_is_what_pefts_own_names_say():
-    """Equality with `layers_to_transform` and the family's list of names; only the last block is touched."""
+    """Equality with `layers_to_transform` and the family's list of names."""
     names = {
         "llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
         "qwen3": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
@@ -120,7 +125,8 @@ def test_the_last_block_is_what_pefts_own_names_say():
         "gpt2": "c_attn c_proj c_fc",
     }
     for family, listed in names.items():
-        model, last = tiny.model(family), len(layers_of(tiny.model(family))) - 1
+        model = tiny.model(family)
+        last = len(layers_of(tiny.model(family))) - 1
         config = peft.LoraConfig(
             r=RANK,
             target_modules=listed.split(),
@@ -131,7 +137,7 @@ def test_the_last_block_is_what_pefts_own_names_say():
         named = peft.inject_adapter_in_model(config, tiny.model(family))
         with (
             torch.random.fork_rng(),
-            injected(model, of(model, LoraBlock)._targets(), 32, 5) as adapter,
+            injected(model, unfitted(model, LoraBlock)._targets(), 32, 5) as adapter,
         ):
             theirs = {
                 name: weight.shape for name, weight in named.named_parameters() if ".lora_" in name
@@ -143,7 +149,7 @@ def test_the_last_block_is_what_pefts_own_names_say():
 def test_trained_parameters_are_counted_exactly(family, tokenizer):
     model = tiny.model(family)
     for kind in (LoraBlock, LoraHead):
-        linear = [model.get_submodule(name) for name in of(model, kind)._targets()]
+        linear = [model.get_submodule(name) for name in unfitted(model, kind)._targets()]
         expected = sum(RANK * (part.in_features + part.out_features) for part in linear)
         method = fitted(kind, model, tokenizer)
         assert method.n_trained == method.n_cached(TASK) == expected
@@ -155,7 +161,9 @@ def test_the_model_is_whole_again_after_an_exception_and_a_failed_entry(
     kind, tokenizer, monkeypatch
 ):
     model = tiny.model("llama")
-    method, plain, before = fitted(kind, model, tokenizer), scores(model, tokenizer), whole(model)
+    method = fitted(kind, model, tokenizer)
+    plain = scores(model, tokenizer)
+    before = whole(model)
     with pytest.raises(RuntimeError, match="thrown inside"), method.applied(TASK):
         raise RuntimeError("thrown inside")
     assert same(before, whole(model))
@@ -169,7 +177,8 @@ def test_the_model_is_whole_again_after_an_exception_and_a_failed_entry(
 def test_a_tied_head_is_updated_without_the_embeddings(tokenizer):
     model = tiny.model("gpt2")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    method, before = fitted(LoraHead, model, tokenizer), whole(model)
+    method = fitted(LoraHead, model, tokenizer)
+    before = whole(model)
     batch = pad([[5, 9, 30]], 1)
     with method.applied(TASK), torch.no_grad():
         assert torch.equal(model.get_input_embeddings().weight, before[0]["transformer.wte.weight"])
@@ -182,7 +191,8 @@ def test_a_tied_head_is_updated_without_the_embeddings(tokenizer):
 @ARMS
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_left_padding_and_a_batch_change_no_score(kind, family, tokenizer):
-    model, inputs = tiny.model(family), tiny.prompts()
+    model = tiny.model(family)
+    inputs = tiny.prompts()
     method = fitted(kind, model, tokenizer)
     with method.applied(TASK), torch.no_grad():
         together = model(**inputs).logits[:, -1]
@@ -194,10 +204,12 @@ def test_left_padding_and_a_batch_change_no_score(kind, family, tokenizer):
 @ARMS
 def test_training_on_kept_states_equals_training_on_whole_passes(kind, tokenizer):
     """Against a plain loop over whole forward passes with peft's adapter, without dropout."""
-    model, held = tiny.model("qwen3"), dataclasses.replace(TASK, validation=())
-    method = of(model, kind)
+    model = tiny.model("qwen3")
+    held = dataclasses.replace(TASK, validation=())
+    method = unfitted(model, kind)
     pairs = [(held, row) for row in TASK.train[:6]]
-    rows, targets = answered(Decoder.of(model, tokenizer), pairs), method._targets()
+    rows = answered(Decoder.of(model, tokenizer), pairs)
+    targets = method._targets()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("icrouting.methods.adapters.DROPOUT", 0.0)
         states = method._states(pairs)
@@ -207,7 +219,8 @@ def test_training_on_kept_states_equals_training_on_whole_passes(kind, tokenizer
             def logits_of(token_lists):
                 return next_token_logits(model, pad(token_lists, pad_id_of(tokenizer)))
 
-            weights, rng = list(adapter.values()), np.random.default_rng(11)
+            weights = list(adapter.values())
+            rng = np.random.default_rng(11)
             tune(weights, rows, (), logits_of, lr=1e-3, n_epochs=3, rng=rng)
             slow = {name: weight.detach().clone() for name, weight in adapter.items()}
     for name, weight in trained.items():
@@ -218,7 +231,7 @@ def test_training_on_kept_states_equals_training_on_whole_passes(kind, tokenizer
 
 def test_training_lowers_the_loss_on_its_rows_and_stays_on_the_seed(tokenizer):
     model = tiny.model("llama")
-    method = of(model, LoraBlock)
+    method = unfitted(model, LoraBlock)
     rows = method._states([(TASK, row) for row in TASK.train[:8]])
     first, again = (method._trained(rows, (), 11, lr=3e-3, alpha=32) for _ in range(2))
     assert all(torch.equal(weight, again[name]) for name, weight in first.items())
@@ -248,8 +261,9 @@ def test_nothing_outside_is_drawn_by_a_fit_or_an_application(tokenizer):
 
 
 def test_training_stops_where_the_held_loss_is_least():
-    """A held loss that falls for two epochs and rises then: three more are run, and the second one's weights stay."""
-    weight, seen = nn.Parameter(torch.zeros(1)), []
+    """A held loss falls for two epochs, then rises: three more run, the second's weights stay."""
+    weight = nn.Parameter(torch.zeros(1))
+    seen = []
     falls = iter([2.0, 1.0, 5.0, 6.0, 7.0, 8.0, 0.0])
 
     def logits_of(rows):
@@ -294,7 +308,8 @@ def test_settings_are_tried_from_one_start_and_logged(tokenizer):
 
 def test_half_precision_models_get_an_adapter_in_float32(tokenizer):
     model = tiny.model("llama").to(torch.bfloat16)
-    method, before = fitted(LoraBlock, model, tokenizer), fingerprint(model)
+    method = fitted(LoraBlock, model, tokenizer)
+    before = fingerprint(model)
     assert {weight.dtype for weight in method.adapter.values()} == {torch.float32}
     with method.applied(TASK):
         assert scores(model, tokenizer).isfinite().all()

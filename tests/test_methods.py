@@ -204,7 +204,8 @@ def test_task_vectors_are_mean_states_of_few_shot_prompts(tokenizer, monkeypatch
 
 @pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
 def test_i2cl_at_lambda_zero_and_beta_one_changes_nothing_and_else_something(family, tokenizer):
-    model, prompts = tiny.model(family, "eager" if family == "gemma2" else "sdpa"), prompts_of(TASK)
+    model = tiny.model(family, "eager" if family == "gemma2" else "sdpa")
+    prompts = prompts_of(TASK)
     plain = score_options(model, tokenizer, prompts, TASK.spec.options)
     method = fitted(I2CL, model, tokenizer)
     trained = scores_under(method, model, tokenizer, prompts)
@@ -282,7 +283,8 @@ def test_attached_to_the_same_weights_in_another_object_a_method_stays_where_it_
 def test_context_vectors_are_means_at_the_newline_of_each_demonstration(tokenizer, monkeypatch):
     from icrouting.methods import i2cl
 
-    shown, demonstration = [], i2cl.demonstration
+    shown = []
+    demonstration = i2cl.demonstration
     monkeypatch.setattr(
         i2cl, "demonstration", lambda *args: shown.append(demonstration(*args)) or shown[-1]
     )
@@ -334,13 +336,15 @@ def test_i2cl_works_with_one_demonstration(tokenizer):
 
 
 def test_the_noise_of_i2cl_is_in_training_only_and_of_the_published_size(tokenizer):
-    model, prompts = tiny.model("llama"), prompts_of(TASK)
+    model = tiny.model("llama")
+    prompts = prompts_of(TASK)
     method = fitted(I2CL, model, tokenizer)
     assert torch.equal(
         scores_under(method, model, tokenizer, prompts),
         scores_under(method, model, tokenizer, prompts),
     )
-    (branch, _), batch = branches_of(model, 0), batch_of(tokenizer, prompts)
+    (branch, _) = branches_of(model, 0)
+    batch = batch_of(tokenizer, prompts)
     outputs = []
     for noise in (0.0, 1e-3):
         draws = torch.Generator().manual_seed(3)
@@ -356,7 +360,8 @@ def test_the_noise_of_i2cl_is_in_training_only_and_of_the_published_size(tokeniz
 
 
 def test_the_learning_rate_warms_up_from_nothing_and_ends_at_nothing(tokenizer, monkeypatch):
-    rates, step = [], torch.optim.AdamW.step
+    rates = []
+    step = torch.optim.AdamW.step
 
     def note(self, *args):
         rates.append(self.param_groups[0]["lr"])

@@ -1,4 +1,4 @@
-"""Soft prompts through peft: what stands before a prompt, where positions start, and that nothing of it stays."""
+"""Soft prompts through peft: what stands before a prompt, and that nothing of it stays."""
 
 import copy
 import sys
@@ -15,12 +15,13 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, dims_of, stack_of
 from icrouting.decoder.scoring import score_options
 from icrouting.methods import Settings
-from icrouting.methods.adapters import in_front
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.tuning import answered
+from icrouting.methods.virtual_tokens import in_front
 from icrouting.tasks.prompts import Prompt
 
-TASK, OTHER = tiny.task("toy", n_test=30), tiny.task("other", n_test=30)
+TASK = tiny.task("toy", n_test=30)
+OTHER = tiny.task("other", n_test=30)
 LAW_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
 BOTH = pytest.mark.parametrize("kind", [PromptTuning, PrefixTuning])
 SMALL = {"tries": 1, "train_rows": 7, "train_epochs": 2}
@@ -32,14 +33,14 @@ def fitted(kind, model, tokenizer, tasks=(TASK,), **changes):
     return fit_method(method, model, tokenizer, tasks)
 
 
-def of(model, kind):
+def unfitted(model, kind):
     method = kind(Settings())
     method.decoder = Decoder.of(model, tiny.tokenizer())
     return method
 
 
 def wide(family):
-    """A model whose sliding window, if it has one, spans padding too: virtual tokens stand before that."""
+    """A model whose sliding window spans padding too, before which virtual tokens stand."""
     config = copy.deepcopy(tiny.ALL_CONFIGS[family])
     if hasattr(config, "sliding_window"):
         config.sliding_window = 64
@@ -48,7 +49,7 @@ def wide(family):
 
 def random_prompt(model, kind, n_virtual):
     with torch.no_grad():
-        start = of(model, kind).start(WORDS[:n_virtual])
+        start = unfitted(model, kind).start(WORDS[:n_virtual])
     return start + 0.3 * torch.randn(
         start.shape, generator=torch.Generator().manual_seed(n_virtual)
     )
@@ -85,14 +86,15 @@ def same(before, after):
 @BOTH
 @pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
 def test_a_soft_prompt_made_of_tokens_is_those_tokens_in_front(kind, family):
-    """On every row of the family table: positions are shifted by P, prefix keys are rotated where they stood."""
-    model, before = tiny.model_of(family), whole(tiny.model_of(family))
+    """On every family: positions are shifted by P, prefix keys are rotated where they stood."""
+    model = tiny.model_of(family)
+    before = whole(tiny.model_of(family))
     tokens = tiny.prompts((13,))["input_ids"]
     for n_virtual in (1, 8):
         with torch.no_grad():
             front = torch.tensor([WORDS[:n_virtual]])
             expected = model(input_ids=torch.cat([front, tokens], 1)).logits[:, n_virtual:]
-            start = of(model, kind).start(WORDS[:n_virtual])
+            start = unfitted(model, kind).start(WORDS[:n_virtual])
             with in_front(model, kind.kind, start):
                 found = model(input_ids=tokens).logits
         assert found.shape == expected.shape
@@ -106,7 +108,8 @@ def test_a_soft_prompt_made_of_tokens_is_those_tokens_in_front(kind, family):
 @pytest.mark.parametrize("n_virtual", [1, 8])
 def test_logits_are_those_of_pefts_own_wrapper(kind, family, n_virtual):
     """Which gives P + T of them in prompt tuning."""
-    model, inputs = tiny.model(family), tiny.prompts(side="right")
+    model = tiny.model(family)
+    inputs = tiny.prompts(side="right")
     del inputs["position_ids"]  # peft's prompt tuning ignores them
     prompt = random_prompt(model, kind, n_virtual)
     with torch.no_grad(), warnings.catch_warnings():
@@ -124,7 +127,8 @@ def test_logits_are_those_of_pefts_own_wrapper(kind, family, n_virtual):
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_a_prompt_is_its_embeddings_prepended(family):
-    model, tokens = tiny.model(family), tiny.prompts((13,))["input_ids"]
+    model = tiny.model(family)
+    tokens = tiny.prompts((13,))["input_ids"]
     for n_virtual in (1, 8):
         prompt = random_prompt(model, PromptTuning, n_virtual)
         embeds = torch.cat([prompt[None], model.get_input_embeddings()(tokens)], 1)
@@ -138,7 +142,8 @@ def test_a_prompt_is_its_embeddings_prepended(family):
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_changes_no_logit(kind, family, side):
-    model, inputs = wide(family) if side == "left" else tiny.model(family), tiny.prompts(side=side)
+    model = wide(family) if side == "left" else tiny.model(family)
+    inputs = tiny.prompts(side=side)
     with in_front(model, kind.kind, random_prompt(model, kind, 8)), torch.no_grad():
         together = model(**inputs).logits
         for row, kept in enumerate(inputs["attention_mask"].bool()):
@@ -149,7 +154,8 @@ def test_padding_on_either_side_changes_no_logit(kind, family, side):
 @BOTH
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_a_context_that_is_kept_in_a_cache_changes_no_score(kind, family, tokenizer):
-    model, context = tiny.model(family), "Review: joy plot\nSentiment: positive\n"
+    model = tiny.model(family)
+    context = "Review: joy plot\nSentiment: positive\n"
     with in_front(model, kind.kind, random_prompt(model, kind, 8)):
         shared = scores(model, tokenizer, context, 3)
         alone = torch.cat(
@@ -169,7 +175,8 @@ def test_a_context_that_is_kept_in_a_cache_changes_no_score(kind, family, tokeni
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"num_beams": 2}])
 def test_generation_goes_on_as_whole_passes_do(kind, family, padding, how):
-    model, n_new = wide(family), 5
+    model = wide(family)
+    n_new = 5
     given = tiny.prompts()
     inputs = {
         name: given[name][: 1 if padding == "none" else None]
@@ -210,7 +217,8 @@ def best_of(model, tokens, n_new, n_beams):
 @BOTH
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_a_cache_of_the_caller_s_is_filled(kind, family):
-    model, tokens = wide(family), tiny.prompts()["input_ids"][:1, :6]
+    model = wide(family)
+    tokens = tiny.prompts()["input_ids"][:1, :6]
     with in_front(model, kind.kind, random_prompt(model, kind, 8)), torch.no_grad():
         whole_pass = model(input_ids=tokens).logits[:, -1]
         cache = DynamicCache(config=model.config)
@@ -223,7 +231,8 @@ def test_a_cache_of_the_caller_s_is_filled(kind, family):
 
 @BOTH
 def test_a_static_cache_is_refused(kind):
-    model, tokens = tiny.model("llama"), tiny.prompts()["input_ids"][:1]
+    model = tiny.model("llama")
+    tokens = tiny.prompts()["input_ids"][:1]
     with (
         in_front(model, kind.kind, random_prompt(model, kind, 8)),
         pytest.raises(ValueError, match="a cache that grows"),
@@ -235,7 +244,8 @@ def test_a_static_cache_is_refused(kind):
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 def test_trained_parameters_are_counted_exactly(kind, family, tokenizer):
     model = tiny.model(family)
-    method, dims = fitted(kind, model, tokenizer), dims_of(model)
+    method = fitted(kind, model, tokenizer)
+    dims = dims_of(model)
     per_token = model.config.hidden_size
     if kind is PrefixTuning:
         per_token = 2 * dims.n_layers * dims.n_kv_heads * dims.head_dim
@@ -245,7 +255,9 @@ def test_trained_parameters_are_counted_exactly(kind, family, tokenizer):
 @BOTH
 def test_the_model_is_whole_again_after_an_exception_and_a_failed_entry(kind, tokenizer):
     model = tiny.model("llama")
-    method, plain, before = fitted(kind, model, tokenizer), scores(model, tokenizer), whole(model)
+    method = fitted(kind, model, tokenizer)
+    plain = scores(model, tokenizer)
+    before = whole(model)
     with pytest.raises(RuntimeError, match="thrown inside"), method.applied(TASK):
         assert not torch.allclose(scores(model, tokenizer), plain, atol=1e-3)
         raise RuntimeError("thrown inside")

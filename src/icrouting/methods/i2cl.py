@@ -1,6 +1,7 @@
-"""I2CL, implicit in-context learning (Li et al. 2024): context vectors added to every branch, with trained scalars."""
+"""I2CL, implicit in-context learning (Li et al. 2024): a vector in every branch."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,27 +17,36 @@ from icrouting.decoder.passes import next_token_logits
 from icrouting.decoder.states import mean_last_outputs
 from icrouting.methods.base import Context, Method
 from icrouting.methods.settings import Settings
+from icrouting.methods.descent import descend
 from icrouting.methods.tuning import answered
 from icrouting.runtime.progress import track
 from icrouting.tasks.prompts import balanced_demos, demonstration
 from icrouting.tasks.task import Example, Task
 
-WEIGHT_DECAY, WARM_UP, BATCH_SIZE = 1e-3, 0.05, 2
+WEIGHT_DECAY = 1e-3
+WARM_UP = 0.05
+BATCH_SIZE = 2
+FIRST_LAMBDA = 0.1
+FIRST_BETA = 1.0
+# The published setting first.
 GRID = [
-    {"lr": lr, "noise": noise} for lr in (1e-2, 3e-3) for noise in (1e-3, 0.0)
-]  # as published, then others
-FIRST_LAMBDA, FIRST_BETA = 0.1, 1.0
+    {"lr": 1e-2, "noise": 1e-3},
+    {"lr": 1e-2, "noise": 0.0},
+    {"lr": 3e-3, "noise": 1e-3},
+    {"lr": 3e-3, "noise": 0.0},
+]
 PUBLISHED_EPOCHS = 100
+
 Scalars = Float[Tensor, "n_branches 2"]
 
 
 class I2CL(Method):
     """Every branch gives beta * output + lambda * vector, at every token and layer.
 
-    The vectors are means over demonstrations, each run alone, of the branch's output at its last token; the
-    two scalars per branch are calibrated on the same demonstrations, with a learning rate and a noise that are chosen
-    on validation rows. Several tasks are pooled. Differs: the model keeps its dtype, where the published code runs
-    in float32; edits are computed in float32.
+    The vectors are means over demonstrations, each run alone, of the branch's output at its last
+    token; the two scalars per branch are calibrated on the same demonstrations, with a learning
+    rate and a noise that are chosen on validation rows. Several tasks are pooled. Differs: the
+    model keeps its dtype, where the published code runs in float32; edits are computed in float32.
     """
 
     name = "i2cl"
@@ -54,17 +64,19 @@ class I2CL(Method):
 
     def learn(self, rng: np.random.Generator) -> None:
         """Records the vectors and calibrates the scalars."""
-        per_class = self.settings.demos_per_class
-        demos = [
-            (task, demo) for task in self.sources for demo in balanced_demos(task, per_class, rng)
-        ]
-        shown = [
-            demonstration(*demo) for demo in demos
-        ]  # each ends with a newline, where the output is taken
-        self.vectors = mean_last_outputs(self.decoder, all_branches_of(self.model), shown)
-        grid = GRID if all(task.validation for task in self.sources) else GRID[:1]
-        self.choose(grid, lambda lr, noise: self._calibrated(demos, rng, lr, noise))
-        self.n_labelled, self.n_trained = len(demos) + self.n_validation, self.scalars.numel()
+        demos: list[tuple[Task, Example]] = []
+        for task in self.sources:
+            drawn = balanced_demos(task, self.settings.demos_per_class, rng)
+            demos += [(task, demo) for demo in drawn]
+        # Each text ends with a newline, where the output is taken.
+        texts = [demonstration(task, demo) for task, demo in demos]
+        self.vectors = mean_last_outputs(self.decoder, all_branches_of(self.model), texts)
+        # Where a task has nothing to choose on, the published setting is taken.
+        can_choose = all(task.validation for task in self.sources)
+        grid = GRID if can_choose else GRID[:1]
+        self.choose(grid, partial(self._calibrated, demos, rng))
+        self.n_labelled = len(demos) + self.n_validation
+        self.n_trained = self.scalars.numel()
 
     def applied(self, task: Task) -> Context:
         """Edits every branch."""
@@ -76,10 +88,13 @@ class I2CL(Method):
         vectors = self.vectors.to(scalars.device)
 
         def edit(place: int, output: Tensor) -> Tensor:
-            injected, own = scalars[place].to(output.device)
-            changed = own * output.float() + injected * vectors[place].to(output.device)
+            vector_scale, output_scale = scalars[place].to(output.device)
+            vector = vectors[place].to(output.device)
+            changed = output_scale * output.float() + vector_scale * vector
             if noise:
+                # A share of each token's output, and a constant to the gradient.
                 size = changed.detach().norm(dim=-1, keepdim=True) * noise
+                # Drawn on the CPU, so that every device sees the same noise.
                 draw = torch.randn(changed.shape, generator=draws)
                 changed = changed + draw.to(changed.device) * size
             return changed.to(output.dtype)
@@ -95,30 +110,33 @@ class I2CL(Method):
     ) -> dict[str, Tensor]:
         """Returns what is learned with scalars that are trained anew."""
         decoder = self.decoder
-        token_lists, labels = zip(*answered(decoder, demos), strict=True)
-        scalars = torch.tensor(
-            [[FIRST_LAMBDA, FIRST_BETA]] * len(self.vectors), device=decoder.device
-        )
-        scalars.requires_grad_()
+        rows = answered(decoder, demos)
+        first = [[FIRST_LAMBDA, FIRST_BETA]] * len(self.vectors)
+        scalars = torch.tensor(first, device=decoder.device, requires_grad=True)
         n_steps = self.settings.i2cl_epochs * max(1, len(demos) // BATCH_SIZE)
+        n_warm_up = max(1, round(WARM_UP * n_steps))
         optimizer = torch.optim.AdamW([scalars], lr=lr, weight_decay=WEIGHT_DECAY)
-        schedule = get_cosine_schedule_with_warmup(
-            optimizer, max(1, round(WARM_UP * n_steps)), n_steps
-        )
-        draws, losses = torch.Generator().manual_seed(int(rng.integers(2**31))), []
-        with frozen(decoder.model), self._edited(scalars, noise, draws), torch.enable_grad():
-            for _ in track(range(n_steps), "i2cl", [1] * n_steps, "steps"):
-                rows = rng.permutation(len(demos))[:BATCH_SIZE]
-                batch = pad([token_lists[row] for row in rows], decoder.pad_id).to(decoder.device)
-                target = torch.tensor([labels[row] for row in rows], device=decoder.device)
-                loss = nn.functional.cross_entropy(next_token_logits(decoder.model, batch), target)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.item())
+        schedule = get_cosine_schedule_with_warmup(optimizer, n_warm_up, n_steps)
+        noise_draws = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        # As published, every step draws its rows anew instead of going through all of them.
+        batches = []
+        for _ in range(n_steps):
+            order = rng.permutation(len(demos))
+            batches.append(order[:BATCH_SIZE].tolist())
+
+        def loss_of(batch_rows: list[int]) -> Tensor:
+            token_lists = [rows[i][0] for i in batch_rows]
+            answers = [rows[i][1] for i in batch_rows]
+            batch = pad(token_lists, decoder.pad_id).to(decoder.device)
+            logits = next_token_logits(decoder.model, batch)
+            target = torch.tensor(answers, device=decoder.device)
+            return nn.functional.cross_entropy(logits, target)
+
+        steps = track(batches, "i2cl", [1] * n_steps, "steps")
+        with frozen(decoder.model), self._edited(scalars, noise, noise_draws):
+            losses = descend(optimizer, steps, loss_of, schedule)
         return {
             "vectors": self.vectors,
             "scalars": scalars.detach().cpu(),
-            "losses": torch.tensor(losses),
+            "losses": torch.stack(losses).cpu(),
         }

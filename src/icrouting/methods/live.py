@@ -1,6 +1,6 @@
-"""LIVE, learnable in-context vectors (Peng et al. 2024): one vector a layer, distilled from few-shot prompting."""
+"""LIVE, learnable in-context vectors (Peng et al. 2024): a distilled one a layer."""
 
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,51 +9,65 @@ from torch import Tensor
 
 from icrouting.decoder.hooks import edited
 from icrouting.methods.base import Context
-from icrouting.methods.distilling import Distilled, distilled, lessons_of
+from icrouting.methods.distilling import Distilled, Strengths, Vectors, distilled, lessons_of
 
-LRS = 1e-3, 5e-3, 5e-4, 1e-4
+# The published rate first.
+LRS = (1e-3, 5e-3, 5e-4, 1e-4)
+# The share of the epochs in a shorter training, which may suit few rows.
+SHORTER = 0.3
 
 
 class Live(Distilled):
-    """Every block's output h, at every token, becomes (h + a v) |h| / |h + a v|, with a learned v and a per layer.
+    """Every block's output h becomes (h + a v) |h| / |h + a v|, at every token.
 
-    The vectors are taught to give, on the bare prompt, what the frozen model gives behind 5 demonstrations per
-    class. Learning rate of v, and all or three tenths of the epochs, are chosen on the validation rows; the first
-    setting is that of the published commands for VQAv2. Over several tasks, rows are pooled. Differs: the
-    published recipe has 8,000 queries of random demonstrations, in batches of 64; see also `distilling`.
+    Every layer learns its v and its a. The vectors are taught to give, on the bare prompt, what the
+    frozen model gives behind 5 demonstrations per class. Learning rate of v, and all or three
+    tenths of the epochs, are chosen on the validation rows; the first setting is that of the
+    published commands for VQAv2. Over several tasks, rows are pooled. Differs: the published recipe
+    has 8,000 queries of random demonstrations, in batches of 64; see also `distilling`.
     """
 
     name = "live"
 
     def learn(self, rng: np.random.Generator) -> None:
         """Runs the teacher once, and trains and chooses the vectors."""
-        lessons, layers = lessons_of(self, rng), list(self.decoder.layers)
-        all_epochs = self.settings.train_epochs
-        durations = dict.fromkeys((all_epochs, max(1, round(0.3 * all_epochs))))
-        grid = [{"lr": lr, "epochs": epochs} for epochs in durations for lr in LRS]
-        self.choose(
-            grid,
-            partial(
-                distilled, self, lessons, len(layers), self._edited, seed=int(rng.integers(2**31))
-            ),
-        )
+        lessons = lessons_of(self, rng)
+        seed = int(rng.integers(2**31))
+        n_layers = len(self.decoder.layers)
+
+        def build(lr: float, epochs: int) -> dict[str, Tensor]:
+            return distilled(self, lessons, n_layers, self._edited, lr=lr, epochs=epochs, seed=seed)
+
+        self.choose(self._grid(), build)
         self._count(lessons)
 
-    def _edited(
-        self, vectors: Float[Tensor, "n_layers hidden_size"], strengths: Float[Tensor, "n_layers"]
-    ) -> Context:
-        return edited(
-            list(self.decoder.layers),
-            lambda layer, h: turned(h, vectors[layer], strengths[layer]),
-        )
+    def _grid(self) -> list[dict[str, Any]]:
+        """Returns the settings in the order in which they are tried."""
+        all_epochs = self.settings.train_epochs
+        fewer_epochs = max(1, round(SHORTER * all_epochs))
+        grid = []
+        # One epoch cannot be shortened: then there is one duration.
+        for epochs in dict.fromkeys((all_epochs, fewer_epochs)):
+            for lr in LRS:
+                grid.append({"lr": lr, "epochs": epochs})
+        return grid
+
+    def _edited(self, vectors: Vectors, strengths: Strengths) -> Context:
+        def edit(layer: int, hidden: Tensor) -> Tensor:
+            return turned(hidden, vectors[layer], strengths[layer])
+
+        return edited(list(self.decoder.layers), edit)
 
 
 def turned(
     hidden: Tensor, vector: Float[Tensor, "hidden_size"], strength: Float[Tensor, ""]
 ) -> Tensor:
-    """Returns hidden states moved along a vector and brought back to the norm that each token's had."""
+    """Returns hidden states moved along a vector, each brought back to its norm."""
+    # In half precision the squares of a sink's state would overflow.
     before = hidden.float()
     moved = before + (strength * vector).to(hidden.device)
+    # A state that is moved to nought stays there, instead of becoming no number.
     tiny = torch.finfo(torch.float32).tiny
-    length = moved.norm(dim=-1, keepdim=True).clamp_min(tiny)
-    return (moved * (before.norm(dim=-1, keepdim=True) / length)).to(hidden.dtype)
+    norm = before.norm(dim=-1, keepdim=True)
+    moved_norm = moved.norm(dim=-1, keepdim=True).clamp_min(tiny)
+    return (moved * (norm / moved_norm)).to(hidden.dtype)

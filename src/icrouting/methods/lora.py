@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2022) as the paper's table 8 has it: rank 32, in the last block or at the vocabulary head."""
+"""LoRA (Hu et al. 2022) as in the paper's table 8: rank 32, last block or head."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,46 +8,59 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from icrouting.decoder.families import base_of, device_of, layers_of
+from icrouting.decoder.families import base_of
 from icrouting.decoder.partial import entering_states, late_entry
 from icrouting.fitting.trunk import TrunkState, pad_states
 from icrouting.methods.adapters import RANK, injected, load_peft
 from icrouting.methods.base import Context, Method
-from icrouting.methods.tuning import answered, tune
+from icrouting.methods.tuning import AnsweredRow, answered, tune
 from icrouting.tasks.prompts import balanced_demos
 from icrouting.tasks.task import Example, Task
 
 EPOCHS = 20
-# The paper names neither. Alphas over the rank are powers of two, so folding the scale into B loses nothing.
+# The paper names neither. Alphas over the rank are powers of two, so folding the scale into B
+# loses nothing.
 GRID = [{"lr": lr, "alpha": alpha} for alpha in (32, 64, 16) for lr in (3e-4, 1e-3, 1e-4)]
-States = Sequence[tuple[TrunkState, int]]
+
+Pairs = list[tuple[Task, Example]]
+States = Sequence[AnsweredRow[TrunkState]]
 
 
 class LoraBlock(Method):
-    """A low-rank update of every linear module of the last block, trained on the answers of a few examples.
+    """A low-rank update of every linear module of the last block.
 
-    As many examples as an in-context prompt holds, 5 per class of every task (paper, table 8), so 95 over its
-    five tasks; training ends where the loss on validation rows is least. Differs: the paper says "the token
-    classification head of the last layer", and its parameter counts fit neither this nor the head (`LoraHead`);
-    alpha, learning rate and epochs, which it does not name, are chosen on validation rows. Experts that are
-    fused into one weight get no update.
+    It is trained on as many examples as an in-context prompt holds, 5 per class of every task
+    (paper, table 8), so 95 over its five tasks; the loss is that of the answers, and training ends
+    where it is least on validation rows. Differs: the paper says "the token classification head of
+    the last layer", and its parameter counts fit neither this nor the head (`LoraHead`); alpha,
+    learning rate and epochs, which it does not name, are chosen on validation rows. Experts that
+    are fused into one weight get no update.
     """
 
     name = "lora-block"
 
     def learn(self, rng: np.random.Generator) -> None:
-        """Trains one adapter on the pooled rows; the layers below the last one run once per row."""
+        """Trains one adapter on the pooled rows; lower layers run once per row."""
+        # Where peft is missing, that is said before anything is run.
         load_peft()
-        pairs = [(task, row) for task in self.sources for row in self._rows(task, rng)]
-        held = [(task, row) for task in self.sources for row in task.validation]
+        pairs: Pairs = []
+        held_pairs: Pairs = []
+        for task in self.sources:
+            pairs += [(task, row) for row in self._rows(task, rng)]
+            held_pairs += [(task, row) for row in task.validation]
         if not pairs:
             raise ValueError("LoRA learns from labelled rows: give at least one source task")
-        groups = [self._states(group) for group in (pairs, held)]
-        self.choose(GRID, partial(self._trained, *groups, int(rng.integers(2**31))))
-        self.n_labelled, self.n_trained = len(pairs) + len(held), self.n_cached(self.sources[0])
+        states = self._states(pairs)
+        held_states = self._states(held_pairs)
+        # One seed for all settings, so that they differ in nothing else.
+        seed = int(rng.integers(2**31))
+        self.choose(GRID, partial(self._trained, states, held_states, seed))
+        self.n_labelled = len(pairs) + len(held_pairs)
+        self.n_trained = self.n_cached(self.sources[0])
 
     def applied(self, task: Task) -> Context:
         """Puts the adapter into the model."""
+        # The scale is folded into B, so alpha equals the rank here.
         return injected(self.decoder.model, self._targets(), RANK, self.adapter)
 
     def n_cached(self, task: Task) -> int:
@@ -70,72 +83,101 @@ class LoraBlock(Method):
 
     def _targets(self) -> list[str]:
         block = self.decoder.layers[-1]
-        return _names(
-            self.model, [part for part in block.modules() if isinstance(part, nn.Linear | Conv1D)]
-        )
+        linear = [part for part in block.modules() if isinstance(part, nn.Linear | Conv1D)]
+        return _names(self.model, linear)
 
-    def _states(self, pairs: Sequence[tuple[Task, Example]]) -> States:
-        """Returns what enters the last block for every row, kept off the accelerator, and the row's answer."""
-        rows, last = answered(self.decoder, pairs), len(self.decoder.layers) - 1
-        hidden = entering_states(self.decoder, [tokens for tokens, _ in rows], last)
-        kept = [
-            TrunkState(tokens, states.cpu(), 0.0)
-            for (tokens, _), states in zip(rows, hidden, strict=True)
-        ]
-        return [(state, answer) for state, (_, answer) in zip(kept, rows, strict=True)]
+    def _states(self, pairs: Pairs) -> States:
+        """Returns what enters the last block for every row, and the row's answer.
+
+        The states are kept off the accelerator.
+        """
+        rows = answered(self.decoder, pairs)
+        last_layer = len(self.decoder.layers) - 1
+        token_lists = [tokens for tokens, _ in rows]
+        entering = entering_states(self.decoder, token_lists, last_layer)
+        states = []
+        for (tokens, answer), hidden in zip(rows, entering, strict=True):
+            # Only the training of a router reads the entropy.
+            state = TrunkState(tokens, hidden.cpu(), entropy=0.0)
+            states.append((state, answer))
+        return states
 
     def _trained(
-        self, rows: States, held: States, seed: int, lr: float, alpha: int
+        self, states: States, held_states: States, seed: int, lr: float, alpha: int
     ) -> dict[str, Tensor]:
-        base, rng = self.decoder.model, np.random.default_rng(seed)
-        with torch.random.fork_rng(), injected(base, self._targets(), alpha, seed) as adapter:
-            dropouts = nn.ModuleList(
-                part for name, part in base.named_modules() if name.endswith(".lora_dropout")
-            )
-            with late_entry(base, len(layers_of(base)) - 1) as entry:
+        """Returns an adapter trained from a new start; `seed` is that of start and order."""
+        decoder = self.decoder
+        model = decoder.model
+        # peft draws the start, and dropout its masks, from the global generator.
+        with torch.random.fork_rng(), injected(model, self._targets(), alpha, seed) as adapter:
+            dropouts = _dropouts(model)
+            with late_entry(model, len(decoder.layers) - 1) as entry:
 
-                def logits_of(states: list[TrunkState]) -> Tensor:
-                    dropouts.train(torch.is_grad_enabled())
-                    batch, hidden = pad_states(states, self.decoder.pad_id)
-                    return entry(batch.to(device_of(base)), hidden)
+                def logits_of(batch_states: list[TrunkState]) -> Tensor:
+                    # Rows that are held back are read without gradients, and without dropout.
+                    is_training = torch.is_grad_enabled()
+                    dropouts.train(is_training)
+                    batch, hidden = pad_states(batch_states, decoder.pad_id)
+                    return entry(batch.to(decoder.device), hidden)
 
                 tune(
                     list(adapter.values()),
-                    rows,
-                    held,
+                    states,
+                    held_states,
                     logits_of,
                     lr=lr,
                     n_epochs=self._n_epochs(),
-                    rng=rng,
+                    rng=np.random.default_rng(seed),
                 )
-            scale = {name: alpha / RANK if ".lora_B." in name else 1.0 for name in adapter}
-            return {name: (weight.detach() * scale[name]).cpu() for name, weight in adapter.items()}
+            return _folded(adapter, alpha / RANK)
 
 
 class LoraHead(LoraBlock):
-    """The same at the vocabulary head, the other reading of the paper; tied embeddings keep their own weights."""
+    """The same at the vocabulary head, the other reading of the paper.
+
+    Tied embeddings keep their own weights.
+    """
 
     name = "lora-head"
 
     def _targets(self) -> list[str]:
-        return _names(self.model, [self.decoder.model.get_output_embeddings()])
+        return _names(self.model, [self.model.get_output_embeddings()])
 
 
 class LoraBlockMore(LoraBlock):
-    """The same in the last block, on as many rows as the other trained methods see, ICR's own data (section 6)."""
+    """The same in the last block, on as many rows as the other trained methods see.
+
+    These are ICR's own data (section 6).
+    """
 
     name = "lora-block-more"
 
     def _rows(self, task: Task, rng: np.random.Generator) -> Sequence[Example]:
-        return [task.train[i] for i in rng.permutation(len(task.train))[: self.settings.train_rows]]
+        picked = rng.permutation(len(task.train))[: self.settings.train_rows]
+        return [task.train[i] for i in picked]
 
     def _n_epochs(self) -> int:
         return self.settings.train_epochs
 
 
 def _names(model: nn.Module, modules: Sequence[nn.Module | None]) -> list[str]:
-    return [
-        name
-        for name, part in base_of(model).named_modules()
-        if any(part is module for module in modules)
-    ]
+    """Returns the full names of some of a model's modules, in the model's order."""
+    # Modules are told apart by identity: equal ones stand in every block.
+    ids = {id(module) for module in modules}
+    named = base_of(model).named_modules()
+    return [name for name, part in named if id(part) in ids]
+
+
+def _dropouts(model: nn.Module) -> nn.ModuleList:
+    """Returns the dropouts of a model's adapter, to be turned on and off together."""
+    parts = [part for name, part in model.named_modules() if name.endswith(".lora_dropout")]
+    return nn.ModuleList(parts)
+
+
+def _folded(adapter: dict[str, nn.Parameter], scale: float) -> dict[str, Tensor]:
+    """Returns an adapter's weights, those of B scaled, off the accelerator."""
+    folded = {}
+    for name, weight in adapter.items():
+        factor = scale if ".lora_B." in name else 1.0
+        folded[name] = (weight.detach() * factor).cpu()
+    return folded

@@ -1,6 +1,7 @@
-"""M2IV (Li et al. 2025, arXiv 2504.04633): a vector added to every branch, distilled from few-shot prompting.
+"""M2IV (Li et al. 2025, arXiv 2504.04633): distilled vectors in every branch.
 
-A re-implementation from descriptions: no official code was found, and the paper's own hyperparameters are unverified.
+A re-implementation from descriptions: no official code was found, and the paper's own
+hyperparameters are unverified.
 """
 
 from collections import deque
@@ -15,25 +16,41 @@ from icrouting.decoder.families import all_branches_of
 from icrouting.decoder.hooks import added, edited, recorded
 from icrouting.decoder.states import last_of
 from icrouting.methods.base import Context
-from icrouting.methods.distilling import BATCH_SIZE, Distilled, Lessons, distilled, lessons_of
+from icrouting.methods.distilling import (
+    BATCH_SIZE,
+    Distilled,
+    Lessons,
+    Strengths,
+    Vectors,
+    distilled,
+    lessons_of,
+)
 
-LRS, W_SYNERGY, OFF_DIAGONAL, BANK = (1e-3, 5e-4, 1e-4), (0.1, 0.01, 0.0), 1e-3, 64
+LRS = (1e-3, 5e-4, 1e-4)
+W_SYNERGY = (0.1, 0.01, 0.0)
+# The weight of M's elements off the diagonal, mu.
+OFF_DIAGONAL = 1e-3
+# Rows that the synergy is taken over: those of the batch and of the batches before it.
+BANK = 64
 
 
 class M2IV(Distilled):
-    """Every branch's output h, at every token, becomes h + a v, with a learned v and a per layer and branch.
+    """Every branch's output h becomes h + a v, at every token.
 
-    A re-implementation from descriptions, not checked against the authors' code or figures. Loss = mimicry of
-    the frozen model behind demonstrations + w * synergy of the two branches + 0.5 * cross-entropy of the label.
-    The learning rate of v and w are chosen on the validation rows. Over several tasks, rows are pooled. Differs:
-    w and the rate start at 0.1 and 1e-3, not 1 and 1e-5; synergy is divided by the hidden size, or drowns the rest.
+    Every branch of every layer learns its v and its a. A re-implementation from descriptions, not
+    checked against the authors' code or figures. Loss = mimicry of the frozen model behind
+    demonstrations + w * synergy of the two branches + 0.5 * cross-entropy of the label. The
+    learning rate of v and w are chosen on the validation rows. Over several tasks, rows are pooled.
+    Differs: w and the rate start at 0.1 and 1e-3, not 1 and 1e-5; synergy is divided by the hidden
+    size, or drowns the rest.
     """
 
     name = "m2iv"
 
     def learn(self, rng: np.random.Generator) -> None:
         """Runs the teacher once, and trains and chooses the vectors."""
-        lessons, seed = lessons_of(self, rng), int(rng.integers(2**31))
+        lessons = lessons_of(self, rng)
+        seed = int(rng.integers(2**31))
         grid = [{"lr": lr, "w_synergy": weight} for weight in W_SYNERGY for lr in LRS]
         self.choose(grid, lambda lr, w_synergy: self._distilled(lessons, lr, w_synergy, seed))
         self._count(lessons)
@@ -42,19 +59,23 @@ class M2IV(Distilled):
         self, lessons: Lessons, lr: float, w_synergy: float, seed: int
     ) -> dict[str, Tensor]:
         branches = all_branches_of(self.model)
-        bank: deque[Tensor] = deque(maxlen=BANK // BATCH_SIZE - 1)
+        earlier_views: deque[Tensor] = deque(maxlen=BANK // BATCH_SIZE - 1)
 
-        # Outputs are taken before the vectors are added: being the same in every row, these cancel in the synergy.
-        def weighed(batch: Batch) -> Tensor:
-            states = torch.stack(
-                [last_of(out, batch.last).float().to(batch.last.device) for out in outputs]
-            )
-            views = states.unflatten(0, (-1, 2)).mean(0)  # [2, batch, hidden_size]
-            attention, mlp = torch.cat([*bank, views], dim=1)
-            bank.append(views.detach())
+        def weighted_synergy(batch: Batch) -> Tensor:
+            states = []
+            for output in outputs:
+                last_states = last_of(output, batch.last).float()
+                states.append(last_states.to(batch.last.device))
+            # A layer's two branches come one after the other.
+            by_layer = torch.stack(states).unflatten(0, (-1, 2))
+            views = by_layer.mean(0)  # [2, batch, hidden_size]
+            attention, mlp = torch.cat([*earlier_views, views], dim=1)
+            # Of earlier batches only the values count, since their graphs are gone.
+            earlier_views.append(views.detach())
             return w_synergy * synergy(attention, mlp)
 
-        extra, epochs = weighed if w_synergy else None, self.settings.train_epochs
+        # The outputs are those before the vectors are added: being the same in every row, these
+        # cancel in the synergy.
         with recorded(branches) as outputs:
             return distilled(
                 self,
@@ -62,31 +83,40 @@ class M2IV(Distilled):
                 len(branches),
                 self._edited,
                 lr=lr,
-                epochs=epochs,
+                epochs=self.settings.train_epochs,
                 seed=seed,
-                extra=extra,
+                extra=weighted_synergy if w_synergy else None,
             )
 
-    def _edited(
-        self, vectors: Float[Tensor, "n_places hidden_size"], strengths: Float[Tensor, "n_places"]
-    ) -> Context:
-        return edited(
-            all_branches_of(self.model),
-            lambda place, h: added(h, strengths[place] * vectors[place]),
-        )
+    def _edited(self, vectors: Vectors, strengths: Strengths) -> Context:
+        def edit(place: int, output: Tensor) -> Tensor:
+            return added(output, strengths[place] * vectors[place])
+
+        return edited(all_branches_of(self.model), edit)
 
 
 def synergy(
     attention: Float[Tensor, "n_rows hidden_size"], mlp: Float[Tensor, "n_rows hidden_size"]
 ) -> Float[Tensor, ""]:
-    """Returns (sum_i (1 - M_ii)^2 + mu * sum_{i!=j} M_ij^2) / hidden_size, M the correlation of the two views.
+    """Returns (sum_i (1 - M_ii)^2 + mu * sum_{i!=j} M_ij^2) / hidden_size.
 
-    A view has a row per item, standardised per feature over the rows. M itself, hidden_size squared, is not built:
+    M is the correlation of the two views, which have a row per item and are standardised per
+    feature over the rows. M itself, hidden_size squared, is not built:
     |Za^T Zm|^2 = <Za Za^T, Zm Zm^T>, of n_rows squared.
     """
     n_rows, hidden_size = attention.shape
-    centred = [view - view.mean(0) for view in (attention, mlp)]
-    za, zm = (view / (view.square().mean(0) + 1e-12).sqrt() for view in centred)
+    za = _standardised(attention)
+    zm = _standardised(mlp)
     diagonal = (za * zm).mean(0)
-    off_diagonal = ((za @ za.T) * (zm @ zm.T)).sum() / n_rows**2 - diagonal.square().sum()
-    return ((1 - diagonal).square().sum() + OFF_DIAGONAL * off_diagonal) / hidden_size
+    products = (za @ za.T) * (zm @ zm.T)
+    all_squares = products.sum() / n_rows**2
+    off_diagonal = all_squares - diagonal.square().sum()
+    misfit = (1 - diagonal).square().sum()
+    return (misfit + OFF_DIAGONAL * off_diagonal) / hidden_size
+
+
+def _standardised(view: Float[Tensor, "n_rows hidden_size"]) -> Float[Tensor, "n_rows hidden_size"]:
+    centred = view - view.mean(0)
+    variance = centred.square().mean(0)
+    # The tiny number keeps a feature that never varies at nought.
+    return centred / (variance + 1e-12).sqrt()

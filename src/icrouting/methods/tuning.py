@@ -1,4 +1,4 @@
-"""Tuning: parameters that peft puts into a frozen model, trained on the answers' tokens of labelled rows."""
+"""Tuning: what peft puts into a frozen model, trained on labelled rows."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,78 +12,105 @@ from transformers import get_linear_schedule_with_warmup
 
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids
+from icrouting.methods.descent import descend, in_batches
 from icrouting.runtime.progress import track
 from icrouting.tasks.task import Example, Task
 
 T = TypeVar("T")
-BATCH_SIZE, HELD_BATCH_SIZE, WARM_UP, PATIENCE = 4, 16, 0.05, 3
+# Returns the logits at rows' last position, of what it reads of each row.
+LogitsOf = Callable[[list[T]], Float[Tensor, "batch vocab"]]
+# What that reads of a row, and the token that the row's answer begins with.
+AnsweredRow = tuple[T, int]
+
+BATCH_SIZE = 4
+HELD_BATCH_SIZE = 16
+WARM_UP = 0.05
+PATIENCE = 3
 
 
 def answered(
-    decoder: Decoder,
-    pairs: Sequence[tuple[Task, Example]],
-) -> list[tuple[list[int], int]]:
-    """Returns every row's zero-shot prompt as tokens, with the token that its right option begins with."""
-    texts = [task.prompt(row) for task, row in pairs]
+    decoder: Decoder, pairs: Sequence[tuple[Task, Example]]
+) -> list[AnsweredRow[list[int]]]:
+    """Returns each row's zero-shot prompt as tokens, with its answer's first token."""
+    texts = [task.prompt(example) for task, example in pairs]
+    # A tokenizer refuses an empty list of texts.
     token_lists = decoder.tokenize(texts) if texts else []
-    asked = zip(texts, pairs, strict=True)
-    ids = [
-        option_ids(decoder.tokenizer, text, task.options(row))[row.label]
-        for text, (task, row) in asked
-    ]
-    return list(zip(token_lists, ids, strict=True))
+    rows = []
+    for text, tokens, (task, example) in zip(texts, token_lists, pairs, strict=True):
+        ids = option_ids(decoder.tokenizer, text, task.options(example))
+        rows.append((tokens, ids[example.label]))
+    return rows
 
 
 def tune(
     parameters: Sequence[nn.Parameter],
-    rows: Sequence[tuple[T, int]],
-    held: Sequence[tuple[T, int]],
-    logits_of: Callable[[list[T]], Float[Tensor, "batch vocab"]],
+    rows: Sequence[AnsweredRow[T]],
+    held: Sequence[AnsweredRow[T]],
+    logits_of: LogitsOf[T],
     *,
     lr: float,
     n_epochs: int,
     rng: np.random.Generator,
 ) -> None:
-    """Trains parameters in place on the cross-entropy of the answers over the vocabulary.
+    """Trains parameters in place on the cross-entropy of the answers.
 
-    AdamW without weight decay, batches of 4, 5 % of linear warm-up to `lr` and linear decay. A row is what `logits_of`
-    reads of it, and its answer; that gives the logits at rows' last position, with gradients in training alone. If
-    rows are `held` back, training ends before `n_epochs` once the loss on them has not fallen for three, and the
-    parameters are those of its least value.
+    That is taken over the vocabulary. AdamW without weight decay, batches of 4, 5 % of linear
+    warm-up to `lr` and linear decay. If rows are held back, training ends before `n_epochs` once
+    the loss on them has not fallen for three, and the parameters are those of its least value.
+
+    Args:
+        parameters: What is trained.
+        rows: The training rows.
+        held: The rows that are held back; there may be none.
+        logits_of: Reads rows, with gradients on in training alone.
+        lr: The highest learning rate.
+        n_epochs: The most passes over the rows.
+        rng: Draws the rows' order, anew for every epoch.
     """
     n_steps = n_epochs * math.ceil(len(rows) / BATCH_SIZE)
+    n_warm_up = max(1, round(WARM_UP * n_steps))
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, max(1, round(WARM_UP * n_steps)), n_steps)
-    least, best, waited = math.inf, [], 0
+    schedule = get_linear_schedule_with_warmup(optimizer, n_warm_up, n_steps)
+    least_loss = math.inf
+    best_values: list[Tensor] = []
+    n_epochs_waited = 0
+
+    def loss_of(batch_rows: Sequence[int]) -> Tensor:
+        return _mean_loss(logits_of, [rows[i] for i in batch_rows])
+
     for _ in track(range(n_epochs), "tuning", [1] * n_epochs, "epochs"):
         order = rng.permutation(len(rows)).tolist()
-        for start in range(0, len(order), BATCH_SIZE):
-            with torch.enable_grad():
-                loss = _mean_loss(logits_of, [rows[i] for i in order[start : start + BATCH_SIZE]])
-                optimizer.zero_grad()
-                loss.backward()
-            optimizer.step()
-            schedule.step()
-        if held and (now := _held_loss(logits_of, held)) < least:
-            least, best, waited = now, [parameter.detach().clone() for parameter in parameters], 0
-        elif held and (waited := waited + 1) == PATIENCE:
-            break
-    for parameter, value in zip(parameters, best, strict=False):  # none where nothing is held back
-        parameter.data.copy_(value)
+        descend(optimizer, in_batches(order, BATCH_SIZE), loss_of, schedule)
+        if not held:
+            continue
+        held_loss = _held_loss(logits_of, held)
+        if held_loss < least_loss:
+            # Clones, since training goes on in place.
+            least_loss = held_loss
+            best_values = [parameter.detach().clone() for parameter in parameters]
+            n_epochs_waited = 0
+        else:
+            n_epochs_waited += 1
+            if n_epochs_waited == PATIENCE:
+                break
+    # There are none where no rows are held back, or where no loss was a number.
+    if best_values:
+        for parameter, value in zip(parameters, best_values, strict=True):
+            parameter.data.copy_(value)
 
 
 @torch.no_grad()
-def _held_loss(logits_of: Callable[[list[T]], Tensor], held: Sequence[tuple[T, int]]) -> float:
-    groups = [
-        held[start : start + HELD_BATCH_SIZE] for start in range(0, len(held), HELD_BATCH_SIZE)
-    ]
-    return sum(_mean_loss(logits_of, group).item() * len(group) for group in groups) / len(held)
+def _held_loss(logits_of: LogitsOf[T], held: Sequence[AnsweredRow[T]]) -> float:
+    total = 0.0
+    for batch in in_batches(held, HELD_BATCH_SIZE):
+        loss = _mean_loss(logits_of, batch).item()
+        # The last batch may be smaller, and counts for less.
+        total += loss * len(batch)
+    return total / len(held)
 
 
-def _mean_loss(
-    logits_of: Callable[[list[T]], Tensor], rows: Sequence[tuple[T, int]]
-) -> Float[Tensor, ""]:
+def _mean_loss(logits_of: LogitsOf[T], rows: Sequence[AnsweredRow[T]]) -> Float[Tensor, ""]:
     logits = logits_of([row for row, _ in rows])
-    return nn.functional.cross_entropy(
-        logits, torch.tensor([answer for _, answer in rows], device=logits.device)
-    )
+    answers = [answer for _, answer in rows]
+    target = torch.tensor(answers, device=logits.device)
+    return nn.functional.cross_entropy(logits, target)
