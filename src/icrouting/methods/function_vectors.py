@@ -48,10 +48,11 @@ class Trial(NamedTuple):
 class FunctionVectors(Method):
     """A vector is added to one block's output at the last token.
 
-    It is what the k heads that matter most write there under demonstrations. A head's output is its mean over 100 few-shot prompts, those that the model answers rightly with
-    its likeliest token (`right`; all of them if fewer than 20 are). It matters by
-    `indirect_effects` on the first 25 of those prompts with their answers shuffled. Several tasks
-    share the prompts; k and layer are chosen on validation rows.
+    It is what the k heads that matter most write under demonstrations. A head's output is its mean
+    over 100 few-shot prompts, those that the model answers rightly with its likeliest token
+    (`right`; all of them if fewer than 20 are). It matters by `indirect_effects` on the first 25 of
+    those prompts with their answers shuffled. Several tasks share the prompts; k and layer are
+    chosen on validation rows.
 
     Differs: queries are training rows, each asked once, since validation rows choose.
     """
@@ -76,10 +77,14 @@ class FunctionVectors(Method):
         self.right = likeliest == torch.tensor(answers)
         used = self._used_trials()
         mean_outputs = torch.stack(outputs)[:, used].mean(1)
-        means = mean_outputs.unflatten(-1, (self.decoder.dims.n_heads, -1))
+        n_heads = self.decoder.dims.n_heads
+        means = mean_outputs.unflatten(-1, (n_heads, -1))
 
         # Shuffled answers keep the prompt's form and hide the task, so a head can bring it back.
-        shuffled = [(_shuffled(trials[i], rng), answers[i]) for i in used[:N_SHUFFLED]]
+        shuffled = []
+        for index in used[:N_SHUFFLED]:
+            text = _shuffled(trials[index], rng)
+            shuffled.append((text, answers[index]))
         self.effects = indirect_effects(self.decoder, shuffled, means)
         self._choose_heads_and_layer(means)
         self.n_labelled = _n_rows(trials) + self.n_validation
@@ -87,16 +92,21 @@ class FunctionVectors(Method):
     def applied(self, task: Task) -> Context:
         """Adds the vector to the state at each row's last token."""
         block = self.decoder.layers[int(self.layer)]
-        return edited_last(self.model, [block], lambda _, states: states + self.vector.to(states))
+
+        def add(place: int, states: Tensor) -> Tensor:
+            return states + self.vector.to(states)
+
+        return edited_last(self.model, [block], add)
 
     def _answer_token(self, trial: Trial) -> int:
         """Returns the token by which the right answer to a trial's query is known."""
         prompt = trial.task.prompt(trial.query)
         options = trial.task.options(trial.query)
-        return option_ids(self.tokenizer, prompt, options)[trial.query.label]
+        tokens = option_ids(self.tokenizer, prompt, options)
+        return tokens[trial.query.label]
 
     def _used_trials(self) -> list[int]:
-        """Returns the indices of the trials answered rightly, or all where those are few."""
+        """Returns which trials count: those answered rightly, or all if they are few."""
         n_trials = len(self.right)
         right = self.right.nonzero()[:, 0].tolist()
         if len(right) >= MIN_RIGHT:
@@ -112,7 +122,9 @@ class FunctionVectors(Method):
         """Chooses how many heads are summed, and where the sum is added."""
         n_layers = len(means)
         order = self.effects.flatten().argsort(descending=True, stable=True)
-        ranked = written(self.model, means).flatten(0, 1)[order]
+        # Heads are ranked over all layers together.
+        by_head = written(self.model, means).flatten(0, 1)
+        ranked = by_head[order]
 
         # The published third of the depth first; in shallow models two of these are one layer.
         depths = (n_layers // 3, n_layers // 4, n_layers // 2)
@@ -134,8 +146,10 @@ def _trials(sources: Sequence[Task], per_class: int, rng: np.random.Generator) -
         # Each query is asked once, so a task has no more trials than rows.
         n_trials = min(share, len(task.train))
         for demos, query in episodes(task, n_trials, per_class, rng):
-            trials.append(Trial(task, query, [(task, demo) for demo in demos]))
-    return [trials[i] for i in rng.permutation(len(trials))[:N_PROMPTS]]
+            context = [(task, demo) for demo in demos]
+            trials.append(Trial(task, query, context))
+    order = rng.permutation(len(trials))
+    return [trials[index] for index in order[:N_PROMPTS]]
 
 
 def _n_rows(trials: Sequence[Trial]) -> int:
@@ -143,7 +157,8 @@ def _n_rows(trials: Sequence[Trial]) -> int:
     rows = set()
     for trial in trials:
         rows.add(id(trial.query))
-        rows.update(id(demo) for _, demo in trial.demos)
+        for _, demo in trial.demos:
+            rows.add(id(demo))
     return len(rows)
 
 
@@ -162,7 +177,8 @@ def _shuffled(trial: Trial, rng: np.random.Generator) -> str:
 
 def _projections(model: PreTrainedModel) -> list[torch.nn.Module]:
     """Returns every layer's output projection, which mixes what its heads give."""
-    return [output_of(model, layer) for layer in range(len(layers_of(model)))]
+    n_layers = len(layers_of(model))
+    return [output_of(model, layer) for layer in range(n_layers)]
 
 
 @torch.no_grad()
@@ -193,9 +209,14 @@ def indirect_effects(
         groups = last_token_variants(
             decoder.model, tokens, n_variants, projections, patch, edited_inputs
         )
-        probabilities = torch.cat([logits.softmax(-1)[:, answer].cpu() for logits in groups])
-        rises.append(probabilities[:-1] - probabilities[-1])
-    return torch.stack(rises).mean(0).view(means.shape[:2])
+        parts = []
+        for logits in groups:
+            probabilities = logits.softmax(-1)[:, answer]
+            parts.append(probabilities.cpu())
+        patched, plain = torch.cat(parts).split([n_variants - 1, 1])
+        rises.append(patched - plain)
+    mean_rises = torch.stack(rises).mean(0)
+    return mean_rises.view(means.shape[:2])
 
 
 def _patched(means: Tensor, variants: Int[Tensor, "n"], layer: int, outputs: Tensor) -> Tensor:
@@ -227,13 +248,16 @@ def written(
     # Granite multiplies what its branches give before it adds that to the residual stream.
     scale = getattr(stack_of(model).config, "residual_multiplier", 1.0)
     # A row for each head by itself, one for no head, and one for all together.
-    masks = torch.cat([torch.eye(n_heads), torch.zeros(1, n_heads), torch.ones(1, n_heads)])
+    single = torch.eye(n_heads)
+    none = torch.zeros(1, n_heads)
+    every = torch.ones(1, n_heads)
+    masks = torch.cat([single, none, every])
 
     parts = []
     for layer, projection in enumerate(_projections(model)):
         masked = masks[..., None] * means[layer]
-        inputs = masked.flatten(1).to(device_of(projection), model.dtype)
-        projected = projection(inputs)
+        inputs = masked.flatten(1)
+        projected = projection(inputs.to(device_of(projection), model.dtype))
         bias = projected[-2].float()
         part = projected[:-2].float() - bias
 

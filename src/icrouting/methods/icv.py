@@ -20,7 +20,12 @@ from icrouting.tasks.task import Example, Task
 STRENGTHS = (0.1, 0.05, 0.02, 0.2)
 
 
-def _pair(task: Task, demos: Sequence[Example]) -> list[tuple[str, str]]:
+# Two texts; a direction is found from how the states at their last tokens differ.
+TextPair = tuple[str, str]
+Form = Callable[[Task, Sequence[Example]], list[TextPair]]
+
+
+def _pair(task: Task, demos: Sequence[Example]) -> list[TextPair]:
     """Returns every demonstration without and with its answer, the published form."""
     pairs = []
     for demo in demos:
@@ -30,21 +35,22 @@ def _pair(task: Task, demos: Sequence[Example]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _few_minus_zero(task: Task, demos: Sequence[Example]) -> list[tuple[str, str]]:
+def _few_minus_zero(task: Task, demos: Sequence[Example]) -> list[TextPair]:
     """Returns every demonstration's prompt alone and behind the others.
 
     Both end alike, so that the others alone make the difference.
     """
     pairs = []
     for place, demo in enumerate(demos):
+        # By place, since two demonstrations may be equal.
         others = [*demos[:place], *demos[place + 1 :]]
-        behind_others = few_shot(task, demo, [(task, other) for other in others])
+        context = [(task, other) for other in others]
+        behind_others = few_shot(task, demo, context)
         pairs.append((task.prompt(demo), behind_others.text))
     return pairs
 
 
-# Texts in pairs, whose last tokens' states differ by what a direction is found from.
-FORMS: dict[str, Callable[[Task, Sequence[Example]], list[tuple[str, str]]]] = {
+FORMS: dict[str, Form] = {
     "pair": _pair,
     "few-minus-zero": _few_minus_zero,
 }
@@ -53,9 +59,9 @@ FORMS: dict[str, Callable[[Task, Sequence[Example]], list[tuple[str, str]]]] = {
 class ICV(Method):
     """Every MLP's output is turned towards a direction, and keeps its norm.
 
-    Every token's is. The direction is `icv_direction` of the changes of the last token's states, those of the
-    embedding included while it is found. Strength and form (`FORMS`) are chosen on the validation
-    slice; several tasks are pooled.
+    The edit is at every token. The direction is `icv_direction` of the changes of the last token's
+    states, those of the embedding included while it is found. Strength and form (`FORMS`) are
+    chosen on the validation slice; several tasks are pooled.
 
     Differs: texts are filled templates, where the published ones are rewritten sentences; the
     second form is ours; the edit is cast back to the model's dtype instead of to float16, and
@@ -84,11 +90,15 @@ class ICV(Method):
 
         grid = [{"strength": strength, "form": form} for strength in STRENGTHS for form in FORMS]
         self.choose(grid, build)
-        self.n_labelled = sum(map(len, demos_by_task)) + self.n_validation
+        n_demos = sum(len(demos) for demos in demos_by_task)
+        self.n_labelled = n_demos + self.n_validation
 
     def applied(self, task: Task) -> Context:
         """Turns the output of every MLP."""
-        mlps = [branches_of(self.model, layer)[1] for layer in range(len(self.decoder.layers))]
+        mlps = []
+        for layer in range(len(self.decoder.layers)):
+            _, mlp = branches_of(self.model, layer)
+            mlps.append(mlp)
 
         def turn(layer: int, output: Tensor) -> Tensor:
             direction = self.directions[layer].to(output.device)
@@ -143,8 +153,10 @@ def turned(output: Tensor, direction: Float[Tensor, "hidden_size"], strength: fl
     direction: the farther a state points away from it, the more it is turned.
     """
     states = output.float()
-    against = cosine_similarity(states, -direction, dim=-1).clamp_min(0).unsqueeze(-1)
+    cosines = cosine_similarity(states, -direction, dim=-1)
+    against = cosines.clamp_min(0).unsqueeze(-1)
     step = strength * (1 + against) * normalize(direction, dim=-1)
     mixed = normalize(states, dim=-1) + step
     norms = states.norm(dim=-1, keepdim=True)
-    return (norms * normalize(mixed, dim=-1)).to(output.dtype)
+    rescaled = norms * normalize(mixed, dim=-1)
+    return rescaled.to(output.dtype)

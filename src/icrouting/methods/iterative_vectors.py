@@ -67,10 +67,10 @@ class _Draw:
 class IterativeVectors(Method):
     """A vector is added to what attention gives at the prompt's last token.
 
-    Every layer has its own. It is the mean, over episodes of one demonstration per class and a query, of what the
-    demonstrations change there. Every 10 episodes the mean so far comes into force at all io
-    positions, and later changes contain it. Over several tasks, which take turns, the query's
-    vector is pooled and every class keeps its own.
+    Every layer has a vector of its own. It is the mean, over episodes of one demonstration per
+    class and a query, of what the demonstrations change there. Every 10 episodes the mean so far
+    comes into force at all io positions, and later changes contain it. Over several tasks, which
+    take turns, the query's vector is pooled and every class keeps its own.
 
     Differs: the query's vector alone is used, on the bare prompt (published: all, on 1-shot
     prompts); the shared template; 12 settings, by accuracy (published: 100, up to 4 shots, by
@@ -91,16 +91,12 @@ class IterativeVectors(Method):
         *first_rows, n_rows = accumulate(n_classes, initial=1)
 
         draws = self._draws(first_rows, rng)
-        shown = [
-            _episode(self.decoder, draw.task, draw.first_row, draw.demos, draw.query)
-            for draw in draws
-        ]
-        alone = [
-            _episode(self.decoder, draw.task, draw.first_row, [], draw.query) for draw in draws
-        ]
+        shown = [self._episode_of(draw, draw.demos) for draw in draws]
+        alone = [self._episode_of(draw, []) for draw in draws]
 
         # What a query gives alone has nothing added to it, so all extractions share it.
-        nothing = torch.zeros(1, len(self.decoder.layers), self.decoder.hidden_size)
+        n_layers = len(self.decoder.layers)
+        nothing = torch.zeros(1, n_layers, self.decoder.hidden_size)
         plain = [outputs_at(self.model, query, nothing) for query in alone]
 
         @cache
@@ -114,7 +110,10 @@ class IterativeVectors(Method):
             }
 
         self.choose(GRID, build)
-        drawn_rows = {id(row) for draw in draws for row in (*draw.demos, draw.query)}
+        drawn_rows = set()
+        for draw in draws:
+            drawn_rows.add(id(draw.query))
+            drawn_rows.update(id(demo) for demo in draw.demos)
         self.n_labelled = len(drawn_rows) + self.n_validation
 
     def n_cached(self, task: Task) -> int:
@@ -136,12 +135,17 @@ class IterativeVectors(Method):
         n_episodes = min(N_EPISODES, self.settings.train_rows)
         n_each = -(-n_episodes // len(self.sources))
         # Drawn turn by turn: the sources share one generator, so the order is part of the draw.
-        turns = zip(*(episodes(task, n_each, SHOTS, rng) for task in self.sources), strict=True)
+        streams = [episodes(task, n_each, SHOTS, rng) for task in self.sources]
         draws = []
-        for turn in turns:
-            for task, first_row, (demos, query) in zip(self.sources, first_rows, turn, strict=True):
+        for _ in range(n_each):
+            for task, first_row, stream in zip(self.sources, first_rows, streams, strict=True):
+                demos, query = next(stream)
                 draws.append(_Draw(task, first_row, demos, query))
         return draws
+
+    def _episode_of(self, draw: _Draw, demos: Sequence[Example]) -> Episode:
+        """Returns a draw's query behind demonstrations, which are its own or none."""
+        return _episode(self.decoder, draw.task, draw.first_row, demos, draw.query)
 
 
 def _episode(
@@ -189,17 +193,19 @@ def outputs_at(
     """
     attention = _attention(model)
     batch = pad([episode.tokens], 0).to(device_of(model))
+    positions = episode.positions
 
     def add(layer: int, output: Tensor) -> Tensor:
-        at_positions = output[0, episode.positions]
+        row_vectors = vectors[episode.rows, layer]
         changed = output.clone()
-        changed[0, episode.positions] = added(at_positions, vectors[episode.rows, layer])
+        changed[0, positions] = added(output[0, positions], row_vectors)
         return changed
 
     # What is read includes what was added: hooks run in the order in which they came.
     with edited(attention, add), recorded(attention) as outputs:
         next_token_logits(model, batch)
-    return torch.stack([output[0, episode.positions].float().cpu() for output in outputs], 1)
+    layers = [output[0, positions].float().cpu() for output in outputs]
+    return torch.stack(layers, 1)
 
 
 def extract(

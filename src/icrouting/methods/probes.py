@@ -47,8 +47,8 @@ class Probe(Method, ABC):
                 f"a probe learns one task's labels, got {len(self.sources)} tasks: fit one for each"
             )
         (task,) = self.sources
-        order = rng.permutation(len(task.train))[: self.settings.train_rows]
-        train_rows = [task.train[i] for i in order]
+        order = rng.permutation(len(task.train))
+        train_rows = [task.train[index] for index in order[: self.settings.train_rows]]
         n_train = len(train_rows)
 
         # Training and validation rows are read together, and once for all strengths.
@@ -58,17 +58,21 @@ class Probe(Method, ABC):
         n_options = [len(task.options(row)) for row in rows]
         self._validation = (features[n_train:], n_options[n_train:], labels[n_train:])
 
-        mean = features[:n_train].double().mean(0)
-        std = features[:n_train].double().std(0, correction=0)
+        train_features = features[:n_train].double()
+        train_labels = labels[:n_train]
+        mean = train_features.mean(0)
+        std = train_features.std(0, correction=0)
         # A channel that only rounding moves is left out.
         std[std <= 1e-6 * mean.abs()] = torch.inf
-        standardised = (features[:n_train] - mean) / std
+        standardised = (train_features - mean) / std
+        n_classes = max(n_options)
 
         def build(C: float) -> dict[str, Tensor]:
-            weight, bias = logistic_regression(standardised, labels[:n_train], max(n_options), C)
+            weight, bias = logistic_regression(standardised, train_labels, n_classes, C)
             # The scaling goes into the probe, so that it takes features as they are.
             weight = weight / std
-            return {"weight": weight.float(), "bias": (bias - weight @ mean).float()}
+            bias = bias - weight @ mean
+            return {"weight": weight.float(), "bias": bias.float()}
 
         self.choose([{"C": C} for C in STRENGTHS], build)
         self.n_labelled = n_train + self.n_validation
@@ -82,8 +86,9 @@ class Probe(Method, ABC):
 
     def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
         """Returns the probe's scores instead of the model's."""
-        features = self.features([self.prompt(task, example).text for example in examples])
-        return self._scores(features, [len(task.options(example)) for example in examples])
+        texts = [self.prompt(task, example).text for example in examples]
+        n_options = [len(task.options(example)) for example in examples]
+        return self._scores(self.features(texts), n_options)
 
     def _scores(
         self, features: Tensor, n_options: Sequence[int]
@@ -91,7 +96,8 @@ class Probe(Method, ABC):
         """Returns each example's scores for its options, -inf where it has fewer."""
         class_scores = features @ self.weight.mT + self.bias
         n_classes = class_scores.shape[1]
-        scores = torch.full((len(features), max(n_options)), -torch.inf)
+        shape = (len(features), max(n_options))
+        scores = torch.full(shape, -torch.inf)
         for row, n_row_options in enumerate(n_options):
             # A letter never seen is never answered.
             n_scored = min(n_row_options, n_classes)
@@ -128,7 +134,8 @@ class ProbeEncoder(Probe):
         """Returns the sentence encoder's vectors."""
         # A router's encoder reads prompts back from their tokens, and so must this one.
         token_lists = self.decoder.tokenize(texts)
-        return self._encoder()(query_texts(self.tokenizer, token_lists)).cpu()
+        read_back = query_texts(self.tokenizer, token_lists)
+        return self._encoder()(read_back).cpu()
 
     def _encoder(self) -> SentenceEncoder:
         """Returns the encoder of the settings, on the model's device."""
@@ -136,7 +143,10 @@ class ProbeEncoder(Probe):
 
 
 def logistic_regression(
-    features: Float[Tensor, "n n_features"], labels: Int[Tensor, "n"], n_classes: int, C: float
+    features: Float[Tensor, "n n_features"],
+    labels: Int[Tensor, "n"],
+    n_classes: int,
+    C: float,
 ) -> tuple[Float[Tensor, "n_classes n_features"], Float[Tensor, "n_classes"]]:
     """Returns the weight and bias of the regularised fit, in float64.
 
@@ -162,8 +172,10 @@ def logistic_regression(
     regression = LogisticRegression(C=sklearn_C, tol=1e-7, max_iter=10_000)
     regression.fit(features.double().numpy(), labels.numpy())
 
-    weight = torch.zeros(n_classes, features.shape[1]).double()
+    n_features = features.shape[1]
+    signs = signs.double()
+    weight = torch.zeros(n_classes, n_features).double()
     bias = torch.full((n_classes,), -torch.inf).double()
-    weight[seen] = signs.double() @ torch.tensor(regression.coef_)
-    bias[seen] = signs.double() @ torch.tensor(regression.intercept_)
+    weight[seen] = signs @ torch.tensor(regression.coef_)
+    bias[seen] = signs @ torch.tensor(regression.intercept_)
     return weight, bias

@@ -21,9 +21,9 @@ N_DUMMIES = 2
 class TaskVectors(Method):
     """One block's output at the last token is replaced by a fixed state.
 
-    It is what the block gave under demonstrations, a mean over two dummy queries behind 5 demonstrations per class; the layer is the
-    best on the validation slice, the earliest of equals. Over several tasks, states and validation
-    slices are pooled.
+    It is what the block gave under demonstrations, a mean over two dummy queries behind 5
+    demonstrations per class; the layer is the best on the validation slice, the earliest of equals.
+    Over several tasks, states and validation slices are pooled.
     """
 
     name = "task-vectors"
@@ -72,7 +72,11 @@ class TaskVectors(Method):
         """Replaces the state at each row's last token, but in no step of a generation."""
         vector = self.vectors[self.layer]
         block = self.decoder.layers[self.layer]
-        return edited_last(self.model, [block], lambda _, states: vector.to(states), in_steps=False)
+
+        def replace(place: int, states: Tensor) -> Tensor:
+            return vector.to(states)
+
+        return edited_last(self.model, [block], replace, in_steps=False)
 
 
 def _dummy_texts(task: Task, demos: Sequence[Example], rng: np.random.Generator) -> list[str]:
@@ -85,9 +89,13 @@ def _dummy_texts(task: Task, demos: Sequence[Example], rng: np.random.Generator)
     spare = [example for example in task.train if id(example) not in demo_ids]
     if not spare:
         spare = list(task.train)
-    dummies = rng.permutation(len(spare))[:N_DUMMIES]
-    labelled = [(task, demo) for demo in demos]
-    return [few_shot(task, spare[index], labelled).text for index in dummies]
+    context = [(task, demo) for demo in demos]
+    order = rng.permutation(len(spare))
+    texts = []
+    for index in order[:N_DUMMIES]:
+        prompt = few_shot(task, spare[index], context)
+        texts.append(prompt.text)
+    return texts
 
 
 @torch.no_grad()
@@ -109,12 +117,14 @@ def sweep(
         kept: how much of the layer's state stays: at 0 the vector replaces it, at 1 it is added.
     """
     blocks = list(decoder.layers)
-    hits = torch.zeros(len(vectors))
+    n_layers = len(vectors)
+    hits = torch.zeros(n_layers)
 
     def replace(variants: Int[Tensor, "n"], layer: int, states: Tensor) -> Tensor:
         # Variant number i differs from the plain prompt at layer i alone.
         rows = (variants == layer).nonzero()[:, 0]
-        mixed = kept * states[rows].float() + vectors[layer].to(states.device)
+        vector = vectors[layer].to(states.device)
+        mixed = kept * states[rows].float() + vector
         replaced = states.clone()
         replaced[rows] = mixed.to(states.dtype)
         return replaced
@@ -124,7 +134,7 @@ def sweep(
         ids = option_ids(decoder.tokenizer, prompt, task.options(example))
         (tokens,) = decoder.tokenize([prompt])
         right = []
-        for logits in last_token_variants(decoder.model, tokens, len(vectors), blocks, replace):
+        for logits in last_token_variants(decoder.model, tokens, n_layers, blocks, replace):
             guesses = logits[:, ids].argmax(1)
             right.append((guesses == example.label).cpu())
         hits += torch.cat(right)
