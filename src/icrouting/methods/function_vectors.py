@@ -126,7 +126,7 @@ class FunctionVectors(Method):
         by_head = written(self.model, means).flatten(0, 1)
         ranked = by_head[order]
 
-        # The published third of the depth first; in shallow models two of these are one layer.
+        # A third of the depth, the published one, first; in shallow models two of these are one layer.
         depths = (n_layers // 3, n_layers // 4, n_layers // 2)
         layers = list(dict.fromkeys(depths))
         grid = [{"k": k, "layer": layer} for layer in layers for k in TOP_HEADS]
@@ -189,10 +189,8 @@ def indirect_effects(
 ) -> Float[Tensor, "n_layers n_heads"]:
     """Returns how far an answer's probability rises when one head gives its mean.
 
-    The rise is the mean over prompts.
-
-    Exact at the price of one pass per prompt, and of a variant of its last token for each head and
-    one for none.
+    The rise is the mean over prompts. Exact at the price of one pass per prompt, and of a variant of
+    its last token for each head and one for none.
 
     Args:
         decoder: the frozen model and its tokenizer.
@@ -239,10 +237,9 @@ def written(
 ) -> Float[Tensor, "n_layers n_heads hidden_size"]:
     """Returns each head's part of what all heads add to the residual stream.
 
-    They give `means`.
-    The projection is run on one head at a time, less what it makes of none, so that its bias does
-    not count and its weight may be stored in any way. Differs: a norm behind it scales each channel
-    as it does for all heads.
+    All give their `means`. The projection is run on one head at a time, less what it makes of none,
+    so that its bias does not count and its weight may be stored in any way. Differs: a norm behind
+    it scales each channel as it does for all heads.
     """
     n_heads = means.shape[1]
     # Granite multiplies what its branches give before it adds that to the residual stream.
