@@ -126,7 +126,7 @@ class FunctionVectors(Method):
         by_head = written(self.model, means).flatten(0, 1)
         ranked = by_head[order]
 
-        # A third of the depth, the published one, first; in shallow models two of these are one layer.
+        # The published third first; in shallow models two of these are one layer.
         depths = (n_layers // 3, n_layers // 4, n_layers // 2)
         layers = list(dict.fromkeys(depths))
         grid = [{"k": k, "layer": layer} for layer in layers for k in TOP_HEADS]
@@ -189,8 +189,8 @@ def indirect_effects(
 ) -> Float[Tensor, "n_layers n_heads"]:
     """Returns how far an answer's probability rises when one head gives its mean.
 
-    The rise is the mean over prompts. Exact at the price of one pass per prompt, and of a variant of
-    its last token for each head and one for none.
+    Prompts are averaged. Exact at the price of one pass per prompt, and of a variant of its last
+    token for each head and one for none.
 
     Args:
         decoder: the frozen model and its tokenizer.
