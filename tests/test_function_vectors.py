@@ -304,7 +304,7 @@ def test_answers_are_shuffled_as_words_where_examples_differ_in_their_choices():
     spec = TaskSpec("choice", "far", "{text}\n{choices}\nAnswer:")
     rows = [Example({"text": "x"}, ("a",) * n, n - 1) for n in (2, 3, 4, 5)]
     task = Task(spec, tuple(rows), ())
-    trial = (task, rows[0], [(task, row) for row in rows[1:]])
+    trial = function_vectors.Trial(task, rows[0], [(task, row) for row in rows[1:]])
     texts = {function_vectors._shuffled(trial, np.random.default_rng(seed)) for seed in range(20)}
     assert len(texts) == 6
     assert few_shot(*trial).text in texts

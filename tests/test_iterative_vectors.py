@@ -188,12 +188,10 @@ def test_rows_are_counted_once(tokenizer):
 
 
 def test_a_template_that_merges_with_its_answers_is_refused(tokenizer, monkeypatch):
-    from icrouting.methods import iterative_vectors
-
     def merged(tokenizer, texts, limit=None):
         return [[5, 6], [5, 7, 8]]
 
-    monkeypatch.setattr(iterative_vectors, "tokenize", merged)
+    monkeypatch.setattr("icrouting.decoder.decoder.tokenize", merged)
     with pytest.raises(ValueError, match="merge with their answers"):
         _episode(
             Decoder.of(tiny.model("llama"), tokenizer), TASK, 1, [TASK.train[0]], TASK.train[1]

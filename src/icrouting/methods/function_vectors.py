@@ -1,8 +1,9 @@
-"""Function Vectors (Todd et al. 2023): what the heads that matter write under demonstrations, added without."""
+"""Function Vectors (Todd et al. 2023): what the heads that matter write, added."""
 
 import logging
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,19 +29,30 @@ from icrouting.tasks.prompts import episodes, few_shot
 from icrouting.tasks.task import Example, Task
 
 log = logging.getLogger(__name__)
-N_PROMPTS, N_SHUFFLED, MIN_RIGHT = 100, 25, 20
+
+N_PROMPTS = 100
+N_SHUFFLED = 25
+MIN_RIGHT = 20
+# Heads to sum over, the published number first.
 TOP_HEADS = (20, 10, 50)
-Trial = tuple[
-    Task, Example, list[tuple[Task, Example]]
-]  # a training example, and demonstrations that it is not of
+
+
+class Trial(NamedTuple):
+    """A training example of a task, and demonstrations that it is not one of."""
+
+    task: Task
+    query: Example
+    demos: list[tuple[Task, Example]]
 
 
 class FunctionVectors(Method):
-    """A vector is added to one block's output at the last token: what the k heads that matter most write there.
+    """A vector is added to one block's output at the last token.
 
-    A head's output is its mean over 100 few-shot prompts, those that the model answers rightly with its likeliest
-    token (`right`; all of them if fewer than 20 are). It matters by `indirect_effects` on the first 25 of those
-    prompts with their answers shuffled. Several tasks share the prompts; k and layer are chosen on validation rows.
+    It is what the k heads that matter most write under demonstrations. A head's output is its mean
+    over 100 few-shot prompts, those that the model answers rightly with its likeliest token
+    (`right`; all of them if fewer than 20 are). It matters by `indirect_effects` on the first 25 of
+    those prompts with their answers shuffled. Several tasks share the prompts; k and layer are
+    chosen on validation rows.
 
     Differs: queries are training rows, each asked once, since validation rows choose.
     """
@@ -50,68 +62,123 @@ class FunctionVectors(Method):
     cached = ("vector",)
     vector: Float[Tensor, "hidden_size"]
     layer: Tensor
+    effects: Float[Tensor, "n_layers n_heads"]
+    right: Tensor
 
     def learn(self, rng: np.random.Generator) -> None:
         """Finds the heads and what they write; chooses k and layer."""
         trials = _trials(self.sources, self.settings.demos_per_class, rng)
-        asked = [
-            (task.prompt(query), task.options(query), query.label) for task, query, _ in trials
-        ]
-        answers = [
-            option_ids(self.tokenizer, prompt, options)[label] for prompt, options, label in asked
-        ]
-        texts, projections = [few_shot(*trial).text for trial in trials], _projections(self.model)
-        given, likeliest = last_outputs(self.decoder, projections, texts, edited_inputs)
+        answers = [self._answer_token(trial) for trial in trials]
+
+        # What the heads give is what the projection behind them is given.
+        texts = [few_shot(*trial).text for trial in trials]
+        projections = _projections(self.model)
+        outputs, likeliest = last_outputs(self.decoder, projections, texts, edited_inputs)
         self.right = likeliest == torch.tensor(answers)
-        kept = self.right.nonzero()[:, 0].tolist()
-        if len(kept) < MIN_RIGHT:
-            log.info(
-                "function vectors: %d of %d prompts are answered rightly: all are used",
-                len(kept),
-                len(trials),
-            )
-            kept = list(range(len(trials)))
-        means = torch.stack(given)[:, kept].mean(1).unflatten(-1, (self.decoder.dims.n_heads, -1))
-        shuffled = [(_shuffled(trials[i], rng), answers[i]) for i in kept[:N_SHUFFLED]]
+        used = self._used_trials()
+        mean_outputs = torch.stack(outputs)[:, used].mean(1)
+        n_heads = self.decoder.dims.n_heads
+        means = mean_outputs.unflatten(-1, (n_heads, -1))
+
+        # Shuffled answers keep the prompt's form and hide the task, so a head can bring it back.
+        shuffled = []
+        for index in used[:N_SHUFFLED]:
+            text = _shuffled(trials[index], rng)
+            shuffled.append((text, answers[index]))
         self.effects = indirect_effects(self.decoder, shuffled, means)
-        ranks = self.effects.flatten().argsort(descending=True, stable=True)
-        ranked, n_layers = written(self.model, means).flatten(0, 1)[ranks], len(means)
-        layers = dict.fromkeys((n_layers // 3, n_layers // 4, n_layers // 2))
-        grid = [{"k": k, "layer": layer} for layer in layers for k in TOP_HEADS]
-        self.choose(
-            grid, lambda k, layer: {"vector": ranked[:k].sum(0), "layer": torch.tensor(layer)}
-        )
-        self.n_labelled = len(
-            {id(row) for _, query, demos in trials for row in (query, *(demo for _, demo in demos))}
-        )
-        self.n_labelled += self.n_validation
+        self._choose_heads_and_layer(means)
+        self.n_labelled = _n_rows(trials) + self.n_validation
 
     def applied(self, task: Task) -> Context:
         """Adds the vector to the state at each row's last token."""
         block = self.decoder.layers[int(self.layer)]
-        return edited_last(self.model, [block], lambda _, states: states + self.vector.to(states))
+
+        def add(place: int, states: Tensor) -> Tensor:
+            return states + self.vector.to(states)
+
+        return edited_last(self.model, [block], add)
+
+    def _answer_token(self, trial: Trial) -> int:
+        """Returns the token by which the right answer to a trial's query is known."""
+        prompt = trial.task.prompt(trial.query)
+        options = trial.task.options(trial.query)
+        tokens = option_ids(self.tokenizer, prompt, options)
+        return tokens[trial.query.label]
+
+    def _used_trials(self) -> list[int]:
+        """Returns which trials count: those answered rightly, or all if they are few."""
+        n_trials = len(self.right)
+        right = self.right.nonzero()[:, 0].tolist()
+        if len(right) >= MIN_RIGHT:
+            return right
+        log.info(
+            "function vectors: %d of %d prompts are answered rightly: all are used",
+            len(right),
+            n_trials,
+        )
+        return list(range(n_trials))
+
+    def _choose_heads_and_layer(self, means: Float[Tensor, "n_layers n_heads head_dim"]) -> None:
+        """Chooses how many heads are summed, and where the sum is added."""
+        n_layers = len(means)
+        order = self.effects.flatten().argsort(descending=True, stable=True)
+        # Heads are ranked over all layers together.
+        by_head = written(self.model, means).flatten(0, 1)
+        ranked = by_head[order]
+
+        # The published third first; in shallow models two of these are one layer.
+        depths = (n_layers // 3, n_layers // 4, n_layers // 2)
+        layers = list(dict.fromkeys(depths))
+        grid = [{"k": k, "layer": layer} for layer in layers for k in TOP_HEADS]
+
+        def build(k: int, layer: int) -> dict[str, Tensor]:
+            return {"vector": ranked[:k].sum(0), "layer": torch.tensor(layer)}
+
+        self.choose(grid, build)
 
 
 def _trials(sources: Sequence[Task], per_class: int, rng: np.random.Generator) -> list[Trial]:
-    each, trials = -(-N_PROMPTS // len(sources)), []
+    """Returns up to `N_PROMPTS` trials in random order, shared out among the tasks."""
+    # Rounded up, so that the tasks have enough between them.
+    share = -(-N_PROMPTS // len(sources))
+    trials = []
     for task in sources:
-        asked = episodes(task, min(each, len(task.train)), per_class, rng)
-        trials += [(task, query, [(task, demo) for demo in demos]) for demos, query in asked]
-    return [trials[i] for i in rng.permutation(len(trials))[:N_PROMPTS]]
+        # Each query is asked once, so a task has no more trials than rows.
+        n_trials = min(share, len(task.train))
+        for demos, query in episodes(task, n_trials, per_class, rng):
+            context = [(task, demo) for demo in demos]
+            trials.append(Trial(task, query, context))
+    order = rng.permutation(len(trials))
+    return [trials[index] for index in order[:N_PROMPTS]]
+
+
+def _n_rows(trials: Sequence[Trial]) -> int:
+    """Returns how many rows are queries or demonstrations, each counted once."""
+    rows = set()
+    for trial in trials:
+        rows.add(id(trial.query))
+        for _, demo in trial.demos:
+            rows.add(id(demo))
+    return len(rows)
 
 
 def _shuffled(trial: Trial, rng: np.random.Generator) -> str:
-    """The prompt with its answers permuted, as words: examples may differ in their options."""
-    task, query, demos = trial
-    answers = rng.permutation([task.answer(demo) for _, demo in demos])
-    lines = [
-        f"{task.prompt(demo)} {answer}\n" for (_, demo), answer in zip(demos, answers, strict=True)
-    ]
-    return "".join(lines) + task.prompt(query)
+    """Returns the prompt with its answers permuted.
+
+    They are permuted as words, since examples may differ in their options.
+    """
+    task = trial.task
+    answers = rng.permutation([task.answer(demo) for _, demo in trial.demos])
+    lines = []
+    for (_, demo), answer in zip(trial.demos, answers, strict=True):
+        lines.append(f"{task.prompt(demo)} {answer}\n")
+    return "".join(lines) + task.prompt(trial.query)
 
 
 def _projections(model: PreTrainedModel) -> list[torch.nn.Module]:
-    return [output_of(model, layer) for layer in range(len(layers_of(model)))]
+    """Returns every layer's output projection, which mixes what its heads give."""
+    n_layers = len(layers_of(model))
+    return [output_of(model, layer) for layer in range(n_layers)]
 
 
 @torch.no_grad()
@@ -120,28 +187,47 @@ def indirect_effects(
     prompts: Sequence[tuple[str, int]],
     means: Float[Tensor, "n_layers n_heads head_dim"],
 ) -> Float[Tensor, "n_layers n_heads"]:
-    """Returns how far the probability of a prompt's answer token rises, on average, when one head gives its mean.
+    """Returns how far an answer's probability rises when one head gives its mean.
 
-    Exact at the price of one pass per prompt, and of a variant of its last token for each head and one for none.
+    Prompts are averaged. Exact at the price of one pass per prompt, and of a variant of its last
+    token for each head and one for none.
+
+    Args:
+        decoder: the frozen model and its tokenizer.
+        prompts: texts, each with the token of its right answer.
+        means: what each head gives in place of its output.
     """
-    n, patch, rises = means[..., 0].numel() + 1, partial(_patched, means), []
+    projections = _projections(decoder.model)
+    patch = partial(_patched, means)
+    # The last variant's head lies beyond the last layer, so that it is the plain prompt.
+    n_variants = means[..., 0].numel() + 1
+    rises = []
     for text, answer in track(prompts, "function vectors", [1] * len(prompts), "prompts"):
         (tokens,) = decoder.tokenize([text])
-        found = last_token_variants(
-            decoder.model, tokens, n, _projections(decoder.model), patch, edited_inputs
+        groups = last_token_variants(
+            decoder.model, tokens, n_variants, projections, patch, edited_inputs
         )
-        probabilities = torch.cat([logits.softmax(-1)[:, answer].cpu() for logits in found])
-        rises.append(
-            probabilities[:-1] - probabilities[-1]
-        )  # the last one's head lies beyond the last layer
-    return torch.stack(rises).mean(0).view(means.shape[:2])
+        parts = []
+        for logits in groups:
+            probabilities = logits.softmax(-1)[:, answer]
+            parts.append(probabilities.cpu())
+        patched, plain = torch.cat(parts).split([n_variants - 1, 1])
+        rises.append(patched - plain)
+    mean_rises = torch.stack(rises).mean(0)
+    return mean_rises.view(means.shape[:2])
 
 
-def _patched(means: Tensor, patches: Int[Tensor, "n"], layer: int, given: Tensor) -> Tensor:
-    """What a layer's heads give, with the mean in place of one head's output in each patch that is this layer's."""
-    rows, heads = (patches // len(means[0]) == layer).nonzero()[:, 0], patches % len(means[0])
-    patched = given.unflatten(-1, means.shape[1:]).clone()
-    patched[rows, heads[rows]] = means[layer, heads[rows]].to(given)
+def _patched(means: Tensor, variants: Int[Tensor, "n"], layer: int, outputs: Tensor) -> Tensor:
+    """Returns what a layer's heads give, with means where variants want them.
+
+    Every variant has the mean in place of one head's output in one layer.
+    """
+    n_heads = means.shape[1]
+    # Variants count through the heads of the first layer, then those of the second, and so on.
+    rows = (variants // n_heads == layer).nonzero()[:, 0]
+    heads = (variants % n_heads)[rows]
+    patched = outputs.unflatten(-1, means.shape[1:]).clone()
+    patched[rows, heads] = means[layer, heads].to(outputs)
     return patched.flatten(1)
 
 
@@ -149,20 +235,34 @@ def _patched(means: Tensor, patches: Int[Tensor, "n"], layer: int, given: Tensor
 def written(
     model: PreTrainedModel, means: Float[Tensor, "n_layers n_heads head_dim"]
 ) -> Float[Tensor, "n_layers n_heads hidden_size"]:
-    """Returns what every head adds to the residual stream when all give their means: its part of the projection.
+    """Returns each head's part of what all heads add to the residual stream.
 
-    The projection is run on one head at a time, less what it makes of none, so that its bias does not count and
-    its weight may be stored in any way. Differs: a norm behind it scales each channel as it does for all heads.
+    All give their `means`. The projection is run on one head at a time, less what it makes of none,
+    so that its bias does not count and its weight may be stored in any way. Differs: a norm behind
+    it scales each channel as it does for all heads.
     """
-    n_heads, parts = means.shape[1], []
-    scale = getattr(stack_of(model).config, "residual_multiplier", 1.0)  # Granite's
-    shown = torch.cat([torch.eye(n_heads), torch.zeros(1, n_heads), torch.ones(1, n_heads)])[
-        ..., None
-    ]  # and all
+    n_heads = means.shape[1]
+    # Granite multiplies what its branches give before it adds that to the residual stream.
+    scale = getattr(stack_of(model).config, "residual_multiplier", 1.0)
+    # A row for each head by itself, one for no head, and one for all together.
+    single = torch.eye(n_heads)
+    none = torch.zeros(1, n_heads)
+    every = torch.ones(1, n_heads)
+    masks = torch.cat([single, none, every])
+
+    parts = []
     for layer, projection in enumerate(_projections(model)):
-        mixed = projection((shown * means[layer]).flatten(1).to(device_of(projection), model.dtype))
-        part, branch = mixed[:-2].float() - mixed[-2].float(), branches_of(model, layer)[0]
+        masked = masks[..., None] * means[layer]
+        inputs = masked.flatten(1)
+        projected = projection(inputs.to(device_of(projection), model.dtype))
+        bias = projected[-2].float()
+        part = projected[:-2].float() - bias
+
+        # A norm mixes the heads: its factors under all of them are taken for each.
+        branch, _ = branches_of(model, layer)
         if branch is not attention_of(model, layer):
-            part = part * (branch(mixed[-1:]).float() / mixed[-1:].float()).nan_to_num()
+            together = projected[-1:]
+            factors = branch(together).float() / together.float()
+            part = part * factors.nan_to_num()
         parts.append(scale * part.cpu())
     return torch.stack(parts)

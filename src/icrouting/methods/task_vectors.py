@@ -1,4 +1,4 @@
-"""Task Vectors (Hendel et al. 2023): the last token's state under demonstrations, put in its place without."""
+"""Task Vectors (Hendel et al. 2023): a state under demonstrations, kept."""
 
 from collections.abc import Sequence
 
@@ -19,14 +19,17 @@ N_DUMMIES = 2
 
 
 class TaskVectors(Method):
-    """One block's output at the last token is replaced by what it was under demonstrations.
+    """One block's output at the last token is replaced by a fixed state.
 
-    The state is a mean over two dummy queries behind 5 demonstrations per class; the layer is the best on the
-    validation slice, the earliest of equals. Over several tasks, states and validation slices are pooled.
+    It is what the block gave under demonstrations, a mean over two dummy queries behind 5
+    demonstrations per class; the layer is the best on the validation slice, the earliest of equals.
+    Over several tasks, states and validation slices are pooled.
     """
 
     name = "task-vectors"
     learned = ("vectors", "accuracies")
+    vectors: Float[Tensor, "n_layers hidden_size"]
+    accuracies: Float[Tensor, "n_layers"]
 
     def learn(self, rng: np.random.Generator) -> None:
         """Records the states and chooses the layer."""
@@ -35,21 +38,30 @@ class TaskVectors(Method):
             raise ValueError(
                 "task vectors choose their layer on validation rows: give 5 training rows or more"
             )
-        shown = [_few_shot_texts(task, self.settings.demos_per_class, rng) for task in self.sources]
-        texts, n_demos = [texts for texts, _ in shown], sum(n_demos for _, n_demos in shown)
+
+        # All texts are drawn before any is run: the draws stand in one place.
+        texts_by_task = []
+        n_demos = 0
+        for task in self.sources:
+            demos = balanced_demos(task, self.settings.demos_per_class, rng)
+            texts_by_task.append(_dummy_texts(task, demos, rng))
+            n_demos += len(demos)
+
+        # A mean of means, so that every task weighs the same.
         blocks = list(self.decoder.layers)
-        states = [mean_last_outputs(self.decoder, blocks, prompts) for prompts in texts]
+        states = [mean_last_outputs(self.decoder, blocks, texts) for texts in texts_by_task]
         self.vectors = torch.stack(states).mean(0)
+
         self.accuracies = sweep(self.decoder, validation, self.vectors)
         self.tried = [
-            {"layer": layer, "accuracy": found}
-            for layer, found in enumerate(self.accuracies.tolist())
+            {"layer": layer, "accuracy": accuracy}
+            for layer, accuracy in enumerate(self.accuracies.tolist())
         ]
         self.n_labelled = len(validation) + n_demos
 
     @property
     def layer(self) -> int:
-        """The layer whose output is replaced: the best on validation, the earliest of equals."""
+        """The layer whose output is replaced: the earliest of the best."""
         return int(self.accuracies.argmax())
 
     def n_cached(self, task: Task) -> int:
@@ -58,18 +70,32 @@ class TaskVectors(Method):
 
     def applied(self, task: Task) -> Context:
         """Replaces the state at each row's last token, but in no step of a generation."""
-        vector, block = self.vectors[self.layer], self.decoder.layers[self.layer]
-        return edited_last(self.model, [block], lambda _, states: vector.to(states), in_steps=False)
+        vector = self.vectors[self.layer]
+        block = self.decoder.layers[self.layer]
+
+        def replace(place: int, states: Tensor) -> Tensor:
+            return vector.to(states)
+
+        return edited_last(self.model, [block], replace, in_steps=False)
 
 
-def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> tuple[list[str], int]:
-    """Returns the dummy queries behind demonstrations, none of which they are, and the number of those."""
-    demos = [(task, demo) for demo in balanced_demos(task, per_class, rng)]
-    used = {id(demo) for _, demo in demos}
-    spare = [example for example in task.train if id(example) not in used] or list(task.train)
-    return [
-        few_shot(task, spare[i], demos).text for i in rng.permutation(len(spare))[:N_DUMMIES]
-    ], len(demos)
+def _dummy_texts(task: Task, demos: Sequence[Example], rng: np.random.Generator) -> list[str]:
+    """Returns few-shot texts whose dummy queries are no demonstrations.
+
+    Where the demonstrations leave no row over, any training row may be a dummy query.
+    """
+    # By identity, since two rows may read alike.
+    demo_ids = {id(demo) for demo in demos}
+    spare = [example for example in task.train if id(example) not in demo_ids]
+    if not spare:
+        spare = list(task.train)
+    context = [(task, demo) for demo in demos]
+    order = rng.permutation(len(spare))
+    texts = []
+    for index in order[:N_DUMMIES]:
+        prompt = few_shot(task, spare[index], context)
+        texts.append(prompt.text)
+    return texts
 
 
 @torch.no_grad()
@@ -79,26 +105,37 @@ def sweep(
     vectors: Float[Tensor, "n_layers hidden_size"],
     kept: float = 0.0,
 ) -> Float[Tensor, "n_layers"]:
-    """Returns the accuracy on labelled items with each layer's vector in its place, or added to `kept` of its state.
+    """Returns the accuracy on labelled items with each layer's vector in force.
 
-    Exact at the price of one pass per item and one token per layer, since the tokens before the last do not depend
-    on the vector.
+    Exact at the price of one pass per item and one token per layer, since the tokens before the
+    last do not depend on the vector.
+
+    Args:
+        decoder: the frozen model and its tokenizer.
+        items: examples, each with the task it is of.
+        vectors: one for each layer, tried one at a time.
+        kept: how much of the layer's state stays: at 0 the vector replaces it, at 1 it is added.
     """
-    hits = torch.zeros(len(vectors))
+    blocks = list(decoder.layers)
+    n_layers = len(vectors)
+    hits = torch.zeros(n_layers)
 
-    def replace(group: Int[Tensor, "n"], layer: int, states: Tensor) -> Tensor:
-        replaced, rows = states.clone(), (group == layer).nonzero()[:, 0]
-        replaced[rows] = (kept * states[rows].float() + vectors[layer].to(states.device)).to(
-            states.dtype
-        )
+    def replace(variants: Int[Tensor, "n"], layer: int, states: Tensor) -> Tensor:
+        # Variant number i differs from the plain prompt at layer i alone.
+        rows = (variants == layer).nonzero()[:, 0]
+        vector = vectors[layer].to(states.device)
+        mixed = kept * states[rows].float() + vector
+        replaced = states.clone()
+        replaced[rows] = mixed.to(states.dtype)
         return replaced
 
     for task, example in items:
         prompt = task.prompt(example)
         ids = option_ids(decoder.tokenizer, prompt, task.options(example))
         (tokens,) = decoder.tokenize([prompt])
-        found = last_token_variants(
-            decoder.model, tokens, len(vectors), list(decoder.layers), replace
-        )
-        hits += torch.cat([(logits[:, ids].argmax(1) == example.label).cpu() for logits in found])
+        right = []
+        for logits in last_token_variants(decoder.model, tokens, n_layers, blocks, replace):
+            guesses = logits[:, ids].argmax(1)
+            right.append((guesses == example.label).cpu())
+        hits += torch.cat(right)
     return hits / max(1, len(items))
