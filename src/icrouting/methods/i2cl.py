@@ -16,8 +16,8 @@ from icrouting.decoder.hooks import edited
 from icrouting.decoder.passes import next_token_logits
 from icrouting.decoder.states import mean_last_outputs
 from icrouting.methods.base import Context, Method
-from icrouting.methods.settings import Settings
 from icrouting.methods.descent import descend
+from icrouting.methods.settings import Settings
 from icrouting.methods.tuning import answered
 from icrouting.runtime.progress import track
 from icrouting.tasks.prompts import balanced_demos, demonstration
