@@ -32,7 +32,6 @@ from icrouting.evaluation.runs import commit
 from icrouting.fitting.trunk import pad_states, run_trunk
 from icrouting.report import metrics
 from icrouting.routing.attach import RoutedLayer, attach
-from icrouting.routing.attention import project
 from icrouting.routing.router import Routing
 from icrouting.runtime.storage import save_json
 from icrouting.tasks.catalogue import PAPER_TASKS
@@ -94,14 +93,14 @@ def columns_held(way, spreads=None):
     """Inside, routed layers widen by the columns that `way` makes of those of queries and keys."""
 
     def widen_cached(layer, key, value):
-        layer.z_key = project(layer.store["key"], layer.key_directions)[:, None]
+        layer.z_key = layer.key_directions.project(layer.store["key"])[:, None]
         parts = torch.cat(way(layer.z_key, layer.z_key)[1], -1)
         layer.rank = parts.shape[-1]  # the attention function cuts off as many
         columns = parts.to(key.dtype).expand(-1, key.shape[1], -1, -1)
         return torch.cat([key, columns], -1), torch.nn.functional.pad(value, (0, layer.rank))
 
     def widen_queries(layer, query, weights):
-        columns = project(layer.store["query"], layer.query_directions)[:, None] * weights
+        columns = layer.query_directions.project(layer.store["query"])[:, None] * weights
         if spreads is not None:  # the model's scaling of logits, which the weights are divided by
             bias = query.shape[-1] ** -0.5 * columns @ layer.z_key.mT
             spreads.append(

@@ -45,7 +45,8 @@ class Answering:
         self._call = call
         is_real = call.is_real
         answers = torch.zeros_like(is_real)
-        # The column behind the prompt's last: a cut prompt ends beyond this forward, a step begins behind it.
+        # The column behind the prompt's last: a cut prompt ends beyond this forward, a step begins
+        # behind it.
         end = call.n_prompt - call.n_seen
         if 0 < end <= call.q_len:
             columns = torch.arange(end, device=is_real.device)
@@ -60,9 +61,9 @@ class Answering:
 def answering(model: nn.Module, *, in_steps: bool) -> Iterator[Answering]:
     """Inside, what is yielded knows of every forward which tokens answer.
 
-    Those are each prompt's last and, with `in_steps`, the new ones. In `generate` the prompt is what that
-    is given, however it is cut, cached or speculated on. In a plain call all tokens are one, but for a
-    single token behind a cache, which was generated.
+    Those are each prompt's last and, with `in_steps`, the new ones. In `generate` the prompt is
+    what that is given, however it is cut, cached or speculated on. In a plain call all tokens are
+    one, but for a single token behind a cache, which was generated.
     """
     now = Answering(in_steps)
     # The model itself is watched, since one of images hands its decoder embeddings alone.

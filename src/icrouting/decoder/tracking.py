@@ -1,7 +1,8 @@
 """Tracking: which prompt a forward pass is part of, in a plain call and inside `generate`.
 
 `generate` may cut its prompt into pieces, draft behind it, widen it to beams, or run other prompts
-meanwhile. A tracker wraps it once, and describes every forward to whoever edits or routes the model.
+meanwhile. A tracker wraps it once, and describes every forward to whoever edits or routes the
+model.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +52,8 @@ class Generation:
     """One `generate` that runs.
 
     Attributes:
-        input_ids: the prompts that it was given, [batch, q_len]; None where embeddings stand for them.
+        input_ids: the prompts that it was given, [batch, q_len]; None where embeddings stand for
+            them.
         mask: the attention mask that it was given.
         n_seen: tokens that were in its cache before.
         n_prompt: tokens of the whole prompt, with those of it that were in the cache before.
@@ -104,9 +106,10 @@ class Call:
     Attributes:
         arguments: what the module was given, by name.
         n_seen: tokens that are in its cache before it runs.
-        generation: the innermost `generate`, where this forward reads its prompt; None in a plain call,
-            and for another prompt that runs meanwhile.
-        outermost: the outermost `generate` that runs, whatever this forward reads; None in a plain call.
+        generation: the innermost `generate`, where this forward reads its prompt; None in a plain
+            call, and for another prompt that runs meanwhile.
+        outermost: the outermost `generate` that runs, whatever this forward reads; None in a plain
+            call.
     """
 
     arguments: dict[str, Any]
@@ -145,7 +148,8 @@ class Call:
     def n_prompt(self) -> int:
         """Tokens of the whole prompt, with those of it that are in the cache.
 
-        In a plain call all tokens are one prompt, but for a single token behind a cache, which was generated.
+        In a plain call all tokens are one prompt, but for a single token behind a cache, which was
+        generated.
         """
         if self.generation is not None:
             return self.generation.n_prompt
@@ -190,7 +194,8 @@ class PromptTracker:
         cache = cache_of(kwargs)
         outer = self._generations[-1] if self._generations else None
         if outer is not None and outer.begins(input_ids):
-            # A draft goes on from the prompt of the generation that asks for it: it is none of its own.
+            # A draft goes on from the prompt of the generation that asks for it: it is none of its
+            # own.
             return replace(outer, cache=cache)
         mask = kwargs.get("attention_mask")
         n_cached = n_seen(kwargs)

@@ -1,7 +1,7 @@
-"""Blinded features: of the width of others, they say nothing of the prompt, or only which one it is.
+"""Blinded features: as wide as others, they say nothing of the prompt, or only which one it is.
 
-Routers that are fitted on them are controls: what they lose to a router with sight, sight gives. A name
-in `FitConfig.encoder`, and so in a saved router, asks for them by a prefix.
+Routers that are fitted on them are controls: what they lose to a router with sight, sight gives. A
+name in `FitConfig.encoder`, and so in a saved router, asks for them by a prefix.
 """
 
 import zlib

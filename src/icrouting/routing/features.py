@@ -1,7 +1,8 @@
 """Features of a query, E(x): what the router reads of a prompt (section 3).
 
-The paper's features are a sentence encoder's. The backbone's own hidden state entering the first routed
-layer needs no second model, no second tokenizer and no further pass: routing starts where it is read.
+The paper's features are a sentence encoder's. The backbone's own hidden state entering the first
+routed layer needs no second model, no second tokenizer and no further pass: routing starts where it
+is read.
 """
 
 from collections.abc import Sequence
@@ -27,8 +28,9 @@ class Features:
         n_features: how many.
         fingerprint: identifies what computes them.
         reads_hidden: whether `read` needs hidden states.
-        read: gives them, [batch, n_features] in float32, from prompts' tokens and the states that enter
-            the first routed layer, [q_len, hidden_size] each; those may be missing unless `reads_hidden`.
+        read: gives them, [batch, n_features] in float32, from prompts' tokens and the states that
+            enter the first routed layer, [q_len, hidden_size] each; those may be missing unless
+            `reads_hidden`.
     """
 
     n_features: int
@@ -39,8 +41,8 @@ class Features:
     def scale(self, features: Float[Tensor, "n_queries n_features"]) -> Scale:
         """Returns the mean and standard deviation that training takes out of its queries' features.
 
-        A backbone's channels differ in size by orders of magnitude; a sentence encoder's vectors are
-        scaled as it is.
+        A backbone's channels differ in size by orders of magnitude; a sentence encoder's vectors
+        are scaled as it is.
         """
         if not self.reads_hidden:
             return torch.zeros(self.n_features), torch.ones(self.n_features)
@@ -54,9 +56,9 @@ class Features:
 def features_of(name: str, decoder: Decoder, device: str) -> Features:
     """Returns the features that `FitConfig.encoder` names; a sentence encoder runs on `device`.
 
-    Differs: "hidden", the state at the prompt's last token, is not in the paper. Nor are the controls:
-    "constant:" before a name stands for ones in its features' place, "random:" for a fixed normal draw
-    per prompt.
+    Differs: "hidden", the state at the prompt's last token, is not in the paper. Nor are the
+    controls: "constant:" before a name stands for ones in its features' place, "random:" for a
+    fixed normal draw per prompt.
     """
     prefix, _, sighted = name.partition(":")
     if prefix in BLINDED:

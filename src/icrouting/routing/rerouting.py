@@ -20,10 +20,10 @@ from icrouting.routing.router import Routing
 class _Rerouter:
     """Gives every forward pass the routing of its prompt.
 
-    A prefill (no cache, or an empty one) is routed by its own tokens, once the states that enter the first
-    routed layer are there. The routing is kept with the cache that the prefill fills, and holds for every
-    later step with that cache. Inside `generate` the routing of the prompt holds for every forward,
-    whatever else runs meanwhile, and however the prompt is cut or speculated on.
+    A prefill (no cache, or an empty one) is routed by its own tokens, once the states that enter
+    the first routed layer are there. The routing is kept with the cache that the prefill fills, and
+    holds for every later step with that cache. Inside `generate` the routing of the prompt holds
+    for every forward, whatever else runs meanwhile, and however the prompt is cut or speculated on.
 
     Attributes:
         last: the tokens of the prompts that were routed last.
@@ -35,13 +35,14 @@ class _Rerouter:
         self._attachment = attachment
         self._routing_by_cache: weakref.WeakKeyDictionary[Cache, Routing]
         self._routing_by_cache = weakref.WeakKeyDictionary()
-        # The outermost `generate` that runs, the prompt to route it by, and its routing once that is read.
+        # The outermost `generate` that runs, the prompt to route it by, and its routing once that
+        # is read.
         self._generation: Generation | None = None
         self._prompts: PromptTokens | None = None
         self._held: Routing | None = None
         # What the first routed layer is to read, and the cache that this forward fills.
         self._pending: PromptTokens | None = None
-        self._cache: Cache | None = None
+        self._cache: Any = None
         self._is_reading = False
 
     def before_forward(self, call: Call) -> None:
@@ -60,7 +61,7 @@ class _Rerouter:
             self._read(call)
 
     def _follow(self, generation: Generation | None) -> None:
-        """Takes up what an outermost `generate` is to be routed by: its prompt, or the cache it goes on from."""
+        """Takes up what a `generate` is routed by: its prompt, or the cache it goes on from."""
         self._generation = generation
         self._prompts = None
         self._held = None
@@ -81,7 +82,7 @@ class _Rerouter:
         return self._routing_by_cache[self._cache]
 
     def _read(self, call: Call) -> None:
-        """Has a prompt read: from this forward at the first routed layer or, where that is cut, at once."""
+        """Has a prompt read: from this forward or, where that is cut, by a pass of its own."""
         tokens = call.tokens
         if tokens is None:
             raise ValueError(
@@ -107,7 +108,7 @@ class _Rerouter:
             self._is_reading = False
 
     def at_first_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Reads the routing that is still to be read, from the states that enter the first routed layer."""
+        """Reads the routing that is pending, from the states that enter the first routed layer."""
         prompts = self._pending
         if prompts is None:
             return
@@ -130,9 +131,8 @@ class _Rerouter:
         """Keeps the routing with a cache that the forward made for itself."""
         cache = output.get(CACHE) if isinstance(output, dict) else None
         routing = self._attachment.routing
-        is_new = isinstance(cache, Cache) and cache not in self._routing_by_cache
-        if is_new and routing is not None:
-            self._routing_by_cache[cache] = routing
+        if isinstance(cache, Cache) and routing is not None:
+            self._routing_by_cache.setdefault(cache, routing)
 
 
 @contextmanager
