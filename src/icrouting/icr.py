@@ -40,26 +40,24 @@ class InContextRouter(ModelHubMixin):
         folder: where it was loaded from; None if it was fitted here.
 
     Example:
-        A model of two layers with a vocabulary of six words stands for a real one from `load_model`.
+        A model of two layers with a vocabulary of six words stands for a real one from
+        `load_model`.
 
-        >>> from tempfile import TemporaryDirectory
-        >>> from tokenizers import Tokenizer, models, pre_tokenizers
-        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-        >>> from icrouting import Example, FitConfig, InContextRouter, Task, TaskSpec
-        >>> words = Tokenizer(models.WordLevel(dict(a=0, dull=1, nice=2, film=3, bad=4, good=5), "a"))
-        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
-        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=6, num_hidden_layers=2, **sizes))
-        >>> rows = (Example({"text": "dull"}, (), 0), Example({"text": "nice"}, (), 1)) * 8
-        >>> task = Task(TaskSpec("mood", "near", "a {text} film", ("bad", "good")), rows, ())
-        >>> config = FitConfig((1,), rank=2, n_prompts=8, n_queries=8, epochs=1, encoder="hidden")
-        >>> with TemporaryDirectory() as folder:
-        ...     InContextRouter.fit(model, tokenizer, [task], config).save_pretrained(folder)
-        ...     icr = InContextRouter.from_pretrained(folder)
-        >>> with icr.attached(model, tokenizer) as routed:
-        ...     routed.score(["a nice film", "a dull film"], ["bad", "good"]).shape
-        torch.Size([2, 2])
+        >>> from tempfile import TemporaryDirectory >>> from tokenizers import Tokenizer, models,
+        pre_tokenizers >>> from transformers import LlamaConfig, LlamaForCausalLM,
+        PreTrainedTokenizerFast >>> from icrouting import Example, FitConfig, InContextRouter, Task,
+        TaskSpec >>> words = Tokenizer(models.WordLevel(dict(a=0, dull=1, nice=2, film=3, bad=4,
+        good=5), "a")) >>> words.pre_tokenizer = pre_tokenizers.Whitespace() >>> tokenizer =
+        PreTrainedTokenizerFast(tokenizer_object=words) >>> sizes = dict(hidden_size=16,
+        intermediate_size=16, num_attention_heads=2) >>> model =
+        LlamaForCausalLM(LlamaConfig(vocab_size=6, num_hidden_layers=2, **sizes)) >>> rows =
+        (Example({"text": "dull"}, (), 0), Example({"text": "nice"}, (), 1)) * 8 >>> task =
+        Task(TaskSpec("mood", "near", "a {text} film", ("bad", "good")), rows, ()) >>> config =
+        FitConfig((1,), rank=2, n_prompts=8, n_queries=8, epochs=1, encoder="hidden") >>> with
+        TemporaryDirectory() as folder: ...     InContextRouter.fit(model, tokenizer, [task],
+        config).save_pretrained(folder) ...     icr = InContextRouter.from_pretrained(folder) >>>
+        with icr.attached(model, tokenizer) as routed: ...     routed.score(["a nice film", "a dull
+        film"], ["bad", "good"]).shape torch.Size([2, 2])
     """
 
     description: Description
@@ -95,6 +93,7 @@ class InContextRouter(ModelHubMixin):
             ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
         """
         config = config or FitConfig()
+        # Anew for each fit, since users may have changed the weights since the last.
         decoder = Decoder.of(model, tokenizer)
         fit_folder = None if folder is None else Path(folder)
         pids, router, features = stages.fit(decoder, tasks, config, fit_folder)
@@ -145,12 +144,15 @@ class InContextRouter(ModelHubMixin):
         fitted = self.description
         decoder.check_fitted_on("this router", fitted.base_model, fitted.fingerprint)
         self.router.to(decoder.device)
+        # A sentence encoder is small: the processor will do, beside a model that fills its device.
         features = features_of(fitted.fit.encoder, decoder, "cpu")
+        # The same name on the hub may stand for other weights by now.
         if features.fingerprint != fitted.encoder:
             raise ValueError(
                 f"the router was fitted with another sentence encoder than {fitted.fit.encoder!r} "
                 f"is here: expected weights {fitted.encoder}, got {features.fingerprint}"
             )
+        # Training ended at this scale of alpha (section 4).
         scale = strength * fitted.fit.final_alpha_scale
         return Reader(decoder, features, self.router, self.pids.layers[0], scale, gate)
 

@@ -70,6 +70,7 @@ class Generation:
         """Returns the prompts that it was given; None where embeddings stand for them."""
         if self.input_ids is None:
             return None
+        # The mask may begin with tokens that are in the cache, and were not given again.
         n_before = self.n_prompt - self.input_ids.shape[1]
         return PromptTokens(self.input_ids, attended(self.input_ids, self.mask, n_before))
 
@@ -93,6 +94,7 @@ class Generation:
             self.cache = cache  # the first forward is its own
         if cache is not None:
             return cache is self.cache
+        # Without a cache each forward reads the prompt anew.
         input_ids = arguments.get("input_ids")
         # Embeddings cannot be held against the prompt, so they are taken for its own.
         has_ids = input_ids is not None and self.input_ids is not None
@@ -214,6 +216,7 @@ class PromptTracker:
         generation, outermost = None, None
         if self._generations:
             outermost = self._generations[0]
+            # A forward cannot be part of one further out: that waits until this one is done.
             innermost = self._generations[-1]
             generation = innermost if innermost.reads(arguments) else None
         self._before(Call(arguments, n_seen(arguments), generation, outermost))

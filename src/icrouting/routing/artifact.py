@@ -122,6 +122,8 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(pids, router)
     save_tensors(folder / "model.safetensors", tensors)
+    # The config goes last and names the weights, so that halves of two artifacts do not pass for
+    # one.
     sha256 = hashlib.sha256(serialize(tensors)).hexdigest()
     config = {**_MEANING, "weights_sha256": sha256, **dataclasses.asdict(description)}
     save_json(folder / "config.json", {**config, "checksum": _checksum(config)})
@@ -163,7 +165,7 @@ def model_card(description: Description, digest: str) -> str:
 def with_results(card: str, results: str) -> str:
     """Returns a card whose section "Results" holds `results` alone, at its end if it had none."""
     section = f"## Results\n\n{results.strip()}\n"
-    # Up to the next section, or to the end.
+    # The section ends at the next one, or with the card.
     old = re.search(r"^## Results$.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
     if old is None:
         return f"{card.rstrip()}\n\n{section}"
@@ -177,6 +179,7 @@ def with_results(card: str, results: str) -> str:
 def _tensors(pids: PIDs, router: Router) -> dict[str, Tensor]:
     tensors = {f"pids.{name}": getattr(pids, name) for name in _PID_TENSORS}
     tensors |= {f"router.{name}": value for name, value in router.state_dict().items()}
+    # Whatever device it is used on, a router has the same bytes, and so the same digest.
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
@@ -194,6 +197,7 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
     """Returns the folder of an artifact, downloaded if `name` is a hub id."""
     if Path(name).is_dir():
         return Path(name)
+    # The card is not read, but goes along when the router is saved again.
     files = ["config.json", "model.safetensors", "README.md"]
     try:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
@@ -236,6 +240,8 @@ def _description(config: dict[str, Any]) -> Description:
     if config.get("method") != "icr":
         raise ValueError('this does not describe an icrouting artifact: expected "method": "icr"')
     format_version = config.get("format_version")
+    # The format comes first: what a newer one holds cannot be judged here. True is no version,
+    # though it equals 1.
     if type(format_version) is not int or format_version != FORMAT_VERSION:
         raise ValueError(
             f"this is of format {format_version!r}, this version reads {FORMAT_VERSION}: "
@@ -251,6 +257,7 @@ def _description(config: dict[str, Any]) -> Description:
     meaning = {name: content.pop(name, None) for name in _MEANING}
     if meaning != _MEANING:
         raise ValueError(f"expected its weights to mean {_MEANING}: another version wrote it")
+    # By itself first, so that an error names the setting alone.
     fit = read(FitConfig, content.get("fit"))
     description = read(Description, content)
     check_layers(description.layers, description.n_layers)
@@ -289,6 +296,7 @@ def _check_tensors(tensors: dict[str, Tensor], description: Description, weights
     """Checks that tensors are those that a description promises, and their values possible."""
     expected = {name: (shape, torch.float32) for name, shape in _shapes(description).items()}
     stored = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    # Over both, since a tensor may be missing or too much.
     for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
             raise ValueError(
@@ -297,6 +305,7 @@ def _check_tensors(tensors: dict[str, Tensor], description: Description, weights
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{weights}: {name} holds NaN or infinity")
+        # Whitened directions are divided by it.
         if name.endswith("_std") and value.min() <= 0:
             raise ValueError(f"{weights}: {name} holds a deviation that is not positive")
 

@@ -32,6 +32,7 @@ def widen_query(
     `query` is what the attention function received, after rotary embedding; `z_query` are projected
     queries.
     """
+    # Multiplied in float32, and rounded once.
     columns = z_query[:, None] * weights
     return torch.cat([query, columns.to(query.dtype)], dim=-1)
 
@@ -48,4 +49,5 @@ def widen_value(
     value: Float[Tensor, "batch n_kv_heads q_len head_dim"], rank: int
 ) -> Float[Tensor, "batch n_kv_heads q_len wide"]:
     """Returns [V_g, 0]."""
+    # Zeros behind the values, so that what they add to the output can be cut off.
     return torch.nn.functional.pad(value, (0, rank))

@@ -27,6 +27,7 @@ def random(n_features: int) -> Read:
     """Returns what reads a normal draw from every prompt, the same one from the same tokens."""
 
     def draw(tokens: Sequence[int]) -> Float[Tensor, "n_features"]:
+        # A digest of the tokens: the same draw for a prompt in every process.
         seed = zlib.crc32(repr(list(tokens)).encode())
         return torch.randn(n_features, generator=torch.Generator().manual_seed(seed))
 

@@ -60,6 +60,7 @@ def features_of(name: str, decoder: Decoder, device: str) -> Features:
     controls: "constant:" before a name stands for ones in its features' place, "random:" for a
     fixed normal draw per prompt.
     """
+    # "pinned:minilm" and paths may hold a colon too.
     prefix, _, sighted = name.partition(":")
     if prefix in BLINDED:
         n_features = features_of(sighted, decoder, device).n_features
@@ -75,4 +76,5 @@ def features_of(name: str, decoder: Decoder, device: str) -> Features:
 
 
 def _last_states(token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Tensor:
+    # The last token alone has read the whole prompt.
     return torch.stack([states[-1].float() for states in hidden])

@@ -69,11 +69,13 @@ def inspect_prompt(routed: Routed, prompt: str, options: Sequence[str] | None = 
     decoder = routed.reader.decoder
     if options is not None and len(options) < 2:
         raise ValueError(f"expected at least two options or none, got {list(options)}")
+    # Everything that a user may get wrong is found out before the model runs.
     (token_ids,) = decoder.tokenize([prompt])
     options_ids = option_ids(decoder.tokenizer, prompt, options) if options else []
     passes = run_both(decoder.model, token_ids, routed.layers)
     routing = routed.routing([prompt])
     probabilities = passes.logits.softmax(-1)
+    # A token counts that is likely on either side, so that what routing silenced is shown too.
     n_top = min(N_TOP, probabilities.shape[-1])
     top_ids = probabilities.amax(0).topk(n_top).indices.tolist()
     options_logits = passes.logits[:, options_ids]

@@ -66,6 +66,7 @@ def late_third(n_layers: int) -> tuple[int, ...]:
 
 def check_layers(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
     """Returns `layers`; ValueError unless they are ascending indices into `n_layers` layers."""
+    # Each layer once: a place among the routed layers stands for a layer everywhere else.
     is_ascending = list(layers) == sorted(set(layers))
     if not layers or not is_ascending or layers[0] < 0 or layers[-1] >= n_layers:
         raise ValueError(

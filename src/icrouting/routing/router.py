@@ -80,6 +80,7 @@ class Router(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
+                # As torch draws linear layers, but from a generator of one's own.
                 nn.init.uniform_(module.weight, -bound, bound, generator=rng)
                 nn.init.zeros_(module.bias)
         # The model is left unchanged at first.
