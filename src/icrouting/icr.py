@@ -40,24 +40,27 @@ class InContextRouter(ModelHubMixin):
         folder: where it was loaded from; None if it was fitted here.
 
     Example:
-        A model of two layers with a vocabulary of six words stands for a real one from
-        `load_model`.
+        A model of two layers and a vocabulary of six words stands for a real one (`load_model`).
 
-        >>> from tempfile import TemporaryDirectory >>> from tokenizers import Tokenizer, models,
-        pre_tokenizers >>> from transformers import LlamaConfig, LlamaForCausalLM,
-        PreTrainedTokenizerFast >>> from icrouting import Example, FitConfig, InContextRouter, Task,
-        TaskSpec >>> words = Tokenizer(models.WordLevel(dict(a=0, dull=1, nice=2, film=3, bad=4,
-        good=5), "a")) >>> words.pre_tokenizer = pre_tokenizers.Whitespace() >>> tokenizer =
-        PreTrainedTokenizerFast(tokenizer_object=words) >>> sizes = dict(hidden_size=16,
-        intermediate_size=16, num_attention_heads=2) >>> model =
-        LlamaForCausalLM(LlamaConfig(vocab_size=6, num_hidden_layers=2, **sizes)) >>> rows =
-        (Example({"text": "dull"}, (), 0), Example({"text": "nice"}, (), 1)) * 8 >>> task =
-        Task(TaskSpec("mood", "near", "a {text} film", ("bad", "good")), rows, ()) >>> config =
-        FitConfig((1,), rank=2, n_prompts=8, n_queries=8, epochs=1, encoder="hidden") >>> with
-        TemporaryDirectory() as folder: ...     InContextRouter.fit(model, tokenizer, [task],
-        config).save_pretrained(folder) ...     icr = InContextRouter.from_pretrained(folder) >>>
-        with icr.attached(model, tokenizer) as routed: ...     routed.score(["a nice film", "a dull
-        film"], ["bad", "good"]).shape torch.Size([2, 2])
+        >>> from tempfile import TemporaryDirectory
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from icrouting import Example, FitConfig, InContextRouter, Task, TaskSpec
+        >>> vocabulary = dict(a=0, dull=1, nice=2, film=3, bad=4, good=5)
+        >>> words = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=6, num_hidden_layers=2, **sizes))
+        >>> rows = (Example({"text": "dull"}, (), 0), Example({"text": "nice"}, (), 1)) * 8
+        >>> task = Task(TaskSpec("mood", "near", "a {text} film", ("bad", "good")), rows, ())
+        >>> config = FitConfig((1,), rank=2, n_prompts=8, n_queries=8, epochs=1, encoder="hidden")
+        >>> with TemporaryDirectory() as folder:
+        ...     InContextRouter.fit(model, tokenizer, [task], config).save_pretrained(folder)
+        ...     icr = InContextRouter.from_pretrained(folder)
+        >>> with icr.attached(model, tokenizer) as routed:
+        ...     routed.score(["a nice film", "a dull film"], ["bad", "good"]).shape
+        torch.Size([2, 2])
     """
 
     description: Description
