@@ -1,7 +1,7 @@
 """PIDs: principal in-context-learning directions of queries and keys (paper, section 2).
 
-    C_q[l] = cov(q[l]) over all prompts of all source tasks;   U_q[l] = top-`rank` eigenvectors of
-    C_q[l]
+    C_q[l] = cov(q[l]) over all prompts of all source tasks
+    U_q[l] = top-`rank` eigenvectors of C_q[l]
 
 and the same for keys. `QKMoments` streams (memory does not grow with the number of prompts) and
 merges; `PIDs` is what comes out: small, frozen, with orthonormal columns and fixed signs.
