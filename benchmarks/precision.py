@@ -32,7 +32,6 @@ from icrouting.evaluation.runs import commit
 from icrouting.fitting.trunk import pad_states, run_trunk
 from icrouting.report import metrics
 from icrouting.routing.attach import RoutedLayer, attach
-from icrouting.routing.attention import project
 from icrouting.routing.router import Routing
 from icrouting.runtime.storage import save_json
 from icrouting.tasks.catalogue import PAPER_TASKS
@@ -97,7 +96,7 @@ def columns_held(way, spreads=None):
     """Inside, routed layers widen by the columns that `way` makes of those of queries and keys."""
 
     def widen_cached(layer, key, value):
-        layer.z_key = project(layer.store["key"], layer.key_directions)[:, None]
+        layer.z_key = layer.key_directions.project(layer.store["key"])[:, None]
         parts = torch.cat(way(layer.z_key, layer.z_key)[1], -1)
         # The attention function cuts off as many columns as the rank says.
         layer.rank = parts.shape[-1]
@@ -105,7 +104,7 @@ def columns_held(way, spreads=None):
         return torch.cat([key, columns], -1), torch.nn.functional.pad(value, (0, layer.rank))
 
     def widen_queries(layer, query, weights):
-        columns = project(layer.store["query"], layer.query_directions)[:, None] * weights
+        columns = layer.query_directions.project(layer.store["query"])[:, None] * weights
         if spreads is not None:
             # The weights are divided by the model's scaling of logits, which comes back here.
             bias = query.shape[-1] ** -0.5 * columns @ layer.z_key.mT

@@ -29,14 +29,38 @@ from icrouting.tasks.task import Task
 class InContextRouter(ModelHubMixin):
     """PIDs and a trained router for one base model (arXiv 2509.22854).
 
-    `save_pretrained(folder)` writes config.json, model.safetensors and a model card, `push_to_hub("owner/name")`
-    uploads them; both are huggingface_hub's, and keep a card as it stands, with the results recorded in it.
+    `save_pretrained(folder)` writes config.json, model.safetensors and a model card,
+    `push_to_hub("owner/name")` uploads them; both are huggingface_hub's, and keep a card as it
+    stands, with the results recorded in it.
 
     Attributes:
         description: what it is and where it comes from; the artifact's config.json.
         pids: the directions.
         router: the trained router.
         folder: where it was loaded from; None if it was fitted here.
+
+    Example:
+        A model of two layers and a vocabulary of six words stands for a real one (`load_model`).
+
+        >>> from tempfile import TemporaryDirectory
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from icrouting import Example, FitConfig, InContextRouter, Task, TaskSpec
+        >>> vocabulary = dict(a=0, dull=1, nice=2, film=3, bad=4, good=5)
+        >>> words = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=6, num_hidden_layers=2, **sizes))
+        >>> rows = (Example({"text": "dull"}, (), 0), Example({"text": "nice"}, (), 1)) * 8
+        >>> task = Task(TaskSpec("mood", "near", "a {text} film", ("bad", "good")), rows, ())
+        >>> config = FitConfig((1,), rank=2, n_prompts=8, n_queries=8, epochs=1, encoder="hidden")
+        >>> with TemporaryDirectory() as folder:
+        ...     InContextRouter.fit(model, tokenizer, [task], config).save_pretrained(folder)
+        ...     icr = InContextRouter.from_pretrained(folder)
+        >>> with icr.attached(model, tokenizer) as routed:
+        ...     routed.score(["a nice film", "a dull film"], ["bad", "good"]).shape
+        torch.Size([2, 2])
     """
 
     description: Description
@@ -64,17 +88,20 @@ class InContextRouter(ModelHubMixin):
             tokenizer: its tokenizer.
             tasks: the source tasks.
             config: settings; None takes the defaults.
-            folder: keeps the stages' results, so that a fit that was stopped goes on from there; its trunk.bin, as
-                large as the tokens are many, can be deleted once the router is saved.
+            folder: keeps the stages' results, so that a fit that was stopped goes on from there;
+                its trunk.bin, as large as the tokens are many, can be deleted once the router is
+                saved.
 
         Raises:
             ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
         """
         config = config or FitConfig()
+        # Anew for each fit, since users may have changed the weights since the last.
         decoder = Decoder.of(model, tokenizer)
-        where = Path(folder) if folder is not None else None
-        pids, router, features = stages.fit(decoder, tasks, config, where)
-        return cls(artifact.describe(decoder, tasks, config, pids.layers, features), pids, router)
+        fit_folder = None if folder is None else Path(folder)
+        pids, router, features = stages.fit(decoder, tasks, config, fit_folder)
+        description = artifact.describe(decoder, tasks, config, pids.layers, features)
+        return cls(description, pids, router)
 
     @contextmanager
     def attached(
@@ -85,7 +112,7 @@ class InContextRouter(ModelHubMixin):
         strength: float = 1.0,
         gate: Gate | None = None,
     ) -> Iterator[Routed]:
-        """Inside, every plain `model(...)` and `model.generate(...)` is routed by the prompt it is given.
+        """Inside, every plain `model(...)` and `model.generate(...)` is routed by its prompt.
 
         On leaving, also by an exception, the model is as it was found.
 
@@ -93,8 +120,8 @@ class InContextRouter(ModelHubMixin):
             model: the base model that the router was fitted on.
             tokenizer: its tokenizer.
             strength: factor on the routing vector; 0 gives the logits of the untouched model.
-            gate: gives each prompt a further factor, [batch], from the states that enter the first routed layer,
-                [q_len, hidden_size] each; the method "icr-gated" has one.
+            gate: gives each prompt a further factor, [batch], from the states that enter the first
+                routed layer, [q_len, hidden_size] each; the method "icr-gated" has one.
 
         Raises:
             ValueError: another base model, or one that is attached already.
@@ -107,23 +134,30 @@ class InContextRouter(ModelHubMixin):
     def attached_to(
         self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None
     ) -> Iterator[Routed]:
-        """Does what `attached` does, for whoever holds a decoder: its fingerprint is computed once."""
+        """Does what `attached` does, for a decoder, whose fingerprint is computed once."""
         if not math.isfinite(strength):
             raise ValueError(f"strength must be a finite number, got {strength}")
-        fitted = self.description
-        decoder.check_fitted_on("this router", fitted.base_model, fitted.fingerprint)
-        self.router.to(decoder.device)
-        features = features_of(fitted.fit.encoder, decoder, "cpu")
-        if features.fingerprint != fitted.encoder:
-            raise ValueError(
-                f"the router was fitted with another sentence encoder than {fitted.fit.encoder!r} is here: "
-                f"expected weights {fitted.encoder}, got {features.fingerprint}"
-            )
-        scale = strength * fitted.fit.final_alpha_scale
-        reader = Reader(decoder, features, self.router, self.pids.layers[0], scale, gate)
+        reader = self._reader(decoder, strength, gate)
         # Exact in every dtype at strength 0: wider heads round differently below float32.
         with rerouted(reader, self.pids) if strength else nullcontext([]) as last:
             yield Routed(reader, self.pids.layers, strength, last)
+
+    def _reader(self, decoder: Decoder, strength: float, gate: Gate | None) -> Reader:
+        """Returns what reads prompts for this router; ValueError for another model or encoder."""
+        fitted = self.description
+        decoder.check_fitted_on("this router", fitted.base_model, fitted.fingerprint)
+        self.router.to(decoder.device)
+        # A sentence encoder is small: the processor will do, beside a model that fills its device.
+        features = features_of(fitted.fit.encoder, decoder, "cpu")
+        # The same name on the hub may stand for other weights by now.
+        if features.fingerprint != fitted.encoder:
+            raise ValueError(
+                f"the router was fitted with another sentence encoder than {fitted.fit.encoder!r} "
+                f"is here: expected weights {fitted.encoder}, got {features.fingerprint}"
+            )
+        # Training ended at this scale of alpha (section 4).
+        scale = strength * fitted.fit.final_alpha_scale
+        return Reader(decoder, features, self.router, self.pids.layers[0], scale, gate)
 
     def digest(self) -> str:
         """Returns 16 hex digits that identify the router's weights."""
@@ -142,9 +176,16 @@ class InContextRouter(ModelHubMixin):
     ) -> "InContextRouter":
         """Returns a saved router; reads nothing but its config.json and its model.safetensors.
 
-        The mixin's own would read config.json unchecked first. `name` is a folder or a hub id; of the latter,
-        `revision` is a branch, tag or commit, and `token` gives access (None: the one you are logged in with).
-        ValueError if nothing is there, or it is damaged, of a newer format, or of wrong shapes.
+        The mixin's own would read config.json unchecked first.
+
+        Args:
+            name: a folder or a hub id.
+            revision: of a hub id, a branch, tag or commit.
+            token: gives access to the hub; None is the one you are logged in with.
+
+        Raises:
+            ValueError: nothing is there, or it is damaged, of a newer format, or of wrong shapes.
         """
         folder = artifact.locate(str(name), revision, token)
-        return cls(*artifact.load(folder), folder)
+        description, pids, router = artifact.load(folder)
+        return cls(description, pids, router, folder)

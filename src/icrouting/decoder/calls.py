@@ -1,4 +1,4 @@
-"""Calls: what a decoder, or its `generate`, was given, and which of those tokens answer the prompt."""
+"""Calls: what a decoder, or its `generate`, was given."""
 
 import inspect
 from typing import Any
@@ -10,26 +10,33 @@ from icrouting.decoder.families import CACHE
 
 def called_with(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a module's call by name."""
-    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    return given | given.pop("kwargs", {})
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    arguments = bound.arguments
+    # What a signature gathers in **kwargs counts like the rest.
+    gathered = arguments.pop("kwargs", {})
+    return arguments | gathered
 
 
-def read_by(given: dict[str, Any]) -> Tensor:
+def read_by(arguments: dict[str, Any]) -> Tensor:
     """Returns the token ids, or else the embeddings, among a decoder's arguments."""
-    return given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    input_ids = arguments.get("input_ids")
+    return arguments["inputs_embeds"] if input_ids is None else input_ids
 
 
-def cache_of(given: dict[str, Any]) -> Any:
-    """Returns the cache among the arguments of a decoder or of `generate`, under either of its names."""
-    return given.get(CACHE, given.get("past_key_values"))
+def cache_of(arguments: dict[str, Any]) -> Any:
+    """Returns the cache among the arguments of a decoder or of `generate`, under either name."""
+    return arguments.get(CACHE, arguments.get("past_key_values"))
 
 
-def n_seen(given: dict[str, Any]) -> int:
+def n_seen(arguments: dict[str, Any]) -> int:
     """Returns the tokens in that cache."""
-    return 0 if (cache := cache_of(given)) is None else int(cache.get_seq_length())
+    cache = cache_of(arguments)
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
-def asked(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """Returns the token ids among the arguments of `generate`."""
-    given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
-    return next((value for value in given if isinstance(value, Tensor)), None)
+def generate_ids(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """Returns the token ids among the arguments of `generate`, which takes them in three places."""
+    for value in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")):
+        if isinstance(value, Tensor):
+            return value
+    return None

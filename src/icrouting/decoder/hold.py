@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 
 from icrouting.decoder.families import base_of
 
+# The name of the method that holds each model, None for none.
+_held: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is in evaluation mode and takes no gradients; then both are as they were found."""
+    """Inside, a model is in evaluation mode and takes no gradients; then it is as it was found."""
     with ExitStack() as stack:
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
@@ -24,25 +27,28 @@ def frozen(model: nn.Module) -> Iterator[None]:
         yield
 
 
-_held: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
-
-
 @contextmanager
 def replaced(model: nn.Module, **methods: Callable) -> Iterator[None]:
     """Inside, a model has other methods, on the instance alone; then it has again what it had."""
-    found = {name: vars(model)[name] for name in methods if name in vars(model)}
-    vars(model).update(methods)
+    attributes = vars(model)
+    # What already stood there on the instance, over the methods of its class.
+    before = {name: attributes[name] for name in methods if name in attributes}
+    attributes.update(methods)
     try:
         yield
     finally:
         for name in methods:
-            vars(model).pop(name, None)
-        vars(model).update(found)
+            attributes.pop(name, None)
+        attributes.update(before)
 
 
 def check_alone(model: nn.Module, name: str) -> None:
-    """ValueError while a method is attached to a model: another would learn under it, or add to it."""
-    if (other := _held.get(base_of(model))) is not None:
+    """Checks that no method is attached to a model: another would learn under it, or add to it.
+
+    ValueError names the one that is.
+    """
+    other = _held.get(base_of(model))
+    if other is not None:
         raise ValueError(
             f"{other} is attached to this model: leave it before {name} is fitted or attached"
         )
@@ -50,14 +56,17 @@ def check_alone(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def hooked(base: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, a model is a method's alone, refuses `generate_batch`, and runs uncompiled: graphs notice no hooks.
+    """Inside, a model is a method's alone, refuses `generate_batch`, and runs uncompiled.
 
-    To be entered once its hooks are in place, which may hold the model themselves, as a router's do.
+    To be entered once its hooks are in place, which may hold the model themselves, as a router's
+    do.
     """
-    before, _held[base] = _held.get(base), name
+    before = _held.get(base)
+    _held[base] = name
     try:
         with (
             replaced(base, init_continuous_batching=_refuse_packing),
+            # A compiled graph does not notice hooks.
             torch.compiler.set_stance("force_eager"),
         ):
             yield
@@ -67,5 +76,6 @@ def hooked(base: PreTrainedModel, name: str) -> Iterator[None]:
 
 def _refuse_packing(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        "an attached model cannot batch continuously, which packs all prompts into one row: pad them"
+        "an attached model cannot batch continuously, which packs all prompts into one row: "
+        "pad them"
     )

@@ -1,4 +1,7 @@
-"""The artifact: a folder of JSON and safetensors that explains itself and refuses what it is not for."""
+"""The artifact: a folder of JSON and safetensors that explains itself.
+
+It refuses what it is not for, and what is damaged.
+"""
 
 import dataclasses
 import hashlib
@@ -28,29 +31,43 @@ from icrouting.runtime.storage import load_json, load_tensors, save_json, save_t
 from icrouting.tasks.task import Task, rows_digest
 
 FORMAT_VERSION = 1
+# What the weights mean; a file that says anything else was written by another version.
 _MEANING = {
     "method": "icr",
     "format_version": FORMAT_VERSION,
-    "site": "query and key projections before rotary embedding, after the family's own norm if it has one",
+    "site": (
+        "query and key projections before rotary embedding, "
+        "after the family's own norm if it has one"
+    ),
     "scale": "logits = scaling * q.k + gate * (Q U_q) diag(alpha) (K U_k)^T, the bias not scaled",
 }
-_PID_TENSORS = (
-    "query_pids",
-    "key_pids",
-    "query_std",
-    "key_std",
-    "query_explained",
-    "key_explained",
-)
+_PID_BASES = ("query_pids", "key_pids")
+_PID_NUMBERS = ("query_std", "key_std", "query_explained", "key_explained")
+_PID_TENSORS = _PID_BASES + _PID_NUMBERS
+# Digits of a sha256 that identify a router's weights.
+_N_DIGITS = 16
 
 
 @dataclass(frozen=True)
 class Description:
     """All there is to know about an artifact but its weights.
 
-    `encoder` is the digest of the sentence encoder's weights, or "hidden" for the model's own states; `fingerprint`
-    and `rows` are those of the base model's weights and of the source tasks' rows; `tasks` counts their training
-    rows; `layers` are the routed ones, from 0.
+    Attributes:
+        base_model: name or path of the model that it was fitted on.
+        model_type: what transformers calls its family.
+        fingerprint: identifies its weights.
+        n_layers: its layers.
+        n_heads: its query heads.
+        n_kv_heads: its key-value heads.
+        head_dim: the width of a head.
+        layers: the routed ones, from 0.
+        encoder: the digest of the sentence encoder's weights, or "hidden" for the model's own
+            states.
+        n_features: width of what the router reads.
+        tasks: training rows of each source task.
+        rows: identifies the source tasks' rows.
+        fit: the settings of the fit.
+        versions: of the packages that it was fitted with.
     """
 
     base_model: str
@@ -98,25 +115,35 @@ def save(
 ) -> None:
     """Writes an artifact; a kill between its two files leaves a folder that `load` refuses.
 
-    A card that names these weights, in `source` or in the folder itself, is kept as it stands, with what it records.
+    A card that names these weights, in `source` or in the folder itself, is kept as it stands, with
+    what it records.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(pids, router)
     save_tensors(folder / "model.safetensors", tensors)
+    # The config goes last and names the weights, so that halves of two artifacts do not pass for
+    # one.
     sha256 = hashlib.sha256(serialize(tensors)).hexdigest()
     config = {**_MEANING, "weights_sha256": sha256, **dataclasses.asdict(description)}
     save_json(folder / "config.json", {**config, "checksum": _checksum(config)})
-    known = sha256[:16]
-    cards = [where / "README.md" for where in (source, folder) if where]
-    kept = next(
-        (
-            text
-            for card in cards
-            if card.is_file() and known.encode() in (text := card.read_bytes())
-        ),
-        None,
-    )
-    (folder / "README.md").write_bytes(kept or model_card(description, known).encode())
+    short_digest = sha256[:_N_DIGITS]
+    folders = [folder] if source is None else [source, folder]
+    card = _card_that_names(short_digest, folders)
+    if card is None:
+        card = model_card(description, short_digest).encode()
+    (folder / "README.md").write_bytes(card)
+
+
+def _card_that_names(digest: str, folders: Sequence[Path]) -> bytes | None:
+    """Returns the first card that names a router's weights, None where there is none."""
+    for folder in folders:
+        file = folder / "README.md"
+        if not file.is_file():
+            continue
+        card = file.read_bytes()
+        if digest.encode() in card:
+            return card
+    return None
 
 
 def model_card(description: Description, digest: str) -> str:
@@ -136,22 +163,27 @@ def model_card(description: Description, digest: str) -> str:
 def with_results(card: str, results: str) -> str:
     """Returns a card whose section "Results" holds `results` alone, at its end if it had none."""
     section = f"## Results\n\n{results.strip()}\n"
-    found = re.search(r"^## Results$.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
-    if found is None:
+    # The section ends at the next one, or with the card.
+    old = re.search(r"^## Results$.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
+    if old is None:
         return f"{card.rstrip()}\n\n{section}"
-    rest = card[found.end() :]
-    return card[: found.start()] + section + ("\n" + rest if rest else "")
+    before = card[: old.start()]
+    after = card[old.end() :]
+    if after:
+        section += "\n"
+    return before + section + after
 
 
 def _tensors(pids: PIDs, router: Router) -> dict[str, Tensor]:
     tensors = {f"pids.{name}": getattr(pids, name) for name in _PID_TENSORS}
     tensors |= {f"router.{name}": value for name, value in router.state_dict().items()}
+    # Whatever device it is used on, a router has the same bytes, and so the same digest.
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
 def digest(pids: PIDs, router: Router) -> str:
     """Returns 16 hex digits that identify an artifact's weights."""
-    return hashlib.sha256(serialize(_tensors(pids, router))).hexdigest()[:16]
+    return hashlib.sha256(serialize(_tensors(pids, router))).hexdigest()[:_N_DIGITS]
 
 
 def _checksum(config: dict[str, Any]) -> str:
@@ -163,6 +195,7 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
     """Returns the folder of an artifact, downloaded if `name` is a hub id."""
     if Path(name).is_dir():
         return Path(name)
+    # The card is not read, but goes along when the router is saved again.
     files = ["config.json", "model.safetensors", "README.md"]
     try:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
@@ -173,43 +206,58 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
 
 
 def load(folder: Path) -> tuple[Description, PIDs, Router]:
-    """Returns an artifact's parts; ValueError if a file is missing or damaged, newer, or its shapes do not match."""
-    file, weights = folder / "config.json", folder / "model.safetensors"
-    if not file.is_file():
+    """Returns an artifact's parts.
+
+    ValueError if a file is missing or damaged, newer, or its shapes do not match.
+    """
+    config_file = folder / "config.json"
+    weights_file = folder / "model.safetensors"
+    if not config_file.is_file():
         raise ValueError(f"{folder} is no router: config.json is missing")
-    config = load_json(file)
+    config = load_json(config_file)
     try:
         description = _description(config)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    if not weights.is_file():
+        raise ValueError(f"{config_file}: {error}") from error
+    if not weights_file.is_file():
         raise ValueError(f"{folder} is no router: model.safetensors is missing")
-    found, expected = hashlib.sha256(weights.read_bytes()).hexdigest(), config.get("weights_sha256")
-    if found != expected:
+    sha256 = hashlib.sha256(weights_file.read_bytes()).hexdigest()
+    expected = config.get("weights_sha256")
+    if sha256 != expected:
         raise ValueError(
-            f"{weights} is damaged: its sha256 is {found[:12]}…, not {expected!r:.14}…; fetch it again"
+            f"{weights_file} is damaged: its sha256 is {sha256[:12]}…, not {expected!r:.14}…; "
+            "fetch it again"
         )
-    return description, *_assemble(load_tensors(weights)[0], description, weights)
+    tensors, _ = load_tensors(weights_file)
+    pids, router = _assemble(tensors, description, weights_file)
+    return description, pids, router
 
 
 def _description(config: dict[str, Any]) -> Description:
+    """Returns what config.json describes; ValueError says what it is not."""
     if config.get("method") != "icr":
         raise ValueError('this does not describe an icrouting artifact: expected "method": "icr"')
-    found = config.get("format_version")
-    if type(found) is not int or found != FORMAT_VERSION:
+    format_version = config.get("format_version")
+    # The format comes first: what a newer one holds cannot be judged here. True is no version,
+    # though it equals 1.
+    if type(format_version) is not int or format_version != FORMAT_VERSION:
         raise ValueError(
-            f"this is of format {found!r}, this version reads {FORMAT_VERSION}: update icrouting"
+            f"this is of format {format_version!r}, this version reads {FORMAT_VERSION}: "
+            "update icrouting"
         )
     if config.get("checksum") != _checksum(config):
         raise ValueError(
             "this is damaged or was edited: its checksum does not match; fetch it again"
         )
-    content = {
-        name: value for name, value in config.items() if name not in ("checksum", "weights_sha256")
-    }
-    if {name: content.pop(name, None) for name in _MEANING} != _MEANING:
+    content = dict(config)
+    for name in ("checksum", "weights_sha256"):
+        content.pop(name, None)
+    meaning = {name: content.pop(name, None) for name in _MEANING}
+    if meaning != _MEANING:
         raise ValueError(f"expected its weights to mean {_MEANING}: another version wrote it")
-    fit, description = read(FitConfig, content.get("fit")), read(Description, content)
+    # By itself first, so that an error names the setting alone.
+    fit = read(FitConfig, content.get("fit"))
+    description = read(Description, content)
     check_layers(description.layers, description.n_layers)
     if fit.layers not in (None, description.layers):
         raise ValueError(f"its layers {description.layers} are not those of the fit, {fit.layers}")
@@ -217,48 +265,67 @@ def _description(config: dict[str, Any]) -> Description:
 
 
 def _shapes(description: Description) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, from the description alone: nothing is allocated for a size that is a lie."""
-    n_routed, fit = len(description.layers), description.fit
+    """Returns the shape of every tensor, from the description alone.
+
+    Nothing is allocated for a size that is a lie.
+    """
+    n_routed = len(description.layers)
+    rank = description.fit.rank
+    hidden_width = description.fit.hidden_width
+    query_width = description.n_heads * description.head_dim
+    key_width = description.n_kv_heads * description.head_dim
     shapes: dict[str, tuple[int, ...]] = {
-        f"pids.{name}": (n_routed, fit.rank) for name in _PID_TENSORS[2:]
+        "pids.query_pids": (n_routed, query_width, rank),
+        "pids.key_pids": (n_routed, key_width, rank),
     }
-    shapes["pids.query_pids"] = (n_routed, description.n_heads * description.head_dim, fit.rank)
-    shapes["pids.key_pids"] = (n_routed, description.n_kv_heads * description.head_dim, fit.rank)
-    for part, n_out in (("alpha", n_routed * fit.rank), ("gamma", n_routed * description.n_heads)):
-        for layer, shape in (
-            (0, (fit.hidden_width, description.n_features)),
-            (2, (n_out, fit.hidden_width)),
-        ):
-            shapes |= {
-                f"router.{part}.{layer}.weight": shape,
-                f"router.{part}.{layer}.bias": shape[:1],
-            }
+    for name in _PID_NUMBERS:
+        shapes[f"pids.{name}"] = (n_routed, rank)
+    n_outputs = {"alpha": n_routed * rank, "gamma": n_routed * description.n_heads}
+    for part, n_out in n_outputs.items():
+        # A perceptron's linear layers; its activation, 1, has no weights.
+        shapes[f"router.{part}.0.weight"] = (hidden_width, description.n_features)
+        shapes[f"router.{part}.0.bias"] = (hidden_width,)
+        shapes[f"router.{part}.2.weight"] = (n_out, hidden_width)
+        shapes[f"router.{part}.2.bias"] = (n_out,)
     return shapes
+
+
+def _check_tensors(tensors: dict[str, Tensor], description: Description, weights: Path) -> None:
+    """Checks that tensors are those that a description promises, and their values possible."""
+    expected = {name: (shape, torch.float32) for name, shape in _shapes(description).items()}
+    stored = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    # Over both, since a tensor may be missing or too much.
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise ValueError(
+                f"{weights}: {name!r} should be {expected.get(name)}, is {stored.get(name)}"
+            )
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{weights}: {name} holds NaN or infinity")
+        # Whitened directions are divided by it.
+        if name.endswith("_std") and value.min() <= 0:
+            raise ValueError(f"{weights}: {name} holds a deviation that is not positive")
 
 
 def _assemble(
     tensors: dict[str, Tensor], description: Description, weights: Path
 ) -> tuple[PIDs, Router]:
-    expected = {name: (shape, torch.float32) for name, shape in _shapes(description).items()}
-    found = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise ValueError(
-                f"{weights}: {name!r} should be {expected.get(name)}, is {found.get(name)}"
-            )
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{weights}: {name} holds NaN or infinity")
-        if name.endswith("_std") and value.min() <= 0:
-            raise ValueError(f"{weights}: {name} holds a deviation that is not positive")
-    fit, n_routed = description.fit, len(description.layers)
+    """Returns directions and router, ready for use, from checked tensors."""
+    _check_tensors(tensors, description, weights)
+    fit = description.fit
+    bases_and_numbers = {name: tensors[f"pids.{name}"] for name in _PID_TENSORS}
+    pids = PIDs(layers=description.layers, basis=fit.basis, **bases_and_numbers)
     router = Router(
-        description.n_features, n_routed, description.n_heads, fit.rank, fit.hidden_width
+        description.n_features,
+        len(description.layers),
+        description.n_heads,
+        fit.rank,
+        fit.hidden_width,
     )
-    router.load_state_dict(
-        {name.removeprefix("router."): tensors[name] for name in tensors if name[0] == "r"}
-    )
-    parts = {name: tensors[f"pids.{name}"] for name in _PID_TENSORS}
-    return PIDs(layers=description.layers, basis=fit.basis, **parts), router.eval().requires_grad_(
-        False
-    )
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith("router."):
+            state[name.removeprefix("router.")] = value
+    router.load_state_dict(state)
+    return pids, router.eval().requires_grad_(False)

@@ -1,14 +1,16 @@
 """Attaching routed attention to a loaded model, and leaving it as it was found.
 
-Per routed layer: forward hooks catch queries and keys before rotary embedding; a pre-hook on the attention module swaps
-the cache for a view whose `update` widens keys and values before they are stored; and an attention function, registered
-under a name of ours beside a mask function of the same name, widens the query and calls the model's own kernel.
+Per routed layer: forward hooks catch queries and keys before rotary embedding; a pre-hook on the
+attention module swaps the cache for a view whose `update` widens keys and values before they are
+stored; and an attention function, registered under a name of ours beside a mask function of the
+same name, widens the query and calls the model's own kernel.
 """
 
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from icrouting.decoder.families import attention_of, base_of, dims_of, family_of
 from icrouting.decoder.hold import check_alone, hooked
 from icrouting.decoder.kernels import attention_function
-from icrouting.decoder.sites import watched
+from icrouting.decoder.sites import Dims, watched
 from icrouting.routing.attention import project, widen_key, widen_query, widen_value
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Routing
@@ -32,53 +34,68 @@ _ALIASES = {
     "flash_attention_3": "icrouting_fa3",
 }
 
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+
+# An attention function is handed its module alone, and finds here what belongs to it.
 _routed: weakref.WeakKeyDictionary[nn.Module, "RoutedLayer"] = weakref.WeakKeyDictionary()
 
 
+class _Directions:
+    """One layer's directions, wherever the states are that they project."""
+
+    def __init__(self, directions: Tensor):
+        self._directions = directions
+
+    def project(self, states: Tensor) -> Tensor:
+        """Returns states along the directions, which stay on the states' device from then on."""
+        directions = self._directions.to(states.device)
+        # The control "icr-learned-directions" trains them: what is kept must be what is trained,
+        # not a copy.
+        if not self._directions.requires_grad:
+            self._directions = directions
+        return project(states, directions)
+
+
 class RoutedLayer:
-    """What one attention module needs while it is routed."""
+    """What one attention module needs while it is routed.
+
+    Attributes:
+        attachment: that of all routed layers.
+        position: its place among the routed layers.
+        rank: columns that queries, keys and values get.
+        store: the current tokens' "query" and "key" before rotary embedding.
+        query_directions: what these queries are projected on.
+        key_directions: what these keys are projected on.
+    """
 
     def __init__(
         self, attachment: "Attachment", position: int, pids: PIDs, store: dict[str, Tensor]
     ):
-        self.attachment, self.position, self.rank, self.store = (
-            attachment,
-            position,
-            pids.rank,
-            store,
-        )
-        self.query_directions, self.key_directions = (
-            pids.query_directions()[position],
-            pids.key_directions()[position],
-        )
+        self.attachment = attachment
+        self.position = position
+        self.rank = pids.rank
+        self.store = store
+        self.query_directions = _Directions(pids.query_directions()[position])
+        self.key_directions = _Directions(pids.key_directions()[position])
 
     def widen_cached(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the current tokens, widened."""
-        states = self.store["key"]
-        self.key_directions = _moved(self.key_directions, states.device)
-        return widen_key(key, project(states, self.key_directions.to(states.device))), widen_value(
-            value, self.rank
-        )
+        """Returns keys and values of the current tokens, widened."""
+        z_key = self.key_directions.project(self.store["key"])
+        return widen_key(key, z_key), widen_value(value, self.rank)
 
     def widen_queries(self, query: Tensor, weights: Tensor) -> Tensor:
-        """Queries of the current tokens, widened by weights with a row for each of theirs."""
-        states = self.store["query"]
-        self.query_directions = _moved(self.query_directions, states.device)
-        return widen_query(query, project(states, self.query_directions.to(states.device)), weights)
+        """Returns queries of the current tokens, widened; `weights` have a row for each row."""
+        z_query = self.query_directions.project(self.store["query"])
+        return widen_query(query, z_query, weights)
 
     def swap_cache(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        """Before the attention module: puts a view that widens what is stored in its cache's place."""
-        for name in ("cache", "past_key_values", "layer_past"):
+        """Puts a view in the cache's place that widens what is stored: the module's pre-hook."""
+        for name in _CACHE_NAMES:
             if kwargs.get(name) is not None:
                 return args, {**kwargs, name: _WideningCache(kwargs[name], self)}
         return None
-
-
-def _moved(directions: Tensor, device: torch.device) -> Tensor:
-    """Directions on a device for good; those in training stay, since a copy would not learn."""
-    return directions if directions.requires_grad else directions.to(device)
 
 
 class _WideningCache:
@@ -89,55 +106,99 @@ class _WideningCache:
         self._layer = layer
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Stores widened keys and values, and returns all that are stored."""
         key, value = self._layer.widen_cached(key, value)
-        for kept in self._cache.layers[
-            layer_idx : layer_idx + 1
-        ]:  # allocated ahead, for the plain width
-            if (
-                getattr(kept, "k_head_dim", key.shape[-1]) != key.shape[-1]
-                and int(kept.get_seq_length()) == 0
-            ):
-                kept.lazy_initialization(key, value)
+        self._make_room(layer_idx, key, value)
         return self._cache.update(key, value, layer_idx, *args, **kwargs)
+
+    def _make_room(self, layer_idx: int, key: Tensor, value: Tensor) -> None:
+        """Allocates an empty layer again that was allocated ahead, for the plain width."""
+        layers = self._cache.layers
+        # A dynamic cache may have no such layer yet.
+        if layer_idx >= len(layers):
+            return
+        layer = layers[layer_idx]
+        width = key.shape[-1]
+        if getattr(layer, "k_head_dim", width) != width and int(layer.get_seq_length()) == 0:
+            layer.lazy_initialization(key, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
+@dataclass
+class _Placed:
+    """A routing as a batch needs it.
+
+    Attributes:
+        routing: the routing that this was made of.
+        n_rows: the rows of the batch.
+        repeated: the routing with a row for each of them; None where it adds nothing.
+        weights: those of the layers that ran, by their place among the routed ones.
+    """
+
+    routing: Routing
+    n_rows: int
+    repeated: Routing | None
+    weights: dict[int, Tensor] = field(default_factory=dict)
+
+
 class Attachment:
-    """A model's routed layers while attached; `routing` is the next pass's, one row per query, or None: an error."""
+    """A model's routed layers while attached.
+
+    Attributes:
+        routing: the next pass's, one row per query; None makes a pass an error.
+    """
 
     def __init__(self):
         self.routing: Routing | None = None
-        self._placed: tuple[Routing, int, Routing | None, dict[int, Tensor]] | None = None
+        self._placed: _Placed | None = None
 
     def weights_for(
         self, position: int, n_rows: int, scaling: float, device: torch.device
     ) -> Tensor | None:
-        """One layer's weights, one row per batch row; None where they add nothing and are not being trained."""
-        if self.routing is None:
-            raise ValueError("the model is attached but has no routing: call it with `input_ids`")
-        if self._placed is None or self._placed[0] is not self.routing or self._placed[1] != n_rows:
-            alpha, gates = self.routing.routing_vector, self.routing.head_gates
-            adds = alpha.requires_grad or bool((alpha.any((1, 2)) & gates.any((1, 2))).any())
-            self._placed = self.routing, n_rows, self.routing.repeated(n_rows) if adds else None, {}
-        routing, kept = self._placed[2:]
-        if routing is None or position in kept:
-            return kept.get(position)
-        alpha, gates = (
-            routing.routing_vector[:, position, None, None],
-            routing.head_gates[:, position, :, None, None],
-        )
+        """Returns one layer's weights, one row per batch row.
+
+        None where they add nothing and are not being trained.
+        """
+        placed = self._place(n_rows)
+        if placed.repeated is None:
+            return None
+        if position in placed.weights:
+            return placed.weights[position]
+        alpha = placed.repeated.routing_vector[:, position, None, None]
+        gates = placed.repeated.head_gates[:, position, :, None, None]
         weights = (gates * alpha / scaling).to(device)
-        if not (
-            alpha.requires_grad or gates.requires_grad
-        ):  # checkpointing counts what each layer computes
-            kept[position] = weights
+        # In training each layer computes its own, also when checkpointing runs it again: it counts
+        # what is computed.
+        if not (alpha.requires_grad or gates.requires_grad):
+            placed.weights[position] = weights
         return weights
+
+    def _place(self, n_rows: int) -> _Placed:
+        """Returns the routing in force for a batch, which all layers of a pass share."""
+        routing = self.routing
+        if routing is None:
+            raise ValueError("the model is attached but has no routing: call it with `input_ids`")
+        placed = self._placed
+        if placed is None or placed.routing is not routing or placed.n_rows != n_rows:
+            repeated = routing.repeated(n_rows) if _adds(routing) else None
+            placed = self._placed = _Placed(routing, n_rows, repeated)
+        return placed
+
+
+def _adds(routing: Routing) -> bool:
+    """Returns whether a routing adds anything to any row, or is being trained to."""
+    alpha = routing.routing_vector
+    # In training an alpha of zero, where every router starts, must get its gradient.
+    if alpha.requires_grad:
+        return True
+    has_gates = routing.head_gates.any((1, 2))
+    return bool((alpha.any((1, 2)) & has_gates).any())
 
 
 def _attention_function(original: str) -> Callable:
-    """Returns an attention function that widens in routed layers and then calls `original`'s kernel."""
+    """Returns an attention function that widens in routed layers and calls `original`'s kernel."""
 
     def routed_attention(
         module: nn.Module,
@@ -148,22 +209,21 @@ def _attention_function(original: str) -> Callable:
         scaling: float,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        kernel = eager if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
-        assert kernel is not None, f"{type(module).__name__} has no eager attention function"
+        kernel = _kernel(original, module)
+        width = query.shape[-1]
         layer = _routed.get(module)
-        weights = layer and layer.attachment.weights_for(
-            layer.position, query.shape[0], scaling, query.device
-        )
+        weights = None
+        if layer is not None:
+            n_rows = query.shape[0]
+            weights = layer.attachment.weights_for(layer.position, n_rows, scaling, query.device)
         if layer is None or weights is None:
-            if (
-                key.shape[-1] != query.shape[-1]
-            ):  # wider heads may round differently, so what adds nothing is left out
-                key, value = (
-                    states[..., : query.shape[-1]].contiguous() for states in (key, value)
-                )
+            # Wider heads may round differently, so columns that add nothing are left out.
+            if key.shape[-1] != width:
+                key = key[..., :width].contiguous()
+                value = value[..., :width].contiguous()
             return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        if key.shape[-1] == query.shape[-1]:  # no cache has widened them
+        # Where there is a cache, it has widened them.
+        if key.shape[-1] == width:
             key, value = layer.widen_cached(key, value)
         query = layer.widen_queries(query, weights)
         output, attn_weights = kernel(
@@ -172,6 +232,16 @@ def _attention_function(original: str) -> Callable:
         return output[..., : -layer.rank].contiguous(), attn_weights
 
     return routed_attention
+
+
+def _kernel(name: str, module: nn.Module) -> Callable:
+    """Returns a kernel; each family has an eager one of its own, in its modelling file."""
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    modelling_file = sys.modules[type(module).__module__]
+    kernel = getattr(modelling_file, "eager_attention_forward", None)
+    assert kernel is not None, f"{type(module).__name__} has no eager attention function"
+    return kernel
 
 
 def routed_kernel(model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -192,26 +262,37 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
 
     On leaving, also by an exception, hooks and attention implementation are as they were.
     """
-    base, family, dims = base_of(model), family_of(model), dims_of(model)
+    base = base_of(model)
+    family = family_of(model)
+    dims = dims_of(model)
     check_alone(base, "icr")
     check_layers(pids.layers, dims.n_layers)
-    expected = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
-    found = pids.query_pids.shape[1], pids.key_pids.shape[1]
-    if expected != found:
-        raise ValueError(
-            f"the PIDs are for queries and keys {found[0]} and {found[1]} wide, this model's are {expected[0]} and "
-            f"{expected[1]}: use the base model that the router was fitted on"
-        )
+    _check_widths(pids, dims)
     attachment = Attachment()
-    with ExitStack() as stack:
+    with ExitStack() as leaving:
         for position, index in enumerate(pids.layers):
             attention = attention_of(model, index)
-            store = stack.enter_context(watched(attention, family, dims))
-            _routed[attention] = layer = RoutedLayer(attachment, position, pids, store)
-            stack.callback(_routed.pop, attention)
-            stack.enter_context(
+            store = leaving.enter_context(watched(attention, family, dims))
+            layer = RoutedLayer(attachment, position, pids, store)
+            _routed[attention] = layer
+            leaving.callback(_routed.pop, attention)
+            leaving.enter_context(
                 attention.register_forward_pre_hook(layer.swap_cache, with_kwargs=True)
             )
-        stack.enter_context(routed_kernel(base))
-        stack.enter_context(hooked(base, "icr"))
+        leaving.enter_context(routed_kernel(base))
+        leaving.enter_context(hooked(base, "icr"))
         yield attachment
+
+
+def _check_widths(pids: PIDs, dims: Dims) -> None:
+    """Checks that directions are as wide as a model's queries and keys."""
+    query_width = dims.n_heads * dims.head_dim
+    key_width = dims.n_kv_heads * dims.head_dim
+    pids_query_width = pids.query_pids.shape[1]
+    pids_key_width = pids.key_pids.shape[1]
+    if (pids_query_width, pids_key_width) != (query_width, key_width):
+        raise ValueError(
+            f"the PIDs are for queries and keys {pids_query_width} and {pids_key_width} wide, this "
+            f"model's are {query_width} and {key_width}: use the base model that the router was "
+            "fitted on"
+        )

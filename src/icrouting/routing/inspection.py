@@ -1,4 +1,4 @@
-"""Inspection: what the router did to one prompt, as values, for the terminal and as a page of its own."""
+"""Inspection: what the router did to one prompt, as values, for the terminal and as a page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids
 from icrouting.routing.effect import Passes, describe, run_both
 from icrouting.routing.routed import Routed
@@ -27,10 +28,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a router did to one prompt: its tokens as text, its two passes, the decision with its strength, one row.
+    """What a router did to one prompt.
 
-    The probabilities of `options`, empty where none were asked for, are those among them; `top_tokens` are the
-    likeliest next tokens, by the larger of their two probabilities.
+    Attributes:
+        strength: factor on the routing vector.
+        tokens: the prompt's tokens as text.
+        passes: its two passes.
+        routing: what the router decided, with its strength; one row.
+        options: answers with their probabilities among them; empty where none were asked for.
+        top_tokens: the likeliest next tokens, by the larger of their two probabilities.
     """
 
     strength: float
@@ -42,8 +48,9 @@ class Inspection:
 
     @property
     def gained(self) -> Float[Tensor, "kv_len"]:
-        """The last token's attention to each token, routed minus plain, mean over the routed heads."""
-        return self.passes.attn_weights.diff(dim=0)[0].mean((0, 1))
+        """The last token's attention to each token, routed minus plain, mean over routed heads."""
+        plain, routed = self.passes.attn_weights
+        return (routed - plain).mean((0, 1))
 
     @property
     def line(self) -> str:
@@ -54,40 +61,56 @@ class Inspection:
 def inspect_prompt(routed: Routed, prompt: str, options: Sequence[str] | None = None) -> Inspection:
     """Returns what a router does to one prompt, inside `InContextRouter.attached`.
 
-    The prompt ends right before the space and the answer ("Sentiment:"). `options` are two answers to choose from or
-    more; None looks at the likeliest tokens alone.
+    Args:
+        routed: the attached model.
+        prompt: ends right before the space and the answer ("Sentiment:").
+        options: two answers to choose from or more; None looks at the likeliest tokens alone.
     """
     decoder = routed.reader.decoder
-    tokenizer = decoder.tokenizer
     if options is not None and len(options) < 2:
         raise ValueError(f"expected at least two options or none, got {list(options)}")
+    # Everything that a user may get wrong is found out before the model runs.
     (token_ids,) = decoder.tokenize([prompt])
-    chosen = option_ids(tokenizer, prompt, options) if options else []
+    options_ids = option_ids(decoder.tokenizer, prompt, options) if options else []
     passes = run_both(decoder.model, token_ids, routed.layers)
     routing = routed.routing([prompt])
     probabilities = passes.logits.softmax(-1)
-    top = probabilities.amax(0).topk(min(N_TOP, probabilities.shape[-1])).indices.tolist()
-    tokens, top_texts = (
-        [str(tokenizer.decode([token])) for token in ids] for ids in (token_ids, top)
+    # A token counts that is likely on either side, so that what routing silenced is shown too.
+    n_top = min(N_TOP, probabilities.shape[-1])
+    top_ids = probabilities.amax(0).topk(n_top).indices.tolist()
+    options_logits = passes.logits[:, options_ids]
+    return Inspection(
+        strength=routed.strength,
+        tokens=_texts(decoder, token_ids),
+        passes=passes,
+        routing=routing,
+        options=_candidates(options or [], options_logits, options_logits.softmax(-1)),
+        top_tokens=_candidates(
+            _texts(decoder, top_ids), passes.logits[:, top_ids], probabilities[:, top_ids]
+        ),
     )
-    likeliest = _candidates(top_texts, passes.logits[:, top], probabilities[:, top])
-    among = passes.logits[:, chosen]
-    listed = _candidates(options or [], among, among.softmax(-1))
-    return Inspection(routed.strength, tokens, passes, routing, listed, likeliest)
+
+
+def _texts(decoder: Decoder, token_ids: Sequence[int]) -> list[str]:
+    return [str(decoder.tokenizer.decode([token])) for token in token_ids]
 
 
 def _candidates(
-    texts: Sequence[str], logits: Float[Tensor, "2 n"], shares: Float[Tensor, "2 n"]
+    texts: Sequence[str], logits: Float[Tensor, "2 n"], probabilities: Float[Tensor, "2 n"]
 ) -> list[Candidate]:
-    pairs = zip(texts, logits.T.tolist(), shares.T.tolist(), strict=True)
-    return [
-        Candidate(text, (plain, routed), (before, after))
-        for text, (plain, routed), (before, after) in pairs
-    ]
+    candidates = []
+    for place, text in enumerate(texts):
+        plain_logit, routed_logit = logits[:, place].tolist()
+        plain_share, routed_share = probabilities[:, place].tolist()
+        candidates.append(Candidate(text, (plain_logit, routed_logit), (plain_share, routed_share)))
+    return candidates
 
 
 def html(seen: Inspection, about: str) -> str:
-    """Returns the page: numbers and pictures, no scripts, nothing fetched; `about` names model and router."""
+    """Returns the page: numbers and pictures, no scripts, nothing fetched.
+
+    `about` names model and router.
+    """
     return render(
         "routing/templates/inspect.html.j2", _FILTERS, seen=seen, about=about, quoted=repr
     )

@@ -1,9 +1,10 @@
 """PIDs: principal in-context-learning directions of queries and keys (paper, section 2).
 
-    C_q[l] = cov(q[l]) over all prompts of all source tasks;   U_q[l] = top-`rank` eigenvectors of C_q[l]
+    C_q[l] = cov(q[l]) over all prompts of all source tasks
+    U_q[l] = top-`rank` eigenvectors of C_q[l]
 
-and the same for keys. `QKMoments` streams (memory does not grow with the number of prompts) and merges;
-`PIDs` is what comes out: small, frozen, with orthonormal columns and fixed signs.
+and the same for keys. `QKMoments` streams (memory does not grow with the number of prompts) and
+merges; `PIDs` is what comes out: small, frozen, with orthonormal columns and fixed signs.
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,17 @@ from icrouting.config import Basis
 class PIDs:
     """Directions of queries and keys, one pair of bases with orthonormal columns per routed layer.
 
-    `query_std` and `key_std` are the standard deviations along each direction, `query_explained` and `key_explained`
-    its share of the variance. `basis` is "pca" (the paper's), "whitened" (each PID divided by its standard deviation
-    where it is used; Differs: lets the learning rate be ten times higher) or "random" (an orthonormal control).
+    Attributes:
+        layers: the routed layers.
+        query_pids: directions of queries, over all heads.
+        key_pids: directions of keys.
+        query_std: standard deviations of queries along each direction.
+        key_std: those of keys.
+        query_explained: share of the queries' variance along each direction.
+        key_explained: that of the keys'.
+        basis: "pca" (the paper's), "whitened" (each PID divided by its standard deviation where it
+            is used; Differs: lets the learning rate be ten times higher) or "random" (an
+            orthonormal control).
     """
 
     layers: tuple[int, ...]
@@ -39,15 +48,15 @@ class PIDs:
 
     def query_directions(self) -> Float[Tensor, "n_layers query_width rank"]:
         """What queries are projected on: the PIDs, scaled as the basis says."""
-        return (
-            self.query_pids / self.query_std[:, None]
-            if self.basis == "whitened"
-            else self.query_pids
-        )
+        if self.basis == "whitened":
+            return self.query_pids / self.query_std[:, None]
+        return self.query_pids
 
     def key_directions(self) -> Float[Tensor, "n_layers key_width rank"]:
         """What keys are projected on: the PIDs, scaled as the basis says."""
-        return self.key_pids / self.key_std[:, None] if self.basis == "whitened" else self.key_pids
+        if self.basis == "whitened":
+            return self.key_pids / self.key_std[:, None]
+        return self.key_pids
 
 
 def late_third(n_layers: int) -> tuple[int, ...]:
@@ -57,8 +66,11 @@ def late_third(n_layers: int) -> tuple[int, ...]:
 
 def check_layers(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
     """Returns `layers`; ValueError unless they are ascending indices into `n_layers` layers."""
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= n_layers:
+    # Each layer once: a place among the routed layers stands for a layer everywhere else.
+    is_ascending = list(layers) == sorted(set(layers))
+    if not layers or not is_ascending or layers[0] < 0 or layers[-1] >= n_layers:
         raise ValueError(
-            f"routed layers must be ascending indices below {n_layers}, one or more; got {list(layers)}"
+            f"routed layers must be ascending indices below {n_layers}, one or more; "
+            f"got {list(layers)}"
         )
     return layers

@@ -1,6 +1,6 @@
 """The reader: features and router as one, from prompts to routing (section 3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,14 @@ Gate = Callable[[Sequence[Tensor]], Float[Tensor, "batch"]]
 class Reader:
     """Reads prompts: features and router as one.
 
-    `scale` is a factor on the routing vector; `gate` gives each prompt a further one, from the states that enter the
-    first routed layer; None is 1.
+    Attributes:
+        decoder: the model that is routed, with its tokenizer.
+        features: what the router reads of a prompt.
+        router: what reads it.
+        first_layer: the first routed layer.
+        scale: factor on the routing vector.
+        gate: gives each prompt a further factor, from the states that enter the first routed layer;
+            None is 1.
     """
 
     decoder: Decoder
@@ -33,33 +39,56 @@ class Reader:
 
     @torch.no_grad()
     def of_states(self, token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Routing:
-        """Returns the routing of prompts, given the states that enter the first routed layer."""
-        # Beams and samples repeat their query; a text is read once. Hidden states depend on more than the tokens.
-        first: dict[tuple[int, ...], int] = {}
-        keys = [
-            (row,) if self.features.reads_hidden else tuple(tokens)
-            for row, tokens in enumerate(token_lists)
-        ]
-        rows = [first.setdefault(key, row) for row, key in enumerate(keys)]
-        chosen = list(first.values())
-        states = [hidden[row] for row in chosen if hidden]
-        features = self.features.read([token_lists[row] for row in chosen], states)
+        """Returns the routing of prompts, given the states that enter the first routed layer.
+
+        Args:
+            token_lists: the tokens of each prompt.
+            hidden: the states, [q_len, hidden_size] each; empty where neither features nor gate
+                read them.
+        """
+        read_rows, places = self._distinct(token_lists)
+        states = [hidden[row] for row in read_rows if hidden]
+        features = self.features.read([token_lists[row] for row in read_rows], states)
         device = device_of(self.router)
+        # The router is small, and trained in float32.
         with torch.autocast(device.type, enabled=False):
             routing = self.router(features.to(device)).scaled(self.scale)
         if self.gate is not None:
-            factors = torch.as_tensor(self.gate(states)).to(routing.routing_vector)
-            if factors.shape != (len(states),) or not factors.isfinite().all():
-                raise ValueError(
-                    f"`gate` must give a finite factor for each of {len(states)} prompts, got {factors}"
-                )
-            routing = routing.scaled(factors[:, None, None])
-        places = torch.tensor([chosen.index(row) for row in rows], device=routing.head_gates.device)
-        return Routing(routing.routing_vector[places], routing.head_gates[places])
+            routing = self._gated(self.gate, routing, states)
+        index = torch.tensor(places, device=routing.head_gates.device)
+        return Routing(routing.routing_vector[index], routing.head_gates[index])
 
     def of_tokens(self, token_lists: Sequence[Sequence[int]]) -> Routing:
-        """Returns the routing of prompts; the model runs only up to the first routed layer, and only if read."""
+        """Returns the routing of prompts.
+
+        The model runs only up to the first routed layer, and only where that is read.
+        """
         hidden: Sequence[Tensor] = ()
         if self.features.reads_hidden or self.gate is not None:
             hidden = entering_states(self.decoder, token_lists, self.first_layer)
         return self.of_states(token_lists, hidden)
+
+    def _distinct(self, token_lists: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+        """Returns the rows to be read, and for every row which of these stands for it."""
+        # Beams and samples repeat their query, and a text is read once.
+        place_of: dict[Hashable, int] = {}
+        read_rows: list[int] = []
+        places: list[int] = []
+        for row, tokens in enumerate(token_lists):
+            # Hidden states depend on more than the tokens, so that each row counts for itself.
+            key = row if self.features.reads_hidden else tuple(tokens)
+            if key not in place_of:
+                place_of[key] = len(read_rows)
+                read_rows.append(row)
+            places.append(place_of[key])
+        return read_rows, places
+
+    @staticmethod
+    def _gated(gate: Gate, routing: Routing, states: Sequence[Tensor]) -> Routing:
+        """Returns a routing whose vectors have the gate's factors on them."""
+        factors = torch.as_tensor(gate(states)).to(routing.routing_vector)
+        if factors.shape != (len(states),) or not factors.isfinite().all():
+            raise ValueError(
+                f"`gate` must give a finite factor for each of {len(states)} prompts, got {factors}"
+            )
+        return routing.scaled(factors[:, None, None])

@@ -19,8 +19,11 @@ from icrouting.tasks.task import Task
 class Routed:
     """An attached model; comes from `InContextRouter.attached`.
 
-    `layers` are the routed ones; `strength` is the factor on the routing vector; `last` holds the tokens of the
-    prompts that were routed or scored last.
+    Attributes:
+        reader: reads the routing of prompts.
+        layers: the routed ones.
+        strength: factor on the routing vector.
+        last: the tokens of the prompts that were routed or scored last.
     """
 
     reader: Reader
@@ -31,12 +34,16 @@ class Routed:
     def score(
         self, prompts: Sequence[str], options: Sequence[str] | Sequence[Sequence[str]]
     ) -> Float[Tensor, "n_prompts n_options"]:
-        """Returns each option's logit at the position after each prompt; options are for all prompts or a list each.
+        """Returns each option's logit at the position after each prompt.
 
-        Zero-shot prompts end right before the space and the answer ("Sentiment:").
+        Args:
+            prompts: zero-shot prompts, ending right before the space and the answer ("Sentiment:").
+            options: the answers to choose from, for all prompts or a list each.
         """
-        scores = score(self.reader.decoder, prompts, options)
-        self.last[:] = tokenize(self.reader.decoder.tokenizer, prompts)
+        decoder = self.reader.decoder
+        scores = score(decoder, prompts, options)
+        # Batches may have come in another order, and the last of them alone would be remembered.
+        self.last[:] = tokenize(decoder.tokenizer, prompts)
         return scores
 
     def routing(self, prompts: Sequence[str]) -> Routing:
@@ -44,35 +51,39 @@ class Routed:
         return self.reader.of_tokens(self.reader.decoder.tokenize(prompts))
 
     def effect(self, prompts: Sequence[str] | None = None) -> str:
-        """Returns in one line of numbers what routing does to prompts; warns when that is numerically nothing.
+        """Returns in one line of numbers what routing does to prompts.
 
-        Each prompt is run twice, alone, on the `eager` kernel. None takes those that were routed or scored last; a
-        plain call at strength 0 is not seen.
+        Warns when that is numerically nothing. Each prompt is run twice, alone, on the `eager`
+        kernel.
+
+        Args:
+            prompts: None takes those that were routed or scored last; a plain call at strength 0 is
+                not seen.
         """
-        reader = self.reader
-        found = self.last if prompts is None else reader.decoder.tokenize(prompts)
-        token_lists = [
-            list(tokens) for tokens in dict.fromkeys(map(tuple, found))
-        ]  # beams repeat their prompt
-        if not token_lists:
+        decoder = self.reader.decoder
+        token_lists = self.last if prompts is None else decoder.tokenize(prompts)
+        # Beams repeat their prompt.
+        distinct = [list(tokens) for tokens in dict.fromkeys(map(tuple, token_lists))]
+        if not distinct:
             raise ValueError(
                 "nothing has been routed yet: give `effect` prompts, or call the model first"
             )
-        passes = [run_both(reader.decoder.model, tokens, self.layers) for tokens in token_lists]
-        self.last[:] = token_lists
+        passes = [run_both(decoder.model, tokens, self.layers) for tokens in distinct]
+        # Each of these passes was routed, too.
+        self.last[:] = distinct
         warn_if_nothing(passes)
-        return describe(passes, reader.of_tokens(token_lists))
+        return describe(passes, self.reader.of_tokens(distinct))
 
 
 def routing_summary(
     routed: Routed, layers: Sequence[int], tasks: Sequence[Task], n_items: int = 50
 ) -> dict[str, Any]:
-    """Returns what a router decides on each task: its mean head gates and mean |alpha|, for the report."""
-    found = {}
+    """Returns a router's mean head gates and mean |alpha| on each task, for the report."""
+    decided: dict[str, dict[str, Any]] = {}
     for task in tasks:
         routing = routed.routing([task.prompt(example) for example in task.test[:n_items]])
-        found[task.name] = {
+        decided[task.name] = {
             "head_gates": routing.head_gates.mean(0).tolist(),
             "routing_vector_abs": routing.routing_vector.abs().mean(0).tolist(),
         }
-    return {"layers": list(layers), "tasks": found}
+    return {"layers": list(layers), "tasks": decided}

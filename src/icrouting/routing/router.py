@@ -1,10 +1,10 @@
-"""The router: features of the query -> how much each layer and head uses each direction (section 3).
+"""The router: features of the query -> use of each direction by each layer and head (section 3).
 
     alpha(x) = tanh(g_alpha(E(x)))       routing vector, [n_layers, rank]
     gamma(x) = sigmoid(g_gamma(E(x)))    head gates, [n_layers, n_heads]
 
-g_alpha and g_gamma are two-layer perceptrons. The last layer of g_alpha starts at zero, so an untrained
-router leaves the model unchanged.
+g_alpha and g_gamma are two-layer perceptrons. The last layer of g_alpha starts at zero, so an
+untrained router leaves the model unchanged.
 """
 
 from dataclasses import dataclass
@@ -31,25 +31,35 @@ class Routing:
         return Routing(self.routing_vector * strength, self.head_gates)
 
     def repeated(self, n_rows: int) -> "Routing":
-        """The same routing for rows that are a multiple of the queries, each one's side by side (beams, samples)."""
-        times, over = divmod(n_rows, n_queries := len(self.routing_vector))
-        if over:
+        """The same routing for rows that are a multiple of the queries.
+
+        Those of a query stand side by side (beams, samples).
+        """
+        n_queries = len(self.routing_vector)
+        n_rows_each, n_over = divmod(n_rows, n_queries)
+        if n_over:
             raise ValueError(
                 f"the routing is for {n_queries} queries: expected a multiple of rows, got {n_rows}"
             )
-        if times == 1:
+        if n_rows_each == 1:
             return self
         return Routing(
-            self.routing_vector.repeat_interleave(times, 0),
-            self.head_gates.repeat_interleave(times, 0),
+            self.routing_vector.repeat_interleave(n_rows_each, 0),
+            self.head_gates.repeat_interleave(n_rows_each, 0),
         )
 
 
 class Router(nn.Module):
     """Two perceptrons on a query's features.
 
-    E(x) is `n_features` wide (384 for MiniLM), `n_layers` counts the routed ones; the paper is silent on
-    `hidden_width` (256 gives 0.24 M parameters on the default model).
+    Args:
+        n_features: width of E(x); 384 for MiniLM.
+        n_layers: routed layers.
+        n_heads: query heads of each.
+        rank: directions of each.
+        hidden_width: width of the perceptrons' hidden layers; the paper is silent (256 gives 0.24 M
+            parameters on the default model).
+        rng: draws the weights; None where they are to be loaded.
     """
 
     def __init__(
@@ -65,26 +75,37 @@ class Router(nn.Module):
         self.n_layers = n_layers
         self.alpha = _perceptron(n_features, hidden_width, n_layers * rank)
         self.gamma = _perceptron(n_features, hidden_width, n_layers * n_heads)
-        if rng is None:  # the weights are loaded
+        if rng is None:
             return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
+                # As torch draws linear layers, but from a generator of one's own.
                 nn.init.uniform_(module.weight, -bound, bound, generator=rng)
                 nn.init.zeros_(module.bias)
+        # The model is left unchanged at first.
         nn.init.zeros_(self.alpha[-1].weight)  # pyright: ignore[reportArgumentType]
 
     @torch.no_grad()
     def absorb(self, mean: Float[Tensor, "n_features"], std: Float[Tensor, "n_features"]) -> None:
-        """Makes a router that was trained on (features - mean) / std read the features as they are."""
+        """Makes a router that was trained on (features - mean) / std read the features as they are.
+
+        W (x - mean) / std + b is a layer of weights W / std and bias b - (W / std) mean.
+        """
         for perceptron in (self.alpha, self.gamma):
             first = perceptron[0]
-            if isinstance(first, nn.Linear):  # what stands in for a perceptron may read nothing
+            # The controls of one number for all, "icr-uniform-...", have no layer that reads
+            # features.
+            if isinstance(first, nn.Linear):
                 first.weight.div_(std.to(first.weight))
                 first.bias.sub_(first.weight @ mean.to(first.weight))
 
     def adopt(self, pids: PIDs) -> PIDs:
-        """Returns the directions to route along: the PIDs, or those that a router trains along with itself."""
+        """Returns the directions to route along: the PIDs.
+
+        The control "icr-learned-directions" has a router of its own, which trains them along with
+        itself.
+        """
         return pids
 
     def forward(self, features: Float[Tensor, "batch n_features"]) -> Routing:
