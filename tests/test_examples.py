@@ -6,13 +6,11 @@ import pytest
 
 import icrouting
 
-# What needs a model to show anything.
-PENDING = {"InContextRouter", "load_model", "score_options"}
 # A value has no docstring; its class shows it.
 SHOWN_BY = {"PAPER": "FitConfig"}
 
 
-@pytest.mark.parametrize("name", [name for name in icrouting.__all__ if name not in PENDING])
+@pytest.mark.parametrize("name", icrouting.__all__)
 def test_every_public_name_has_an_example_that_runs(name, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     shown = getattr(icrouting, SHOWN_BY.get(name, name))
@@ -23,7 +21,3 @@ def test_every_public_name_has_an_example_that_runs(name, tmp_path, monkeypatch)
     report = []
     result = doctest.DocTestRunner(verbose=False).run(example, out=report.append)
     assert result.failed == 0, "".join(report)
-
-
-def test_no_name_is_pending_that_is_not_public():
-    assert set(icrouting.__all__) >= PENDING
