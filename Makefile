@@ -15,7 +15,7 @@ demo: $(VENV)/ready
 quick: $(VENV)/ready
 	$(BIN)/icr demo --quick --out runs/quick
 
-# While you work: style, layers, and the tests on tiny models in this process.
+# While you work: style, layers, and the tests on tiny models that start no other process.
 fast: style
 	$(TESTS) -m "not slow and not processes and not browser and not pinned"
 

@@ -54,7 +54,7 @@ def families() -> str:
     parts = ["## Families\n\n| family | model type | kernel | sliding window |\n|---|---|---|---|"]
     for family, config in tiny.ALL_CONFIGS.items():
         slides = "yes" if getattr(config, "sliding_window", None) else ""
-        kernel = test_families.model_of(family).config._attn_implementation
+        kernel = tiny.model_of(family).config._attn_implementation
         parts.append(f"| {family} | `{config.model_type}` | `{kernel}` | {slides} |")
     parts.append("\nFor every family:\n\n| law | tested with |\n|---|---|")
     for name, law in inspect.getmembers(test_families, inspect.isfunction):

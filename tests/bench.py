@@ -1,6 +1,8 @@
-"""A bench for ways of running a model: a router so sharp that every other text is decided otherwise, and the slow run.
+"""A bench for ways of running a model: a very sharp router, and the slow run.
 
-The slow run is the dense reference (tests/reference.py): one prompt at a time, no padding, no cache."""
+The router is so sharp that every other text is decided otherwise. The slow run is the dense
+reference (tests/reference.py): one prompt at a time, no padding, no cache.
+"""
 
 import torch
 from transformers import DynamicCache
@@ -87,7 +89,10 @@ class Bench:
             return dense(input_ids=ids, use_cache=False).logits
 
     def slow_tokens(self, row, dense=None, input_ids=None, **settings):
-        """What one prompt, or tokens that begin with it, goes on with; one row per returned sequence."""
+        """What one prompt, or tokens that begin with it, goes on with.
+
+        There is one row per returned sequence.
+        """
         dense, ids = (
             dense or self.fresh("eager"),
             self.inputs(row)["input_ids"] if input_ids is None else input_ids,

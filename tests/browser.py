@@ -18,10 +18,12 @@ addEventListener("load", () => {
     const broken = images.filter((image) => !image.complete || !image.naturalWidth).length;
     const boxes = [...inner.querySelectorAll(".wide")];
     const clipped = boxes.filter((box) => box.scrollWidth > box.clientWidth).length;
-    const svgs = [...inner.querySelectorAll("svg")].map((picture) => picture.getBoundingClientRect());
+    const svgs = [...inner.querySelectorAll("svg")]\
+.map((picture) => picture.getBoundingClientRect());
     const drawn = svgs.filter((box) => box.width > 200 && box.height > 50).length;
     const fetched = inner.defaultView.performance.getEntriesByType("resource").length;
-    return { images: images.length, broken, clipped, drawn, fetched, width: inner.documentElement.scrollWidth };
+    return { images: images.length, broken, clipped, drawn, fetched, \
+width: inner.documentElement.scrollWidth };
   });
   document.body.innerHTML = "<pre>" + JSON.stringify(pages) + "</pre>";
 });
@@ -30,7 +32,10 @@ addEventListener("load", () => {
 
 
 def lay_out(page, widths, folder):
-    """Returns by width what the browser found: pictures, broken ones, clipped boxes, requests, the page's width."""
+    """Returns by width what the browser found.
+
+    That is pictures, broken ones, clipped boxes, requests, and the page's width.
+    """
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium on PATH to lay the page out")

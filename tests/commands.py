@@ -1,4 +1,4 @@
-"""A folder with a tiny model, data and a fitted router, and the commands that the tests run there."""
+"""A folder with a tiny model, data and a fitted router, and the commands that tests run there."""
 
 import json
 

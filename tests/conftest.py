@@ -1,4 +1,5 @@
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ def made_once(tmp_path_factory, worker_id):
         folder = session / name
         with FileLock(session / f"{name}.lock"):
             if not (folder / "complete").exists():
-                folder.mkdir(exist_ok=True)
+                # What a filling that failed has left would hide its error behind another.
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
                 fill(folder)
                 (folder / "complete").touch()
         return folder

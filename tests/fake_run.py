@@ -1,4 +1,4 @@
-"""A made-up run for the tests of records, metrics and report: seeded answers of a given accuracy."""
+"""A made-up run to test records, metrics and report: seeded answers of a given accuracy."""
 
 import numpy as np
 

@@ -1,4 +1,7 @@
-"""A stand-in for the hub on this machine: one repository, and the few requests that sharing a router takes."""
+"""A stand-in for the hub on this machine.
+
+It has one repository, and answers the few requests that sharing a router takes.
+"""
 
 import base64
 import hashlib
@@ -85,7 +88,7 @@ class LocalHub(BaseHTTPRequestHandler):
 
 @contextmanager
 def local_hub(monkeypatch, cache):
-    """Inside, huggingface_hub speaks with a server of this process alone and keeps downloads in `cache`."""
+    """Inside, huggingface_hub speaks with this process's server alone; downloads go to `cache`."""
     hub = type("Hub", (LocalHub,), {"files": {}, "requests": [], "created": {}, "tokens": set()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
     thread = threading.Thread(target=server.serve_forever)

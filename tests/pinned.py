@@ -1,10 +1,8 @@
 """Pinned wheels, and their labelled texts read once for all tests of a session."""
 
-import functools
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from icrouting.runtime import wheels
@@ -31,13 +29,18 @@ def read_all(folder: Path) -> None:
     rows = {name: staicc._read_rows(wheel, catalogue.SPECS[name]) for name in catalogue.STAICC}
     deal_reviews = staicc._deal_reviews
 
-    @functools.cache
-    def dealt():
-        return deal_reviews(rows["sst2"], np.random.default_rng(staicc._SEED))
+    deals = {}
+
+    def dealt(reviews, rng):
+        """The deal of these very rows by this very generator, made once."""
+        key = (id(reviews), repr(rng.bit_generator.state))
+        if key not in deals:
+            deals[key] = deal_reviews(reviews, rng)
+        return deals[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(staicc, "_read_rows", lambda folder, spec: rows[spec.name])
-        patch.setattr(staicc, "_deal_reviews", lambda sst2_rows, rng: dealt())
+        patch.setattr(staicc, "_deal_reviews", dealt)
         tasks = {name: staicc.read_task(catalogue.SPECS[name]) for name in catalogue.STAICC}
     (folder / ROWS).write_bytes(pickle.dumps(rows))
     (folder / TASKS).write_bytes(pickle.dumps(tasks))

@@ -4,7 +4,8 @@ import tiny
 from icrouting.routing.attach import attach
 from icrouting.routing.router import Routing
 
-# fp32 round-off; the untouched Mixtral's own prefill and decoding differ by 1.05e-5 from its one pass.
+# fp32 round-off; the untouched Mixtral's own prefill and decoding differ by 1.05e-5 from its one
+# pass.
 CLOSE = 3e-5
 # What a wrong site or a lost routing would change at least.
 MATTERS = 0.1

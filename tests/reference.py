@@ -1,6 +1,8 @@
-"""The oracle: In-Context Routing on dense matrices, one row and one head at a time (method.md, section 3).
+"""The oracle: In-Context Routing on dense matrices (method.md, section 3).
 
-It knows no family: queries and keys before rotary embedding are what attention receives, rotated back."""
+It takes one row and one head at a time. It knows no family: queries and keys before rotary
+embedding are what attention receives, rotated back.
+"""
 
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -31,7 +33,10 @@ def before_rotary(states, cos, sin):
 
 @contextmanager
 def reference_routed(model, pids, routing):
-    """Inside, an eager model without a cache computes every layer densely, the routed ones with their bias."""
+    """Inside, an eager model without a cache computes every layer densely.
+
+    The routed ones are computed with their bias.
+    """
     rotary, unrotated = {}, (torch.zeros(1, 1, 0), torch.zeros(1, 1, 0))
 
     def keep_rotary(module, args, kwargs):

@@ -77,7 +77,10 @@ def test_prefill_and_decoding_there_equal_one_pass_here(family, kind):
 
 
 def test_the_fused_kernel_takes_the_wider_heads():
-    """At a rank of 8 and in bfloat16: if it refused them, the slow one would be left, which makes q x kv."""
+    """At a rank of 8 and in bfloat16.
+
+    If it refused them, the slow one would be left, which makes q x kv.
+    """
     config = LlamaConfig(**tiny.SIZES | {"hidden_size": 768, "head_dim": 128})
     tokens, found = tiny.prompts((17,))["input_ids"].to("cuda"), []
     for kernel in ("sdpa", "eager"):

@@ -10,6 +10,7 @@ import pytest
 from fake_run import fake_config, fake_records, record
 from icrouting.cli import main
 from icrouting.evaluation import answers, records
+from icrouting.evaluation.runs import command
 from icrouting.report import page as report
 from icrouting.runtime.storage import load_json, save_json
 
@@ -69,7 +70,7 @@ def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(
     assert {key: [getattr(one, name) for name in FIELDS] for key, one in again.items()} == {
         one.key: [getattr(one, name) for name in FIELDS] for one in lines
     }
-    pages = [report.write(tmp_path / name).lines for name in ("run", "again")]
+    pages = [report.write(tmp_path / name).summary.lines for name in ("run", "again")]
     pd.testing.assert_frame_equal(*pages)
     assert (tmp_path / "run" / "report.csv").read_text() == (
         tmp_path / "again" / "report.csv"
@@ -120,7 +121,7 @@ def test_the_command_keeps_a_runs_answers_and_makes_the_run_of_them_again(run, t
     published, again = tmp_path / "published", tmp_path / "again"
     main.main(["report", str(run), "--keep-answers", str(published)])
     assert f"answers: {published / 'answers.json'}" in capsys.readouterr().out
-    assert load_json(published / "answers.json")["command"].startswith("icr ")
+    assert load_json(published / "answers.json")["command"] == command()
     assert (run / "report.html").exists()
     main.main(["report", str(published), "--restore-to", str(again)])
     assert by_key(again).keys() == by_key(run).keys()

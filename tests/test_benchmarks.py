@@ -62,7 +62,8 @@ def test_every_interval_that_the_documents_name_is_a_published_figure():
             tuple(float(part.replace(MINUS, "-")) for part in match) for match in said.findall(text)
         ]
         assert found
-        # "loses 2.2 (0.5 to 3.9)" and "2.2 behind (0.5 to 3.9)" are told by their words, not by a sign
+        # "loses 2.2 (0.5 to 3.9)" and "2.2 behind (0.5 to 3.9)" are told by their words,
+        # not by a sign
         assert not [line for line in found if line not in published]
 
 
@@ -74,7 +75,10 @@ def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder
         lines = (json.dumps({"text": row.fields["text"], "label": row.label}) for row in rows)
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     splits = 'train = "train.jsonl"\ntest = "test.jsonl"'
-    spec = f'template = "Review: {{text}}\\nSentiment:"\noptions = ["negative", "positive"]\n[splits]\n{splits}'
+    spec = (
+        f'template = "Review: {{text}}\\nSentiment:"\n'
+        f'options = ["negative", "positive"]\n[splits]\n{splits}'
+    )
     (tmp_path / "toy.toml").write_text(spec)
     out = tmp_path / "results" / "tiny.json"
     arguments = [
@@ -109,7 +113,10 @@ def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder
 
 
 def test_the_precision_of_columns_is_measured_on_the_routing_that_is_in_use(tokenizer):
-    """Columns held exactly give the routed scores; cast to bfloat16 they are off a little, split threefold less."""
+    """Columns held exactly give the routed scores.
+
+    Cast to bfloat16 they are off a little, split threefold less.
+    """
     model, task, spreads = tiny.model("llama"), tiny.task(), []
     config = FitConfig(
         layers=(3, 4),

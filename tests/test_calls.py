@@ -1,4 +1,7 @@
-"""Generation under methods that edit prompts' last tokens, beside plain calls, token by token, of the same model."""
+"""Generation under methods that edit prompts' last tokens.
+
+It is held beside plain calls, token by token, of the same model.
+"""
 
 import types
 from contextlib import nullcontext

@@ -275,11 +275,13 @@ def test_inspect_prints_the_numbers_and_writes_the_page(world, tmp_path, capsys)
             "did you mean icr",
         ),
         (
-            "eval --out {tmp}/run --model {tmp}/no --data {data} --tasks sst2 --sources sst2 --methods zero-shot",
+            "eval --out {tmp}/run --model {tmp}/no --data {data} --tasks sst2 --sources sst2 "
+            "--methods zero-shot",
             "cannot load model",
         ),
         (
-            "eval --out {tmp}/run --model {model} --data {tmp} --tasks sst2 --sources sst2 --methods zero-shot",
+            "eval --out {tmp}/run --model {model} --data {tmp} --tasks sst2 --sources sst2 "
+            "--methods zero-shot",
             "expected a folder",
         ),
         (
@@ -336,7 +338,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, said, world, t
     }
     places["twin"] = world / "data" / "sst2" / "sst2.toml"
     places["twin"].write_text(
-        'template = "{text}:"\noptions = ["negative", "positive"]\n[splits]\ntrain = "train.jsonl"\ntest = "test.jsonl"'
+        'template = "{text}:"\noptions = ["negative", "positive"]\n'
+        '[splits]\ntrain = "train.jsonl"\ntest = "test.jsonl"'
     )
     assert said in failure(capsys, *(word.format(**places) for word in arguments.split()))
 
@@ -401,6 +404,9 @@ def test_help_teaches_every_option(command, capsys):
 
 @pytest.mark.processes
 def test_help_is_quick_since_nothing_heavy_is_imported():
-    code = "import sys; from icrouting import cli; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    code = (
+        "import sys; from icrouting.cli import main; "
+        "print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 import tiny
-from icrouting.decoder import decoder as room
-from icrouting.decoder.batches import context_length, pad_id_of, tokenize
+from icrouting.decoder.batches import context_length, pad, pad_id_of, tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import device_of, dims_of, family_of, layers_of, stack_of
 from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.passes import next_token_logits
 
 TEXTS = ["the plot:", "a dull film:"]
 
@@ -28,25 +28,38 @@ def test_its_facts_are_those_that_the_functions_find(family, tokenizer):
     assert decoder.hidden_size == states.shape[-1]
 
 
-def test_the_fingerprint_is_computed_once_a_decoder(tokenizer, monkeypatch):
+def test_the_fingerprint_is_that_of_the_weights_as_they_are(tokenizer):
     model = tiny.model("llama")
-    hashed = []
-    monkeypatch.setattr(room, "fingerprint", lambda model: hashed.append(model) or "abcdef")
     decoder = Decoder.of(model, tokenizer)
-    assert not hashed
-    for _ in range(3):
-        assert decoder.fingerprint == "abcdef"
-    decoder.check_fitted_on("this router", "tiny", "abcdef")
-    assert hashed == [model]
-    assert Decoder.of(model, tokenizer).fingerprint == "abcdef"
-    assert hashed == [model, model]
-
-
-def test_a_decoder_made_anew_sees_changed_weights(tokenizer):
-    model = tiny.model("llama")
-    before = Decoder.of(model, tokenizer).fingerprint
+    before = decoder.fingerprint
+    assert decoder.fingerprint == before
     model.get_output_embeddings().weight.data[0, 0] += 1
-    assert Decoder.of(model, tokenizer).fingerprint != before
+    assert decoder.fingerprint != before
+
+
+class Wrapper(torch.nn.Module):
+    """A wrapper whose forward does more than that of the model inside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def forward(self, **inputs):
+        output = self.model(**inputs)
+        output.logits = output.logits.flip(-1)
+        return output
+
+
+def test_what_is_called_is_the_model_as_it_was_given(tokenizer):
+    """A compiled model stays compiled, and an adapter that works in its wrapper's forward works."""
+    model = tiny.model("llama")
+    decoder = Decoder.of(Wrapper(model), tokenizer)
+    batch = pad(decoder.tokenize(TEXTS), decoder.pad_id)
+    plain = next_token_logits(model, batch)
+    assert torch.equal(next_token_logits(decoder.model, batch), plain.flip(-1))
+    assert decoder.base is model
+    assert decoder.unwrapped().model is model
 
 
 def test_another_model_than_the_fitted_one_is_refused_by_name(tokenizer):

@@ -118,8 +118,8 @@ def test_the_line_holds_means_over_prompts(llama):
     assert f"KL {sum(one.kl for one in each) / 3:.3g} nats" in line
     assert f"top token changed in {n_changed} of 3" in line
     assert (
-        f"attention moved {100 * sum(one.mass_moved[..., -1].mean().item() for one in each) / 3:.3g} %"
-        in line
+        "attention moved "
+        f"{100 * sum(one.mass_moved[..., -1].mean().item() for one in each) / 3:.3g} %" in line
     )
     assert "(layers 3 to 4)" in line
     assert "\n" not in line

@@ -11,7 +11,10 @@ from icrouting.tasks.load import load_task
 
 
 def rows_of(name, split, n=12):
-    """Rows with the columns that the hub's set has, and what must come of the first one: (prompt's part, answer)."""
+    """Rows with the columns that the hub's set has, and what must come of the first one.
+
+    That is (prompt's part, answer).
+    """
     words = [f"{name} {split} row {i} with words of its own {i * 7}" for i in range(n)]
     labels = [i % 2 for i in range(n)]
     pair = {"choices": {"label": ["A", "B", "C", "D", "E"], "text": ["u", "v", "x", "y", "z"]}}

@@ -59,7 +59,10 @@ OPTIONS = ("negative", "positive")
 
 
 def features_of_texts(encoder, model, tokenizer, prompts, token_lists=None):
-    """The slow obvious way: the encoder on each text, or whole plain passes one by one, the last token's state."""
+    """The slow obvious way: the encoder on each text, or whole plain passes one by one.
+
+    Of a pass it is the last token's state.
+    """
     if encoder != HIDDEN:
         return load_encoder(encoder, "cpu")(prompts)
     rows = token_lists or tokenizer(prompts).input_ids
@@ -184,7 +187,10 @@ def test_a_folder_of_another_fit_is_refused_with_the_difference(
 
 
 def test_one_process_alone_writes_what_a_fit_is(config, model, tokenizer, tmp_path, monkeypatch):
-    """Those behind the first find the file; by writing it too, two of them took each other's away."""
+    """Those behind the first find the file.
+
+    By writing it too, two of them took each other's away.
+    """
     monkeypatch.setattr(Trainer, "run", lambda self: None)
     InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
     written = (tmp_path / "fit.json").stat()
@@ -241,7 +247,10 @@ def test_queries_keep_their_own_features_and_the_end_of_a_long_prompt(config, mo
 
 @pytest.mark.parametrize("ce_scope", ["options", "vocabulary"])
 def test_a_step_takes_the_four_terms_of_the_paper(ce_scope, config, model, tokenizer):
-    """The second step's terms against a slow recomputation from whole prompts, with 2 and 5 options."""
+    """The second step's terms against a slow recomputation from whole prompts.
+
+    There are 2 and 5 options.
+    """
     from icrouting.routing.attach import attach
 
     config = dataclasses.replace(

@@ -1,4 +1,7 @@
-"""Iterative Vectors: extraction against a slow loop, feedback against its recursion, and where what is added goes."""
+"""Iterative Vectors against slow ways.
+
+Extraction against a slow loop, feedback against its recursion, and where what is added goes.
+"""
 
 import numpy as np
 import pytest
@@ -36,7 +39,10 @@ def fitted(model, tokenizer, tasks=(TASK,), **changes):
 
 
 def slow(model, shown, alone, strength):
-    """The published loop: one episode at a time, all differences in a list, their mean at 0, 10, 20, ..."""
+    """The published loop: one episode at a time.
+
+    All differences are in a list, their mean is taken at 0, 10, 20, ...
+    """
     places, changes, vectors = all_branches_of(model)[::2], [], None
     for number, (episode, query) in enumerate(zip(shown, alone, strict=True)):
         found = {}
@@ -83,7 +89,10 @@ def test_without_feedback_the_vectors_are_the_plain_mean_difference(tokenizer):
 
 
 def test_feedback_follows_its_recursion_where_nothing_lies_between(tokenizer):
-    """In layer 0 the change is the plain one plus strength times the vector, so the mean obeys a scalar recursion."""
+    """In layer 0 the change is the plain one plus strength times the vector.
+
+    So the mean obeys a scalar recursion.
+    """
     model, strength, n = tiny.model("llama"), 0.9, 33
     shown, alone = drawn(model, tokenizer, 1)
     plain = plain_of(model, alone)

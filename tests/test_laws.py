@@ -1,4 +1,7 @@
-"""Laws of routed attention on shapes, masks, paddings and cuts that hypothesis draws, the same ones every time."""
+"""Laws of routed attention on shapes, masks, paddings and cuts that hypothesis draws.
+
+They are the same ones every time.
+"""
 
 import pytest
 import torch
@@ -31,7 +34,10 @@ def laws(max_examples):
 
 @st.composite
 def worlds(draw):
-    """A model's sizes, its routed layers, and a batch: where its real tokens are, holes among them included."""
+    """A model's sizes, its routed layers, and a batch.
+
+    The batch is where its real tokens are, holes among them included.
+    """
     n_kv_heads, head_dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 6))
     n_rows, n_tokens = draw(st.integers(1, 3)), draw(st.integers(1, 12))
     kind = draw(st.sampled_from(["left", "right", "both", "holes"]))
@@ -127,7 +133,10 @@ def test_any_cut_into_prefill_and_decoding_equals_one_pass(world, data):
 
 @st.composite
 def tensors(draw):
-    """Queries, keys, values, projections, a routing and a scaling of any sign and size, in double precision."""
+    """Queries, keys, values, projections, a routing and a scaling of any sign and size.
+
+    All are in double precision.
+    """
     n_rows, n_kv_heads, n_queries, n_keys = (draw(st.integers(1, size)) for size in (3, 3, 5, 7))
     n_heads, head_dim, rank = (
         n_kv_heads * draw(st.integers(1, 3)),

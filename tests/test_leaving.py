@@ -1,4 +1,7 @@
-"""Leaving `attached` gives every family back as it was found, whatever happened inside, however often."""
+"""Leaving `attached` gives every family back as it was found.
+
+Whatever happened inside, however often.
+"""
 
 import gc
 import os
@@ -20,7 +23,8 @@ from plain_and_routed import logits_of
 
 ALL = list(tiny.ALL_CONFIGS)
 LAYERS = (3, 4)
-# Far less than an object each time that a router is attached; the allocator of torch may keep a few pages.
+# Far less than an object each time that a router is attached; the allocator of torch may keep a
+# few pages.
 FEW_OBJECTS = 10
 FEW_BYTES = 6 * 2**20
 
@@ -42,7 +46,10 @@ def router_for(model, encoder_folder):
 
 
 def inventory(model):
-    """All that leaving must restore: hooks, every module's attributes and mode, configurations, generate."""
+    """All that leaving must restore.
+
+    That is hooks, every module's attributes and mode, configurations, generate.
+    """
     modules = [
         (
             name,

@@ -50,13 +50,19 @@ CHOICES = (
     "output_type: multiple_choice\ndoc_to_target: label\ndoc_to_choice: {choices}\n"
     "metric_list: [{{metric: acc}}]\n"
 )
-GENERATE = "output_type: generate_until\ndoc_to_target: label\ngeneration_kwargs: {until: [zzz], max_gen_toks: 6}\n"
-ROLLING = "output_type: loglikelihood_rolling\nmetric_list: [{metric: word_perplexity}]\ndoc_to_target: '{{text}}'\n"
+GENERATE = (
+    "output_type: generate_until\ndoc_to_target: label\n"
+    "generation_kwargs: {until: [zzz], max_gen_toks: 6}\n"
+)
+ROLLING = (
+    "output_type: loglikelihood_rolling\nmetric_list: [{metric: word_perplexity}]\n"
+    "doc_to_target: '{{text}}'\n"
+)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, encoder_folder):
-    """A folder with a model, a router fitted on it, and four tasks of the harness on the same rows."""
+    """A folder with a model, a router fitted on it, and four harness tasks on the same rows."""
     folder, task = tmp_path_factory.mktemp("harness"), tiny.task()
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     model.save_pretrained(folder / "model")
@@ -112,7 +118,10 @@ def prompts():
 
 
 def routed_by_context(world, prompts, options):
-    """Log-likelihoods of whole passes over context and continuation, with the routing of the context alone."""
+    """Log-likelihoods of whole passes over context and continuation.
+
+    The routing is that of the context alone.
+    """
     model, tokenizer = load_model(world / "model", dtype=torch.float32)
     icr = InContextRouter.from_pretrained(world / "router")
     rows = []
@@ -254,7 +263,10 @@ def test_a_likelihood_without_a_context_is_refused(world, routed_lm):
 
 @pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
 def test_every_family_goes_on_from_its_padded_context(family, tokenizer):
-    """Sliding windows, absolute positions, experts: logits of whole passes with the context's routing."""
+    """Sliding windows, absolute positions, experts.
+
+    Logits of whole passes with the context's routing.
+    """
     model = tiny.model(family, "eager" if family == "gemma2" else "sdpa")
     directions, generator = tiny.pids(model), torch.Generator().manual_seed(3)
     contexts = [torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist() for n in (13, 4)]

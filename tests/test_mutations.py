@@ -1,4 +1,7 @@
-"""A thousand damaged or forged routers: each is refused in one line that names the file, and soon."""
+"""A thousand damaged or forged routers.
+
+Each is refused in one line that names the file, and soon.
+"""
 
 import hashlib
 import json
@@ -18,8 +21,9 @@ SLOW = 5.0
 HUGE = [0, -1, 2**31, 2**63, 10**400, -(10**400)]
 NO_COUNT = [*HUGE, "3", 3.5, True, None, [], [3], {}, {"a": 3}, float("inf"), float("nan")]
 NO_TEXT = [3, 3.5, True, None, [], ["a"], {}, {"a": "b"}]
-# Every field whose change must be refused, and values that are none for it; one of the same kind that only says
-# something else (another base model's name, more layers, other numbers of rows) nobody can tell from the truth.
+# Every field whose change must be refused, and values that are none for it; one of the same kind
+# that only says something else (another base model's name, more layers, other numbers of rows)
+# nobody can tell from the truth.
 FORGED = {
     "n_layers": [0, -1, 3, *NO_COUNT[6:]],
     **{name: NO_COUNT for name in ("n_heads", "n_kv_heads", "head_dim", "n_features")},
@@ -97,7 +101,7 @@ def sign(config):
 
 
 def rewritten(where, change):
-    """The folder's configuration changed, with a checksum that is right, as a careful forger would."""
+    """The folder's configuration changed, its checksum right, as a careful forger would."""
     config = json.loads((where / CONFIG).read_text())
     change(config)
     (where / CONFIG).write_text(sign(config))
@@ -308,7 +312,10 @@ def headers(header, body):
 
 
 def places(where):
-    """What lies where the files should; everything that is no file of its own is refused, also what would block."""
+    """What lies where the files should.
+
+    Everything that is no file of its own is refused, also what would block.
+    """
     for name in (CONFIG, WEIGHTS):
         file = where / name
         yield f"no {name}", file.unlink
@@ -351,7 +358,10 @@ def where(saved_router, tmp_path):
 
 
 def refusal(where):
-    """What is said on loading; fails unless it is one line that names a file of the folder, and soon."""
+    """What is said on loading.
+
+    Fails unless it is one line that names a file of the folder, and soon.
+    """
     started = time.perf_counter()
     try:
         InContextRouter.from_pretrained(where)
@@ -440,7 +450,10 @@ def test_forged_weights_with_right_checksums_are_refused(where):
 
 
 def test_damaged_headers_with_right_checksums_are_refused(where):
-    """Bits of the header alone: in the body they make another router, which nobody can tell from the right one."""
+    """Bits of the header alone.
+
+    In the body they make another router, which nobody can tell from the right one.
+    """
     data = (where / WEIGHTS).read_bytes()
     (n_bytes,), rng = struct.unpack("<Q", data[:8]), random.Random(1)
     versions = []

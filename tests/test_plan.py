@@ -247,6 +247,7 @@ def arguments_of(recipe, tmp_path, **environment):
     return Path(program).name, arguments
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipe_is_the_papers_fit_of_its_model(recipe, tmp_path, monkeypatch):
     program, arguments = arguments_of(recipe, tmp_path)
@@ -258,6 +259,7 @@ def test_a_recipe_is_the_papers_fit_of_its_model(recipe, tmp_path, monkeypatch):
     assert started == [(tmp_path / "router", model, "hub", main.HUB_TASKS[:5], PAPER)]
 
 
+@pytest.mark.processes
 def test_several_processes_get_the_same_arguments(tmp_path):
     program, arguments = arguments_of("llama-2-7b", tmp_path, PROCESSES="4")
     launch = ["launch", "--num_processes", "4", "-m", "icrouting.cli"]

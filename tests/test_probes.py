@@ -1,4 +1,7 @@
-"""Linear probes: logistic regression on frozen representations, against scikit-learn and plain passes."""
+"""Linear probes: logistic regression on frozen representations.
+
+They are held against scikit-learn and plain passes.
+"""
 
 import numpy as np
 import pytest
@@ -103,7 +106,10 @@ def test_a_probe_is_scikit_learns_on_standardised_features(kind, settings, token
 
 
 def test_the_hidden_probe_learns_a_task_that_the_model_cannot_do(settings, tokenizer, tmp_path):
-    """The toy task's label is the prompt's first word; a random model is at chance, its state is not."""
+    """The toy task's label is the prompt's first word.
+
+    A random model is at chance, its state is not.
+    """
     methods = make(["zero-shot", "probe-hidden"], settings)
     evaluation = Evaluation(
         Decoder.of(tiny.model("llama"), tokenizer), methods, [TASK], tmp_path / "r"

@@ -157,8 +157,9 @@ def test_a_process_leaves_its_group_before_its_interpreter_ends(capfd):
 def test_both_launchers_start_it(launcher, alone, encoder_folder, tmp_path):
     how = {
         "torch.distributed.run": "--nproc_per_node 2 --master_port 29533",
-        "accelerate.commands.launch": "--cpu --num_processes 2 --num_machines 1 --mixed_precision no "
-        "--dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port 29534",
+        "accelerate.commands.launch": "--cpu --num_processes 2 --num_machines 1 "
+        "--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1 "
+        "--main_process_port 29534",
     }[launcher]
     where = [*on(alone / "world"), "--encoder", encoder_folder]
     command = [sys.executable, "-m", launcher, *how.split(), "-m", "icrouting.cli"]

@@ -85,3 +85,14 @@ def test_every_wing_and_every_room_of_its_own_is_in_the_file_map():
     rooms = {file.name for file in package.glob("*.py")} - {"__init__.py"}
     pages = README + (ROOT / "CONTRIBUTING.md").read_text()
     assert wings | rooms <= set(re.findall(r"`([\w.]+/?)`", pages))
+
+
+def test_contributing_names_every_room_of_a_wing():
+    """But for methods, of which each is a room of its name."""
+    lines = (ROOT / "CONTRIBUTING.md").read_text().splitlines()
+    for wing in (ROOT / "src" / "icrouting").glob("*/__init__.py"):
+        if wing.parent.name == "methods":
+            continue
+        (line,) = [line for line in lines if line.startswith(f"| `{wing.parent.name}/`")]
+        rooms = {file.stem for file in wing.parent.glob("*.py") if not file.stem.startswith("__")}
+        assert rooms <= set(re.findall(r"\w+", line.split("|")[3])), wing.parent.name

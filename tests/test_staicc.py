@@ -55,7 +55,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def reviews(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Fifty sentences: whole in SST-5, rewritten in MR, and with two phrases and a short one in SST-2."""
+    """Fifty sentences.
+
+    They are whole in SST-5, rewritten in MR, and with two phrases and a short one in SST-2.
+    """
     monkeypatch.setattr(staicc, "_N_TEST_SENTENCES", 10)
     monkeypatch.setattr(staicc, "_N_TRAIN_SENTENCES", 15)
     rng = np.random.default_rng(3)

@@ -55,7 +55,8 @@ def test_the_documented_command_runs_on_a_task_file(stance, tmp_path, capsys):
 
 def test_choices_come_from_a_csv_with_bars_between(tmp_path):
     (tmp_path / "quiz.toml").write_text(
-        'template = "Q: {q}\\n{choices}\\nAnswer ({letters}):"\n[splits]\ntrain = "a.csv"\ntest = "a2.csv"\n'
+        'template = "Q: {q}\\n{choices}\\nAnswer ({letters}):"\n'
+        '[splits]\ntrain = "a.csv"\ntest = "a2.csv"\n'
         '[words.q]\nwhere = "Where is it?"\n'
     )
     (tmp_path / "a.csv").write_text("q,choices,label\nwhere,here | there,1\nwho,me | you,0\n")

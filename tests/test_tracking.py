@@ -26,7 +26,13 @@ def model():
 def calls_of(model, run):
     """What the tracker says of the forwards that `run` makes."""
     calls = []
-    with torch.no_grad(), tracked(model, model, calls.append):
+
+    def note(call):
+        # Both are found out when first asked for, which is to be before the forward runs.
+        _ = call.n_seen, call.generation
+        calls.append(call)
+
+    with torch.no_grad(), tracked(model, model, note):
         run()
     return calls
 
@@ -92,6 +98,26 @@ def test_a_routed_model_keeps_no_cache_alive_once_generate_is_left():
         cache = DynamicCache(config=bench.model.config)
         bench.tokens(bench.model, bench.inputs(0), **{CACHE: cache})
         filled = weakref.ref(cache)
+        del cache
+        gc.collect()
+        assert filled() is None
+
+
+def test_a_generate_that_fails_keeps_no_cache_alive():
+    bench = Bench(HIDDEN)
+    cache = DynamicCache(config=bench.model.config)
+    filled = weakref.ref(cache)
+
+    def fail(*_):
+        raise RuntimeError("in the first layer")
+
+    with bench.attached():
+        # Below the first routed layer, so that the routing of this forward is still pending.
+        with (
+            bench.model.model.layers[0].register_forward_hook(fail),
+            pytest.raises(RuntimeError, match="in the first layer"),
+        ):
+            bench.tokens(bench.model, bench.inputs(0), **{CACHE: cache})
         del cache
         gc.collect()
         assert filled() is None

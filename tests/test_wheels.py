@@ -1,4 +1,4 @@
-"""Fetching pinned wheels, offline: a small wheel stands in for the real ones, a function for pip."""
+"""Fetching pinned wheels, offline: a small wheel stands in for real ones, a function for pip."""
 
 import errno
 import hashlib
@@ -33,7 +33,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def pin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """A function that pins a wheel with the given members as "box" and returns the log of its downloads."""
+    """A function that pins a wheel with the given members as "box".
+
+    It returns the log of its downloads.
+    """
 
     def pin_wheel(
         members: Mapping[str, str] = MEMBERS, member: str = "box/data/", links: tuple = ()
@@ -113,7 +116,10 @@ def test_unknown_name_is_answered_with_near_matches(cache):
 
 @pytest.fixture
 def served(pin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The wheel "box", which pip itself finds in a folder, so that nothing but the index is a stand-in."""
+    """The wheel "box", which pip itself finds in a folder.
+
+    So nothing but the index is a stand-in.
+    """
     download = wheels._download
     pin()
     monkeypatch.setattr(wheels, "_download", download)

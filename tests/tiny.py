@@ -174,7 +174,10 @@ def prompts(
     }
 
 
-_WORDS = "good bad film plot joy dull sharp weak actors scene of the a and moving boring ball goal match team vote"
+_WORDS = (
+    "good bad film plot joy dull sharp weak actors scene of the a and moving boring "
+    "ball goal match team vote"
+)
 
 
 def task(name: str = "toy", n_train: int = 40, n_test: int = 12) -> Task:

@@ -1,4 +1,7 @@
-"""Every way of running a model, as data: `test_ways.py` runs the list, `docs/support.py` makes a page of it."""
+"""Every way of running a model, as data.
+
+`test_ways.py` runs the list, `docs/support.py` makes a page of it.
+"""
 
 import copy
 import tempfile
@@ -35,8 +38,8 @@ from icrouting.routing.router import Router
 class Way:
     """A way of running a routed model.
 
-    `check` tries it on a bench, None where it is untested or tested `elsewhere`; `raises` is what it is refused
-    with, `note` a remark or the reason why it is untested.
+    `check` tries it on a bench, None where it is untested or tested `elsewhere`; `raises` is what
+    it is refused with, `note` a remark or the reason why it is untested.
     """
 
     group: str
@@ -54,7 +57,10 @@ class Way:
 
 
 def generates(*rows, family="llama", fast=None, drop=(), **both):
-    """Generation in a batch of `rows` equals the slow run; `fast` are the settings that the slow run lacks."""
+    """Generation in a batch of `rows` equals the slow run.
+
+    `fast` are the settings that the slow run lacks.
+    """
 
     def check(bench):
         on = bench if family == bench.family else bench.of(family)
@@ -172,7 +178,10 @@ def static(config):
 
 
 def quantizes(bench):
-    """Eight bits are too coarse for equality: the error stays a small part of what routing changes."""
+    """Eight bits are too coarse for equality.
+
+    The error stays a small part of what routing changes.
+    """
     prompt = bench.inputs(0)["input_ids"]
     cache = QuantizedCache("fp8", config=bench.model.config)
     with bench.attached():
@@ -552,7 +561,8 @@ WAYS = (
     Way(
         "Caches",
         "quantized, `quanto` and `hqq`",
-        note="tried by hand, the packages being large; `q_group_size` must divide what heads, now wider, hold",
+        note="tried by hand, the packages being large; "
+        "`q_group_size` must divide what heads, now wider, hold",
     ),
     Way(
         "Caches",

@@ -35,7 +35,8 @@ icr eval --model "$model" ${router:+--router "$router"} --data "${DATA:-../share
 if [ -n "${PUBLISH_AS:-}" ]; then
     mkdir -p "benchmarks/results/$PUBLISH_AS"
     cp "$out"/{config.json,report.md,report.csv,tried.csv} "benchmarks/results/$PUBLISH_AS"
-    # Answers that were published before, of fewer seeds or methods, are not overwritten: they go first.
-    rm -f "benchmarks/results/$PUBLISH_AS/answers.json"
-    icr report "$out" --keep-answers "benchmarks/results/$PUBLISH_AS"
+    # Into a folder of their own first: nothing is overwritten, and what was published goes only when all is there.
+    rm -rf "$out/answers"
+    icr report "$out" --keep-answers "$out/answers"
+    cp "$out/answers/answers.json" "benchmarks/results/$PUBLISH_AS"
 fi

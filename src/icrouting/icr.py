@@ -96,8 +96,7 @@ class InContextRouter(ModelHubMixin):
             ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
         """
         config = config or FitConfig()
-        # Anew for each fit, since users may have changed the weights since the last.
-        decoder = Decoder.of(model, tokenizer)
+        decoder = Decoder.of(model, tokenizer).unwrapped()
         fit_folder = None if folder is None else Path(folder)
         pids, router, features = stages.fit(decoder, tasks, config, fit_folder)
         description = artifact.describe(decoder, tasks, config, pids.layers, features)
@@ -134,17 +133,26 @@ class InContextRouter(ModelHubMixin):
     def attached_to(
         self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None
     ) -> Iterator[Routed]:
-        """Does what `attached` does, for a decoder, whose fingerprint is computed once."""
-        if not math.isfinite(strength):
-            raise ValueError(f"strength must be a finite number, got {strength}")
-        reader = self._reader(decoder, strength, gate)
+        """Does what `attached` does, for a decoder."""
+        reader = self.reader(decoder, strength=strength, gate=gate)
+        with self.attached_by(reader, strength=strength) as routed:
+            yield routed
+
+    @contextmanager
+    def attached_by(self, reader: Reader, *, strength: float = 1.0) -> Iterator[Routed]:
+        """Does what `attached` does, for a reader, whose model has been looked at already."""
         # Exact in every dtype at strength 0: wider heads round differently below float32.
         with rerouted(reader, self.pids) if strength else nullcontext([]) as last:
             yield Routed(reader, self.pids.layers, strength, last)
 
-    def _reader(self, decoder: Decoder, strength: float, gate: Gate | None) -> Reader:
+    def reader(
+        self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None
+    ) -> Reader:
         """Returns what reads prompts for this router; ValueError for another model or encoder."""
+        if not math.isfinite(strength):
+            raise ValueError(f"strength must be a finite number, got {strength}")
         fitted = self.description
+        decoder = decoder.unwrapped()
         decoder.check_fitted_on("this router", fitted.base_model, fitted.fingerprint)
         self.router.to(decoder.device)
         # A sentence encoder is small: the processor will do, beside a model that fills its device.

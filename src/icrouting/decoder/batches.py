@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def context_length(model: nn.Module) -> int | None:
     """Returns the longest prompt a model was built for, in tokens.
 
     None where its config names none.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,16 +19,16 @@ from icrouting.decoder.sites import Dims, Family
 class Decoder:
     """A loaded model and its tokenizer; what is costly to learn of them is learned once.
 
-    Whoever gets a model and a tokenizer makes one of them (`Decoder.of`) and hands it on. The
-    fingerprint holds for as long as the weights do, so a decoder is made anew wherever a user hands
-    a model over.
+    Whoever gets a model and a tokenizer makes one of them (`Decoder.of`) and hands it on.
 
     Attributes:
-        model: the transformers model itself, without a peft wrapper around it.
+        model: what is called: the model as the user has it, perhaps compiled or in a peft wrapper,
+            whose own forward may do more than that of the model inside.
         tokenizer: its tokenizer.
     """
 
-    model: PreTrainedModel
+    # A wrapper hands on what a transformers model has, without being one.
+    model: Any
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
@@ -38,7 +39,17 @@ class Decoder:
             TypeError: it is no transformers model.
             ValueError: its peft wrapper changes the prompt.
         """
-        return cls(base_of(model), tokenizer)
+        base_of(model)
+        return cls(model, tokenizer)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model itself, without what is wrapped around it."""
+        return base_of(self.model)
+
+    def unwrapped(self) -> "Decoder":
+        """Returns the decoder of the transformers model itself."""
+        return Decoder(self.base, self.tokenizer)
 
     @cached_property
     def family(self) -> Family:
@@ -50,9 +61,12 @@ class Decoder:
         """The numbers of layers and heads, and the width of a head."""
         return dims_of(self.model)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """16 hex digits that identify architecture and weights."""
+        """16 hex digits that identify architecture and weights, as they are at this moment.
+
+        Not kept, since weights may be changed in place: ask once for a piece of work.
+        """
         return fingerprint(self.model)
 
     @cached_property
@@ -107,9 +121,10 @@ class Decoder:
         Raises:
             ValueError: this is another model; both are named.
         """
-        if self.fingerprint != expected:
+        fingerprint_here = self.fingerprint
+        if fingerprint_here != expected:
             raise ValueError(
                 f"{what} was fitted on {name!r} (fingerprint {expected}), this model is "
-                f"{self.model.config.name_or_path!r} ({self.fingerprint}): "
+                f"{self.base.config.name_or_path!r} ({fingerprint_here}): "
                 "load the base model it was fitted on, or fit anew"
             )

@@ -69,6 +69,7 @@ def load_model(
         ValueError: nothing of that name can be loaded, or not to there.
 
     Example:
+        >>> from icrouting import load_model
         >>> model, tokenizer = load_model("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
 
         A folder with a model of random weights, and then the model in it:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from icrouting.decoder.batches import Batch, by_length, pad
 from icrouting.decoder.decoder import Decoder
@@ -47,7 +47,7 @@ class KeptContext:
 
 @contextmanager
 def last_position_only(
-    model: PreTrainedModel, attention_mask: Bool[Tensor, "batch q_len"]
+    model: nn.Module, attention_mask: Bool[Tensor, "batch q_len"]
 ) -> Iterator[None]:
     """Inside, the model's `logits` are those of each row's last real token, [batch, vocab].
 
@@ -69,7 +69,7 @@ def last_position_only(
         yield
 
 
-def next_token_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
+def next_token_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "batch vocab"]:
     """Returns the logits after each row's last token, in float32."""
     with last_position_only(model, batch.attention_mask):
         output = model(
@@ -126,7 +126,7 @@ def _rows_by_context(prompts: Sequence[Prompt], *, keeps_all: bool) -> dict[str,
 
 
 def _prefix_of(
-    model: PreTrainedModel,
+    model: nn.Module,
     context: str,
     token_lists: list[list[int]],
     kept: dict[str, KeptContext] | None,
@@ -157,7 +157,7 @@ def _n_shared(token_lists: list[list[int]]) -> int:
     return min(n_shared, shortest - 1)
 
 
-def run_prefix(model: PreTrainedModel, prefix: list[int]) -> Cache:
+def run_prefix(model: nn.Module, prefix: list[int]) -> Cache:
     """Returns the key-value cache of a prefix, batch of one."""
     input_ids = torch.tensor([prefix], device=device_of(model))
     # Nobody asks for the logits, so the head runs on one position alone.
@@ -166,7 +166,7 @@ def run_prefix(model: PreTrainedModel, prefix: list[int]) -> Cache:
 
 
 def after_prefix(
-    model: PreTrainedModel, prefix_cache: Cache, batch: Batch
+    model: nn.Module, prefix_cache: Cache, batch: Batch
 ) -> Float[Tensor, "batch vocab"]:
     """Returns the logits after each row, where all rows go on from one prefix."""
     n_rows, n_new = batch.input_ids.shape

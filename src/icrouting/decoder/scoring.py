@@ -107,6 +107,7 @@ def score_options(
 
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
         >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from icrouting import score_options
         >>> vocabulary = {word: place for place, word in enumerate("? a film : good bad".split())}
         >>> words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
         >>> words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -84,14 +84,17 @@ class Generation:
         prompts = self.input_ids.repeat_interleave(n_rows_each, 0).to(input_ids.device)
         return torch.equal(input_ids[:, : prompts.shape[1]], prompts)
 
+    def note(self, arguments: dict[str, Any]) -> None:
+        """Takes up the cache of the first forward inside, which is its own."""
+        if self.cache is None:
+            self.cache = cache_of(arguments)
+
     def reads(self, arguments: dict[str, Any]) -> bool:
         """Returns whether a forward inside is one of its own.
 
         Others may have another cache, or another prompt without one.
         """
         cache = cache_of(arguments)
-        if self.cache is None:
-            self.cache = cache  # the first forward is its own
         if cache is not None:
             return cache is self.cache
         # Without a cache each forward reads the prompt anew.
@@ -107,17 +110,30 @@ class Call:
 
     Attributes:
         arguments: what the module was given, by name.
-        n_seen: tokens that are in its cache before it runs.
-        generation: the innermost `generate`, where this forward reads its prompt; None in a plain
-            call, and for another prompt that runs meanwhile.
-        outermost: the outermost `generate` that runs, whatever this forward reads; None in a plain
+        innermost: the innermost `generate` that runs, whatever this forward reads; None in a plain
             call.
+        outermost: the outermost one.
     """
 
     arguments: dict[str, Any]
-    n_seen: int
-    generation: Generation | None
+    innermost: Generation | None
     outermost: Generation | None
+
+    # Found out when first asked for: on an accelerator both may wait for the device.
+    @cached_property
+    def n_seen(self) -> int:
+        """Tokens that are in its cache before it runs, if asked for before it does."""
+        return n_seen(self.arguments)
+
+    @cached_property
+    def generation(self) -> Generation | None:
+        """The innermost `generate`, where this forward reads its prompt.
+
+        None in a plain call, and for another prompt that runs meanwhile.
+        """
+        if self.innermost is not None and self.innermost.reads(self.arguments):
+            return self.innermost
+        return None
 
     @property
     def cache(self) -> Any:
@@ -213,13 +229,13 @@ class PromptTracker:
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Describes a forward to `before`: a hook of the module that runs it."""
         arguments = called_with(module, args, kwargs)
-        generation, outermost = None, None
+        innermost, outermost = None, None
         if self._generations:
             outermost = self._generations[0]
             # A forward cannot be part of one further out: that waits until this one is done.
             innermost = self._generations[-1]
-            generation = innermost if innermost.reads(arguments) else None
-        self._before(Call(arguments, n_seen(arguments), generation, outermost))
+            innermost.note(arguments)
+        self._before(Call(arguments, innermost, outermost))
 
 
 @contextmanager

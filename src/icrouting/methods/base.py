@@ -69,7 +69,7 @@ class Method:
 
     @classmethod
     def cuts(cls, settings: Settings) -> list[str]:
-        """Returns what the settings make it take less of than was published, in sentences for a report."""
+        """Returns sentences on what the settings make it take less of than was published."""
         return []
 
     def fit(
@@ -300,7 +300,7 @@ class Method:
         check_alone(model, self.name)
         method = self.on(task)._moved_to(Decoder.of(model, tokenizer))
         # Held once its hooks are in place, which may hold the model themselves.
-        with method.applied(task), hooked(method.model, method.name):
+        with method.applied(task), hooked(method.decoder.base, method.name):
             yield method
 
     def _moved_to(self, decoder: Decoder) -> "Method":

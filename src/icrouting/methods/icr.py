@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.states import last_outputs
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
 from icrouting.methods.settings import Settings
+from icrouting.routing.reader import Gate, Reader
 from icrouting.tasks.task import Task
 
 # Rows of a source task that a gate reads, and those of them that it knows; the others, whose states
@@ -40,10 +42,17 @@ class Icr(Method):
             )
         # At once, so that a router that is not there stops a run before any work.
         self._router = InContextRouter.from_pretrained(settings.router)
+        self._checked: tuple[Decoder, Reader] | None = None
 
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt."""
-        return self._router.attached_to(self.decoder)
+        return self._router.attached_by(self._reader())
+
+    def _reader(self, gate: Gate | None = None) -> Reader:
+        """What reads prompts; a decoder is held against the router once, not at every entry."""
+        if self._checked is None or self._checked[0] is not self.decoder:
+            self._checked = self.decoder, self._router.reader(self.decoder, gate=gate)
+        return self._checked[1]
 
     def n_cached(self, task: Task) -> int:
         """Returns the size of the PIDs; the paper counts neither router nor sentence encoder."""
@@ -105,7 +114,7 @@ class IcrGated(Icr):
 
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt that is not new."""
-        return self._router.attached_to(self.decoder, gate=self.is_known)
+        return self._router.attached_by(self._reader(self.is_known))
 
     def is_known(self, hidden: Sequence[Tensor]) -> Bool[Tensor, "batch"]:
         """Returns whether prompts are routed.

@@ -124,7 +124,7 @@ class ICV(Method):
 
     def _states(self, texts: Sequence[str]) -> Float[Tensor, "n_texts width"]:
         """Returns the last token's states, embedding and blocks side by side."""
-        modules = [self.model.get_input_embeddings(), *self.decoder.layers]
+        modules = [self.decoder.base.get_input_embeddings(), *self.decoder.layers]
         states, _ = last_outputs(self.decoder, modules, texts)
         return torch.cat(states, 1)
 

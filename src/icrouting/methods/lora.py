@@ -61,7 +61,7 @@ class LoraBlock(Method):
     def applied(self, task: Task) -> Context:
         """Puts the adapter into the model."""
         # The scale is folded into B, so alpha equals the rank here.
-        return injected(self.decoder.model, self._targets(), RANK, self.adapter)
+        return injected(self.decoder.base, self._targets(), RANK, self.adapter)
 
     def n_cached(self, task: Task) -> int:
         """Returns the size of the adapter."""
@@ -107,7 +107,7 @@ class LoraBlock(Method):
     ) -> dict[str, Tensor]:
         """Returns an adapter trained from a new start; `seed` is that of start and order."""
         decoder = self.decoder
-        model = decoder.model
+        model = decoder.base
         # peft draws the start, and dropout its masks, from the global generator.
         with torch.random.fork_rng(), injected(model, self._targets(), alpha, seed) as adapter:
             dropouts = _dropouts(model)
@@ -141,7 +141,7 @@ class LoraHead(LoraBlock):
     name = "lora-head"
 
     def _targets(self) -> list[str]:
-        return _names(self.model, [self.model.get_output_embeddings()])
+        return _names(self.model, [self.decoder.base.get_output_embeddings()])
 
 
 class LoraBlockMore(LoraBlock):

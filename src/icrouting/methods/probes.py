@@ -112,7 +112,7 @@ class ProbeHidden(Probe):
 
     def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:
         """Returns the backbone's last hidden states."""
-        head = self.model.get_output_embeddings()
+        head = self.decoder.base.get_output_embeddings()
         assert head is not None, "a causal language model has a vocabulary head"
         (states,), _ = last_outputs(self.decoder, [head], texts, edited_inputs)
         return states

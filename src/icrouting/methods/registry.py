@@ -60,7 +60,10 @@ def make(names: Sequence[str], settings: Settings) -> list[Method]:
 
 
 def cuts_of(names: Sequence[str], settings: Settings) -> list[str]:
-    """Returns what methods take less of than was published; a name that is none any more says nothing."""
+    """Returns what methods take less of than was published, in sentences.
+
+    The name of a method that is no more says nothing.
+    """
     sentences = []
     for kind in (*PLAIN, *LEARNING):
         if kind.name in names or kind.name + ONCE in names:

@@ -68,7 +68,7 @@ class PromptTuning(Method):
 
     def applied(self, task: Task) -> Context:
         """Puts the soft prompt before every prompt."""
-        return in_front(self.decoder.model, self.kind, self.soft_prompt)
+        return in_front(self.decoder.base, self.kind, self.soft_prompt)
 
     def start(self, tokens: Sequence[int]) -> Float[Tensor, "n_virtual width"]:
         """Returns the soft prompt that does what tokens in front of the prompt would do."""
@@ -87,9 +87,9 @@ class PromptTuning(Method):
 
         def logits_of(token_lists: list[list[int]]) -> Tensor:
             batch = pad(token_lists, decoder.pad_id).to(decoder.device)
-            return next_token_logits(decoder.model, batch)
+            return next_token_logits(decoder.base, batch)
 
-        with in_front(decoder.model, self.kind, start) as prompt:
+        with in_front(decoder.base, self.kind, start) as prompt:
             tune(
                 [prompt],
                 rows,

@@ -1,7 +1,7 @@
 """A model while it is routed: every plain call is routed by the prompt it is given (section 5)."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,10 @@ from icrouting.routing.attach import Attachment, attach
 from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
+
+
+def _no_cache() -> None:
+    """What stands for a forward without a cache."""
 
 
 class _Rerouter:
@@ -42,7 +46,7 @@ class _Rerouter:
         self._held: Routing | None = None
         # What the first routed layer is to read, and the cache that this forward fills.
         self._pending: PromptTokens | None = None
-        self._cache: Any = None
+        self._cache: Callable[[], Cache | None] = _no_cache
         self._is_reading = False
 
     def before_forward(self, call: Call) -> None:
@@ -52,7 +56,8 @@ class _Rerouter:
         if call.outermost is not self._generation:
             self._follow(call.outermost)
         self._pending = None
-        self._cache = call.cache
+        # Weakly, since a generation that fails must not leave its keys and values alive.
+        self._cache = _no_cache if call.cache is None else weakref.ref(call.cache)
         if self._held is not None:
             self._use(self._held)
         elif self._prompts is None and call.n_seen > 0:
@@ -74,12 +79,14 @@ class _Rerouter:
 
     def _routing_of_cache(self) -> Routing:
         """Returns the routing of the cache that this forward goes on from."""
-        if self._cache not in self._routing_by_cache:
+        cache = self._cache()
+        routing = None if cache is None else self._routing_by_cache.get(cache)
+        if routing is None:
             raise ValueError(
                 "this cache is unknown here: it was filled outside `attached`, or is a copy; "
                 "start from the prompt inside it"
             )
-        return self._routing_by_cache[self._cache]
+        return routing
 
     def _read(self, call: Call) -> None:
         """Has a prompt read: from this forward or, where that is cut, by a pass of its own."""
@@ -122,10 +129,10 @@ class _Rerouter:
         self._attachment.routing = routing
         if self._prompts is not None:
             self._held = routing
-        if self._cache is not None:
-            self._routing_by_cache[self._cache] = routing
-        # A routing lives as long as its cache, which must not be kept alive here.
-        self._cache = None
+        cache = self._cache()
+        if cache is not None:
+            # A routing lives as long as its cache.
+            self._routing_by_cache[cache] = routing
 
     def after_forward(self, stack: nn.Module, args: tuple, output: Any) -> None:
         """Keeps the routing with a cache that the forward made for itself."""
