@@ -1,4 +1,4 @@
-"""The settings of a fit and those of methods, in one place."""
+"""The settings of a fit, and the paper's own."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -36,14 +36,14 @@ def evaluate(out: Path, config: EvalConfig) -> None:
     """Evaluates methods into a run folder and prints the table."""
     console.quiet = not is_first()
     methods = registry.make(config.methods, config.settings)
-    names = [*config.tasks, *config.sources]
+    names = list(dict.fromkeys([*config.tasks, *config.sources]))
     with first_one_first():  # which may have to download
         loaded_tasks = load_tasks(names, config.data)
         model, tokenizer = load(config.model)
     # A task may be tested on and a source too, under the one name that the user gave.
     tasks_by_name: dict[str, Task] = {}
     notes = []
-    for name, task in zip(dict.fromkeys(names), loaded_tasks, strict=True):
+    for name, task in zip(names, loaded_tasks, strict=True):
         shortened, note = within(task, tokenizer, context_length(model))
         tasks_by_name[name] = shortened
         notes.append(note)

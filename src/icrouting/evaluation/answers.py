@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from icrouting.evaluation import records
+from icrouting.evaluation.folder import RunFolder
 from icrouting.evaluation.records import Record
 from icrouting.evaluation.runs import commit
 from icrouting.runtime.checks import in_words, known
@@ -82,9 +83,9 @@ def keep(run: Path, folder: Path, command: str) -> Path:
     file = folder / "answers.json"
     if file.exists():
         raise ValueError(f"{file} exists already: delete it or give another folder")
-    config = load_json(run / "config.json")
+    config = RunFolder(run).read_config()
     _check_no_other_run(folder, config)
-    run_records = records.read(run / "records.jsonl")
+    run_records = records.read(RunFolder(run).records)
     if not run_records:
         raise ValueError(f"{run} holds no records: there are no answers to keep")
     answers = Answers(command, commit(), *_by_cell(run_records))
@@ -104,10 +105,11 @@ def restore(folder: Path, run: Path) -> None:
     Raises:
         ValueError: The run's folder holds records or another run; or a file is damaged.
     """
-    file = run / "records.jsonl"
-    if file.exists():
+    file = RunFolder(run).records
+    # Those of other processes lie beside it.
+    if records.read(file):
         raise ValueError(f"{run} holds records already: give a new folder")
-    config = load_json(folder / "config.json")
+    config = RunFolder(folder).read_config()
     _check_no_other_run(run, config)
     restored = read_records(folder / "answers.json")
     run.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,11 @@ def outcome_of(
     Methods that were not timed yet are timed, fitted for `seed`.
     """
     config = folder.read_config()
+    refused = _refused(evaluation, tasks, config.get("refused", []))
+    # Before the timing, which takes a while: a kill there must not lose why a cell is empty.
+    folder.write_config({**config, "refused": refused})
     return Outcome(
-        refused=_refused(evaluation, tasks, config.get("refused", [])),
+        refused=refused,
         ratios=_ratios(evaluation, tasks, seed, config.get("timing", {}).get("ratios", [])),
         baseline=BASELINE,
         costs=fit_costs(folder.fits, config["methods"]),

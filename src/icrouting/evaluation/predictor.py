@@ -53,6 +53,11 @@ class Predictor:
         started = time.monotonic()
         scores = method.adjusted(task, examples, scores)
         seconds += (time.monotonic() - started) / len(prompts)
+        if len(scores) != len(prompts):
+            raise ValueError(
+                f"{method.name} gives scores of {len(scores)} prompts, of {len(prompts)} that were "
+                "asked: let `adjusted` return a row for each"
+            )
         predictions = scores.argmax(1).tolist()
         answers = []
         for place, index in enumerate(indices):

@@ -188,8 +188,9 @@ def _unique(values: Sequence[Any]) -> list[Any]:
 
 def command() -> str:
     """The command line that runs, as the files that it makes name it."""
-    program = Path(sys.argv[0]).name.replace("__main__.py", "icr")
-    return " ".join([program, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    is_module = (program.parent.name, program.name) == ("cli", "__main__.py")
+    return " ".join(["icr" if is_module else program.name, *sys.argv[1:]])
 
 
 def _short(value: object) -> str:

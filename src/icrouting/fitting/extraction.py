@@ -39,7 +39,7 @@ class Extraction:
 
     Attributes:
         moments: what this process has seen, without the batches that are held back.
-        n_done: number of prompts that all processes together are through with.
+        n_done: prompts that were handed out; at the end of a round all of them are run.
         file: where to save; None saves nothing.
     """
 
@@ -64,7 +64,7 @@ class Extraction:
         self._wait_to_save()
 
     def add(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Adds the queries and keys of a block of prompts; a few blocks are held back."""
+        """Adds the queries and keys of a block of prompts; up to HELD batches are held back."""
         self._held_back.extend(batches)
         if len(self._held_back) >= HELD:
             self._add_held_back()

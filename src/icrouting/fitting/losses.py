@@ -58,7 +58,7 @@ def sparsity_loss(
     """
     n_layers = routing_vector.shape[1]
     weights = torch.linspace(1.0, deepest_weight, n_layers, device=routing_vector.device)
-    # A mean over the rank is the L1 norm over it, as the equation has it.
+    # A mean over the rank is the L1 norm divided by the rank, as the equation has it.
     layer_sizes = routing_vector.abs().mean(-1)
     return (layer_sizes * weights).mean()
 

@@ -9,13 +9,19 @@ if TYPE_CHECKING:
     from icrouting.methods.settings import Settings
 
 # By name the module that defines it: the registry imports every method, and torch with them.
-_ROOMS = {"METHODS": "registry", "Method": "base", "Settings": "settings", "make": "registry"}
+_ROOMS = {
+    "LEARNING": "registry",
+    "METHODS": "registry",
+    "Method": "base",
+    "Settings": "settings",
+    "make": "registry",
+}
 
 __all__ = ["METHODS", "Method", "Settings", "make"]
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    if name not in _ROOMS:
         raise AttributeError(f"module 'icrouting.methods' has no attribute {name!r}")
     room = import_module(f"icrouting.methods.{_ROOMS[name]}")
     return getattr(room, name)

@@ -115,14 +115,16 @@ class Method:
                 kept_value = made_by.get(name, asked_value)
                 check_same(str(file), kept_value, asked_value)
             return
+        # `learn` leaves what it learned in its place.
         fit = self._learn_fit(decoder, sources, rng)
-        self.take(fit, decoder, sources)
+        self.tried = fit.tried
+        self.cost = fit.cost
         # What learned nothing, or is fitted on each task, has nothing of its own to keep.
         if file is not None and fit.tensors:
             save_fit(file, fit, {"method": self.name, **self._made_by()})
 
     def take(self, fit: Fit, decoder: Decoder, sources: Sequence[Task]) -> None:
-        """Puts a fit in force that was learned on this model, from these tasks."""
+        """Puts a kept fit in force that was learned on this model, from these tasks."""
         self.decoder = decoder
         self.sources = sources
         self.restore(fit.tensors)
@@ -306,16 +308,18 @@ class Method:
     def _moved_to(self, decoder: Decoder) -> "Method":
         """Returns this method on a decoder; ValueError if it was fitted on another model."""
         fitted_on: Decoder | None = vars(self).get("decoder")
-        if fitted_on is not None:
-            is_same_model = fitted_on.model is decoder.model
-            if is_same_model and fitted_on.tokenizer is decoder.tokenizer:
-                # The weights may have been changed in place, and a router is held against what
-                # they are: so the new decoder, which has not looked at them yet.
-                self.decoder = decoder
-                return self
-            if not is_same_model:
-                fitted_name = fitted_on.model.config.name_or_path
-                decoder.check_fitted_on(self.name, fitted_name, fitted_on.fingerprint)
+        if fitted_on is None:
+            self.decoder = decoder
+            return self
+        is_same_model = fitted_on.model is decoder.model
+        if is_same_model and fitted_on.tokenizer is decoder.tokenizer:
+            # The weights may have been changed in place, and a router is held against what
+            # they are: so the new decoder, which has not looked at them yet.
+            self.decoder = decoder
+            return self
+        if not is_same_model:
+            fitted_name = fitted_on.model.config.name_or_path
+            decoder.check_fitted_on(self.name, fitted_name, fitted_on.fingerprint)
         moved = copy(self)
         moved.decoder = decoder
         return moved

@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 
 from icrouting.evaluation import records
+from icrouting.evaluation.folder import RunFolder
 from icrouting.evaluation.records import BASELINE, Record
 from icrouting.report import metrics
 from icrouting.runtime.checks import known
-from icrouting.runtime.storage import load_json
 
 # Where these differ, two records of one item do not answer the same question to the same model.
 SAME_IN_ALL_RUNS = ("rows", "fingerprint", "dtype")
@@ -31,7 +31,7 @@ def leads(
     Raises:
         ValueError: The runs are of other rows, weights or dtypes; or a method or task is unknown.
     """
-    configs = [load_json(folder / "config.json") for folder in runs]
+    configs = [RunFolder(folder).read_config() for folder in runs]
     _check_same_items(configs)
     roles = {task["name"]: task["role"] for task in configs[0]["tasks"]}
     records_by_method = _records_by_method(runs)
@@ -46,8 +46,26 @@ def leads(
         ours = known("method", name, records_by_method)
         theirs = known("method", other_name, records_by_method)
         for group, task_names in groups.items():
-            leads_by_name[f"{name} over {other_name}, {group}"] = lead(ours, theirs, task_names)
+            shared = _shared_tasks(ours, theirs, task_names)
+            # Of a group that the two have no item of in common nothing can be said.
+            if shared:
+                points = lead(ours, theirs, shared)
+                if len(shared) < len(task_names):
+                    points["tasks"] = f"{len(shared)} of {len(task_names)}"
+                leads_by_name[f"{name} over {other_name}, {group}"] = points
+    if not leads_by_name:
+        raise ValueError("no two of the methods have answered the same items: nothing to pair")
     return leads_by_name
+
+
+def _shared_tasks(
+    ours: Sequence[Record], theirs: Sequence[Record], task_names: Sequence[str]
+) -> list[str]:
+    """The tasks of which both have answered an item for one seed."""
+    our_keys = {(record.task, record.seed, record.index) for record in ours}
+    their_keys = {(record.task, record.seed, record.index) for record in theirs}
+    shared = {task for task, _, _ in our_keys & their_keys}
+    return [name for name in task_names if name in shared]
 
 
 def task_groups(roles: Mapping[str, str], without: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -116,6 +134,8 @@ def in_words(name: str, points: Mapping[str, Any]) -> str:
     line = f"{name}: {points['value']:+.1f} ({interval})"
     if "by seed" in points:
         line += f", by seed {', '.join(f'{gain:+.1f}' for gain in points['by seed'])}"
+    if "tasks" in points:
+        line += f", {points['tasks']} tasks"
     if points["significantly below"]:
         line += f", significantly below on {points['significantly below']} task(s)"
     return line
@@ -137,7 +157,7 @@ def _check_same_items(configs: Sequence[Mapping[str, Any]]) -> None:
 def _records_by_method(runs: Sequence[Path]) -> dict[str, list[Record]]:
     records_by_key = {}
     for folder in runs:
-        for record in records.read(folder / "records.jsonl"):
+        for record in records.read(RunFolder(folder).records):
             records_by_key[record.key] = record
     records_by_method: dict[str, list[Record]] = {}
     for record in records_by_key.values():
