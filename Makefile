@@ -4,8 +4,8 @@ VENV ?= .venv
 EXTRAS ?= dev
 BIN = $(VENV)/bin
 CODE = src tests benchmarks docs
-# Two workers; one takes over what the other would do last.
-TESTS = $(BIN)/python -m pytest -q -n 2 --dist worksteal
+# Two workers, of one thread each; one takes over what the other would do last.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: demo quick fast test oldest lint style format clean
 
