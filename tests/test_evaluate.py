@@ -20,10 +20,12 @@ from icrouting.evaluation.config import EvalConfig
 from icrouting.evaluation.evaluate import Evaluation
 from icrouting.evaluation.folder import RunFolder
 from icrouting.evaluation.items import draw_items
+from icrouting.evaluation.outcome import outcome_of
 from icrouting.evaluation.timing import time_ratios
 from icrouting.methods import METHODS, Settings, make
 from icrouting.methods.prompting import ZeroShot
 from icrouting.methods.regimes import regimes
+from icrouting.runtime.storage import load_json, save_json
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Task
 
@@ -445,3 +447,34 @@ def test_where_a_file_system_has_no_locks_a_run_goes_on_and_says_so(
     with runs.claimed(RunFolder(tmp_path / "run"), config_of()):
         assert (tmp_path / "run" / "config.json").exists()
     assert f"cannot be locked against other runs ({error})" in caplog.text
+
+
+def test_a_refusal_is_written_before_the_timing(methods, tokenizer, tmp_path, monkeypatch):
+    """A kill while methods are timed does not lose why a cell of the table is empty."""
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("icrouting.evaluation.outcome.time_ratios", killed)
+    folder = RunFolder(tmp_path)
+    save_json(folder.config, {"methods": ["zero-shot", "few-shot"]})
+    decoder = Decoder.of(tiny.model("llama"), tokenizer)
+    evaluation = Evaluation(decoder, methods, TASKS, folder.records)
+    evaluation.refused = {("few-shot", "toy"): "why"}
+    with pytest.raises(KeyboardInterrupt):
+        outcome_of(evaluation, TASKS, 0, folder)
+    assert load_json(folder.config)["refused"] == [["few-shot", "toy", "why"]]
+
+
+def test_a_method_that_loses_rows_is_refused(tokenizer, tmp_path):
+    class Loses(ZeroShot):
+        name = "loses"
+
+        def adjusted(self, task, examples, scores):
+            return scores[1:]
+
+    decoder = Decoder.of(tiny.model("llama"), tokenizer)
+    evaluation = Evaluation(decoder, [Loses(Settings())], TASKS[:1], tmp_path / "r")
+    evaluation.run(TASKS[:1], (0,), 5)
+    assert "gives scores of 4 prompts, of 5 that were asked" in evaluation.refused["loses", "toy"]
+    assert records.read(tmp_path / "r") == []

@@ -106,3 +106,19 @@ def test_a_mistake_in_asking_for_leads_is_one_line_and_exit_code_two(
     folders = {name: runs / name for name in "abc"}
     words = [word.format(**folders) for word in arguments.split()]
     assert message in failure(capsys, *words)
+
+
+def test_a_group_says_how_many_of_its_tasks_both_have_answered_and_one_without_any_is_left_out(
+    runs,
+):
+    (runs / "d").mkdir()
+    config = fake_config()
+    sources = [task["name"] for task in config["tasks"] if task["role"] == "source"]
+    accuracies = {("few-shot", name): 0.7 for name in sources}
+    records.append(runs / "d" / "records.jsonl", fake_records(accuracies))
+    save_json(runs / "d" / "config.json", fake_config(rows="1"))
+    points = leads.leads([runs / "a", runs / "d"], ["few-shot/icr"])
+    assert set(points) == {"few-shot over icr, source tasks", "few-shot over icr, all tasks"}
+    assert points["few-shot over icr, all tasks"]["value"] == 20.0
+    line = leads.in_words("few-shot over icr, all tasks", points["few-shot over icr, all tasks"])
+    assert f"{len(sources)} of {len(config['tasks'])} tasks" in line
