@@ -21,8 +21,22 @@ torch.set_num_threads(1)
 # Long tests first: two workers that steal from one another then end together.
 LONG_MARKS = ("processes", "slow", "pinned", "browser")
 
+FURTHER_FAMILIES = set(tiny.ALL_CONFIGS) - set(tiny.CONFIGS)
+
+
+def of_a_further_family(item):
+    """Whether a test is a repetition for one of the families beyond those of `tiny.CONFIGS`."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    further = [each for each in parameters if isinstance(each, str) and each in FURTHER_FAMILIES]
+    return bool(further)
+
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        # `make fast` asks three families, which differ in all that matters to most changes.
+        if of_a_further_family(item):
+            item.add_marker(pytest.mark.slow)
+
     def place(item):
         marks = [mark for mark in LONG_MARKS if item.get_closest_marker(mark)]
         return LONG_MARKS.index(marks[0]) if marks else len(LONG_MARKS)

@@ -59,6 +59,7 @@ def failure(capsys, *arguments):
 
 
 @pytest.mark.parametrize("with_logits", [True, False])
+@pytest.mark.slow
 def test_a_run_made_again_of_its_kept_answers_reports_what_it_did(
     run, tmp_path, lines, with_logits
 ):
@@ -107,6 +108,7 @@ def test_answers_without_logits_restore_and_are_kept_again(run, tmp_path):
 
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.parent.name)
+@pytest.mark.slow
 def test_the_published_answers_are_those_of_the_published_tables(file):
     rights_by_cell = defaultdict(list)
     for one in answers.read_records(file):
@@ -117,6 +119,7 @@ def test_the_published_answers_are_those_of_the_published_tables(file):
     assert accuracies == pytest.approx(published)
 
 
+@pytest.mark.slow
 def test_the_command_keeps_a_runs_answers_and_makes_the_run_of_them_again(run, tmp_path, capsys):
     published, again = tmp_path / "published", tmp_path / "again"
     main.main(["report", str(run), "--keep-answers", str(published)])

@@ -143,6 +143,7 @@ def test_a_bad_hub_id_is_refused(saved_router):
         InContextRouter.from_pretrained(saved_router).push_to_hub("a b/c")
 
 
+@pytest.mark.slow
 def test_saving_keeps_the_card_of_these_weights_and_no_other(saved_router, tmp_path):
     icr = InContextRouter.from_pretrained(saved_router)
     icr.save_pretrained(tmp_path)

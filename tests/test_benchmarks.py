@@ -67,6 +67,7 @@ def test_every_interval_that_the_documents_name_is_a_published_figure():
         assert not [line for line in found if line not in published]
 
 
+@pytest.mark.slow
 def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder_folder):
     model = tiny.model("llama")
     model.save_pretrained(tmp_path / "tiny")
@@ -112,6 +113,7 @@ def test_speed_measures_every_part_and_no_row_twice(tmp_path, tokenizer, encoder
     assert json.loads(out.read_text())["rows"] == rows
 
 
+@pytest.mark.slow
 def test_the_precision_of_columns_is_measured_on_the_routing_that_is_in_use(tokenizer):
     """Columns held exactly give the routed scores.
 

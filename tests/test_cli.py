@@ -35,6 +35,7 @@ def failure(capsys, *arguments):
     return line
 
 
+@pytest.mark.slow
 def test_fit_eval_and_report_leave_a_whole_run(world, tmp_path, capsys):
     evaluate(world, tmp_path / "run")
     shown = capsys.readouterr().out
@@ -66,6 +67,7 @@ def test_fit_eval_and_report_leave_a_whole_run(world, tmp_path, capsys):
     assert (tmp_path / "run" / "report.html").read_text() == page
 
 
+@pytest.mark.slow
 def test_rows_longer_than_the_context_are_left_out_and_said_so(world, tmp_path, capsys):
     shutil.copytree(world / "data" / "sst2", tmp_path / "data" / "sst2")
     for split, n in (("train", 1), ("test", 2)):
@@ -144,6 +146,7 @@ def test_a_second_eval_into_a_live_run_is_refused_in_one_line(world, tmp_path, c
     evaluate(world, tmp_path / "run", *how)
 
 
+@pytest.mark.slow
 def test_icr_alone_is_timed_against_zero_shot(world, tmp_path):
     evaluate(world, tmp_path / "run", "--methods", "icr", "--n-test", "3")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -162,6 +165,7 @@ def test_a_finished_fit_is_not_repeated_and_another_one_is_refused(world, encode
     assert "router of other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_trunk_is_kept_until_the_router_is_saved(
     world, encoder_folder, tmp_path, capsys, monkeypatch
 ):
@@ -200,6 +204,7 @@ def test_generate_shows_both_continuations(world, capsys):
 
 
 @pytest.mark.usefixtures("in_float32")
+@pytest.mark.slow
 def test_a_model_may_be_spread_by_a_map(world, encoder_folder, capsys, monkeypatch):
     fit(world, encoder_folder, world / "router", "--device-map", "auto")
     assert "holds this router already" in capsys.readouterr().out

@@ -98,6 +98,7 @@ def routing_under(method, prompts=PROMPTS):
     return torch.cat([r.routing_vector for r in seen]), torch.cat([r.head_gates for r in seen])
 
 
+@pytest.mark.slow
 def test_a_control_that_changes_nothing_is_icr(icr, fits, tokenizer):
     refit, model = fits[controls.Refit], tiny.model("llama")
     with icr.attached(model, tokenizer):
@@ -108,6 +109,7 @@ def test_a_control_that_changes_nothing_is_icr(icr, fits, tokenizer):
     )
 
 
+@pytest.mark.slow
 def test_a_whitened_router_is_refitted_whitened(config, tokenizer, tmp_path):
     model = tiny.model("llama")
     whitened = InContextRouter.fit(
@@ -320,6 +322,7 @@ def test_without_a_router_the_defaults_are_those_of_a_fit():
     )
 
 
+@pytest.mark.slow
 def test_controls_are_fitted_once_for_all_seeds_and_labelled_rows_are_bounded(
     settings, tokenizer, tmp_path
 ):

@@ -43,6 +43,7 @@ def test_costs_are_means_over_the_fits_of_each_method(folder):
     assert i2cl["trained"] == 4 * 5
 
 
+@pytest.mark.slow
 def test_every_setting_that_was_tried_is_written(folder, tmp_path):
     write_tried(folder, ["task-vectors", "i2cl"], tmp_path / "tried.csv")
     rows = list(csv.DictReader((tmp_path / "tried.csv").read_text().splitlines()))

@@ -418,6 +418,7 @@ def test_the_synergy_pulls_on_the_vectors(tokenizer):
 
 
 @KINDS
+@pytest.mark.slow
 def test_pooled_sources_make_one_method_and_bad_input_one_line(kind, tokenizer):
     model = tiny.model("llama")
     method = fitted(kind, model, tokenizer, [TASK, OTHER], train_rows=7, tries=2)

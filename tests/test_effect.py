@@ -125,6 +125,7 @@ def test_the_line_holds_means_over_prompts(llama):
     assert "\n" not in line
 
 
+@pytest.mark.slow
 def test_without_prompts_those_of_the_last_call_are_taken(llama):
     model, tokenizer, icr = llama
     with icr.attached(model, tokenizer) as routed:

@@ -53,6 +53,7 @@ def pooled(tokenizer, encoder_folder):
 
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
+@pytest.mark.slow
 def test_with_one_task_it_is_an_added_mean_task_vector(family, tokenizer, encoder_folder):
     model = tiny.model(family)
     padded = tokenizer(prompts(), return_tensors="pt", padding=True)  # on the left
@@ -113,6 +114,7 @@ def test_the_sweep_that_adds_equals_the_naive_one(family, tokenizer):
     assert len(set(naive)) > 1
 
 
+@pytest.mark.slow
 def test_the_library_holds_the_last_tokens_states_of_prompts_that_the_retriever_does_not_ask(
     tokenizer, encoder_folder, monkeypatch
 ):
@@ -147,6 +149,7 @@ def test_the_library_holds_the_last_tokens_states_of_prompts_that_the_retriever_
     assert not any(query in text for query in queries[1] for text in shown[10:])
 
 
+@pytest.mark.slow
 def test_what_is_retrieved_is_the_mean_of_the_ten_likeliest_at_their_most_frequent_layer(
     pooled, encoder_folder
 ):
@@ -187,6 +190,7 @@ def test_a_prompt_that_retrieves_nothing_is_answered_as_by_the_bare_model(pooled
         assert torch.equal(scores(model, tokenizer, prompts()), plain)
 
 
+@pytest.mark.slow
 def test_the_threshold_recalls_enough_pairs_of_validation_rows_and_one_above_it_does_not(
     tokenizer, encoder_folder
 ):
@@ -204,6 +208,7 @@ def test_the_threshold_recalls_enough_pairs_of_validation_rows_and_one_above_it_
     assert method.n_trained == len(method.head) == (2 * 12 + 1) * 512 + (512 + 1) * 2
 
 
+@pytest.mark.slow
 def test_the_head_learns_which_task_a_query_is_of():
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(3, 8, generator=generator)
@@ -261,6 +266,7 @@ def test_a_source_task_without_validation_rows_is_refused(tokenizer, encoder_fol
         fitted(tiny.model("llama"), tokenizer, encoder_folder, (TASK, bare))
 
 
+@pytest.mark.slow
 def test_the_published_setting_is_tried_first_and_the_recall_only_where_there_is_a_retriever(
     pooled, tokenizer
 ):

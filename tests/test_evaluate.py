@@ -239,6 +239,7 @@ def test_a_context_kept_under_one_task_s_edits_is_read_anew_for_the_next(tokeniz
     assert found["both"] == found["alone"]
 
 
+@pytest.mark.slow
 def test_fits_are_kept_for_a_resumed_run(tokenizer, tmp_path, monkeypatch):
     from icrouting.methods.task_vectors import TaskVectors
 

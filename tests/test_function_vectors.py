@@ -130,6 +130,7 @@ def test_a_head_patched_with_its_own_output_has_no_effect(family, tokenizer):
     ("family", "budget"),
     [*((family, 8192) for family in ALL), ("llama", 1000), ("llama", 300), ("gemma3", 300)],
 )
+@pytest.mark.slow
 def test_effects_from_the_cache_equal_those_of_whole_prompts_patched_head_by_head(
     family, budget, tokenizer, monkeypatch
 ):
@@ -245,6 +246,7 @@ def test_k_and_layer_are_chosen_on_validation_rows_the_published_ones_first(
 
 
 @pytest.mark.parametrize(("n_right", "n_used"), [(26, 26), (19, 40)])
+@pytest.mark.slow
 def test_only_prompts_answered_rightly_are_averaged_unless_few_are(
     n_right, n_used, tokenizer, monkeypatch, caplog
 ):

@@ -90,6 +90,7 @@ def is_new(method, model, tokenizer):
     return found
 
 
+@pytest.mark.slow
 def test_the_limit_is_where_a_hundredth_of_other_rows_would_be_shut_out(settings, model, tokenizer):
     method = fitted(settings, model, tokenizer)
     drawn = np.random.default_rng(0)
@@ -135,6 +136,7 @@ def test_known_prompts_are_routed_and_new_ones_are_not(settings, model, tokenize
     assert not stack_of(model)._forward_hooks
 
 
+@pytest.mark.slow
 def test_generation_keeps_what_the_prompt_decided(settings, model, tokenizer):
     def said(prompt):
         inputs = tokenizer(prompt, return_tensors="pt")

@@ -75,6 +75,7 @@ def weights(icr):
     return torch.cat([parameter.flatten() for parameter in icr.router.parameters()])
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_its_own_queries(config, model, tokenizer):
     task = tiny.task()
     fitted = InContextRouter.fit(
@@ -109,6 +110,7 @@ def test_zero_strength_gives_the_logits_of_the_untouched_model(fitted, model, to
         assert (model(**inputs).logits - plain)[inputs["attention_mask"].bool()].abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_fitting_is_seeded(fitted, config, model, tokenizer):
     assert torch.equal(
         weights(InContextRouter.fit(model, tokenizer, [tiny.task()], config)), weights(fitted)
@@ -120,6 +122,7 @@ def test_fitting_is_seeded(fitted, config, model, tokenizer):
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 8])
+@pytest.mark.slow
 def test_a_fit_stopped_in_training_goes_on_to_the_same_router(
     stop_at, fitted, config, tokenizer, tmp_path, monkeypatch
 ):

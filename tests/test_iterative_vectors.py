@@ -69,6 +69,7 @@ def slow(model, shown, alone, strength):
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 @pytest.mark.parametrize("strength", [0.0, 0.5])
+@pytest.mark.slow
 def test_the_vectors_are_those_of_the_published_loop(family, strength, tokenizer):
     model = tiny.model(family)
     shown, alone = drawn(model, tokenizer)
@@ -77,6 +78,7 @@ def test_the_vectors_are_those_of_the_published_loop(family, strength, tokenizer
     assert found.abs().mean() > 1e-2
 
 
+@pytest.mark.slow
 def test_without_feedback_the_vectors_are_the_plain_mean_difference(tokenizer):
     model = tiny.model("llama")
     shown, alone = drawn(model, tokenizer)
@@ -88,6 +90,7 @@ def test_without_feedback_the_vectors_are_the_plain_mean_difference(tokenizer):
     assert not torch.allclose(extract(model, shown, plain, 0.9, 3)[0], found[0], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_feedback_follows_its_recursion_where_nothing_lies_between(tokenizer):
     """In layer 0 the change is the plain one plus strength times the vector.
 
@@ -128,6 +131,7 @@ def test_a_class_without_a_demonstration_adds_nothing_and_leaves_no_nan(tokenize
     assert found[:3].any(2).all()
 
 
+@pytest.mark.slow
 def test_tasks_are_pooled_in_the_querys_vector_and_apart_in_the_classes(tokenizer):
     model, other = tiny.model("llama"), tiny.task("others")
     shown, alone = drawn(model, tokenizer, 6)
@@ -177,6 +181,7 @@ def test_the_querys_vector_is_added_at_the_last_token_alone(family, tokenizer):
     assert not torch.allclose(changed, plain, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_default_of_the_published_code_is_tried_first_and_the_budget_holds(tokenizer):
     tried = fitted(tiny.model("llama"), tokenizer, tries=5).tried
     assert [(row["strength"], row["extraction_strength"]) for row in tried][:2] == [

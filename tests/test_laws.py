@@ -163,6 +163,7 @@ def tensors(draw):
 
 @laws(100)
 @given(tensors())
+@pytest.mark.slow
 def test_the_widened_product_is_the_dense_bias_and_widened_values_add_nothing(drawn):
     query, key, value, z_query, z_key, routing, layer, scaling = drawn
     gates, alpha = (

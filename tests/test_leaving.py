@@ -130,6 +130,7 @@ def test_an_exception_in_generation_leaves_nothing_behind(
 
 @pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("family", ALL)
+@pytest.mark.slow
 def test_attaching_over_and_over_leaves_no_hook_no_object_and_no_memory(
     family, encoder_folder, tokenizer
 ):

@@ -78,6 +78,7 @@ def saved(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_weights_on_disk_lie_in_the_cache_folder_as_long_as_their_model_lives(
     saved, tmp_path, monkeypatch
 ):

@@ -114,6 +114,7 @@ def test_an_adapter_is_the_weight_plus_scale_times_b_a(kind, family, tokenizer):
         assert torch.allclose(scores(model, tokenizer), scores(updated, tokenizer), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_last_block_is_what_pefts_own_names_say():
     """Equality with `layers_to_transform` and the family's list of names."""
     names = {
@@ -229,6 +230,7 @@ def test_training_on_kept_states_equals_training_on_whole_passes(kind, tokenizer
         assert weight.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_its_rows_and_stays_on_the_seed(tokenizer):
     model = tiny.model("llama")
     method = unfitted(model, LoraBlock)
@@ -286,6 +288,7 @@ def test_training_stops_where_the_held_loss_is_least():
     assert not torch.equal(seen[1], seen[2])
 
 
+@pytest.mark.slow
 def test_data_budgets_and_pooled_sources(tokenizer):
     model = tiny.model("llama")
     assert fitted(LoraBlock, model, tokenizer).n_labelled == 2 * 2 + len(TASK.validation)

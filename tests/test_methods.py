@@ -97,6 +97,7 @@ def test_a_task_vector_that_is_the_prompts_own_state_changes_nothing(family, tok
 
 
 @pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
+@pytest.mark.slow
 def test_the_cached_sweep_equals_the_naive_one(family, tokenizer):
     model, method = (
         tiny.model(family, "eager" if family == "gemma2" else "sdpa"),
@@ -243,6 +244,7 @@ def test_a_fit_comes_back_from_its_tensors(kind, tokenizer):
 
 
 @pytest.mark.parametrize("kind", [TaskVectors, I2CL, LoraBlock])
+@pytest.mark.slow
 def test_a_fit_is_taken_up_by_another_method_of_its_kind(kind, tokenizer):
     if kind is LoraBlock:
         pytest.importorskip("peft")
@@ -301,6 +303,7 @@ def test_context_vectors_are_means_at_the_newline_of_each_demonstration(tokenize
     assert torch.allclose(method.vectors, torch.stack(found).mean(0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_i2cl_trains_every_scalar_and_no_weight_of_the_model(tokenizer):
     model = tiny.model("llama")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -359,6 +362,7 @@ def test_the_noise_of_i2cl_is_in_training_only_and_of_the_published_size(tokeniz
     assert 0.8 < float(size.mean()) / (0.001 * 42**0.5) < 1.2
 
 
+@pytest.mark.slow
 def test_the_learning_rate_warms_up_from_nothing_and_ends_at_nothing(tokenizer, monkeypatch):
     rates = []
     step = torch.optim.AdamW.step

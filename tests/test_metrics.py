@@ -96,6 +96,7 @@ def test_accuracy_intervals_cover_when_seeds_share_items():
     assert n_covered / N_SIMULATED >= LEAST_COVERAGE
 
 
+@pytest.mark.slow
 def test_difference_intervals_cover_when_seeds_share_items():
     rng = np.random.default_rng(7)
     items = over_seeds([1] * 50, 3)
@@ -145,6 +146,7 @@ def test_mcnemar_counts_only_items_that_changed():
     assert metrics.mcnemar(mine, theirs) == pytest.approx(binomtest(5, 6).pvalue)
 
 
+@pytest.mark.slow
 def test_mcnemar_seldom_rejects_without_an_effect():
     rng = np.random.default_rng(9)
     items = over_seeds([1] * 40, 3)
@@ -158,6 +160,7 @@ def test_mcnemar_seldom_rejects_without_an_effect():
     assert n_rejected / N_SIMULATED <= 1 - LEAST_COVERAGE
 
 
+@pytest.mark.slow
 def test_mcnemar_seldom_rejects_where_seeds_move_a_method_about_an_equal_baseline():
     rng = np.random.default_rng(13)
     n_items = 200

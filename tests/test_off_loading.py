@@ -74,6 +74,7 @@ def fitted(model, tokenizer, encoder, folder=None):
 
 
 @pytest.mark.parametrize("features", ["encoder", HIDDEN])
+@pytest.mark.slow
 def test_a_fit_equals_that_in_memory_and_leaves_the_model_as_it_was(
     pair, features, encoder_folder, tmp_path
 ):
@@ -113,6 +114,7 @@ def icr(pair, encoder_folder):
     return icr
 
 
+@pytest.mark.slow
 def test_scores_and_generation_equal_those_in_memory(pair, icr):
     whole, spread, tokenizer = pair
     texts = [tiny.task().prompt(example) for example in tiny.task().test[:3]]

@@ -93,6 +93,7 @@ def test_a_saved_method_is_attached(folder):
     assert not torch.allclose(scores, scores_of_0_1("plain"), atol=CLOSE)
 
 
+@pytest.mark.slow
 def test_a_run_is_taken_up_and_reports_what_it_did(folder, nothing_is_computed, capsys):
     reports = ("report.md", "report.csv", "summary.json")
     written = {name: (folder / "run" / name).read_bytes() for name in reports}

@@ -83,6 +83,7 @@ def test_parameters_are_those_of_the_real_model_though_no_weight_is_there(family
 
 
 @pytest.mark.parametrize("layers", [None, (1, 3)])
+@pytest.mark.slow
 def test_a_real_fit_runs_the_tokens_and_leaves_the_bytes_that_were_planned(
     layers, tokenizer, tmp_path
 ):
@@ -188,6 +189,7 @@ def test_what_just_fits_is_let_through_and_a_byte_less_is_refused_with_advice():
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_quantised_checkpoints_weights_are_left_out_and_that_is_said(
     five_tasks, tmp_path, capsys
 ):

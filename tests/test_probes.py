@@ -123,6 +123,7 @@ def test_the_hidden_probe_learns_a_task_that_the_model_cannot_do(settings, token
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch_and_come_back_from_the_tensors(
     kind, settings, tokenizer
 ):

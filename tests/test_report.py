@@ -80,6 +80,7 @@ def text_of(page):
     )
 
 
+@pytest.mark.slow
 def test_every_cell_is_in_every_format(run_folder, page):
     summary = summarise(ICR_LOSES_ON_MR, fake_run())
     cells = summary.lines.loc["task"]
@@ -151,6 +152,7 @@ def test_the_summary_file_holds_the_conclusion_and_the_figures(run_folder):
     assert values["rivals"]["few-shot"]["high"] == summary.rivals["few-shot"].high
 
 
+@pytest.mark.slow
 def test_a_run_in_progress_renders_and_says_what_is_missing(tmp_path):
     done = [one for one in ICR_LOSES_ON_MR if one.method != "few-shot" and one.task != "cb"]
     cut = [one for one in done if (one.method, one.task, one.seed) != ("icr", "mr", 1)]
@@ -167,6 +169,7 @@ def test_a_run_in_progress_renders_and_says_what_is_missing(tmp_path):
     assert "Not complete: icr: no records on cb." in (tmp_path / "run" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_lone_baseline_renders_without_gains():
     some = fake_records({("zero-shot", "mr"): 0.5})
     run = fake_run(methods=("zero-shot",), tasks=[TASKS[1]])
@@ -176,6 +179,7 @@ def test_a_lone_baseline_renders_without_gains():
     assert made.summary.methods[0].n_compared == 0
 
 
+@pytest.mark.slow
 def test_methods_without_a_baseline_render():
     some = fake_records({("icr", "mr"): 0.5})
     made = report.report_of(fake_run(methods=("icr",), tasks=[TASKS[1]]), some)
@@ -183,6 +187,7 @@ def test_methods_without_a_baseline_render():
     assert "ICR" in text_of(report.html(made, NO_FOLDER))
 
 
+@pytest.mark.slow
 def test_what_comes_from_the_run_is_escaped():
     run = fake_run(notes=["<img src=x>"], model="<b>&", command="a 'b' \"c\" <d>")
     page = report.html(report.report_of(run, ICR_LOSES_ON_MR), NO_FOLDER)
@@ -190,6 +195,7 @@ def test_what_comes_from_the_run_is_escaped():
     assert "&lt;b&gt;&amp;" in page
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_refused_part_way_is_left_open(tmp_path):
     refused = [["few-shot", "mr", "a prompt is too long"]]
     records = [
@@ -204,6 +210,7 @@ def test_a_cell_that_was_refused_part_way_is_left_open(tmp_path):
     assert cut.lines.drop(columns="confusion").equals(whole.lines.drop(columns="confusion"))
 
 
+@pytest.mark.slow
 def test_what_was_finished_before_a_method_was_refused_is_shown():
     first = [r for r in ICR_LOSES_ON_MR if (r.method, r.task, r.seed) != ("few-shot", "mr", 1)]
     refused = [["few-shot", "mr", "loss is nan"]]
@@ -238,6 +245,7 @@ def test_a_missing_or_incomplete_configuration_is_a_clear_error(tmp_path):
             report.write(tmp_path)
 
 
+@pytest.mark.slow
 def test_drawing_leaves_matplotlibs_settings_alone():
     import matplotlib as mpl
 

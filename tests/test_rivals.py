@@ -87,6 +87,7 @@ def test_fit_apply_leave_save_load(kind, family, tokenizer, small_settings, tmp_
 
 
 @EVERY
+@pytest.mark.slow
 def test_a_mask_by_position_and_a_static_cache_change_nothing(kind, tokenizer, small_settings):
     model = tiny.model("llama")
     right, left = (tiny.prompts(side=side) for side in ("right", "left"))
@@ -119,6 +120,7 @@ def test_a_mask_by_position_and_a_static_cache_change_nothing(kind, tokenizer, s
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_prompt_is_the_same_however_generation_runs_it(kind, way, tokenizer, small_settings):
     model = tiny.model("llama")
     given = tokenizer(
@@ -134,6 +136,7 @@ def test_a_prompt_is_the_same_however_generation_runs_it(kind, way, tokenizer, s
 
 
 @pytest.mark.parametrize("kind", [TaskVectors, Elicit, IterativeVectors, FunctionVectors])
+@pytest.mark.slow
 def test_generated_tokens_are_left_alone_but_by_function_vectors(kind, tokenizer, small_settings):
     model, token = tiny.model("llama"), torch.tensor([[7]])
     method, given = (
@@ -208,6 +211,7 @@ def assert_same(method, other):
 
 
 @EVERY
+@pytest.mark.slow
 def test_what_was_learned_on_another_model_is_refused(kind, tokenizer, small_settings, tmp_path):
     method = fitted(kind, tiny.model("llama"), tokenizer, small_settings)
     save_method(method, tmp_path)
@@ -333,6 +337,7 @@ def test_a_method_fitted_on_each_task_is_attached_as_the_task_s_own(tokenizer, s
 
 
 @EVERY
+@pytest.mark.slow
 def test_a_second_method_is_refused_until_the_first_is_left(kind, tokenizer, small_settings):
     model = tiny.model("llama")
     method, other = (
@@ -378,6 +383,7 @@ def test_tensors_that_share_memory_or_are_turned_are_kept(
 
 
 @EVERY
+@pytest.mark.slow
 def test_a_fit_says_what_it_cost_and_what_it_tried(kind, tokenizer, small_settings, tmp_path):
     method = kind(small_settings)
     method.fit(
@@ -483,6 +489,7 @@ def test_a_regime_that_a_method_lacks_is_refused_with_the_reason(kind):
     [kind for kind in LEARNING if not kind.name.startswith("icr-")],
     ids=lambda kind: kind.name,
 )
+@pytest.mark.slow
 def test_a_decoder_inside_a_model_of_images_is_changed_or_refused_in_a_sentence(
     kind, tokenizer, small_settings
 ):

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import pytest
 from rich.console import Console
 
 from fake_run import ICR_LOSES_ON_MR, TASKS, fake_run, many_methods
@@ -48,6 +49,7 @@ def test_few_methods_are_columns():
     assert grids(summary) == [grid(summary, summary.methods)]
 
 
+@pytest.mark.slow
 def test_many_methods_are_lines_best_first_and_no_figure_is_lost():
     summary = summarise(*many_methods(WIDE + 1))
     means, tasks = grids(summary)
@@ -62,6 +64,7 @@ def test_many_methods_are_lines_best_first_and_no_figure_is_lost():
     assert averages == sorted(averages, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_method_that_lacks_tasks_is_ranked_last():
     records, config = many_methods(WIDE + 1)
     best = ranked(summarise(records, config))[0].name

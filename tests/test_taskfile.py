@@ -33,6 +33,7 @@ def test_the_documented_task_file_reads(stance):
     assert task.train[0].fields["text"] == "No more cars in the centre, please"
 
 
+@pytest.mark.slow
 def test_the_documented_command_runs_on_a_task_file(stance, tmp_path, capsys):
     import tiny
 

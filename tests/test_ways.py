@@ -24,6 +24,7 @@ def benches(encoder_folder):
 @pytest.mark.parametrize(
     ("way", "features"), TRIED, ids=[f"{way.group}: {way.name}: {kind}" for way, kind in TRIED]
 )
+@pytest.mark.slow
 def test_a_way_of_running_does_what_the_support_page_says(way, features, benches):
     bench = benches[features]
     if way.raises:
