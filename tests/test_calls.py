@@ -55,6 +55,7 @@ def stepped(model, ids):
 
 @KINDS
 @pytest.mark.parametrize("text", ["Review: good\nSentiment:", " bad"])
+@pytest.mark.slow
 def test_a_prompt_behind_a_cache_may_be_given_without_what_is_in_it(
     kind, text, tokenizer, encoder_folder
 ):
@@ -84,6 +85,7 @@ def test_a_prompt_behind_a_cache_may_be_given_without_what_is_in_it(
 
 
 @KINDS
+@pytest.mark.slow
 def test_other_prompts_that_run_meanwhile_are_read_as_themselves(kind, tokenizer, encoder_folder):
     model = tiny.model("llama")
     prompt, other = (
@@ -110,6 +112,7 @@ def test_other_prompts_that_run_meanwhile_are_read_as_themselves(kind, tokenizer
 
 
 @KINDS
+@pytest.mark.slow
 def test_guidance_reads_its_other_prompt_as_one(kind, tokenizer, encoder_folder):
     model = tiny.model("llama")
     prompt, other = (ids_of(tokenizer, text) for text in ("Review: good\nSentiment:", "bad , bad"))
@@ -133,6 +136,7 @@ def test_guidance_reads_its_other_prompt_as_one(kind, tokenizer, encoder_folder)
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "llama"])
 @pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 4}], ids=str)
+@pytest.mark.slow
 def test_a_static_cache_is_edited_beyond_a_window_too(family, more, tokenizer, encoder_folder):
     model, prompt = (
         tiny.model(family),
@@ -162,7 +166,8 @@ def test_a_model_gets_back_what_stood_in_place_of_its_methods(tokenizer, encoder
     with fitted(TaskVectors, model, tokenizer, encoder_folder).attached(model, tokenizer, TASK):
         assert model.generate(torch.tensor([[5]])) == "own"
     assert vars(model)["generate"] is own
-    with hooked(model, "icr"), hooked(model, "icr-gated"), replaced(model, generate=len):
+    inner = hooked(model, "icr", nullcontext())
+    with hooked(model, "icr-gated", inner), replaced(model, generate=len):
         pass
     assert vars(model)["generate"] is own
     assert "init_continuous_batching" not in vars(model)

@@ -27,10 +27,11 @@ def calls_of(model, run):
     """What the tracker says of the forwards that `run` makes."""
     calls = []
 
-    def note(call):
+    def note(call, run):
         # Both are found out when first asked for, which is to be before the forward runs.
         _ = call.n_seen, call.generation
         calls.append(call)
+        return run()
 
     with torch.no_grad(), tracked(model, model, note):
         run()
@@ -92,6 +93,7 @@ def test_a_call_reads_its_mask_alike_before_and_after_its_cache_is_filled(model)
     assert call.prompts().token_lists() == PROMPT[:, 2:].tolist()
 
 
+@pytest.mark.slow
 def test_a_routed_model_keeps_no_cache_alive_once_generate_is_left():
     bench = Bench(HIDDEN)
     with bench.attached():
@@ -103,6 +105,7 @@ def test_a_routed_model_keeps_no_cache_alive_once_generate_is_left():
         assert filled() is None
 
 
+@pytest.mark.slow
 def test_a_generate_that_fails_keeps_no_cache_alive():
     bench = Bench(HIDDEN)
     cache = DynamicCache(config=bench.model.config)

@@ -8,6 +8,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -131,6 +132,29 @@ def sharp(
                 torch.nn.init.normal_(weight, std=embed_std)
     tiny.generation_config.pad_token_id = 1
     return tiny.eval().requires_grad_(False)
+
+
+def vision_model(kernel: str = "sdpa") -> PreTrainedModel:
+    """A tiny model of images and text, whose text is read by the family "gemma3"."""
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = Gemma3Config(
+        text_config=CONFIGS["gemma3"].to_dict(),
+        vision_config=vision,
+        mm_tokens_per_image=1,
+        image_token_index=300,
+        boi_token_index=301,
+        eoi_token_index=302,
+        tie_word_embeddings=False,
+        pad_token_id=1,
+    )
+    return sharp(config, kernel, embed_std=0.4)
 
 
 def pids(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +19,7 @@ from icrouting.routing.artifact import Description, model_card
 from icrouting.routing.features import features_of
 from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Gate, Reader
-from icrouting.routing.rerouting import rerouted
+from icrouting.routing.rerouting import rerouted, unrouted
 from icrouting.routing.routed import Routed
 from icrouting.routing.router import Router
 from icrouting.tasks.task import Task
@@ -142,8 +142,8 @@ class InContextRouter(ModelHubMixin):
     def attached_by(self, reader: Reader, *, strength: float = 1.0) -> Iterator[Routed]:
         """Does what `attached` does, for a reader, whose model has been looked at already."""
         # Exact in every dtype at strength 0: wider heads round differently below float32.
-        with rerouted(reader, self.pids) if strength else nullcontext([]) as last:
-            yield Routed(reader, self.pids.layers, strength, last)
+        with rerouted(reader, self.pids) if strength else unrouted(reader) as now:
+            yield Routed(reader, self.pids.layers, strength, now.last, now.hold)
 
     def reader(
         self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None

@@ -1,7 +1,8 @@
 """Answering: which tokens of a forward pass answer a prompt."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -40,8 +41,12 @@ class Answering:
         # The beams of a prompt stand side by side.
         return [tokens for tokens in token_lists for _ in range(n_rows_each)]
 
-    def find(self, call: Call) -> None:
-        """Finds the tokens of a forward that is about to run."""
+    def around(self, call: Call, run: Callable[[], Any]) -> Any:
+        """Finds the tokens of a forward that is due, and runs it."""
+        self._find(call)
+        return run()
+
+    def _find(self, call: Call) -> None:
         self._call = call
         is_real = call.is_real
         answers = torch.zeros_like(is_real)
@@ -67,5 +72,5 @@ def answering(model: nn.Module, *, in_steps: bool) -> Iterator[Answering]:
     """
     now = Answering(in_steps)
     # The model itself is watched, since one of images hands its decoder embeddings alone.
-    with tracked(base_of(model), model, now.find):
+    with tracked(base_of(model), model, now.around):
         yield now

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -112,9 +112,10 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
 def context_length(model: nn.Module) -> int | None:
     """Returns the longest prompt a model was built for, in tokens.
 
-    None where its config names none.
+    None where its config names none. A model of images and text names it beside its text's sizes.
     """
-    return getattr(model.config, "max_position_embeddings", None)
+    config: PretrainedConfig = model.config  # pyright: ignore[reportAssignmentType]
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def tokenize(

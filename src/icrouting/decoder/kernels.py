@@ -24,6 +24,9 @@ def attention_function(
     """
     original = model.config._attn_implementation
     assert original is not None, "transformers gives every loaded model an attention implementation"
+    # A model inside it, of text or of images, may have another.
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    implementations = [config._attn_implementation for config in configs]
     AttentionInterface.register(name, function)
     # Without a mask function of the same name transformers would drop the mask silently.
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
@@ -38,3 +41,7 @@ def attention_function(
         yield
     finally:
         model.set_attn_implementation(original)
+        # What a config is given goes to those inside it, too: so the outer ones come first.
+        for config, implementation in zip(configs, implementations, strict=True):
+            if config._attn_implementation != implementation:
+                config._attn_implementation = implementation

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from icrouting.decoder.batches import Batch, by_length, pad
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import device_of, layers_of
+from icrouting.decoder.hold import of_this_thread
 from icrouting.decoder.passes import next_token_logits
 
 # Padded tokens of a pass that is run for the states which enter a layer.
@@ -62,7 +63,8 @@ def watch_entering(model: PreTrainedModel, first: int, *, stop: bool) -> Iterato
         if stop:
             raise _Reached
 
-    with layers_of(model)[first].register_forward_pre_hook(keep, with_kwargs=True):
+    hook = of_this_thread(keep)
+    with layers_of(model)[first].register_forward_pre_hook(hook, with_kwargs=True):
         yield entered
 
 

@@ -14,6 +14,7 @@ from transformers import Cache
 from icrouting.decoder.batches import Batch, by_length, pad
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, base_of, device_of
+from icrouting.decoder.hold import of_this_thread
 from icrouting.tasks.prompts import Prompt
 
 # Padded tokens of a pass. A prompt of more than half of it runs alone, and so without a mask.
@@ -65,7 +66,7 @@ def last_position_only(
 
     head = base_of(model).get_output_embeddings()
     assert head is not None, "a causal language model has a vocabulary head"
-    with head.register_forward_pre_hook(gather):
+    with head.register_forward_pre_hook(of_this_thread(gather)):
         yield
 
 

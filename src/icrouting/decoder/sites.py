@@ -94,6 +94,24 @@ class Family:
         return " and ".join(f"{place}.{name}" for name in names)
 
 
+# Takes "query" or "key", and the states, [batch, q_len, heads * head_dim].
+KeepStates = Callable[[str, Tensor], None]
+
+
+@contextmanager
+def watching(attention: nn.Module, family: Family, dims: Dims, keep: KeepStates) -> Iterator[None]:
+    """Inside, a forward hands what the sites give to `keep`."""
+
+    def hand_on(name: str, site: Site, module: nn.Module, args: tuple, output: Tensor) -> None:
+        keep(name, site.read(output, dims))
+
+    with ExitStack() as hooks:
+        for name, site in sites_of(family):
+            module = getattr(attention, site.module)
+            hooks.enter_context(module.register_forward_hook(partial(hand_on, name, site)))
+        yield
+
+
 @contextmanager
 def watched(attention: nn.Module, family: Family, dims: Dims) -> Iterator[dict[str, Tensor]]:
     """Inside, a forward leaves the sites' outputs under "query" and "key".
@@ -101,12 +119,10 @@ def watched(attention: nn.Module, family: Family, dims: Dims) -> Iterator[dict[s
     They are [batch, q_len, heads * head_dim].
     """
     outputs: dict[str, Tensor] = {}
-
-    def keep(name: str, site: Site, module: nn.Module, args: tuple, output: Tensor) -> None:
-        outputs[name] = site.read(output, dims)
-
-    with ExitStack() as hooks:
-        for name, site in (("query", family.query), ("key", family.key)):
-            module = getattr(attention, site.module)
-            hooks.enter_context(module.register_forward_hook(partial(keep, name, site)))
+    with watching(attention, family, dims, outputs.__setitem__):
         yield outputs
+
+
+def sites_of(family: Family) -> tuple[tuple[str, Site], tuple[str, Site]]:
+    """Returns a family's sites by "query" and "key"."""
+    return ("query", family.query), ("key", family.key)

@@ -6,9 +6,9 @@ model.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from icrouting.decoder.batches import attended
 from icrouting.decoder.calls import cache_of, called_with, generate_ids, n_seen, read_by
 from icrouting.decoder.families import base_of
-from icrouting.decoder.hold import replaced
+from icrouting.decoder.hold import Hold, Uncopied, Wrapped, replaced
 
 
 @dataclass(frozen=True)
@@ -182,12 +182,24 @@ class Call:
         return self.tokens if self.generation is None else self.generation.prompts()
 
 
-class PromptTracker:
-    """Tells `before` of every forward which prompt it is part of."""
+# From a forward that is due and what runs it, the forward's output.
+Around = Callable[[Call, Callable[[], Any]], Any]
 
-    def __init__(self, before: Callable[[Call], None]):
-        self._before = before
+# What the whole model takes beside text begins with one of these.
+_NO_TEXT = ("pixel_values", "image", "video", "audio", "input_features")
+
+
+class PromptTracker(Uncopied):
+    """Tells `around` of every forward which prompt it is part of."""
+
+    def __init__(self, module: nn.Module, base: nn.Module, around: Around, hold: Hold | None):
+        self._module = module
+        self._base = base
+        self._around = around
+        self._hold = hold
         self._generations: list[Generation] = []
+        # What the whole model was called with, while it runs.
+        self._outer_arguments: dict[str, Any] = {}
 
     def generate(self, plain_generate: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls `plain_generate`, and remembers its prompt meanwhile."""
@@ -226,32 +238,90 @@ class PromptTracker:
                 n_prompt += n_cached
         return Generation(input_ids, mask, n_cached, n_prompt, cache)
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Describes a forward to `before`: a hook of the module that runs it."""
-        arguments = called_with(module, args, kwargs)
+    def whole_forward(self, plain_forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Calls the whole model's `plain_forward`, and remembers its arguments meanwhile.
+
+        A model of images and text embeds its tokens itself, and hands its stack embeddings alone.
+        """
+        arguments_before = self._outer_arguments
+        self._outer_arguments = called_with(self._base, args, kwargs)
+        try:
+            return plain_forward(*args, **kwargs)
+        finally:
+            self._outer_arguments = arguments_before
+
+    def forward(self, plain_forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Has `around` call the watched module's `plain_forward`."""
+        arguments = self._with_ids(called_with(self._module, args, kwargs))
         innermost, outermost = None, None
         if self._generations:
             outermost = self._generations[0]
             # A forward cannot be part of one further out: that waits until this one is done.
             innermost = self._generations[-1]
             innermost.note(arguments)
-        self._before(Call(arguments, innermost, outermost))
+        call = Call(arguments, innermost, outermost)
+        return self._around(call, lambda: plain_forward(*args, **kwargs))
+
+    def in_turn(self, plain: Callable, around: Callable[..., Any]) -> Wrapped:
+        """Returns a method of the model with one of the three above around it.
+
+        Threads take turns at a held model, which each call finds as it was when it was attached.
+        """
+        hold = self._hold
+        if hold is None:
+            return Wrapped(plain, around)
+
+        def take_turn(plain: Callable, *args: Any, **kwargs: Any) -> Any:
+            with hold.lock:
+                # A call that waited until the method was left is a plain one.
+                if hold.is_over:
+                    return plain(*args, **kwargs)
+                # Else it is within a call of the whole model, which has been looked at.
+                if not self._outer_arguments:
+                    hold.check()
+                return around(plain, *args, **kwargs)
+
+        return Wrapped(plain, take_turn)
+
+    def _with_ids(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Returns a stack's arguments with the ids that the whole model embedded for it."""
+        embeddings = arguments.get("inputs_embeds")
+        input_ids = self._outer_arguments.get("input_ids")
+        if arguments.get("input_ids") is not None or embeddings is None or input_ids is None:
+            return arguments
+        if input_ids.shape != embeddings.shape[:2]:
+            return arguments
+        for name, value in self._outer_arguments.items():
+            if value is not None and name.startswith(_NO_TEXT):
+                raise ValueError(
+                    f"an attached model reads text alone: call it without `{name}`, or leave the "
+                    "method first"
+                )
+        mask = self._outer_arguments.get("attention_mask")
+        return arguments | {"input_ids": input_ids, "attention_mask": mask}
 
 
 @contextmanager
-def tracked(module: nn.Module, model: nn.Module, before: Callable[[Call], None]) -> Iterator[None]:
-    """Inside, `before` is told of every forward of a module which prompt it is part of.
+def tracked(
+    module: nn.Module, model: nn.Module, around: Around, hold: Hold | None = None
+) -> Iterator[None]:
+    """Inside, `around` is told of every forward of a module which prompt it is part of.
 
     Args:
         module: the model itself, or the stack of layers in it that its forwards go through.
         model: the model whose `generate` is watched.
-        before: called before each forward.
+        around: called with each forward that is due and with what runs it; returns its output.
+        hold: the hold on the model, so that forwards of the stack take turns too.
     """
     base = base_of(model)
-    tracker = PromptTracker(before)
-    plain_generate: Callable = base.generate  # pyright: ignore[reportAssignmentType]
-    with (
-        replaced(base, generate=partial(tracker.generate, plain_generate)),
-        module.register_forward_pre_hook(tracker.before_forward, with_kwargs=True),
-    ):
+    tracker = PromptTracker(module, base, around, hold)
+    generate: Callable = base.generate  # pyright: ignore[reportAssignmentType]
+    with ExitStack() as leaving:
+        tracked_generate = tracker.in_turn(generate, tracker.generate)
+        leaving.enter_context(replaced(base, generate=tracked_generate))
+        if module is not base:
+            whole_forward = tracker.in_turn(base.forward, tracker.whole_forward)
+            leaving.enter_context(replaced(base, forward=whole_forward))
+        tracked_forward = tracker.in_turn(module.forward, tracker.forward)
+        leaving.enter_context(replaced(module, forward=tracked_forward))
         yield

@@ -301,8 +301,7 @@ class Method:
         """
         check_alone(model, self.name)
         method = self.on(task)._moved_to(Decoder.of(model, tokenizer))
-        # Held once its hooks are in place, which may hold the model themselves.
-        with method.applied(task), hooked(method.decoder.base, method.name):
+        with hooked(method.decoder.base, method.name, method.applied(task)):
             yield method
 
     def _moved_to(self, decoder: Decoder) -> "Method":

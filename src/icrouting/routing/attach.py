@@ -7,21 +7,23 @@ same name, widens the query and calls the model's own kernel.
 """
 
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from icrouting.decoder.families import attention_of, base_of, dims_of, family_of
-from icrouting.decoder.hold import check_alone, hooked
+from icrouting.decoder.families import attention_of, base_of, dims_of, family_of, stack_of
+from icrouting.decoder.hold import Hold, Uncopied, hooked
 from icrouting.decoder.kernels import attention_function
-from icrouting.decoder.sites import Dims, watched
+from icrouting.decoder.places import Places
+from icrouting.decoder.sites import Dims, sites_of, watching
 from icrouting.routing.attention import project, widen_key, widen_query, widen_value
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Routing
@@ -56,36 +58,62 @@ class _Directions:
         return project(states, directions)
 
 
-class RoutedLayer:
+class _LatestStates(threading.local):
+    """The current tokens' queries and keys before rotary embedding, each thread's its own.
+
+    Each is taken once: what a forward did not leave must not be read from the one before it.
+    """
+
+    def __init__(self):
+        self._states: dict[str, Tensor] = {}
+
+    def keep(self, name: str, states: Tensor) -> None:
+        """Keeps states under "query" or "key", until they are taken."""
+        self._states[name] = states
+
+    def clear(self) -> None:
+        """Drops what was kept, where nobody takes it."""
+        self._states.clear()
+
+    def take(self, name: str) -> Tensor:
+        """Returns what was kept last, once; RuntimeError where nothing was."""
+        states = self._states.pop(name, None)
+        if states is None:
+            raise RuntimeError(
+                f"a routed layer's {name} projection did not run, or its hooks are gone: leave "
+                "`attached` before you change the model, and attach it again"
+            )
+        return states
+
+
+class RoutedLayer(Uncopied):
     """What one attention module needs while it is routed.
 
     Attributes:
         attachment: that of all routed layers.
         position: its place among the routed layers.
         rank: columns that queries, keys and values get.
-        store: the current tokens' "query" and "key" before rotary embedding.
+        states: the current tokens' queries and keys before rotary embedding.
         query_directions: what these queries are projected on.
         key_directions: what these keys are projected on.
     """
 
-    def __init__(
-        self, attachment: "Attachment", position: int, pids: PIDs, store: dict[str, Tensor]
-    ):
+    def __init__(self, attachment: "Attachment", position: int, pids: PIDs):
         self.attachment = attachment
         self.position = position
         self.rank = pids.rank
-        self.store = store
+        self.states = _LatestStates()
         self.query_directions = _Directions(pids.query_directions()[position])
         self.key_directions = _Directions(pids.key_directions()[position])
 
     def widen_cached(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Returns keys and values of the current tokens, widened."""
-        z_key = self.key_directions.project(self.store["key"])
+        z_key = self.key_directions.project(self.states.take("key"))
         return widen_key(key, z_key), widen_value(value, self.rank)
 
     def widen_queries(self, query: Tensor, weights: Tensor) -> Tensor:
         """Returns queries of the current tokens, widened; `weights` have a row for each row."""
-        z_query = self.query_directions.project(self.store["query"])
+        z_query = self.query_directions.project(self.states.take("query"))
         return widen_query(query, z_query, weights)
 
     def swap_cache(
@@ -127,32 +155,111 @@ class _WideningCache:
 
 
 @dataclass
-class _Placed:
-    """A routing as a batch needs it.
+class RoutedPass:
+    """One forward pass: its routing, and that as its batch needs it.
 
     Attributes:
-        routing: the routing that this was made of.
-        n_rows: the rows of the batch.
-        repeated: the routing with a row for each of them; None where it adds nothing.
-        weights: those of the layers that ran, by their place among the routed ones.
+        routing: one row per query; None makes the first routed layer an error.
+        repeated: by the number of rows, the routing with a row for each; None where it adds
+            nothing.
+        weights: those of the layers that ran, by their place among the routed ones and the number
+            of rows.
     """
 
-    routing: Routing
-    n_rows: int
-    repeated: Routing | None
-    weights: dict[int, Tensor] = field(default_factory=dict)
+    routing: Routing | None = None
+    repeated: dict[int, Routing | None] = field(default_factory=dict)
+    weights: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def routing_for(self, n_rows: int) -> Routing | None:
+        """Returns the routing of a batch, which all layers share; None where it adds nothing."""
+        routing = self.routing
+        if routing is None:
+            raise ValueError(
+                "the model is attached but this layer has no routing: call the whole model, with "
+                "`input_ids`; no layer by itself, nor by another checkpointing than "
+                "`gradient_checkpointing_enable()`"
+            )
+        if n_rows not in self.repeated:
+            self.repeated[n_rows] = routing.repeated(n_rows) if _adds(routing) else None
+        return self.repeated[n_rows]
 
 
 class Attachment:
     """A model's routed layers while attached.
 
     Attributes:
-        routing: the next pass's, one row per query; None makes a pass an error.
+        hold: the hold on the model.
+        current: the pass that runs.
     """
 
+    hold: Hold
+
     def __init__(self):
-        self.routing: Routing | None = None
-        self._placed: _Placed | None = None
+        self.current = RoutedPass()
+        self._is_comparing = False
+        # The thread whose pass this is; None where whoever sets `routing` looks after that.
+        self._thread: int | None = None
+        self._places: Places | None = None
+        # What each routed attention module looks its kernel up in.
+        self._configs: list[PretrainedConfig] = []
+
+    @property
+    def routing(self) -> Routing | None:
+        """The routing of the passes from now on, one row per query."""
+        return self.current.routing
+
+    @routing.setter
+    def routing(self, routing: Routing | None) -> None:
+        self.current = RoutedPass(routing)
+
+    @contextmanager
+    def running(self, routed_pass: RoutedPass) -> Iterator[None]:
+        """Inside, a pass runs, begun anew or a second time for its gradients, by this thread."""
+        pass_before = self.current
+        thread_before = self._thread
+        self.current = routed_pass
+        self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self.current = pass_before
+            self._thread = thread_before
+
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Inside, passes on the model's own kernel are wanted, and no mistake."""
+        self._is_comparing = True
+        try:
+            yield
+        finally:
+            self._is_comparing = False
+
+    def watch(self, model: nn.Module, layers: Sequence[int]) -> None:
+        """Remembers where the routed layers' modules are, for `check`."""
+        family = family_of(model)
+        self._places = Places(base_of(model))
+        for layer in layers:
+            attention = attention_of(model, layer)
+            self._configs.append(getattr(attention, "config", base_of(model).config))
+            for _, site in sites_of(family):
+                self._places.add(getattr(attention, site.module))
+
+    def check(self) -> None:
+        """Checks that a pass which begins now would be routed as a whole.
+
+        RuntimeError says what was changed since the model was attached.
+        """
+        assert self._places is not None, "`watch` comes before"
+        self._places.check()
+        for config in self._configs:
+            kernel = config._attn_implementation
+            if kernel not in _ALIASES.values() and not self._is_comparing:
+                raise RuntimeError(
+                    f"the attention implementation was set to {kernel!r} while the model is "
+                    "attached, which would run unrouted: leave `attached`, set it, and attach "
+                    "again (for attention weights load the model with 'eager', and give "
+                    "`output_attentions=True` to each call)"
+                )
 
     def weights_for(
         self, position: int, n_rows: int, scaling: float, device: torch.device
@@ -161,30 +268,26 @@ class Attachment:
 
         None where they add nothing and are not being trained.
         """
-        placed = self._place(n_rows)
-        if placed.repeated is None:
+        if self._thread not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "a call that began before the model was attached met the call of another thread: "
+                "attach the model while no other thread runs it"
+            )
+        routed_pass = self.current
+        repeated = routed_pass.routing_for(n_rows)
+        if repeated is None:
             return None
-        if position in placed.weights:
-            return placed.weights[position]
-        alpha = placed.repeated.routing_vector[:, position, None, None]
-        gates = placed.repeated.head_gates[:, position, :, None, None]
+        key = (position, n_rows)
+        if key in routed_pass.weights:
+            return routed_pass.weights[key]
+        alpha = repeated.routing_vector[:, position, None, None]
+        gates = repeated.head_gates[:, position, :, None, None]
         weights = (gates * alpha / scaling).to(device)
         # In training each layer computes its own, also when checkpointing runs it again: it counts
         # what is computed.
         if not (alpha.requires_grad or gates.requires_grad):
-            placed.weights[position] = weights
+            routed_pass.weights[key] = weights
         return weights
-
-    def _place(self, n_rows: int) -> _Placed:
-        """Returns the routing in force for a batch, which all layers of a pass share."""
-        routing = self.routing
-        if routing is None:
-            raise ValueError("the model is attached but has no routing: call it with `input_ids`")
-        placed = self._placed
-        if placed is None or placed.routing is not routing or placed.n_rows != n_rows:
-            repeated = routing.repeated(n_rows) if _adds(routing) else None
-            placed = self._placed = _Placed(routing, n_rows, repeated)
-        return placed
 
 
 def _adds(routing: Routing) -> bool:
@@ -217,6 +320,8 @@ def _attention_function(original: str) -> Callable:
             n_rows = query.shape[0]
             weights = layer.attachment.weights_for(layer.position, n_rows, scaling, query.device)
         if layer is None or weights is None:
+            if layer is not None:
+                layer.states.clear()
             # Wider heads may round differently, so columns that add nothing are left out.
             if key.shape[-1] != width:
                 key = key[..., :width].contiguous()
@@ -246,7 +351,7 @@ def _kernel(name: str, module: nn.Module) -> Callable:
 
 def routed_kernel(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Inside, the model uses our attention function over the kernel that it used before."""
-    original = model.config._attn_implementation
+    original = stack_of(model).config._attn_implementation
     alias = _ALIASES.get(original or "")
     if original is None or alias is None:
         raise ValueError(
@@ -263,25 +368,38 @@ def attach(model: nn.Module, pids: PIDs) -> Iterator[Attachment]:
     On leaving, also by an exception, hooks and attention implementation are as they were.
     """
     base = base_of(model)
-    family = family_of(model)
     dims = dims_of(model)
-    check_alone(base, "icr")
     check_layers(pids.layers, dims.n_layers)
     _check_widths(pids, dims)
     attachment = Attachment()
+    with hooked(base, "icr", _routed_layers(model, pids, attachment)) as hold:
+        attachment.hold = hold
+        yield attachment
+
+
+@contextmanager
+def _routed_layers(model: nn.Module, pids: PIDs, attachment: Attachment) -> Iterator[None]:
+    """Inside, the hooks of all routed layers are in place, and the kernel is ours."""
+    family = family_of(model)
+    dims = dims_of(model)
     with ExitStack() as leaving:
         for position, index in enumerate(pids.layers):
             attention = attention_of(model, index)
-            store = leaving.enter_context(watched(attention, family, dims))
-            layer = RoutedLayer(attachment, position, pids, store)
+            layer = RoutedLayer(attachment, position, pids)
+            leaving.enter_context(watching(attention, family, dims, layer.states.keep))
             _routed[attention] = layer
             leaving.callback(_routed.pop, attention)
             leaving.enter_context(
                 attention.register_forward_pre_hook(layer.swap_cache, with_kwargs=True)
             )
-        leaving.enter_context(routed_kernel(base))
-        leaving.enter_context(hooked(base, "icr"))
-        yield attachment
+        leaving.enter_context(routed_kernel(base_of(model)))
+        yield
+
+
+def attachment_of(model: nn.Module, layer: int) -> Attachment | None:
+    """Returns the attachment that routes a layer; None where none does."""
+    routed_layer = _routed.get(attention_of(model, layer))
+    return None if routed_layer is None else routed_layer.attachment
 
 
 def _check_widths(pids: PIDs, dims: Dims) -> None:

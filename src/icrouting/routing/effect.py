@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from icrouting.decoder.batches import pad
 from icrouting.decoder.families import attention_of, base_of, device_of
 from icrouting.decoder.passes import next_token_logits
-from icrouting.routing.attach import routed_kernel
+from icrouting.routing.attach import attachment_of, routed_kernel
 from icrouting.routing.router import Routing
 
 # A routing far too weak for bfloat16 still moved the logits of SmolLM2 by 2.4 units of the largest
@@ -88,7 +88,10 @@ def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...])
         attn_weights = output[1]
         weights_by_run.append(attn_weights[0].cpu())
 
+    attachment = attachment_of(model, layers[0])
     with ExitStack() as leaving:
+        if attachment is not None:
+            leaving.enter_context(attachment.comparing())
         for layer in layers:
             leaving.enter_context(attention_of(model, layer).register_forward_hook(keep))
         leaving.callback(base.set_attn_implementation, implementation)

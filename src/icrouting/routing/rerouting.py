@@ -3,15 +3,19 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Cache
 
 from icrouting.decoder.families import CACHE
+from icrouting.decoder.hold import Hold, Uncopied
 from icrouting.decoder.partial import entering_of
 from icrouting.decoder.tracking import Call, Generation, PromptTokens, tracked
-from icrouting.routing.attach import Attachment, attach
+from icrouting.routing.attach import Attachment, RoutedPass, attach
+from icrouting.routing.checkpointing import checkpointing_followed
 from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
@@ -21,7 +25,7 @@ def _no_cache() -> None:
     """What stands for a forward without a cache."""
 
 
-class _Rerouter:
+class _Rerouter(Uncopied):
     """Gives every forward pass the routing of its prompt.
 
     A prefill (no cache, or an empty one) is routed by its own tokens, once the states that enter
@@ -33,10 +37,13 @@ class _Rerouter:
         last: the tokens of the prompts that were routed last.
     """
 
-    def __init__(self, reader: Reader, attachment: Attachment):
+    def __init__(
+        self, reader: Reader, attachment: Attachment, take_up_checkpointing: Callable[[], None]
+    ):
         self.last: list[list[int]] = []
         self._reader = reader
         self._attachment = attachment
+        self._take_up_checkpointing = take_up_checkpointing
         self._routing_by_cache: weakref.WeakKeyDictionary[Cache, Routing]
         self._routing_by_cache = weakref.WeakKeyDictionary()
         # The outermost `generate` that runs, the prompt to route it by, and its routing once that
@@ -44,26 +51,37 @@ class _Rerouter:
         self._generation: Generation | None = None
         self._prompts: PromptTokens | None = None
         self._held: Routing | None = None
-        # What the first routed layer is to read, and the cache that this forward fills.
-        self._pending: PromptTokens | None = None
-        self._cache: Callable[[], Cache | None] = _no_cache
+        self._forward: _Forward | None = None
         self._is_reading = False
 
-    def before_forward(self, call: Call) -> None:
-        """Finds the routing of a forward, or leaves it to the first routed layer to read it."""
+    def around(self, call: Call, run: Callable[[], Any]) -> Any:
+        """Runs a forward that is due, by the routing of its prompt."""
         if self._is_reading:
-            return
+            return run()
+        if torch.is_grad_enabled():
+            self._take_up_checkpointing()
+        forward_before = self._forward
+        # One of its own, as a hook of the user may call the model while it runs.
+        self._forward = forward = _Forward(call.cache)
+        try:
+            with self._attachment.running(forward.routed_pass):
+                self._find_routing(call, forward)
+                output = run()
+        finally:
+            self._forward = forward_before
+        self._note_cache(forward, output)
+        return output
+
+    def _find_routing(self, call: Call, forward: "_Forward") -> None:
+        """Finds the routing of a forward, or leaves it to the first routed layer to read it."""
         if call.outermost is not self._generation:
             self._follow(call.outermost)
-        self._pending = None
-        # Weakly, since a generation that fails must not leave its keys and values alive.
-        self._cache = _no_cache if call.cache is None else weakref.ref(call.cache)
         if self._held is not None:
-            self._use(self._held)
+            self._use(self._held, forward)
         elif self._prompts is None and call.n_seen > 0:
-            self._use(self._routing_of_cache())
+            self._use(self._routing_of(forward), forward)
         else:
-            self._read(call)
+            self._read(call, forward)
 
     def _follow(self, generation: Generation | None) -> None:
         """Takes up what a `generate` is routed by: its prompt, or the cache it goes on from."""
@@ -77,9 +95,9 @@ class _Rerouter:
         else:
             self._prompts = generation.prompts()
 
-    def _routing_of_cache(self) -> Routing:
-        """Returns the routing of the cache that this forward goes on from."""
-        cache = self._cache()
+    def _routing_of(self, forward: "_Forward") -> Routing:
+        """Returns the routing of the cache that a forward goes on from."""
+        cache = forward.cache()
         routing = None if cache is None else self._routing_by_cache.get(cache)
         if routing is None:
             raise ValueError(
@@ -88,75 +106,123 @@ class _Rerouter:
             )
         return routing
 
-    def _read(self, call: Call) -> None:
+    def _read(self, call: Call, forward: "_Forward") -> None:
         """Has a prompt read: from this forward or, where that is cut, by a pass of its own."""
         tokens = call.tokens
         if tokens is None:
             raise ValueError(
                 "a routed model needs `input_ids` to be routed by, got `inputs_embeds` alone"
             )
-        # Until the routing is there, a routed layer that runs is an error.
-        self._attachment.routing = None
         if self._prompts is None:
-            self._pending = tokens
+            forward.pending = tokens
         elif tokens.q_len < self._prompts.q_len:
-            self._read_apart(self._prompts)
+            self._read_apart(self._prompts, forward)
         else:
             # Drafted tokens may stand behind the prompt.
-            self._pending = tokens.first(self._prompts.q_len)
+            forward.pending = tokens.first(self._prompts.q_len)
 
-    def _read_apart(self, prompts: PromptTokens) -> None:
+    def _read_apart(self, prompts: PromptTokens, forward: "_Forward") -> None:
         """Reads the routing of whole prompts by a pass of its own, up to the first routed layer."""
         self._is_reading = True
         try:
             self.last[:] = prompts.token_lists()
-            self._use(self._reader.of_tokens(self.last))
+            self._use(self._reader.of_tokens(self.last), forward)
         finally:
             self._is_reading = False
 
     def at_first_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Reads the routing that is pending, from the states that enter the first routed layer."""
-        prompts = self._pending
-        if prompts is None:
+        forward = self._forward
+        # A layer that runs again for its gradients is part of no forward any more.
+        if forward is None or forward.pending is None:
             return
+        prompts = forward.pending
         hidden = entering_of(args, kwargs)[:, : prompts.q_len]
         self.last[:] = prompts.token_lists()
-        self._use(self._reader.of_states(self.last, prompts.real(hidden)))
+        self._use(self._reader.of_states(self.last, prompts.real(hidden)), forward)
 
-    def _use(self, routing: Routing) -> None:
-        """Routes this forward, and all that go on from its prompt."""
-        self._pending = None
-        self._attachment.routing = routing
+    def _use(self, routing: Routing, forward: "_Forward") -> None:
+        """Routes a forward, and all that go on from its prompt."""
+        forward.pending = None
+        forward.routed_pass.routing = routing
         if self._prompts is not None:
             self._held = routing
-        cache = self._cache()
+        cache = forward.cache()
         if cache is not None:
             # A routing lives as long as its cache.
             self._routing_by_cache[cache] = routing
 
-    def after_forward(self, stack: nn.Module, args: tuple, output: Any) -> None:
-        """Keeps the routing with a cache that the forward made for itself."""
+    def _note_cache(self, forward: "_Forward", output: Any) -> None:
+        """Keeps the routing with a cache that a forward made for itself."""
         cache = output.get(CACHE) if isinstance(output, dict) else None
-        routing = self._attachment.routing
+        routing = forward.routed_pass.routing
         if isinstance(cache, Cache) and routing is not None:
             self._routing_by_cache.setdefault(cache, routing)
 
 
-@contextmanager
-def rerouted(reader: Reader, pids: PIDs) -> Iterator[list[list[int]]]:
-    """Inside, plain calls of the reader's model are routed; on leaving, it is as it was found.
+class _Forward:
+    """A forward pass that runs.
 
-    Yields the tokens of the prompts that were routed last, kept up to date.
+    Attributes:
+        routed_pass: holds its routing, once that is there.
+        cache: gives the cache that it fills.
+        pending: the tokens that the first routed layer is to read the routing of.
     """
+
+    def __init__(self, cache: Cache | None):
+        self.routed_pass = RoutedPass()
+        # Weakly, since a generation that fails must not leave its keys and values alive.
+        self.cache: Callable[[], Cache | None] = _no_cache if cache is None else weakref.ref(cache)
+        self.pending: PromptTokens | None = None
+
+
+@dataclass(frozen=True)
+class Rerouted:
+    """A model whose plain calls are routed.
+
+    Attributes:
+        hold: the hold on it.
+        last: the tokens of the prompts that were routed last, kept up to date.
+    """
+
+    hold: Hold
+    last: list[list[int]]
+
+
+@contextmanager
+def rerouted(reader: Reader, pids: PIDs) -> Iterator[Rerouted]:
+    """Inside, plain calls of the reader's model are routed; on leaving, it is as it was found."""
     decoder = reader.decoder
-    first_layer = decoder.layers[reader.first_layer]
     with ExitStack() as leaving:
         attachment = leaving.enter_context(attach(decoder.model, pids))
-        rerouter = _Rerouter(reader, attachment)
-        # The stack is watched, since it may be called by itself.
-        leaving.enter_context(tracked(decoder.stack, decoder.model, rerouter.before_forward))
-        leaving.enter_context(
-            first_layer.register_forward_pre_hook(rerouter.at_first_layer, with_kwargs=True)
-        )
-        leaving.enter_context(decoder.stack.register_forward_hook(rerouter.after_forward))
-        yield rerouter.last
+        attachment.watch(decoder.model, pids.layers)
+        attachment.hold.check = attachment.check
+        first_layer = decoder.layers[reader.first_layer]
+        with attachment.hold.lock:
+            modules = [decoder.stack, *decoder.layers]
+            take_up = leaving.enter_context(checkpointing_followed(modules, attachment))
+            rerouter = _Rerouter(reader, attachment, take_up)
+            # The stack is watched, since it may be called by itself.
+            leaving.enter_context(
+                tracked(decoder.stack, decoder.model, rerouter.around, attachment.hold)
+            )
+            leaving.enter_context(
+                first_layer.register_forward_pre_hook(rerouter.at_first_layer, with_kwargs=True)
+            )
+        try:
+            yield Rerouted(attachment.hold, rerouter.last)
+        finally:
+            # Not between two hooks does another thread's call get its turn.
+            with attachment.hold.ending():
+                leaving.close()
+
+
+@contextmanager
+def unrouted(reader: Reader) -> Iterator[Rerouted]:
+    """Inside, the reader's model is as it is, which is what strength 0 asks for."""
+    hold = Hold(reader.decoder.base)
+    try:
+        yield Rerouted(hold, [])
+    finally:
+        with hold.ending():
+            pass

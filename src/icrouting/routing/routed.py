@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icrouting.decoder.batches import tokenize
+from icrouting.decoder.hold import Hold
 from icrouting.decoder.scoring import score
-from icrouting.routing.effect import describe, run_both, warn_if_nothing
+from icrouting.routing.effect import Passes, describe, run_both, warn_if_nothing
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
 from icrouting.tasks.task import Task
@@ -24,12 +25,15 @@ class Routed:
         layers: the routed ones.
         strength: factor on the routing vector.
         last: the tokens of the prompts that were routed or scored last.
+        hold: the hold on the model; whatever is asked takes its turn, and is an error once the
+            model is no longer attached.
     """
 
     reader: Reader
     layers: tuple[int, ...]
     strength: float
     last: list[list[int]]
+    hold: Hold
 
     def score(
         self, prompts: Sequence[str], options: Sequence[str] | Sequence[Sequence[str]]
@@ -41,14 +45,17 @@ class Routed:
             options: the answers to choose from, for all prompts or a list each.
         """
         decoder = self.reader.decoder
-        scores = score(decoder, prompts, options)
-        # Batches may have come in another order, and the last of them alone would be remembered.
-        self.last[:] = tokenize(decoder.tokenizer, prompts)
+        with self.hold.turn():
+            scores = score(decoder, prompts, options)
+            # Batches may have come in another order, and the last of them alone would be
+            # remembered.
+            self.last[:] = tokenize(decoder.tokenizer, prompts)
         return scores
 
     def routing(self, prompts: Sequence[str]) -> Routing:
         """Returns what the router decides for prompts; no routed layer runs."""
-        return self.reader.of_tokens(self.reader.decoder.tokenize(prompts))
+        with self.hold.turn():
+            return self.reader.of_tokens(self.reader.decoder.tokenize(prompts))
 
     def effect(self, prompts: Sequence[str] | None = None) -> str:
         """Returns in one line of numbers what routing does to prompts.
@@ -60,6 +67,12 @@ class Routed:
             prompts: None takes those that were routed or scored last; a plain call at strength 0 is
                 not seen.
         """
+        with self.hold.turn():
+            passes, routing = self._compared(prompts)
+        warn_if_nothing(passes)
+        return describe(passes, routing)
+
+    def _compared(self, prompts: Sequence[str] | None) -> tuple[list[Passes], Routing]:
         decoder = self.reader.decoder
         token_lists = self.last if prompts is None else decoder.tokenize(prompts)
         # Beams repeat their prompt.
@@ -71,8 +84,7 @@ class Routed:
         passes = [run_both(decoder.model, tokens, self.layers) for tokens in distinct]
         # Each of these passes was routed, too.
         self.last[:] = distinct
-        warn_if_nothing(passes)
-        return describe(passes, self.reader.of_tokens(distinct))
+        return passes, self.reader.of_tokens(distinct)
 
 
 def routing_summary(
