@@ -131,7 +131,7 @@ class AnyUse(RuleBasedStateMachine):
     @rule()
     def enter_again(self):
         # Weights that are others by now are the first that is noticed.
-        with pytest.raises(ValueError, match="attached to this model|fitted on"):
+        with pytest.raises(ValueError, match=r"attached to this model|fitted on"):
             BENCH.attached(self.model).__enter__()
 
     @precondition(lambda self: self.is_attached)
