@@ -98,6 +98,19 @@ def test_a_batch_equals_its_rows_one_by_one(family, side):
         assert (alone - together[row]).abs().max() <= CLOSE
 
 
+@pytest.mark.parametrize("family", ALL)
+def test_padding_on_the_left_without_position_ids_is_sound_but_for_one_family(family):
+    """GPT-2 has learned positions, and a plain call counts padding among them."""
+    model = tiny.model_of(family)
+    inputs = tiny.prompts(side="left")
+    routing = strong_routing(model)
+    expected = routed_logits(model, inputs, tiny.pids(model), routing)
+    del inputs["position_ids"]
+    routed = routed_logits(model, inputs, tiny.pids(model), routing)
+    is_sound = bool((routed - expected).abs().max() <= CLOSE)
+    assert is_sound == (family != "gpt2")
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 @pytest.mark.parametrize("family", ALL)
 def test_generation_with_a_cache_equals_generation_without(family, settings):

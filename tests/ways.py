@@ -458,19 +458,49 @@ def from_embeddings(bench, through_generate=False):
         bench.model(inputs_embeds=embeddings)
 
 
+def uses_what_was_left(bench):
+    with bench.attached() as routed:
+        pass
+    routed.score(bench.texts, ("negative", "positive"))
+
+
+def swaps_a_module(bench):
+    model = bench.fresh()
+    with bench.attached(model):
+        model.model.layers[3].self_attn.q_proj = model.model.layers[2].self_attn.q_proj
+        model(**bench.inputs(0))
+
+
+def copies(bench):
+    with bench.attached():
+        copy.deepcopy(bench.model)
+
+
+def sets_another_kernel(bench):
+    model = bench.fresh()
+    with bench.attached(model):
+        model.set_attn_implementation("eager")
+        model(**bench.inputs(0))
+
+
 ONE, ALL = (0,), (0, 1, 2)
 EMBEDS = "a routed model needs `input_ids` to be routed by, got `inputs_embeds` alone"
 UNKNOWN = "this cache is unknown here: it was filled outside `attached`, or is a copy"
 PACKED = "an attached model cannot batch continuously, which packs all prompts into one row"
+LEFT = "the model is no longer attached"
 TO_HUB = "transformers moved them to repositories of the hub, whose code is not looked at here"
 FLASH = "wired up; its kernels need an accelerator"
 
 WAYS = (
-    *(
-        Way("Padding", f"padded on the {side}, {kind} position ids", pads(side, kind == "explicit"))
-        for side in ("left", "right")
-        for kind in ("explicit", "implicit")
+    Way("Padding", "padded on the left, explicit position ids", pads("left", True)),
+    Way(
+        "Padding",
+        "padded on the left, implicit position ids",
+        pads("left", False),
+        note="in a plain call not of GPT-2, which counts padding as positions, routed or not",
     ),
+    Way("Padding", "padded on the right, explicit position ids", pads("right", True)),
+    Way("Padding", "padded on the right, implicit position ids", pads("right", False)),
     Way("Padding", "no padding, explicit position ids", needs_no_padding(True)),
     Way("Padding", "no padding, implicit position ids", needs_no_padding(False)),
     Way("Padding", "`generate` without a mask", generates(*ALL, drop=("attention_mask",))),
@@ -614,8 +644,10 @@ WAYS = (
     Way(
         "Routers",
         "several threads in one `attached`",
-        note="not safe: calls take turns in one state, use a lock",
+        note="one call after the other; leaving waits for a call that runs",
+        elsewhere="tests/test_in_use.py",
     ),
+    Way("Routers", "what `attached` gave, after its `with`", uses_what_was_left, LEFT),
     Way(
         "Routers",
         "another routing for every row of a batch",
@@ -649,6 +681,19 @@ WAYS = (
         routes_virtual_tokens,
         "PeftModelForCausalLM puts tokens of its own before the prompt: expected a LoRA or none",
     ),
+    Way(
+        "Models",
+        "modules replaced, wrapped or removed while attached",
+        swaps_a_module,
+        "was replaced, wrapped or removed while the model is attached",
+    ),
+    Way("Models", "a copy of an attached model", copies, "a model cannot be copied or pickled"),
+    Way(
+        "Models",
+        "a model of images and text (Gemma 3), given text",
+        note="given images it raises",
+        elsewhere="tests/test_vision.py",
+    ),
     Way("Models", "bfloat16", in_half_precision(torch.bfloat16)),
     Way("Models", "float16", in_half_precision(torch.float16)),
     Way("Models", "layers off-loaded to disk by `device_map`", off_loads(by_device_map)),
@@ -678,8 +723,20 @@ WAYS = (
         note="needs accelerators",
     ),
     Way("Training", "activation (gradient) checkpointing", trains_with_checkpointing),
+    Way(
+        "Training",
+        "the same inside `attached`, with several forwards to a backward",
+        note="the backward belongs inside the `with`; after it, it raises",
+        elsewhere="tests/test_in_use.py",
+    ),
     Way("Kernels", "`eager`", by_kernel("eager")),
     Way("Kernels", "`sdpa`", by_kernel("sdpa")),
+    Way(
+        "Kernels",
+        "another implementation set while attached",
+        sets_another_kernel,
+        "the attention implementation was set to 'eager' while the model is attached",
+    ),
     Way("Kernels", "`flash_attention_2`", note=FLASH),
     Way("Kernels", "`flash_attention_3`", note=FLASH),
     Way(
