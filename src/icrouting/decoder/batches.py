@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from icrouting.decoder.texts import texts_of
+
 log = logging.getLogger(__name__)
 
 
@@ -123,15 +125,20 @@ def tokenize(
     """Returns the token lists of texts.
 
     Raises:
+        TypeError: it is no list of texts.
         ValueError: a text is empty or longer than `limit` tokens, or the tokenizer closes texts.
     """
+    texts = texts_of(texts)
+    # A tokenizer refuses an empty list of texts.
+    if not texts:
+        return []
     # Behind a closing token no answer could follow.
     if tokenizer("a").input_ids[-1] in tokenizer.all_special_ids:
         raise ValueError(
             "this tokenizer closes every text with a special token: "
             "load it with add_eos_token=False"
         )
-    token_lists = tokenizer(list(texts), padding=False, truncation=False).input_ids
+    token_lists = tokenizer(texts, padding=False, truncation=False).input_ids
     for text, tokens in zip(texts, token_lists, strict=True):
         if not tokens:
             raise ValueError("expected a prompt with at least one token, got an empty text")

@@ -17,6 +17,7 @@ from icrouting.decoder.passes import (
     by_context,
     next_token_logits,
 )
+from icrouting.decoder.texts import check_ending, listed, texts_of, whole_prompts_of
 from icrouting.tasks.prompts import Prompt
 
 # Once a message: an evaluation scores the same options on every prompt.
@@ -31,8 +32,12 @@ def option_ids(
     An option of several tokens is known by its first.
 
     Raises:
-        ValueError: an option merges with the prompt, or cannot be told from another by its token.
+        TypeError: `options` is no list of texts.
+        ValueError: the prompt ends in a space, or an option merges with the prompt, or cannot be
+            told from another by its token.
     """
+    options = texts_of(options, "options")
+    check_ending(prompt)
     continued = [f"{prompt} {option}" for option in options]
     prompt_ids, *token_lists = tokenizer([prompt, *continued]).input_ids
     n_prompt = len(prompt_ids)
@@ -99,8 +104,9 @@ def score_options(
             them.
 
     Raises:
-        ValueError: a prompt is empty or too long, or its options cannot be told apart by their
-            first tokens.
+        TypeError: `prompts` or `options` are no lists of texts.
+        ValueError: a prompt is empty, too long or ends in a space, or its options cannot be told
+            apart by their first tokens, or the tokenizer is another model's.
 
     Example:
         Which word is likelier behind each prompt, on a small model with random weights:
@@ -134,16 +140,14 @@ def score(
     kept: dict[str, KeptContext] | None = None,
 ) -> Float[Tensor, "n_prompts n_options"]:
     """Returns what `score_options` does, for whoever holds a decoder."""
-    whole_prompts: list[Prompt] = []
-    for prompt in prompts:
-        whole_prompts.append(Prompt("", prompt) if isinstance(prompt, str) else prompt)
-    options_by_prompt = _options_by_prompt(options, len(whole_prompts))
+    whole_prompts = whole_prompts_of(prompts)
+    options_by_prompt, most_options = _options_by_prompt(options, len(whole_prompts))
     token_lists = decoder.tokenize([prompt.text for prompt in whole_prompts])
     ids_by_prompt: list[list[int]] = []
     for prompt, prompt_options in zip(whole_prompts, options_by_prompt, strict=True):
         # The query is enough: it ends as the whole text does, and is shorter.
         ids_by_prompt.append(option_ids(decoder.tokenizer, prompt.query, prompt_options))
-    most_options = max((len(ids) for ids in ids_by_prompt), default=0)
+    decoder.check_known(ids_by_prompt)
     scores = torch.full((len(whole_prompts), most_options), -torch.inf)
     for cache, batch in by_context(decoder, whole_prompts, token_lists, token_budget, kept):
         if cache is None:
@@ -159,20 +163,21 @@ def score(
 
 def _options_by_prompt(
     options: Sequence[str] | Sequence[Sequence[str]], n_prompts: int
-) -> list[Sequence[str]]:
-    shared = [option for option in options if isinstance(option, str)]
-    by_prompt: list[Sequence[str]]
-    if shared:
-        by_prompt = [shared] * n_prompts
-    else:
-        by_prompt = [list(prompt_options) for prompt_options in options]
+) -> tuple[list[list[str]], int]:
+    """Returns each prompt's options, and the most that a prompt has."""
+    entries = listed(options, "options")
+    shared = [entry for entry in entries if isinstance(entry, str)]
+    lists = [texts_of(entry, "options") for entry in entries if not isinstance(entry, str)]
     # Words and lists of words cannot be mixed.
-    is_mixed = bool(shared) and len(shared) != len(options)
-    if is_mixed or len(by_prompt) != n_prompts:
+    is_mixed = bool(shared) and len(shared) != len(entries)
+    if is_mixed or not (shared or len(entries) == n_prompts):
         raise ValueError(
             f"expected one list of options, or one per prompt ({n_prompts}), "
-            f"got {len(options)} entries"
+            f"got {len(entries)} entries"
         )
-    if any(len(prompt_options) < 2 for prompt_options in by_prompt):
+    if shared:
+        lists = [shared]
+    if any(len(prompt_options) < 2 for prompt_options in lists):
         raise ValueError("expected at least two options for every prompt")
-    return by_prompt
+    most_options = max((len(prompt_options) for prompt_options in lists), default=0)
+    return (lists * n_prompts if shared else lists), most_options
