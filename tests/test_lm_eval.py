@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,6 +22,7 @@ from icrouting.routing.reader import Reader
 from icrouting.routing.rerouting import rerouted
 from icrouting.routing.router import Router
 from pinned import fetch_or_skip
+from test_beginnings import BOS, beginning
 
 pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it"
@@ -150,6 +152,19 @@ def test_options_are_scored_as_by_our_own_scoring(world):
     with InContextRouter.from_pretrained(world / "router").attached(model, tokenizer) as routed:
         ours = routed.score(prompts(), WORDS)
     theirs = likelihoods(world, "words")
+    assert ((theirs[:, 1] - theirs[:, 0]) - (ours[:, 1] - ours[:, 0])).abs().max() < CLOSE
+
+
+def test_a_beginning_that_the_prompt_brings_is_read_once_as_by_our_own_scoring(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "model")
+    beginning(f"{BOS} $A").save_pretrained(tmp_path / "model")
+    model, tokenizer = load_model(tmp_path / "model", dtype=torch.float32)
+    texts = [prompts()[0], BOS + prompts()[1]]
+    with InContextRouter.from_pretrained(world / "router").attached(model, tokenizer) as routed:
+        ours = routed.score(texts, WORDS)
+    lm = lm_eval.RoutedLM(str(tmp_path / "model"), str(world / "router"), device="cpu")
+    answers = lm.loglikelihood(requests(*((text, f" {word}") for text in texts for word in WORDS)))
+    theirs = torch.tensor([answer[0] for answer in answers]).view(2, 2)
     assert ((theirs[:, 1] - theirs[:, 0]) - (ours[:, 1] - ours[:, 0])).abs().max() < CLOSE
 
 

@@ -1,6 +1,7 @@
 """Batches: token lists of mixed lengths, padded on the right, sized by a token budget."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,9 @@ def tokenize(
 ) -> list[list[int]]:
     """Returns the token lists of texts.
 
+    What a tokenizer puts before a text is read once where the text brings it, as one made by a chat
+    template does.
+
     Raises:
         TypeError: it is no list of texts.
         ValueError: a text is empty or longer than `limit` tokens, or the tokenizer closes texts.
@@ -132,14 +136,12 @@ def tokenize(
     # A tokenizer refuses an empty list of texts.
     if not texts:
         return []
-    # Behind a closing token no answer could follow.
-    if tokenizer("a").input_ids[-1] in tokenizer.all_special_ids:
-        raise ValueError(
-            "this tokenizer closes every text with a special token: "
-            "load it with add_eos_token=False"
-        )
-    token_lists = tokenizer(texts, padding=False, truncation=False).input_ids
-    for text, tokens in zip(texts, token_lists, strict=True):
+    whole_lists = tokenizer(texts, padding=False, truncation=False).input_ids
+    beginning = _beginning(tokenizer, texts, whole_lists)
+    token_lists: list[list[int]] = []
+    for text, whole in zip(texts, whole_lists, strict=True):
+        tokens = _begun_once(whole, beginning)
+        token_lists.append(tokens)
         if not tokens:
             raise ValueError("expected a prompt with at least one token, got an empty text")
         if limit is not None and len(tokens) > limit:
@@ -148,6 +150,40 @@ def tokenize(
                 f"shorten it or use fewer demonstrations (it begins {text[:60]!r})"
             )
     return token_lists
+
+
+def _beginning(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], whole_lists: list[list[int]]
+) -> list[int]:
+    """Returns the tokens that a tokenizer puts before every text.
+
+    Seen on a text that is there, since a vocabulary may lack the letters of any other.
+
+    Raises:
+        ValueError: it puts a token behind texts, where no answer could follow.
+    """
+    # The shortest costs least, but an empty one does not tell the two ends apart.
+    place = min(range(len(texts)), key=lambda row: len(texts[row]) or math.inf)
+    whole = whole_lists[place]
+    bare = tokenizer(texts[place], add_special_tokens=False).input_ids
+    n_added = max(0, len(whole) - len(bare))
+    n_before = n_added
+    while n_before > 0 and whole[n_before : n_before + len(bare)] != bare:
+        n_before -= 1
+    if n_before < n_added:
+        raise ValueError(
+            "this tokenizer closes every text with a special token: "
+            "load it with add_eos_token=False"
+        )
+    return whole[:n_before]
+
+
+def _begun_once(tokens: list[int], beginning: list[int]) -> list[int]:
+    """Returns a text's tokens without what was put before a beginning that it brought itself."""
+    n_before = len(beginning)
+    if n_before and tokens[n_before : 2 * n_before] == beginning:
+        return tokens[n_before:]
+    return tokens
 
 
 def finite_rows(

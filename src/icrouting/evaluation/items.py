@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from icrouting.decoder.batches import tokenize
 from icrouting.tasks.task import Example, Task
 
 SPARE = 24  # of a model's context, for what methods put around a prompt: virtual tokens, an answer
@@ -42,7 +43,8 @@ def _fits(text: str, tokenizer: PreTrainedTokenizerBase, room: int) -> bool:
     # A token takes a byte or more, but for two before the text: most rows need no tokenizer.
     if len(text.encode()) + 2 <= room:
         return True
-    return len(tokenizer(text).input_ids) <= room
+    (tokens,) = tokenize(tokenizer, [text])
+    return len(tokens) <= room
 
 
 def _labels(rows: tuple[Example, ...]) -> set[int]:
