@@ -112,6 +112,14 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer knows more than special tokens.
+
+    One that transformers makes up for a folder without its files does not.
+    """
+    return len(tokenizer) > len(set(tokenizer.all_special_ids))
+
+
 def context_length(model: nn.Module) -> int | None:
     """Returns the longest prompt a model was built for, in tokens.
 

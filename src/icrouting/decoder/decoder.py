@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.decoder.batches import context_length, pad_id_of, tokenize
+from icrouting.decoder.batches import context_length, knows_words, pad_id_of, tokenize
 from icrouting.decoder.families import base_of, device_of, dims_of, family_of, layers_of, stack_of
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.sites import Dims, Family
@@ -37,9 +37,15 @@ class Decoder:
 
         Raises:
             TypeError: it is no transformers model.
-            ValueError: its peft wrapper changes the prompt, or the tokenizer is another model's.
+            ValueError: its peft wrapper changes the prompt, or the tokenizer is another model's or
+                none.
         """
         base_of(model)
+        if not knows_words(tokenizer):
+            raise ValueError(
+                f"this tokenizer knows none but special tokens {tokenizer.all_special_tokens}: "
+                "load it from a folder with its files, where `tokenizer.save_pretrained` puts them"
+            )
         decoder = cls(model, tokenizer)
         # Without what was added to the vocabulary, which a model need not know.
         n_tokens = tokenizer.vocab_size
