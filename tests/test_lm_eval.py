@@ -168,6 +168,19 @@ def test_a_beginning_that_the_prompt_brings_is_read_once_as_by_our_own_scoring(w
     assert ((theirs[:, 1] - theirs[:, 0]) - (ours[:, 1] - ours[:, 0])).abs().max() < CLOSE
 
 
+@pytest.mark.parametrize("strength", [1, 0])
+def test_a_likelihood_that_is_not_finite_is_named(strength, world, monkeypatch):
+    lm = lm_eval.RoutedLM(
+        str(world / "model"), str(world / "router"), strength, device="cpu", dtype="float32"
+    )
+    # Behind the router's check of the weights.
+    monkeypatch.setattr(Decoder, "check_fitted_on", lambda self, *told: None)
+    lm.model.get_output_embeddings().weight.data[7] = torch.nan
+    asked = requests((prompts()[0], " negative"), (prompts()[0], " positive"))
+    with pytest.raises(ValueError, match=r"log-likelihood behind a context is nan \(it ends"):
+        lm.loglikelihood(asked)
+
+
 def test_long_options_are_routed_by_the_context_alone(world):
     theirs = likelihoods(world, "phrases")
     assert (theirs - routed_by_context(world, prompts(), PHRASES)).abs().max() < CLOSE

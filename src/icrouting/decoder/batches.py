@@ -33,6 +33,13 @@ class Batch:
         """Position of each row's last real token."""
         return self.attention_mask.sum(1) - 1
 
+    def alone(self, place: int) -> "Batch":
+        """Returns one row as a batch of its own, without padding."""
+        n_tokens = int(self.attention_mask[place].sum())
+        row = slice(place, place + 1)
+        input_ids = self.input_ids[row, :n_tokens]
+        return Batch([self.rows[place]], input_ids, self.attention_mask[row, :n_tokens])
+
     def to(self, device: torch.device) -> "Batch":
         """Returns the same batch on another device."""
         return Batch(self.rows, self.input_ids.to(device), self.attention_mask.to(device))
@@ -195,7 +202,7 @@ def _begun_once(tokens: list[int], beginning: list[int]) -> list[int]:
 
 
 def finite_rows(
-    is_finite: Bool[Tensor, "batch"], texts: Sequence[str], what: str, skip: bool
+    is_finite: Bool[Tensor, "batch"], texts: Sequence[str], what: str, skip: bool | None
 ) -> list[int]:
     """Returns the rows of a batch whose values are finite.
 
@@ -203,7 +210,7 @@ def finite_rows(
         is_finite: whether each row's values are.
         texts: the prompt of each row.
         what: what the values are, as the message is to name them.
-        skip: whether to leave other rows out, with a warning.
+        skip: whether to leave other rows out, with a warning; None where nobody is asked.
 
     Raises:
         ValueError: a row has other values, and is not to be left out.
@@ -216,9 +223,7 @@ def finite_rows(
             f"(one ends {odd_texts[0][-60:]!r})"
         )
         if not skip:
-            raise ValueError(
-                f"{message}: load the model in float32 or bfloat16, "
-                "or leave such prompts out (skip_nan)"
-            )
+            otherwise = "" if skip is None else ", or leave such prompts out (skip_nan)"
+            raise ValueError(f"{message}: load the model in float32 or bfloat16{otherwise}")
         log.warning("left out: %s", message)
     return [row for row, fine in enumerate(flags) if fine]

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from icrouting.decoder.batches import Batch, finite_rows
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.passes import (
     TOKEN_BUDGET,
@@ -106,7 +107,8 @@ def score_options(
     Raises:
         TypeError: `prompts` or `options` are no lists of texts.
         ValueError: a prompt is empty, too long or ends in a space, or its options cannot be told
-            apart by their first tokens, or the tokenizer is another model's.
+            apart by their first tokens, or the tokenizer is another model's, or a score is not
+            finite.
 
     Example:
         Which word is likelier behind each prompt, on a small model with random weights:
@@ -138,8 +140,12 @@ def score(
     *,
     token_budget: int = TOKEN_BUDGET,
     kept: dict[str, KeptContext] | None = None,
+    finite_only: bool = True,
 ) -> Float[Tensor, "n_prompts n_options"]:
-    """Returns what `score_options` does, for whoever holds a decoder."""
+    """Returns what `score_options` does, for whoever holds a decoder.
+
+    Without `finite_only` scores may be NaN or infinite, which the caller has to look for.
+    """
     whole_prompts = whole_prompts_of(prompts)
     options_by_prompt, most_options = _options_by_prompt(options, len(whole_prompts))
     token_lists = decoder.tokenize([prompt.text for prompt in whole_prompts])
@@ -150,15 +156,55 @@ def score(
     decoder.check_known(ids_by_prompt)
     scores = torch.full((len(whole_prompts), most_options), -torch.inf)
     for cache, batch in by_context(decoder, whole_prompts, token_lists, token_budget, kept):
-        if cache is None:
-            logits = next_token_logits(decoder.model, batch)
-        else:
-            logits = after_prefix(decoder.model, cache, batch)
-        # One copy a batch: each row's options differ, and picking them there would cost one each.
-        for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
-            ids = ids_by_prompt[row]
-            scores[row, : len(ids)] = row_logits[ids]
+        _fill(scores, decoder, cache, batch, ids_by_prompt)
+        is_finite = have_finite_scores(
+            scores[batch.rows], scores[batch.rows], [options_by_prompt[row] for row in batch.rows]
+        )
+        # Some kernels carry one row's NaN into others: which rows are not finite, each says alone.
+        if len(batch.rows) > 1 and not is_finite.all():
+            for place in (~is_finite).nonzero()[:, 0].tolist():
+                _fill(scores, decoder, cache, batch.alone(place), ids_by_prompt)
+    if finite_only:
+        texts = [prompt.text for prompt in whole_prompts]
+        is_finite = have_finite_scores(scores, scores, options_by_prompt)
+        finite_rows(is_finite, texts, "option scores", skip=None)
     return scores
+
+
+def _fill(
+    scores: Float[Tensor, "n_prompts n_options"],
+    decoder: Decoder,
+    cache: Cache | None,
+    batch: Batch,
+    ids_by_prompt: Sequence[list[int]],
+) -> None:
+    """Fills in the scores of a batch, from one pass behind what the cache holds."""
+    if cache is None:
+        logits = next_token_logits(decoder.model, batch)
+    else:
+        logits = after_prefix(decoder.model, cache, batch)
+    # One copy a batch: each row's options differ, and picking them there would cost one each.
+    for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
+        ids = ids_by_prompt[row]
+        scores[row, : len(ids)] = row_logits[ids]
+
+
+def have_finite_scores(
+    scores: Float[Tensor, "n_prompts n_options"],
+    plain_scores: Float[Tensor, "n_prompts n_options"],
+    options: Sequence[Sequence[str]],
+) -> Bool[Tensor, "n_prompts"]:
+    """Returns which prompts have a finite score for each of their options.
+
+    Args:
+        scores: what a method made of the model's, which may rule an option out by -inf.
+        plain_scores: the model's, which may not.
+        options: those of each prompt; beyond them the scores are filled up.
+    """
+    n_options = torch.tensor([len(prompt_options) for prompt_options in options])
+    is_filling = torch.arange(scores.shape[1]) >= n_options[:, None]
+    is_ruled_out = scores.isneginf() & plain_scores.isfinite()
+    return (scores.isfinite() | is_ruled_out | is_filling).all(1)
 
 
 def _options_by_prompt(
