@@ -167,6 +167,15 @@ def tokenize(
     return token_lists
 
 
+def fits(tokenizer: PreTrainedTokenizerBase, text: str, room: int) -> bool:
+    """Whether a text has `room` tokens at most."""
+    # A token takes a byte or more, but for two before the text: most texts need no tokenizer.
+    if len(text.encode()) + 2 <= room:
+        return True
+    (tokens,) = tokenize(tokenizer, [text])
+    return len(tokens) <= room
+
+
 def _beginning(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], whole_lists: list[list[int]]
 ) -> list[int]:
