@@ -109,7 +109,13 @@ def test_leaving_removes_the_hooks_after_an_exception_too():
 
 def test_a_family_that_cannot_be_routed_is_refused_by_name(tokenizer):
     config = GPTJConfig(
-        vocab_size=31, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, bos_token_id=0, eos_token_id=0
+        vocab_size=tiny.VOCAB,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        rotary_dim=4,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     decoder = Decoder.of(AutoModelForCausalLM.from_config(config), tokenizer)
     refusal = "'gptj' models cannot be routed: looked for queries and keys"

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,6 +22,7 @@ from icrouting.routing.reader import Reader
 from icrouting.routing.rerouting import rerouted
 from icrouting.routing.router import Router
 from pinned import fetch_or_skip
+from test_beginnings import BOS, beginning
 
 pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it"
@@ -151,6 +153,32 @@ def test_options_are_scored_as_by_our_own_scoring(world):
         ours = routed.score(prompts(), WORDS)
     theirs = likelihoods(world, "words")
     assert ((theirs[:, 1] - theirs[:, 0]) - (ours[:, 1] - ours[:, 0])).abs().max() < CLOSE
+
+
+def test_a_beginning_that_the_prompt_brings_is_read_once_as_by_our_own_scoring(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "model")
+    beginning(f"{BOS} $A").save_pretrained(tmp_path / "model")
+    model, tokenizer = load_model(tmp_path / "model", dtype=torch.float32)
+    texts = [prompts()[0], BOS + prompts()[1]]
+    with InContextRouter.from_pretrained(world / "router").attached(model, tokenizer) as routed:
+        ours = routed.score(texts, WORDS)
+    lm = lm_eval.RoutedLM(str(tmp_path / "model"), str(world / "router"), device="cpu")
+    answers = lm.loglikelihood(requests(*((text, f" {word}") for text in texts for word in WORDS)))
+    theirs = torch.tensor([answer[0] for answer in answers]).view(2, 2)
+    assert ((theirs[:, 1] - theirs[:, 0]) - (ours[:, 1] - ours[:, 0])).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("strength", [1, 0])
+def test_a_likelihood_that_is_not_finite_is_named(strength, world, monkeypatch):
+    lm = lm_eval.RoutedLM(
+        str(world / "model"), str(world / "router"), strength, device="cpu", dtype="float32"
+    )
+    # Behind the router's check of the weights.
+    monkeypatch.setattr(Decoder, "check_fitted_on", lambda self, *told: None)
+    lm.model.get_output_embeddings().weight.data[7] = torch.nan
+    asked = requests((prompts()[0], " negative"), (prompts()[0], " positive"))
+    with pytest.raises(ValueError, match=r"log-likelihood behind a context is nan \(it ends"):
+        lm.loglikelihood(asked)
 
 
 def test_long_options_are_routed_by_the_context_alone(world):

@@ -2,10 +2,12 @@ import gc
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import tiny
 from icrouting.decoder.identity import fingerprint
-from icrouting.decoder.loading import default_dtype, load_model
+from icrouting.decoder.loading import default_dtype, load_model, load_skeleton
+from icrouting.decoder.scoring import score_options
 from icrouting.routing.encoder import SentenceEncoder
 
 
@@ -53,6 +55,25 @@ def test_weights_are_in_bfloat16_where_the_hardware_multiplies_it(native, dtype,
 def test_what_cannot_be_loaded_is_said(name, message):
     with pytest.raises(ValueError, match=message):
         load_model(name)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2", "opt"])
+def test_a_folder_without_its_tokenizer_is_refused_in_a_sentence(family, tmp_path):
+    """For some families transformers makes one up, that knows no word."""
+    tiny.model(family).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a model without its tokenizer: save it") as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+    assert load_skeleton(tmp_path)[1] is None
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_a_tokenizer_that_is_made_up_is_refused_in_a_sentence(family, tmp_path):
+    model = tiny.model(family)
+    model.save_pretrained(tmp_path)
+    made_up = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="knows none but special tokens"):
+        score_options(model, made_up, ["a film:"], ["good", "bad"])
 
 
 @pytest.mark.parametrize("message", ["", " \n"])

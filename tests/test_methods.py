@@ -404,6 +404,19 @@ def test_calibration_divides_by_the_probabilities_on_content_free_inputs(tokeniz
     assert [record.prediction for record in plain] != [record.prediction for record in found]
 
 
+def test_calibration_leaves_no_space_where_a_template_ends_in_an_empty_field(tokenizer, tmp_path):
+    spec = TaskSpec("bare", "far", "Review: {text}", TASK.spec.options)
+    task = Task(spec, TASK.train, TASK.test)
+    (calibration,) = make(["calibration"], Settings())
+    decoder = Decoder.of(tiny.model("llama"), tokenizer)
+    evaluation = Evaluation(decoder, [calibration], [task], tmp_path / "none")
+    evaluation.fit(0)
+    evaluation.predict(calibration, task, range(2), 0)
+    prompts = ["Review: N/A", "Review: [MASK]", "Review:"]
+    shares = score(decoder, prompts, spec.options).softmax(-1)
+    assert torch.equal(calibration._level(task, task.test[0]), shares.mean(0).log())
+
+
 def test_the_untouched_model_reads_equal_prompts_once(tokenizer, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(

@@ -5,6 +5,7 @@ alone, since an option's text in the router would leak the answer. So contexts r
 themselves, and the cache that they fill keeps their routing for the continuations.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
@@ -75,7 +76,10 @@ class RoutedLM(huggingface.HFLM):
         override_bs: int | None = None,
     ) -> list[Answer]:
         if self._strength == 0:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            plain_answers = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            for (texts, _, _), answer in zip(requests, plain_answers, strict=True):
+                _check_finite(texts, answer)
+            return plain_answers
         if not all(texts and texts[0].strip() for texts, _, _ in requests):
             raise ValueError(
                 "a likelihood without a context has no prompt to be routed by: "
@@ -107,6 +111,7 @@ class RoutedLM(huggingface.HFLM):
             # Rows beyond a group's own continuations are repetitions.
             for row_logits, (texts, _, tokens) in zip(group_logits, group, strict=False):
                 answer = _judged(row_logits[: len(tokens)], tokens, self.softmax_dtype)
+                _check_finite(texts, answer)
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
                 yield answer
 
@@ -176,6 +181,17 @@ def _judged(logits: Tensor, tokens: list[int], dtype: torch.dtype | None) -> Ans
     likelihood = logprobs.gather(1, continuation[:, None]).sum()
     is_greedy = (logprobs.argmax(1) == continuation).all()
     return float(likelihood), bool(is_greedy)
+
+
+def _check_finite(texts: tuple[str, str] | None, answer: Answer) -> None:
+    """ValueError for a likelihood that is not finite; the harness would compare it."""
+    likelihood, _ = answer
+    if not math.isfinite(likelihood):
+        context = texts[0] if texts else ""
+        raise ValueError(
+            f"the log-likelihood behind a context is {likelihood} (it ends {context[-60:]!r}): "
+            "load the model in float32 or bfloat16 (dtype)"
+        )
 
 
 def main() -> None:

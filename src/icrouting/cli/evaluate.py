@@ -65,7 +65,12 @@ def evaluate(out: Path, config: EvalConfig) -> None:
     folder = RunFolder(out)
     with runs.claimed(folder, run_config):
         evaluation = Evaluation(
-            Decoder.of(model, tokenizer), methods, sources, folder.records, folder.fits
+            Decoder.of(model, tokenizer),
+            methods,
+            sources,
+            folder.records,
+            folder.fits,
+            skip_nan=config.skip_nan,
         )
         # Ends when all processes have ended theirs.
         evaluation.run(tasks, config.seeds, config.n_test)

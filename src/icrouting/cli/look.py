@@ -11,8 +11,9 @@ from rich.text import Text
 
 from icrouting.cli.loading import console, load
 from icrouting.decoder.backbone import Backbone
-from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import device_of
+from icrouting.decoder.texts import prompts_of
 from icrouting.icr import InContextRouter
 from icrouting.routing import inspection
 from icrouting.runtime.storage import save_text
@@ -24,7 +25,7 @@ def generate(
     """Prints a prompt's continuation with and without routing."""
     icr = InContextRouter.from_pretrained(router)
     base, tokenizer = load(model)
-    (tokens,) = tokenize(tokenizer, [prompt], context_length(base))
+    (tokens,) = Decoder.of(base, tokenizer).tokenize(prompts_of([prompt]))
     input_ids = torch.tensor([tokens], device=device_of(base))
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 

@@ -1,6 +1,7 @@
 """Batches: token lists of mixed lengths, padded on the right, sized by a token budget."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from icrouting.decoder.texts import texts_of
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,13 @@ class Batch:
     def last(self) -> Int[Tensor, "batch"]:
         """Position of each row's last real token."""
         return self.attention_mask.sum(1) - 1
+
+    def alone(self, place: int) -> "Batch":
+        """Returns one row as a batch of its own, without padding."""
+        n_tokens = int(self.attention_mask[place].sum())
+        row = slice(place, place + 1)
+        input_ids = self.input_ids[row, :n_tokens]
+        return Batch([self.rows[place]], input_ids, self.attention_mask[row, :n_tokens])
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the same batch on another device."""
@@ -109,6 +119,14 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer knows more than special tokens.
+
+    One that transformers makes up for a folder without its files does not.
+    """
+    return len(tokenizer) > len(set(tokenizer.all_special_ids))
+
+
 def context_length(model: nn.Module) -> int | None:
     """Returns the longest prompt a model was built for, in tokens.
 
@@ -123,17 +141,23 @@ def tokenize(
 ) -> list[list[int]]:
     """Returns the token lists of texts.
 
+    What a tokenizer puts before a text is read once where the text brings it, as one made by a chat
+    template does.
+
     Raises:
+        TypeError: it is no list of texts.
         ValueError: a text is empty or longer than `limit` tokens, or the tokenizer closes texts.
     """
-    # Behind a closing token no answer could follow.
-    if tokenizer("a").input_ids[-1] in tokenizer.all_special_ids:
-        raise ValueError(
-            "this tokenizer closes every text with a special token: "
-            "load it with add_eos_token=False"
-        )
-    token_lists = tokenizer(list(texts), padding=False, truncation=False).input_ids
-    for text, tokens in zip(texts, token_lists, strict=True):
+    texts = texts_of(texts)
+    # A tokenizer refuses an empty list of texts.
+    if not texts:
+        return []
+    whole_lists = tokenizer(texts, padding=False, truncation=False).input_ids
+    beginning = _beginning(tokenizer, texts, whole_lists)
+    token_lists: list[list[int]] = []
+    for text, whole in zip(texts, whole_lists, strict=True):
+        tokens = _begun_once(whole, beginning)
+        token_lists.append(tokens)
         if not tokens:
             raise ValueError("expected a prompt with at least one token, got an empty text")
         if limit is not None and len(tokens) > limit:
@@ -144,8 +168,51 @@ def tokenize(
     return token_lists
 
 
+def fits(tokenizer: PreTrainedTokenizerBase, text: str, room: int) -> bool:
+    """Whether a text has `room` tokens at most."""
+    # A token takes a byte or more, but for two before the text: most texts need no tokenizer.
+    if len(text.encode()) + 2 <= room:
+        return True
+    (tokens,) = tokenize(tokenizer, [text])
+    return len(tokens) <= room
+
+
+def _beginning(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], whole_lists: list[list[int]]
+) -> list[int]:
+    """Returns the tokens that a tokenizer puts before every text.
+
+    Seen on a text that is there, since a vocabulary may lack the letters of any other.
+
+    Raises:
+        ValueError: it puts a token behind texts, where no answer could follow.
+    """
+    # The shortest costs least, but an empty one does not tell the two ends apart.
+    place = min(range(len(texts)), key=lambda row: len(texts[row]) or math.inf)
+    whole = whole_lists[place]
+    bare = tokenizer(texts[place], add_special_tokens=False).input_ids
+    n_added = max(0, len(whole) - len(bare))
+    n_before = n_added
+    while n_before > 0 and whole[n_before : n_before + len(bare)] != bare:
+        n_before -= 1
+    if n_before < n_added:
+        raise ValueError(
+            "this tokenizer closes every text with a special token: "
+            "load it with add_eos_token=False"
+        )
+    return whole[:n_before]
+
+
+def _begun_once(tokens: list[int], beginning: list[int]) -> list[int]:
+    """Returns a text's tokens without what was put before a beginning that it brought itself."""
+    n_before = len(beginning)
+    if n_before and tokens[n_before : 2 * n_before] == beginning:
+        return tokens[n_before:]
+    return tokens
+
+
 def finite_rows(
-    is_finite: Bool[Tensor, "batch"], texts: Sequence[str], what: str, skip: bool
+    is_finite: Bool[Tensor, "batch"], texts: Sequence[str], what: str, skip: bool | None
 ) -> list[int]:
     """Returns the rows of a batch whose values are finite.
 
@@ -153,7 +220,7 @@ def finite_rows(
         is_finite: whether each row's values are.
         texts: the prompt of each row.
         what: what the values are, as the message is to name them.
-        skip: whether to leave other rows out, with a warning.
+        skip: whether to leave other rows out, with a warning; None where nobody is asked.
 
     Raises:
         ValueError: a row has other values, and is not to be left out.
@@ -166,9 +233,7 @@ def finite_rows(
             f"(one ends {odd_texts[0][-60:]!r})"
         )
         if not skip:
-            raise ValueError(
-                f"{message}: load the model in float32 or bfloat16, "
-                "or leave such prompts out (skip_nan)"
-            )
+            otherwise = "" if skip is None else ", or leave such prompts out (skip_nan)"
+            raise ValueError(f"{message}: load the model in float32 or bfloat16{otherwise}")
         log.warning("left out: %s", message)
     return [row for row, fine in enumerate(flags) if fine]

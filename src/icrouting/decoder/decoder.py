@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.decoder.batches import context_length, pad_id_of, tokenize
+from icrouting.decoder.batches import context_length, knows_words, pad_id_of, tokenize
 from icrouting.decoder.families import base_of, device_of, dims_of, family_of, layers_of, stack_of
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.sites import Dims, Family
@@ -37,10 +37,25 @@ class Decoder:
 
         Raises:
             TypeError: it is no transformers model.
-            ValueError: its peft wrapper changes the prompt.
+            ValueError: its peft wrapper changes the prompt, or the tokenizer is another model's or
+                none.
         """
         base_of(model)
-        return cls(model, tokenizer)
+        if not knows_words(tokenizer):
+            raise ValueError(
+                f"this tokenizer knows none but special tokens {tokenizer.all_special_tokens}: "
+                "load it from a folder with its files, where `tokenizer.save_pretrained` puts them"
+            )
+        decoder = cls(model, tokenizer)
+        # Without what was added to the vocabulary, which a model need not know.
+        n_tokens = tokenizer.vocab_size
+        n_known = decoder.n_known_tokens
+        if n_known is not None and n_tokens > n_known:
+            raise ValueError(
+                f"this tokenizer is another model's: it has {n_tokens} tokens, the model knows "
+                f"{n_known}; load the one that was saved with the model"
+            )
+        return decoder
 
     @property
     def base(self) -> PreTrainedModel:
@@ -83,6 +98,15 @@ class Decoder:
         return context_length(self.model)
 
     @property
+    def n_known_tokens(self) -> int | None:
+        """How many tokens the model has embeddings of, which may be more than its tokenizer has.
+
+        None where they are in no common layer.
+        """
+        embedding = self.base.get_input_embeddings()
+        return getattr(embedding, "num_embeddings", None)
+
+    @property
     def device(self) -> torch.device:
         """Where the model's first parameters are."""
         return device_of(self.model)
@@ -106,9 +130,29 @@ class Decoder:
         """Returns the token lists of texts.
 
         Raises:
-            ValueError: a text is empty, or longer than the model's context.
+            TypeError: it is no list of texts.
+            ValueError: a text is empty, or longer than the model's context, or has a token that the
+                model does not know.
         """
-        return tokenize(self.tokenizer, texts, self.context_length)
+        token_lists = tokenize(self.tokenizer, texts, self.context_length)
+        self.check_known(token_lists)
+        return token_lists
+
+    def check_known(self, token_lists: Sequence[Sequence[int]]) -> None:
+        """Checks that the model knows tokens; some may be in the tokenizer alone.
+
+        Raises:
+            ValueError: it does not know one of them.
+        """
+        largest = max((max(tokens) for tokens in token_lists if tokens), default=0)
+        n_known = self.n_known_tokens
+        if n_known is not None and largest >= n_known:
+            word = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"this tokenizer gives token {largest} ({word!r}), the model knows {n_known}: load "
+                "the tokenizer that was saved with the model, or let the model know what was added "
+                "to it (`resize_token_embeddings`)"
+            )
 
     def check_fitted_on(self, what: str, name: str | None, expected: str) -> None:
         """Checks that this is the model on which something was fitted.

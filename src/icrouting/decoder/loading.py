@@ -18,12 +18,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from icrouting.decoder.batches import knows_words
 from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
 from icrouting.runtime.processes import here
 from icrouting.runtime.progress import spinner
 
 PINNED = ("smollm2-135m",)
+
+# Any of them makes a tokenizer, together with others or alone.
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken.json", "vocab*", "merges.txt")
 
 # What transformers, accelerate and torch raise where a name or a place is wrong.
 _LOADING_ERRORS = (
@@ -94,6 +98,7 @@ def load_model(
             "leave one out"
         )
     folder = folder_of(str(name))
+    _check_has_tokenizer(name, folder)
     # A folder of its own: two models of one name may be off-loaded at the same time.
     offload_folder = wheels.cache_folder() / "off-loaded" / uuid.uuid4().hex
     placement: dict[str, Any] = {}
@@ -149,11 +154,18 @@ def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError):  # the folder holds none
         return model, None
-    # Without files some families' tokenizers are made up, and know no letter.
-    letter_ids = set(tokenizer("a").input_ids)
-    if letter_ids <= set(tokenizer.all_special_ids):
-        return model, None
-    return model, tokenizer
+    return model, tokenizer if knows_words(tokenizer) else None
+
+
+def _check_has_tokenizer(name: str | Path, folder: str) -> None:
+    """ValueError for a folder with a model alone; some families' tokenizers would be made up."""
+    if not Path(folder, "config.json").is_file():
+        return
+    if not any(file for kind in _TOKENIZER_FILES for file in Path(folder).glob(kind)):
+        raise ValueError(
+            f"{str(name)!r} holds a model without its tokenizer: save it to the same folder "
+            "(`tokenizer.save_pretrained`)"
+        )
 
 
 def _unloadable(name: str | Path, error: Exception, hint: str = "") -> ValueError:

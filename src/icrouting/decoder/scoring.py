@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from icrouting.decoder.batches import Batch, finite_rows
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.passes import (
     TOKEN_BUDGET,
@@ -17,6 +18,7 @@ from icrouting.decoder.passes import (
     by_context,
     next_token_logits,
 )
+from icrouting.decoder.texts import check_ending, listed, texts_of, whole_prompts_of
 from icrouting.tasks.prompts import Prompt
 
 # Once a message: an evaluation scores the same options on every prompt.
@@ -31,8 +33,12 @@ def option_ids(
     An option of several tokens is known by its first.
 
     Raises:
-        ValueError: an option merges with the prompt, or cannot be told from another by its token.
+        TypeError: `options` is no list of texts.
+        ValueError: the prompt ends in a space, or an option merges with the prompt, or cannot be
+            told from another by its token.
     """
+    options = texts_of(options, "options")
+    check_ending(prompt)
     continued = [f"{prompt} {option}" for option in options]
     prompt_ids, *token_lists = tokenizer([prompt, *continued]).input_ids
     n_prompt = len(prompt_ids)
@@ -99,8 +105,10 @@ def score_options(
             them.
 
     Raises:
-        ValueError: a prompt is empty or too long, or its options cannot be told apart by their
-            first tokens.
+        TypeError: `prompts` or `options` are no lists of texts.
+        ValueError: a prompt is empty, too long or ends in a space, or its options cannot be told
+            apart by their first tokens, or the tokenizer is another model's, or a score is not
+            finite.
 
     Example:
         Which word is likelier behind each prompt, on a small model with random weights:
@@ -132,47 +140,90 @@ def score(
     *,
     token_budget: int = TOKEN_BUDGET,
     kept: dict[str, KeptContext] | None = None,
+    finite_only: bool = True,
 ) -> Float[Tensor, "n_prompts n_options"]:
-    """Returns what `score_options` does, for whoever holds a decoder."""
-    whole_prompts: list[Prompt] = []
-    for prompt in prompts:
-        whole_prompts.append(Prompt("", prompt) if isinstance(prompt, str) else prompt)
-    options_by_prompt = _options_by_prompt(options, len(whole_prompts))
+    """Returns what `score_options` does, for whoever holds a decoder.
+
+    Without `finite_only` scores may be NaN or infinite, which the caller has to look for.
+    """
+    whole_prompts = whole_prompts_of(prompts)
+    options_by_prompt, most_options = _options_by_prompt(options, len(whole_prompts))
     token_lists = decoder.tokenize([prompt.text for prompt in whole_prompts])
     ids_by_prompt: list[list[int]] = []
     for prompt, prompt_options in zip(whole_prompts, options_by_prompt, strict=True):
         # The query is enough: it ends as the whole text does, and is shorter.
         ids_by_prompt.append(option_ids(decoder.tokenizer, prompt.query, prompt_options))
-    most_options = max((len(ids) for ids in ids_by_prompt), default=0)
+    decoder.check_known(ids_by_prompt)
     scores = torch.full((len(whole_prompts), most_options), -torch.inf)
     for cache, batch in by_context(decoder, whole_prompts, token_lists, token_budget, kept):
-        if cache is None:
-            logits = next_token_logits(decoder.model, batch)
-        else:
-            logits = after_prefix(decoder.model, cache, batch)
-        # One copy a batch: each row's options differ, and picking them there would cost one each.
-        for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
-            ids = ids_by_prompt[row]
-            scores[row, : len(ids)] = row_logits[ids]
+        _fill(scores, decoder, cache, batch, ids_by_prompt)
+        is_finite = have_finite_scores(
+            scores[batch.rows], scores[batch.rows], [options_by_prompt[row] for row in batch.rows]
+        )
+        # Some kernels carry one row's NaN into others: which rows are not finite, each says alone.
+        if len(batch.rows) > 1 and not is_finite.all():
+            for place in (~is_finite).nonzero()[:, 0].tolist():
+                _fill(scores, decoder, cache, batch.alone(place), ids_by_prompt)
+    if finite_only:
+        texts = [prompt.text for prompt in whole_prompts]
+        is_finite = have_finite_scores(scores, scores, options_by_prompt)
+        finite_rows(is_finite, texts, "option scores", skip=None)
     return scores
+
+
+def _fill(
+    scores: Float[Tensor, "n_prompts n_options"],
+    decoder: Decoder,
+    cache: Cache | None,
+    batch: Batch,
+    ids_by_prompt: Sequence[list[int]],
+) -> None:
+    """Fills in the scores of a batch, from one pass behind what the cache holds."""
+    if cache is None:
+        logits = next_token_logits(decoder.model, batch)
+    else:
+        logits = after_prefix(decoder.model, cache, batch)
+    # One copy a batch: each row's options differ, and picking them there would cost one each.
+    for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
+        ids = ids_by_prompt[row]
+        scores[row, : len(ids)] = row_logits[ids]
+
+
+def have_finite_scores(
+    scores: Float[Tensor, "n_prompts n_options"],
+    plain_scores: Float[Tensor, "n_prompts n_options"],
+    options: Sequence[Sequence[str]],
+) -> Bool[Tensor, "n_prompts"]:
+    """Returns which prompts have a finite score for each of their options.
+
+    Args:
+        scores: what a method made of the model's, which may rule an option out by -inf.
+        plain_scores: the model's, which may not.
+        options: those of each prompt; beyond them the scores are filled up.
+    """
+    n_options = torch.tensor([len(prompt_options) for prompt_options in options])
+    is_filling = torch.arange(scores.shape[1]) >= n_options[:, None]
+    is_ruled_out = scores.isneginf() & plain_scores.isfinite()
+    return (scores.isfinite() | is_ruled_out | is_filling).all(1)
 
 
 def _options_by_prompt(
     options: Sequence[str] | Sequence[Sequence[str]], n_prompts: int
-) -> list[Sequence[str]]:
-    shared = [option for option in options if isinstance(option, str)]
-    by_prompt: list[Sequence[str]]
-    if shared:
-        by_prompt = [shared] * n_prompts
-    else:
-        by_prompt = [list(prompt_options) for prompt_options in options]
+) -> tuple[list[list[str]], int]:
+    """Returns each prompt's options, and the most that a prompt has."""
+    entries = listed(options, "options")
+    shared = [entry for entry in entries if isinstance(entry, str)]
+    lists = [texts_of(entry, "options") for entry in entries if not isinstance(entry, str)]
     # Words and lists of words cannot be mixed.
-    is_mixed = bool(shared) and len(shared) != len(options)
-    if is_mixed or len(by_prompt) != n_prompts:
+    is_mixed = bool(shared) and len(shared) != len(entries)
+    if is_mixed or not (shared or len(entries) == n_prompts):
         raise ValueError(
             f"expected one list of options, or one per prompt ({n_prompts}), "
-            f"got {len(options)} entries"
+            f"got {len(entries)} entries"
         )
-    if any(len(prompt_options) < 2 for prompt_options in by_prompt):
+    if shared:
+        lists = [shared]
+    if any(len(prompt_options) < 2 for prompt_options in lists):
         raise ValueError("expected at least two options for every prompt")
-    return by_prompt
+    most_options = max((len(prompt_options) for prompt_options in lists), default=0)
+    return (lists * n_prompts if shared else lists), most_options

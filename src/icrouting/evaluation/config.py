@@ -30,6 +30,8 @@ class EvalConfig:
         methods: What to compare; zero-shot is the baseline.
         n_test: Test items per task (all, where a task has fewer), the same for every seed.
         seeds: Each draws demonstrations and fits anew.
+        skip_nan: Leave test items out on which a method's scores are not finite, and say how many,
+            instead of leaving out the method's whole task.
         model: The model below.
         settings: The methods' settings below.
     """
@@ -40,6 +42,7 @@ class EvalConfig:
     methods: Names = ("zero-shot", "few-shot", "multi-task-few-shot", "calibration", "icr")
     n_test: PositiveInt = 500
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
+    skip_nan: bool = False
     model: Base = field(default_factory=Backbone)
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
 

@@ -28,8 +28,9 @@ class Evaluation:
     """One run: methods on a model, and the records that they leave in `file`.
 
     What the file holds already is not computed again. `fits` is a folder that keeps what methods
-    learn, for a resumed run and for other processes; None keeps nothing. Several processes share
-    tasks to learn and items to answer, and each appends to a file of its own.
+    learn, for a resumed run and for other processes; None keeps nothing. `skip_nan` leaves items
+    out whose scores are not finite, instead of the method's task. Several processes share tasks to
+    learn and items to answer, and each appends to a file of its own.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class Evaluation:
         sources: Sequence[Task],
         file: Path,
         fits: Path | None = None,
+        *,
+        skip_nan: bool = False,
     ):
         self.decoder = decoder
         self.methods = list(methods)
@@ -48,7 +51,9 @@ class Evaluation:
         # Why a method does not fit a task, by their names; and why one cannot learn at all.
         self.refused: dict[tuple[str, str], str] = {}
         self._unfit: dict[str, str] = {}
-        self._predictor = Predictor(decoder)
+        # The items that were left out as their scores are not finite, by method and task.
+        self.skipped: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+        self._predictor = Predictor(decoder, skip_nan=skip_nan)
         # The seed of the fit that each method has in force, by its name.
         self._fitted_seeds: dict[str, int] = {}
         self._done: set[tuple[str, str, int, int]] = set()
@@ -60,6 +65,7 @@ class Evaluation:
 
         Methods take turns on each chunk of items, so that a slow spell of the machine meets all of
         them. A method that refuses a task (ValueError) is left out there, and `refused` says why.
+        So is one that has a finite score on no item; `skipped` has the items that lack one.
         """
         jobs: list[Job] = []
         for task in tasks:
@@ -70,6 +76,7 @@ class Evaluation:
             self._run_seed(jobs, tasks, seed)
         # Each process has met refusals of its own; the report is to name them all.
         self.refused = dict(joined(list(self.refused.items())))
+        self._join_skipped()
 
     def _run_seed(self, jobs: Sequence[Job], tasks: Sequence[Task], seed: int) -> None:
         """Fits if any process lacks an answer, then answers what is missing of this one's share."""
@@ -85,6 +92,14 @@ class Evaluation:
         for task, items in track(my_jobs, f"evaluation, seed {seed}", my_sizes, "predictions"):
             for method in self.methods:
                 self._answer(method, task, self._missing(method, task, items, seed), seed)
+
+    def _join_skipped(self) -> None:
+        """Takes up what all processes skipped, and refuses tasks on which nothing was left."""
+        answered_cells = set(joined([cell for cell, answers in self._answers.items() if answers]))
+        for cell, items in joined(list(self.skipped.items())):
+            self.skipped[cell] |= items
+        for cell in self.skipped.keys() - answered_cells:
+            self.refused.setdefault(cell, "its scores are finite on no test item")
 
     def _fit_together(self, seed: int, tasks: Sequence[Task]) -> None:
         """Fits once for all processes.
@@ -162,7 +177,11 @@ class Evaluation:
                 unknown_items.append(index)
         try:
             if unknown_items:
-                new_records += self.predict(method, task, unknown_items, seed)
+                predicted = self.predict(method, task, unknown_items, seed)
+                missed_items = set(unknown_items) - {record.index for record in predicted}
+                if missed_items:
+                    self.skipped[method.name, task.name] |= missed_items
+                new_records += predicted
         except ValueError as error:
             self.refused[method.name, task.name] = str(error)
             return

@@ -16,6 +16,8 @@ class Outcome:
 
     Attributes:
         refused: method, task and reason of each pair that does not go together.
+        skipped: method, task and number of the items that were left out, as their scores are not
+            finite.
         ratios: each method's time over that of `baseline`, see `timing.time_ratios`; empty if none
             was measured.
         baseline: the method that the others are timed against.
@@ -23,6 +25,7 @@ class Outcome:
     """
 
     refused: list[list[str]]
+    skipped: list[list[Any]]
     ratios: list[dict[str, Any]]
     baseline: str
     costs: list[dict[str, Any]]
@@ -32,7 +35,7 @@ class Outcome:
         # Where nothing was timed, config.json keeps what an earlier run timed.
         timing = {"timing": {"baseline": self.baseline, "ratios": self.ratios}}
         measured = timing if self.ratios else {}
-        return {"refused": self.refused, **measured, "fits": self.costs}
+        return {"refused": self.refused, "skipped": self.skipped, **measured, "fits": self.costs}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from icrouting.decoder.batches import fits
 from icrouting.tasks.task import Example, Task
 
 SPARE = 24  # of a model's context, for what methods put around a prompt: virtual tokens, an answer
@@ -25,7 +26,7 @@ def within(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int | None) ->
     counts = []
     for split in ("train", "validation", "test"):
         rows = vars(task)[split]
-        kept_rows = tuple(row for row in rows if _fits(task.prompt(row), tokenizer, room))
+        kept_rows = tuple(row for row in rows if fits(tokenizer, task.prompt(row), room))
         if rows and not kept_rows:
             return task, ""
         if len(kept_rows) < len(rows):
@@ -35,14 +36,6 @@ def within(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int | None) ->
         return task, ""
     line = f"Left out, as longer than {room} tokens: {', '.join(counts)} rows of {task.name}."
     return replace(task, **shortened), line
-
-
-def _fits(text: str, tokenizer: PreTrainedTokenizerBase, room: int) -> bool:
-    """Whether a text has `room` tokens at most."""
-    # A token takes a byte or more, but for two before the text: most rows need no tokenizer.
-    if len(text.encode()) + 2 <= room:
-        return True
-    return len(tokenizer(text).input_ids) <= room
 
 
 def _labels(rows: tuple[Example, ...]) -> set[int]:

@@ -21,10 +21,12 @@ def outcome_of(
     """
     config = folder.read_config()
     refused = _refused(evaluation, tasks, config.get("refused", []))
+    skipped = _skipped(evaluation, tasks, config.get("skipped", []))
     # Before the timing, which takes a while: a kill there must not lose why a cell is empty.
-    folder.write_config({**config, "refused": refused})
+    folder.write_config({**config, "refused": refused, "skipped": skipped})
     return Outcome(
         refused=refused,
+        skipped=skipped,
         ratios=_ratios(evaluation, tasks, seed, config.get("timing", {}).get("ratios", [])),
         baseline=BASELINE,
         costs=fit_costs(folder.fits, config["methods"]),
@@ -35,11 +37,29 @@ def _refused(
     evaluation: Evaluation, tasks: Sequence[Task], earlier: Sequence[Sequence[str]]
 ) -> list[list[str]]:
     """Earlier refusals of what was not asked this time, then this time's."""
-    cells = {(method.name, task.name) for method in evaluation.methods for task in tasks}
-    refused = [list(entry) for entry in earlier if tuple(entry[:2]) not in cells]
+    refused = _of_others(evaluation, tasks, earlier)
     for cell, reason in evaluation.refused.items():
         refused.append([*cell, reason])
     return refused
+
+
+def _skipped(
+    evaluation: Evaluation, tasks: Sequence[Task], earlier: Sequence[Sequence[Any]]
+) -> list[list[Any]]:
+    """The numbers of items skipped earlier of what was not asked this time, then this time's."""
+    skipped = _of_others(evaluation, tasks, earlier)
+    for cell, items in evaluation.skipped.items():
+        if cell not in evaluation.refused:
+            skipped.append([*cell, len(items)])
+    return skipped
+
+
+def _of_others(
+    evaluation: Evaluation, tasks: Sequence[Task], earlier: Sequence[Sequence[Any]]
+) -> list[list[Any]]:
+    """The earlier entries of methods and tasks that were not asked this time."""
+    cells = {(method.name, task.name) for method in evaluation.methods for task in tasks}
+    return [list(entry) for entry in earlier if tuple(entry[:2]) not in cells]
 
 
 def _ratios(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from icrouting.decoder.batches import tokenize
+from icrouting.decoder.batches import finite_rows, tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.passes import KeptContext
-from icrouting.decoder.scoring import score
+from icrouting.decoder.scoring import have_finite_scores, score
 from icrouting.evaluation.records import Record
 from icrouting.methods import Method
 from icrouting.tasks.prompts import Prompt
@@ -29,8 +29,9 @@ class _PlainScores:
 class Predictor:
     """A model that answers test items by one method after the other."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, *, skip_nan: bool = False):
         self.decoder = decoder
+        self.skip_nan = skip_nan
         # By method: the task that it answered last, and the contexts that were read for it.
         self._kept_contexts: dict[str, tuple[str, dict[str, KeptContext]]] = {}
         self._plain: _PlainScores | None = None
@@ -42,31 +43,39 @@ class Predictor:
     def predict(
         self, method: Method, task: Task, indices: Sequence[int], seed: int
     ) -> list[Record]:
-        """Returns the records of one method on some test items of one task."""
+        """Returns the records of one method on some test items of one task.
+
+        With `skip_nan`, items whose scores are not finite have none.
+
+        Raises:
+            ValueError: the method does not fit the task, or a score is not finite.
+        """
         method = method.on(task)
         examples = [task.test[index] for index in indices]
         prompts = [method.prompt(task, example) for example in examples]
         options = [task.options(example) for example in examples]
         token_lists = tokenize(self.decoder.tokenizer, [prompt.text for prompt in prompts])
         # A method's own work after the model's counts as its time too.
-        scores, seconds = self._scores(method, task, prompts, options)
+        plain_scores, seconds = self._scores(method, task, prompts, options)
         started = time.monotonic()
-        scores = method.adjusted(task, examples, scores)
+        scores = method.adjusted(task, examples, plain_scores)
         seconds += (time.monotonic() - started) / len(prompts)
         if len(scores) != len(prompts):
             raise ValueError(
                 f"{method.name} gives scores of {len(scores)} prompts, of {len(prompts)} that were "
                 "asked: let `adjusted` return a row for each"
             )
+        texts = [prompt.text for prompt in prompts]
+        is_finite = have_finite_scores(scores, plain_scores, options)
         predictions = scores.argmax(1).tolist()
         answers = []
-        for place, index in enumerate(indices):
+        for place in finite_rows(is_finite, texts, "option scores", self.skip_nan):
             n_options = len(options[place])  # further scores pad the row to the others' length
             answer = Record(
                 method=method.name,
                 task=task.name,
                 seed=seed,
-                index=index,
+                index=indices[place],
                 label=examples[place].label,
                 prediction=predictions[place],
                 option_logits=tuple(scores[place, :n_options].tolist()),
@@ -93,7 +102,7 @@ class Predictor:
         contexts = self._contexts(method, task, prompts[0].context)
         with method.applied(task):  # entered once for many prompts, so not in their time
             started = time.monotonic()
-            scores = score(self.decoder, prompts, options, kept=contexts)
+            scores = score(self.decoder, prompts, options, kept=contexts, finite_only=False)
             seconds = (time.monotonic() - started) / len(prompts)
         if not method.edits_model:
             self._plain = _PlainScores(prompts, options, scores, seconds)

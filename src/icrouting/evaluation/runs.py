@@ -23,7 +23,9 @@ from icrouting.runtime.processes import agree, first_one_first, is_first
 from icrouting.tasks.task import Task
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
-_GROWING = ("methods", "seeds", "n_test", "router", "notes")
+_GROWING = ("methods", "seeds", "n_test", "router", "notes", "skip_nan")
+# What every run writes, those of the first version too.
+_WRITTEN = ("command", "methods", "seeds", "n_test", "router", "notes")
 # What the paper takes; a run of less says so.
 PAPER_SEEDS = 3
 PAPER_TEST_ITEMS = 500
@@ -73,6 +75,7 @@ class RunConfig:
             "sources": self.sources,
             "seeds": _unique(asked.seeds),
             "n_test": asked.n_test,
+            "skip_nan": asked.skip_nan,
             "notes": self.notes,
         }
 
@@ -118,7 +121,7 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
     else:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         begun = {**wanted, "command": command(), "commit": commit(), "created": created}
-    missing = {"command", *_GROWING} - begun.keys()
+    missing = set(_WRITTEN) - begun.keys()
     if missing:
         lacking = ", ".join(sorted(missing))
         raise ValueError(
@@ -134,6 +137,7 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
         "seeds": _unique([*begun["seeds"], *wanted["seeds"]]),
         "n_test": wanted["n_test"],
         "router": begun["router"] or wanted["router"],  # the same, or one of them None
+        "skip_nan": begun.get("skip_nan", False) or wanted["skip_nan"],
     }
     if command() not in begun["command"]:
         grown["command"] = f"{begun['command']} && {command()}"

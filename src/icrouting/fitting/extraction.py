@@ -1,5 +1,6 @@
 """Extraction: few-shot prompts of the source tasks, pooled into moments (stage 1)."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -10,15 +11,19 @@ import torch
 from torch import Tensor
 
 from icrouting.config import FitConfig
+from icrouting.decoder.batches import fits, tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.sites import Dims
 from icrouting.fitting.capture import capture_last_tokens
+from icrouting.fitting.lengths import none_fits
 from icrouting.fitting.pca import QKMoments
 from icrouting.runtime.processes import decided, here, is_first, total
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors
 from icrouting.tasks.prompts import Prompt, extraction_prompts
 from icrouting.tasks.task import Task
+
+log = logging.getLogger(__name__)
 
 MOMENTS_FILE = "moments.safetensors"
 SAVE_EVERY_SECONDS = 20.0
@@ -28,6 +33,8 @@ SAVING_SHARE = 1 / 20
 BLOCK = 32
 # Batches; the moments of a wide model are slower to add to than a batch is to run.
 HELD = 64
+# Rows that are named where several are too long.
+MOST_NAMED = 3
 
 
 class Extraction:
@@ -112,15 +119,20 @@ def extract(
     """Returns the moments of few-shot prompts of all source tasks, pooled (stage 1).
 
     Processes take blocks of prompts in turn. What all of them saw is kept at the end of a round, so
-    that any number of processes can go on from there.
+    that any number of processes can go on from there. Prompts that are longer than the model's
+    context are left out, with a warning that names the rows that make them so.
+
+    Raises:
+        ValueError: all prompts of a task are longer than the model's context.
     """
     file = folder / MOMENTS_FILE if folder is not None else None
     extraction = Extraction(len(layers), decoder.dims, file)
     extraction.load()
-    prompts = _drawn(tasks, config)
+    prompts = _drawn(decoder, tasks, config)
     # What an earlier run is through with is drawn too, for the draws behind it to be the same.
     for _ in islice(prompts, extraction.n_done):
         pass
+    # At most: where some are left out, the last blocks are empty.
     n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
     starts = range(extraction.n_done, n_prompts, BLOCK)
     sizes = [min(BLOCK, n_prompts - start) for start in starts]
@@ -141,13 +153,56 @@ def extract(
     return extraction.whole()
 
 
-def _drawn(tasks: Sequence[Task], config: FitConfig) -> Iterator[Prompt]:
-    """Yields the prompts of one task after the other, all drawn from one generator."""
+def _drawn(decoder: Decoder, tasks: Sequence[Task], config: FitConfig) -> Iterator[Prompt]:
+    """Yields the prompts of one task after the other, all drawn from one generator.
+
+    Those that are longer than the model's context are drawn, and left out.
+    """
     rng = np.random.default_rng(config.seed)
+    limit = decoder.context_length
     for task in tasks:
-        yield from extraction_prompts(
+        n_drawn = 0
+        long_prompts: list[Prompt] = []
+        for prompt in extraction_prompts(
             task, config.n_prompts, config.demos_per_class, rng, config.queries_per_context
+        ):
+            n_drawn += 1
+            if limit is None or fits(decoder.tokenizer, prompt.text, limit):
+                yield prompt
+            else:
+                long_prompts.append(prompt)
+        if limit is None or not long_prompts:
+            continue
+        if len(long_prompts) == n_drawn:
+            raise none_fits(task, limit, config.demos_per_class)
+        if is_first():
+            log.warning(
+                "left out: %d of %d few-shot prompts of %r, as longer than the model's context of "
+                "%d tokens; the longest row of each: %s",
+                *(len(long_prompts), n_drawn, task.name, limit),
+                _longest_rows(decoder, task, long_prompts),
+            )
+
+
+def _longest_rows(decoder: Decoder, task: Task, prompts: Sequence[Prompt]) -> str:
+    """Returns the training rows that make prompts long, in words; of many, the first few."""
+    texts = [task.prompt(row) for row in task.train]
+    longest_first = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+    places: list[int] = []
+    for prompt in prompts:
+        place = next(place for place in longest_first if texts[place] in prompt.text)
+        if place not in places:
+            places.append(place)
+    names = []
+    for place in places[:MOST_NAMED]:
+        row_text = " ".join(task.train[place].fields.values())
+        (tokens,) = tokenize(decoder.tokenizer, [texts[place]])
+        names.append(
+            f"training row {place + 1} ({len(tokens)} tokens, it begins {row_text[:40]!r})"
         )
+    if len(places) > MOST_NAMED:
+        names.append(f"{len(places) - MOST_NAMED} more")
+    return ", ".join(names)
 
 
 def _summed(moments: QKMoments) -> dict[str, Tensor]:

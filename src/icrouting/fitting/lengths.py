@@ -54,10 +54,28 @@ def measured(
     )
 
 
+def none_fits(task: Task, context_length: int, demos_per_class: int) -> ValueError:
+    """Returns the error where no few-shot prompt of a task fits a model's context."""
+    return ValueError(
+        f"every few-shot prompt of task {task.name!r} is longer than the model's context of "
+        f"{context_length} tokens: lower demos_per_class ({demos_per_class}), or leave the task out"
+    )
+
+
 def prompts_by_task(
-    tasks: Sequence[Task], config: FitConfig, token_counts: TokenCounts, sample: int
+    tasks: Sequence[Task],
+    config: FitConfig,
+    token_counts: TokenCounts,
+    sample: int,
+    context_length: int | None,
 ) -> dict[str, Texts]:
-    """Returns every task's few-shot prompts; those read are the fit's first ones."""
+    """Returns every task's few-shot prompts; those read are the fit's first ones.
+
+    Those that are longer than the model's context are left out, as in the fit.
+
+    Raises:
+        ValueError: all prompts of a task are.
+    """
     # As `extraction` draws them.
     rng = np.random.default_rng(config.seed)
     by_task = {}
@@ -67,7 +85,15 @@ def prompts_by_task(
             task, min(n_prompts, sample), config.demos_per_class, rng, config.queries_per_context
         )
         texts = [prompt.text for prompt in prompts]
-        by_task[task.name] = measured(texts, n_prompts, token_counts)
+        fitting = texts
+        if context_length is not None:
+            lengths = token_counts(texts)
+            places = range(len(texts))
+            fitting = [texts[place] for place in places if lengths[place] <= context_length]
+            if not fitting:
+                raise none_fits(task, context_length, config.demos_per_class)
+        count = round(n_prompts * len(fitting) / len(texts))
+        by_task[task.name] = measured(fitting, count, token_counts)
     return by_task
 
 

@@ -153,13 +153,15 @@ def plan_fit(
         sample: prompts and queries of every task that are read; their mean length stands for all.
 
     Raises:
-        ValueError: the model cannot be routed, or not in these layers.
+        ValueError: the model cannot be routed, or not in these layers, or a task's prompts are all
+            longer than its context.
     """
     sizes = Sizes.of(model)
     layers = check_layers(config.layers or late_third(sizes.n_layers), sizes.n_layers)
     token_counts = _token_counts(tokenizer)
-    prompts = prompts_by_task(tasks, config, token_counts, sample)
-    queries = queries_by_task(tasks, config, token_counts, sample, context_length(model))
+    limit = context_length(model)
+    prompts = prompts_by_task(tasks, config, token_counts, sample, limit)
+    queries = queries_by_task(tasks, config, token_counts, sample, limit)
     reckoning = Reckoning(
         sizes=sizes,
         layers=layers,

@@ -53,6 +53,7 @@ def training_queries(
     # Which tokens an option begins with depends on the text before it.
     for text, (task, example) in zip(texts, examples, strict=True):
         options.append(option_ids(decoder.tokenizer, text, task.options(example)))
+    decoder.check_known(options)
     states = run_trunk(decoder, _shortened(decoder, texts, config), first_layer, folder)
     vectors = _vectors(features, states)
     entropies = torch.tensor([state.entropy for state in states])
@@ -88,7 +89,9 @@ def _shortened(decoder: Decoder, texts: Sequence[str], config: FitConfig) -> lis
     """Returns the tokens of texts; long ones lose their beginning."""
     limit = min(config.max_tokens, decoder.context_length or config.max_tokens)
     bos = decoder.tokenizer.bos_token_id
-    return [_tail(tokens, limit, bos) for tokens in tokenize(decoder.tokenizer, texts)]
+    token_lists = tokenize(decoder.tokenizer, texts)
+    decoder.check_known(token_lists)
+    return [_tail(tokens, limit, bos) for tokens in token_lists]
 
 
 def _tail(tokens: list[int], limit: int, bos: object) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, hooked
 from icrouting.decoder.hooks import counted_rows
-from icrouting.decoder.scoring import score
+from icrouting.decoder.scoring import have_finite_scores, score
 from icrouting.methods.fits import Fit, load_fit, save_fit
 from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same
@@ -174,6 +175,7 @@ class Method:
                 f"{self.name}: what `learned` names must be tensors after `learn`, "
                 f"not so {no_tensors}"
             )
+        _check_numbers(self.name, self.tensors())
         cost = {
             "labelled": self.n_labelled,
             "trained": self.n_trained,
@@ -280,10 +282,12 @@ class Method:
             prompts = [self.prompt(task, row) for row in rows]
             options = [task.options(row) for row in rows]
             with self.applied(task):
-                scores = score(self.decoder, prompts, options)
-            predictions = self.adjusted(task, rows, scores).argmax(1).tolist()
-            for prediction, row in zip(predictions, rows, strict=True):
-                hits.append(prediction == row.label)
+                plain_scores = score(self.decoder, prompts, options, finite_only=False)
+            scores = self.adjusted(task, rows, plain_scores)
+            labels = torch.tensor([row.label for row in rows])
+            # What is not finite is no answer, so it cannot be right.
+            is_answer = have_finite_scores(scores, plain_scores, options)
+            hits += ((scores.argmax(1) == labels) & is_answer).tolist()
         return float(np.mean(hits))
 
     @contextmanager
@@ -331,3 +335,10 @@ class Method:
         """
         # By the class: whoever edits a model has a context of its own to do so.
         return type(self).applied is not Method.applied
+
+
+def _check_numbers(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Checks what a method learned; ValueError where it is not a number."""
+    for part, tensor in tensors.items():
+        if tensor.isnan().any():
+            raise ValueError(f"{name} learned NaN ({part}): load the model in float32 or bfloat16")

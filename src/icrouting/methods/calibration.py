@@ -48,7 +48,8 @@ class Calibration(Method):
             for text in CONTENT_FREE:
                 fields = dict.fromkeys(example.fields, text)
                 blanks.append(Example(fields, (text,) * n_choices, label=0))
-            prompts = [task.prompt(blank) for blank in blanks]
+            # Behind a field at the template's end, the empty one leaves a bare space.
+            prompts = [task.prompt(blank).rstrip() for blank in blanks]
             options = [task.options(blank) for blank in blanks]
             scores = score(self.decoder, prompts, options)
             self._levels[key] = scores.softmax(-1).mean(0).log()

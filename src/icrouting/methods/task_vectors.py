@@ -135,7 +135,9 @@ def sweep(
         (tokens,) = decoder.tokenize([prompt])
         right = []
         for logits in last_token_variants(decoder.model, tokens, n_layers, blocks, replace):
-            guesses = logits[:, ids].argmax(1)
-            right.append((guesses == example.label).cpu())
+            option_logits = logits[:, ids]
+            # What is not finite is no answer, so it cannot be right.
+            is_answer = option_logits.isfinite().all(1)
+            right.append(((option_logits.argmax(1) == example.label) & is_answer).cpu())
         hits += torch.cat(right)
     return hits / max(1, len(items))

@@ -33,8 +33,7 @@ def answered(
 ) -> list[AnsweredRow[list[int]]]:
     """Returns each row's zero-shot prompt as tokens, with its answer's first token."""
     texts = [task.prompt(example) for task, example in pairs]
-    # A tokenizer refuses an empty list of texts.
-    token_lists = decoder.tokenize(texts) if texts else []
+    token_lists = decoder.tokenize(texts)
     rows = []
     for text, tokens, (task, example) in zip(texts, token_lists, pairs, strict=True):
         ids = option_ids(decoder.tokenizer, text, task.options(example))

@@ -69,6 +69,8 @@ class Run:
         tasks: the tasks.
         notes: what was cut short.
         refused: method, task and reason of each pair that does not go together.
+        skipped: method, task and number of the items that it was not measured on, as its scores
+            are not finite there.
         timing: what was measured in turns; None if nothing was.
         fits: what fits took; empty where nothing is fitted.
         as_written: all of config.json, in its order, for the list of what else there is.
@@ -86,6 +88,7 @@ class Run:
     tasks: list[RunTask]
     notes: list[str]
     refused: list[tuple[str, str, str]]
+    skipped: list[tuple[str, str, int]]
     timing: Timing | None
     fits: list[FitCost]
     as_written: Mapping[str, Any]
@@ -94,9 +97,9 @@ class Run:
     def of(cls, content: Mapping[str, Any]) -> "Run":
         """Returns what a run's config.json says; ValueError if a report could not be made of it."""
         # What runs of earlier versions did not write, and unfinished ones have yet to.
-        absent = {"dtype": None, "router": None, "notes": [], "refused": [], "timing": None}
+        absent = {"dtype": None, "router": None, "notes": [], "refused": [], "skipped": []}
         known = {name: content[name] for name in cls.__annotations__ if name in content}
-        run = read(cls, {**absent, "fits": [], **known, "as_written": {}})
+        run = read(cls, {**absent, "timing": None, "fits": [], **known, "as_written": {}})
         return replace(run, as_written=content)
 
     def n_cached(self) -> dict[str, int]:

@@ -117,6 +117,11 @@ def summarise(records: Sequence[Record], run: Run) -> Summary:
     cells = _cells(methods, groups["all"], records_by_cell)
     headline = _headline(list(cells.method))
     lines = pd.concat([cells, _means(cells, groups)])
+    skip_notes = []
+    for method, task, n_items in run.skipped:
+        skip_notes.append(
+            f"Left out, as scores are not finite there: {n_items} test items of {task} ({method})."
+        )
     refusal_notes = [f"{method} does not fit {task}: {why}" for method, task, why in refusals]
     return Summary(
         headline=headline,
@@ -126,7 +131,7 @@ def summarise(records: Sequence[Record], run: Run) -> Summary:
         lines=lines.set_index(["kind", "name", "method"]),
         rivals=_rivals(headline, records_by_cell),
         unfinished=unfinished(methods, list(sections), records_by_cell, fullest, refusals),
-        notes=(*run.notes, *refusal_notes),
+        notes=(*run.notes, *refusal_notes, *skip_notes),
         origin=_origin(run),
     )
 

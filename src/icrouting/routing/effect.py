@@ -72,7 +72,7 @@ class Passes:
 def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...]) -> Passes:
     """Returns an attached model's two passes over a prompt.
 
-    Its attention implementation is put back.
+    Its attention implementation is put back. ValueError where logits are not finite.
     """
     base = base_of(model)
     implementation = base.config._attn_implementation
@@ -101,6 +101,12 @@ def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...])
         leaving.enter_context(routed_kernel(base))
         routed_logits = next_token_logits(model, batch)
     logits = torch.cat([plain_logits, routed_logits]).cpu()
+    # A model may mask a token by -inf, which softmax takes.
+    if not logits.softmax(-1).isfinite().all():
+        raise ValueError(
+            f"NaN or infinity in the logits after a prompt of {len(tokens)} tokens: "
+            "load the model in float32 or bfloat16"
+        )
     attn_weights = torch.stack(weights_by_run).float().unflatten(0, (2, len(layers)))
     plain_weights, routed_weights = attn_weights
     mass_moved = (routed_weights - plain_weights).abs().sum(-1) / 2

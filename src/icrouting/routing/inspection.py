@@ -8,6 +8,7 @@ from torch import Tensor
 
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids
+from icrouting.decoder.texts import prompts_of, texts_of
 from icrouting.routing.effect import Passes, describe, run_both
 from icrouting.routing.routed import Routed
 from icrouting.routing.router import Routing
@@ -67,11 +68,12 @@ def inspect_prompt(routed: Routed, prompt: str, options: Sequence[str] | None = 
         options: two answers to choose from or more; None looks at the likeliest tokens alone.
     """
     decoder = routed.reader.decoder
-    if options is not None and len(options) < 2:
-        raise ValueError(f"expected at least two options or none, got {list(options)}")
     # Everything that a user may get wrong is found out before the model runs.
-    (token_ids,) = decoder.tokenize([prompt])
+    if options is not None and len(texts_of(options, "options")) < 2:
+        raise ValueError(f"expected at least two options or none, got {list(options)}")
+    (token_ids,) = decoder.tokenize(prompts_of([prompt]))
     options_ids = option_ids(decoder.tokenizer, prompt, options) if options else []
+    decoder.check_known([options_ids])
     passes = run_both(decoder.model, token_ids, routed.layers)
     routing = routed.routing([prompt])
     probabilities = passes.logits.softmax(-1)

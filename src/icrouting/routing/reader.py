@@ -58,11 +58,16 @@ class Reader:
         index = torch.tensor(places, device=routing.head_gates.device)
         return Routing(routing.routing_vector[index], routing.head_gates[index])
 
+    @torch.no_grad()
     def of_tokens(self, token_lists: Sequence[Sequence[int]]) -> Routing:
         """Returns the routing of prompts.
 
         The model runs only up to the first routed layer, and only where that is read.
         """
+        # Neither encoders nor models read a list of no texts.
+        if not token_lists:
+            device = device_of(self.router)
+            return self.router(torch.zeros(0, self.features.n_features, device=device))
         hidden: Sequence[Tensor] = ()
         if self.features.reads_hidden or self.gate is not None:
             hidden = entering_states(self.decoder, token_lists, self.first_layer)

@@ -10,6 +10,7 @@ from torch import Tensor
 from icrouting.decoder.batches import tokenize
 from icrouting.decoder.hold import Hold
 from icrouting.decoder.scoring import score
+from icrouting.decoder.texts import prompts_of
 from icrouting.routing.effect import Passes, describe, run_both, warn_if_nothing
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
@@ -45,6 +46,7 @@ class Routed:
             options: the answers to choose from, for all prompts or a list each.
         """
         decoder = self.reader.decoder
+        prompts = prompts_of(prompts)
         with self.hold.turn():
             scores = score(decoder, prompts, options)
             # Batches may have come in another order, and the last of them alone would be
@@ -55,7 +57,7 @@ class Routed:
     def routing(self, prompts: Sequence[str]) -> Routing:
         """Returns what the router decides for prompts; no routed layer runs."""
         with self.hold.turn():
-            return self.reader.of_tokens(self.reader.decoder.tokenize(prompts))
+            return self.reader.of_tokens(self.reader.decoder.tokenize(prompts_of(prompts)))
 
     def effect(self, prompts: Sequence[str] | None = None) -> str:
         """Returns in one line of numbers what routing does to prompts.
@@ -74,7 +76,7 @@ class Routed:
 
     def _compared(self, prompts: Sequence[str] | None) -> tuple[list[Passes], Routing]:
         decoder = self.reader.decoder
-        token_lists = self.last if prompts is None else decoder.tokenize(prompts)
+        token_lists = self.last if prompts is None else decoder.tokenize(prompts_of(prompts))
         # Beams repeat their prompt.
         distinct = [list(tokens) for tokens in dict.fromkeys(map(tuple, token_lists))]
         if not distinct:

@@ -27,6 +27,11 @@ class Example:
     choices: tuple[str, ...]
     label: int
 
+    def __post_init__(self):
+        # A word would be read as one choice a letter.
+        if isinstance(self.choices, str):
+            raise TypeError(f"choices must be a tuple of texts, got {self.choices!r}")
+
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -53,6 +58,11 @@ class TaskSpec:
     template: str
     options: tuple[str, ...] = ()
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        # A word would be read as one option a letter.
+        if isinstance(self.options, str):
+            raise TypeError(f"options must be a tuple of texts, got {self.options!r}")
 
     @property
     def slots(self) -> tuple[str, ...]:

@@ -1,0 +1,86 @@
+"""Texts as users hand them in: lists of prompts and of options, checked before anything runs."""
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from icrouting.tasks.prompts import Prompt
+
+T = TypeVar("T")
+
+# A text is a sequence of letters, and sets and mappings have no order to be read in.
+_NO_LISTS = (str, bytes, Prompt, set, frozenset, Mapping)
+
+
+def listed(values: Iterable[T], what: str) -> list[T]:
+    """Returns values as a list.
+
+    Args:
+        values: a sequence, or what is read once.
+        what: what they are, as the error is to name them.
+
+    Raises:
+        TypeError: it is a single text, or has no order.
+    """
+    if isinstance(values, _NO_LISTS) or not isinstance(values, Iterable):
+        raise TypeError(f"expected a list of {what}, got {values!r} ({type(values).__name__})")
+    return list(values)
+
+
+def texts_of(values: Iterable[str], what: str = "prompts") -> list[str]:
+    """Returns texts as a list.
+
+    Raises:
+        TypeError: it is no list, or holds something else than texts.
+    """
+    texts = listed(values, what)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(
+                f"expected a list of {what} as texts, got {text!r} ({type(text).__name__}) in it"
+            )
+    return texts
+
+
+def prompts_of(values: Iterable[str]) -> list[str]:
+    """Returns zero-shot prompts as a list.
+
+    Raises:
+        TypeError: it is no list of texts.
+        ValueError: a prompt ends in a space.
+    """
+    prompts = texts_of(values)
+    for prompt in prompts:
+        check_ending(prompt)
+    return prompts
+
+
+def whole_prompts_of(values: Iterable[str | Prompt]) -> list[Prompt]:
+    """Returns texts and prompts as a list of prompts.
+
+    Raises:
+        TypeError: it is no list of them.
+    """
+    whole_prompts = []
+    for value in listed(values, "prompts"):
+        if isinstance(value, Prompt):
+            whole_prompts.append(value)
+        else:
+            (text,) = texts_of([value])
+            whole_prompts.append(Prompt("", text))
+    return whole_prompts
+
+
+def check_ending(prompt: str) -> None:
+    """Checks that no space ends a prompt, for which tokenizers join it with the word behind it.
+
+    A line break, in which chat templates end, does no harm.
+
+    Raises:
+        ValueError: a space or the like ends it.
+    """
+    last = prompt[-1:]
+    if last.isspace() and last not in "\r\n":
+        raise ValueError(
+            f"a prompt needs no space at its end, since the answer follows after one: "
+            f"remove it (it ends {prompt[-20:]!r})"
+        )
