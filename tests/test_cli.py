@@ -9,6 +9,7 @@ import torch
 
 import tiny
 from commands import evaluate, fit
+from fake_run import fake_config
 from icrouting.cli import loading, main
 from icrouting.decoder.loading import load_model
 from icrouting.evaluation import evaluate as evaluate_module
@@ -64,6 +65,28 @@ def test_fit_eval_and_report_leave_a_whole_run(world, tmp_path, capsys):
     (tmp_path / "run" / "report.html").unlink()
     main.main(["report", str(tmp_path / "run")])
     assert (tmp_path / "run" / "report.html").read_text() == page
+
+
+def test_the_made_up_run_of_other_tests_has_no_key_that_a_real_one_lacks(world, tmp_path):
+    methods = ["--methods", "zero-shot", "few-shot", "icr", "icr-refit-once", "--n-test", "3"]
+    evaluate(world, tmp_path / "run", *methods)
+    real = json.loads((tmp_path / "run" / "config.json").read_text())
+    made_up = fake_config()
+    assert made_up.keys() <= real.keys()
+    pairs = (
+        (made_up["tasks"][0], real["tasks"][0]),
+        (made_up["timing"], real["timing"]),
+        (made_up["timing"]["ratios"][0], real["timing"]["ratios"][0]),
+        (made_up["fits"][0], real["fits"][0]),
+    )
+    for made_up_part, real_part in pairs:
+        assert made_up_part.keys() == real_part.keys()
+    # The router's fit is reckoned; fitted anew, it takes the same.
+    fits = {fit["method"]: fit for fit in real["fits"]}
+    refit = {**fits["icr-refit-once"], "method": "icr", "seconds": None}
+    assert fits["icr"] == refit
+    assert real["tasks"][0]["options"] == ["negative", "positive"]
+    assert "9 prompts, 9 queries a task at most" in real["notes"][-1]
 
 
 def test_rows_longer_than_the_context_are_left_out_and_said_so(world, tmp_path, capsys):

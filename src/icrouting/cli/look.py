@@ -15,6 +15,7 @@ from icrouting.decoder.batches import context_length, tokenize
 from icrouting.decoder.families import device_of
 from icrouting.icr import InContextRouter
 from icrouting.routing import inspection
+from icrouting.runtime.pages import counted
 from icrouting.runtime.storage import save_text
 
 
@@ -40,7 +41,7 @@ def generate(
         seconds = time.monotonic() - started
         new_tokens = output[0, len(tokens) :]
         text = Text(str(tokenizer.decode(new_tokens, skip_special_tokens=True)))
-        return Panel(text, title=f"{title}: {len(new_tokens)} tokens in {seconds:.1f} s")
+        return Panel(text, title=f"{title}: {counted(len(new_tokens), 'token')} in {seconds:.1f} s")
 
     # Before the router is attached, which would route this one too.
     plain = panel("zero-shot")
