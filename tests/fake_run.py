@@ -2,20 +2,54 @@
 
 import numpy as np
 
+from icrouting.decoder.backbone import Backbone
+from icrouting.evaluation.config import EvalConfig
 from icrouting.evaluation.records import Record
+from icrouting.evaluation.runs import RunConfig
 from icrouting.report.run import Run
 
+OPTIONS = {
+    "agnews": ["World", "Sports", "Business", "Technology"],
+    "mr": ["negative", "positive"],
+    "cb": ["A", "B", "C"],
+}
+
+
+def _task(name: str, group: str, role: str) -> dict:
+    """What a run's config.json says of a task."""
+    options = OPTIONS[name]
+    return {
+        "name": name,
+        "group": group,
+        "role": role,
+        "n_options": len(options),
+        "options": options,
+        "n_test_rows": 500,
+    }
+
+
 TASKS = (
-    {
-        "name": "agnews",
-        "group": "in-domain",
-        "role": "source",
-        "n_options": 4,
-        "options": ["a", "b", "c", "d"],
-    },
-    {"name": "mr", "group": "near", "role": "unseen", "n_options": 2},
-    {"name": "cb", "group": "far", "role": "unseen", "n_options": 3},
+    _task("agnews", "in-domain", "source"),
+    _task("mr", "near", "unseen"),
+    _task("cb", "far", "unseen"),
 )
+RATIO = {
+    "method": "icr",
+    "ratio": 1.04,
+    "low": 1.01,
+    "high": 1.07,
+    "n_cached": 540,
+    "note": "median of 5 turns on 4 prompts of mr",
+}
+FIT = {
+    "method": "icr",
+    "fits": 1,
+    "labelled": 3000,
+    "trained": 1370,
+    "forwards": 6100,
+    "backwards": 5000,
+    "seconds": None,
+}
 
 
 def record(index: int, is_right: bool = True, **changes) -> Record:
@@ -57,17 +91,33 @@ def fake_records(
 
 def fake_config(methods=("zero-shot", "few-shot", "icr"), **changes) -> dict:
     """The content of a run's config.json over the three tasks."""
+    asked = EvalConfig(
+        data="pinned:staicc",
+        tasks=tuple(task["name"] for task in TASKS),
+        sources=("agnews",),
+        methods=tuple(methods),
+        n_test=30,
+        seeds=[0, 1],
+        model=Backbone("tiny-llama"),
+    )
+    measured = RunConfig(
+        asked=asked,
+        fingerprint="0123456789abcdef",
+        dtype="float32",
+        rows="0123456789abcdef",
+        router="0123456789abcdef",
+        tasks=list(TASKS),
+        sources=["agnews"],
+        notes=["30 of 500 test items, to fit the time."],
+    )
     return {
+        **measured.flat(),
         "command": "icr evaluate --model <tiny>",
         "commit": "abc1234",
         "created": "2030-01-02T03:04:05+00:00",
-        "model": "tiny-llama",
-        "seeds": [0, 1],
-        "n_test": 30,
-        "methods": list(methods),
-        "tasks": list(TASKS),
-        "demos_per_class": 5,
-        "notes": ["30 of 500 test items, to fit the time."],
+        "refused": [],
+        "timing": {"baseline": "zero-shot", "ratios": [RATIO]},
+        "fits": [FIT],
         **changes,
     }
 

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -9,6 +11,7 @@ import torch
 
 import tiny
 from commands import evaluate, fit
+from fake_run import fake_config
 from icrouting.cli import loading, main
 from icrouting.decoder.loading import load_model
 from icrouting.evaluation import evaluate as evaluate_module
@@ -65,6 +68,73 @@ def test_fit_eval_and_report_leave_a_whole_run(world, tmp_path, capsys):
     (tmp_path / "run" / "report.html").unlink()
     main.main(["report", str(tmp_path / "run")])
     assert (tmp_path / "run" / "report.html").read_text() == page
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """A small run of a world, only to be read."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    evaluate(world, folder, "--methods", "zero-shot", "icr", "--n-test", "3")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--help",
+        "fit --help",
+        "demo --help",
+        "fit --dry-run --out {out} {model} --tasks sst2 --encoder hidden",
+        "eval {where} --out {run} --tasks sst2 mr --sources sst2 --demos-per-class 1 --n-test 3"
+        " --methods zero-shot icr",
+        "report {run}",
+        "report {run} --leads",
+        "generate {base} --prompt \N{BULLET}\N{SNOWMAN} --max-new-tokens 2",
+        "inspect {base} --prompt \N{BULLET}\N{SNOWMAN} --out {out}/page.html",
+    ],
+)
+def test_what_an_encoding_lacks_is_replaced_in_the_output(
+    world, run, tmp_path, monkeypatch, encoding, arguments
+):
+    base = f"--model {world / 'model'} --router {world / 'router'}"
+    model = f"--model {world / 'model'} --data {world / 'data'}"
+    where = f"{base} --data {world / 'data'}"
+    written = io.BytesIO()
+    if arguments.startswith("generate"):
+        # In bfloat16 a tiny router does nothing, of which we warn.
+        monkeypatch.setattr("icrouting.decoder.loading.default_dtype", lambda: torch.float32)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    words = arguments.format(base=base, model=model, where=where, run=run, out=tmp_path)
+    # Help ends by itself, and well.
+    with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
+        main.main(words.split())
+    sys.stdout.flush()
+    assert written.getvalue().decode(encoding).strip()
+
+
+@pytest.mark.slow
+def test_the_made_up_run_of_other_tests_has_no_key_that_a_real_one_lacks(world, tmp_path):
+    methods = ["--methods", "zero-shot", "few-shot", "icr", "icr-refit-once", "--n-test", "3"]
+    evaluate(world, tmp_path / "run", *methods)
+    real = json.loads((tmp_path / "run" / "config.json").read_text())
+    made_up = fake_config()
+    assert made_up.keys() <= real.keys()
+    pairs = (
+        (made_up["tasks"][0], real["tasks"][0]),
+        (made_up["timing"], real["timing"]),
+        (made_up["timing"]["ratios"][0], real["timing"]["ratios"][0]),
+        (made_up["fits"][0], real["fits"][0]),
+    )
+    for made_up_part, real_part in pairs:
+        assert made_up_part.keys() == real_part.keys()
+    # The router's fit is reckoned; fitted anew, it takes the same.
+    fits = {fit["method"]: fit for fit in real["fits"]}
+    refit = {**fits["icr-refit-once"], "method": "icr", "seconds": None}
+    assert fits["icr"] == refit
+    assert real["tasks"][0]["options"] == ["negative", "positive"]
+    assert "9 prompts, 9 queries a task at most" in real["notes"][-1]
 
 
 @pytest.mark.slow

@@ -65,4 +65,4 @@ def test_the_report_lists_the_costs(folder):
     assert "| i2cl | 2 | 4 | 20 | 16 | 12 |" in markdown(
         report_of(fake_run(fits=costs), few_records)
     )
-    assert "What a fit costs" not in markdown(report_of(fake_run(), few_records))
+    assert "What a fit costs" not in markdown(report_of(fake_run(fits=[]), few_records))

@@ -1,3 +1,4 @@
+import copy
 import errno
 import json
 import re
@@ -26,6 +27,7 @@ from icrouting.methods import METHODS, Settings, make
 from icrouting.methods.prompting import ZeroShot
 from icrouting.methods.regimes import regimes
 from icrouting.runtime.storage import load_json, save_json
+from icrouting.tasks.catalogue import SPECS
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Task
 
@@ -342,6 +344,7 @@ def test_notes_and_command_are_those_of_the_grown_run(tmp_path, monkeypatch):
     ]
     config = grow("b", methods=("i2cl", "prompt-tuning-once"), n_test=500)
     assert config["notes"] == [
+        "3 seeds, 30 test items a task at most (paper: 3, 500).",
         "I2CL is calibrated for 20 epochs (published: 100).",
         "Prompt tuning is trained for 10 epochs (published: 50).",
     ]
@@ -355,9 +358,37 @@ def test_a_budget_smaller_than_usual_is_a_cut_that_the_report_names(tmp_path):
     )
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["notes"] == [
+        "3 seeds, 30 test items a task at most (paper: 3, 500).",
         "Methods that learn are held to less, where they would take more: tries 1 (usual: 12), "
-        "train_rows 30 (usual: 1000)."
+        "train_rows 30 (usual: 1000).",
     ]
+
+
+def test_a_run_of_small_tasks_says_how_many_items_there_were(tmp_path):
+    runs.claim(RunFolder(tmp_path), config_of(n_test=500))
+    notes = json.loads((tmp_path / "config.json").read_text())["notes"]
+    assert notes == ["1 seed, 30 test items a task at most (paper: 3, 500)."]
+
+
+def test_a_run_keeps_the_options_of_its_tasks():
+    letters = tiny.Example({"question": "where?"}, ("here", "there", "nowhere"), 2)
+    fewer = tiny.Example({"question": "who?"}, ("me", "you"), 0)
+    quiz = Task(SPECS["csqa"], (letters,), (fewer, letters))
+    review, question = runs.task_entries([TASKS[0], quiz], [])
+    assert (review["options"], review["n_test_rows"]) == (["negative", "positive"], 30)
+    assert (question["options"], question["n_options"]) == (["A", "B", "C"], 3)
+
+
+def test_a_run_of_an_earlier_version_is_given_the_options_when_it_is_taken_up(tmp_path):
+    runs.claim(RunFolder(tmp_path), config_of())
+    config = json.loads((tmp_path / "config.json").read_text())
+    whole = copy.deepcopy(config["tasks"])
+    for key in ("options", "n_test_rows"):
+        for entry in config["tasks"]:
+            del entry[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    runs.claim(RunFolder(tmp_path), config_of())
+    assert json.loads((tmp_path / "config.json").read_text())["tasks"] == whole
 
 
 def test_a_run_knows_source_from_unseen_tasks():

@@ -8,13 +8,22 @@ from pathlib import Path
 import pytest
 
 import browser
-from fake_run import ICR_LOSES_ON_MR, TASKS, fake_config, fake_records, fake_run, many_methods
+from fake_run import (
+    FIT,
+    ICR_LOSES_ON_MR,
+    RATIO,
+    TASKS,
+    fake_config,
+    fake_records,
+    fake_run,
+    many_methods,
+)
 from icrouting.evaluation import records
 from icrouting.evaluation.folder import RunFolder
 from icrouting.report import page as report
 from icrouting.report.figures import confusions
 from icrouting.report.page import summarise
-from icrouting.report.table import marks
+from icrouting.report.table import NONE, marks
 from icrouting.report.wording import conclusion
 from icrouting.runtime.pages import points
 
@@ -60,10 +69,7 @@ def write_run(folder, some=ICR_LOSES_ON_MR, config=None, is_full=False):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A finished run of three methods on three tasks, with its reports."""
-    timing = {"method": "icr", "ratio": 1.04, "low": 1.01, "high": 1.07, "note": "seven pairs"}
-    config = fake_config(
-        timing={"baseline": "zero-shot", "ratios": [timing]}, dtype="bfloat16", nested={"a": [1, 2]}
-    )
+    config = fake_config(dtype="bfloat16")
     folder = write_run(tmp_path_factory.mktemp("run") / "full", config=config, is_full=True)
     report.write(folder)
     return folder
@@ -112,17 +118,59 @@ def test_the_page_shows_the_command_the_configuration_the_notes_and_the_timing(p
         "abc1234",
         "30 of 500 test items",
         "dtype bfloat16",
-        "a: 1, 2",
     ):
         assert shown in text
-    assert "1.04 1.01 to 1.07 0 seven pairs" in text
-    assert "group: far, role: unseen, n_options: 3" in text
+    assert f"1.04 1.01 to 1.07 540 {RATIO['note']}" in text
+    assert "group: far, role: unseen, n_options: 3, options: A, B, C" in text
 
 
 def test_times_measured_in_turns_and_what_is_kept_are_in_every_text(run_folder, page):
     plain = (run_folder / "report.md").read_text()
-    assert "| ICR | 1.04 | 1.01 to 1.07 | 0 | seven pairs |" in plain
-    assert "ICR 1.04 1.01 to 1.07 0 seven pairs" in text_of(page)
+    assert f"| ICR | 1.04 | 1.01 to 1.07 | 540 | {RATIO['note']} |" in plain
+    assert f"ICR 1.04 1.01 to 1.07 540 {RATIO['note']}" in text_of(page)
+
+
+def test_the_options_of_confusion_matrices_are_named_and_old_runs_say_that_they_kept_none(page):
+    assert "agnews : 0 World, 1 Sports, 2 Business, 3 Technology" in text_of(page)
+    assert "mr : 0 negative, 1 positive" in text_of(page)
+    old_tasks = [{**task, "options": []} for task in TASKS]
+    old = report.html(report.report_of(fake_run(tasks=old_tasks), ICR_LOSES_ON_MR), NO_FOLDER)
+    assert text_of(old).count("whose names this run has not kept") == len(TASKS)
+
+
+def test_the_fit_of_icr_is_among_the_costs_without_a_time(run_folder, page):
+    assert (
+        f"| ICR | 1 | 3,000 | 1,370 | 6,100 | 5,000 | {NONE} |"
+        in (run_folder / "report.md").read_text()
+    )
+    assert f"ICR 1 3,000 1,370 6,100 5,000 {NONE}" in text_of(page)
+    assert "its time is not known" in text_of(page)
+
+
+def test_the_report_counts_the_items_that_there_were(run_folder, page):
+    asked = fake_run(n_test=500)
+    made = report.report_of(asked, ICR_LOSES_ON_MR)
+    assert "at most 30 test items each" in text_of(report.html(made, NO_FOLDER))
+    assert "up to 30 items a task" in report.markdown(made)
+
+
+def test_a_lone_task_and_item_are_counted_in_the_singular():
+    some = fake_records({("zero-shot", "mr"): 1, ("icr", "mr"): 1}, n_items=1)
+    made = report.report_of(fake_run(("zero-shot", "icr"), tasks=[TASKS[1]]), some)
+    assert "1 task, at most 1 test item each" in text_of(report.html(made, NO_FOLDER))
+
+
+@pytest.mark.parametrize("name", ["a|b", "a\nb"])
+def test_a_task_s_name_does_not_break_a_table(name):
+    tasks = [{**TASKS[1], "name": name}, TASKS[0]]
+    ratio = {**RATIO, "note": f"median of 5 turns on 4 prompts of {name}"}
+    run = fake_run(("icr",), tasks=tasks, timing={"baseline": "zero-shot", "ratios": [ratio]})
+    some = [replace(record, task=name) for record in fake_records({("icr", "mr"): 1})]
+    lines = report.markdown(report.report_of(run, some)).splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
+    assert widths == {5, 6, 8}
+    assert sum("a" in line and "b" in line.split(name[0])[-1] for line in tables) >= 2
 
 
 def test_every_picture_has_an_alternative_text_and_a_caption(page):
@@ -260,6 +308,18 @@ def test_in_a_browser_pictures_load_and_nothing_scrolls_sideways(page, tmp_path)
         assert found["images"] == page.count("<img")
         assert found["broken"] == found["clipped"] == 0
         assert found["width"] <= width
+
+
+@pytest.mark.browser
+def test_in_a_browser_the_costs_of_long_named_methods_are_not_cut_off(tmp_path):
+    names = ("icr", "iterative-vectors-once", "multi-task-few-shot, context kept")
+    sizes = {"trained": 134515008, "forwards": 1234567, "backwards": 1234567, "seconds": 12345.6}
+    fits = [{**FIT, **sizes, "method": name} for name in names]
+    ratios = [{**RATIO, "method": name, "n_cached": 134515008} for name in names]
+    run = fake_run(fits=fits, timing={"baseline": "zero-shot", "ratios": ratios})
+    page = report.html(report.report_of(run, ICR_LOSES_ON_MR), NO_FOLDER)
+    for found in browser.lay_out(page, (1400, 1200, 1000, 800, 400), tmp_path).values():
+        assert found["clipped"] == 0
 
 
 @pytest.mark.browser

@@ -68,7 +68,7 @@ def test_the_validation_slice_of_a_sorted_file_has_both_labels():
 
 def test_training_rows_that_repeat_one_another_or_a_test_row_are_left_out_and_counted():
     again = [
-        example("A PLAIN test sentence, of seven words!", 1),
+        example("A PLAIN test sentence, of seven words!", 0),
         example("Film number 3 is dull -- and so long", 1),
     ]
     task = make_task(SPEC, [*TRAIN, *again], TEST)
@@ -174,3 +174,83 @@ def test_the_count_is_printed_when_tasks_are_read(tmp_path, capsys):
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
     loading.load_tasks(["sst2"], str(tmp_path))
     assert "sst2 1" in capsys.readouterr().out
+
+
+def comparisons(numbers=range(1, 12)):
+    """Every comparison of two different numbers, and whether it holds."""
+    rows = []
+    for left in numbers:
+        for right in numbers:
+            if left != right:
+                rows.append(example(f"{left} < {right}", int(left < right)))
+                rows.append(example(f"{left} > {right}", int(left > right)))
+    return rows
+
+
+@pytest.mark.parametrize("form", ["{}", "the claim that {} is right or wrong"])
+def test_rows_of_different_labels_that_differ_in_a_sign_are_no_repeats(form):
+    rows = [example(form.format(row.fields["text"]), row.label) for row in comparisons()]
+    held = [example(form.format("20 < 30"), 1)]
+    task = make_task(SPEC, rows, held)
+    assert task.n_dropped == 0
+    assert len(task.train) + len(task.validation) == len(rows) == 220
+    assert {row.label for row in task.validation} == {0, 1}
+
+
+def test_a_training_row_of_another_label_than_the_test_row_it_resembles_stays():
+    held = [example("3 < 5", 1), example("a row that says so , or not", 1)]
+    other_texts = [example("3 > 5", 0), example("A row that says so, or not?", 0)]
+    task = make_task(SPEC, [*other_texts, *TRAIN], held)
+    assert {"3 > 5", "A row that says so, or not?"} <= set(texts(task.train + task.validation))
+    assert task.n_dropped == 0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_same_text_is_left_out_whatever_its_label(label):
+    held = [example("3 < 5", 1), example("this row has more than five words", 1)]
+    known = ["3  <  5", "this row has more than five words", "has more than five words"]
+    around = [f"and {known[1]} too"]
+    task = make_task(SPEC, [*(example(text, label) for text in known + around), *TRAIN], held)
+    assert task.n_dropped == 4
+    assert not {*known, *around} & set(texts(task.train + task.validation))
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("polish", "Polish"),
+        ("x = y", "x == y"),
+        ("x+y", "x-y"),
+        ("well.", "well?"),
+        ("Is it true that 3 < 5", "Is it true that 3 < 51"),
+        ("cafe", "cafe\N{COMBINING ACUTE ACCENT}"),
+    ],
+)
+def test_what_tells_two_labels_apart_is_kept(text, other):
+    held = [example(text, 0)]
+    task = make_task(SPEC, [example(other, 1), *TRAIN], held)
+    assert other in texts(task.train + task.validation)
+    task = make_task(SPEC, [example(text, 0), example(other, 1), *TRAIN], TEST)
+    assert {text, other} <= set(texts(task.train + task.validation))
+
+
+def test_a_repeat_of_another_task_s_row_is_left_out_whatever_its_label():
+    task = make_task(SPEC, [example("3 > 5", 0), *TRAIN], TEST, [example("3 < 5", 1)])
+    assert task.n_dropped == 1
+
+
+def test_what_is_left_out_comes_with_an_example(tmp_path, capsys):
+    from icrouting.cli import loading
+
+    again = example("Film number 3, is dull -- and so long!", 1)
+    task = make_task(SPEC, [*TRAIN, TRAIN[5], again], TEST)
+    assert task.dropped_example == (again, TRAIN[3])
+    folder = tmp_path / "sst2"
+    folder.mkdir()
+    for split, rows in (("train", [*TRAIN, again]), ("test", TEST)):
+        lines = [json.dumps({"text": row.fields["text"], "label": row.label}) for row in rows]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    loading.load_tasks(["sst2"], str(tmp_path))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "'Film number 3, is dull -- and so long!' for 'film number 3 is dull and so" in shown
+    assert "case, spacing and punctuation" in shown

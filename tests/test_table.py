@@ -13,9 +13,23 @@ def test_the_terminal_table_holds_brackets_of_notes_as_they_are():
     summary = summarise(ICR_LOSES_ON_MR, fake_run(notes=["cut [bold]short[/bold]"]))
     console = Console(width=160)
     with console.capture() as capture:
-        console.print(terminal_table(summary))
+        console.print(terminal_table(summary, console.width))
     assert "cut [bold]short[/bold]" in capture.get()
     assert all(task["name"] in capture.get() for task in TASKS)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 300])
+@pytest.mark.parametrize("n_methods", [5, WIDE + 2])
+def test_no_word_of_the_printed_table_breaks_and_no_figure_is_lost(width, n_methods):
+    summary = summarise(*many_methods(n_methods))
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(terminal_table(summary, console.width))
+    printed = capture.get()
+    assert max(map(len, printed.splitlines())) <= width
+    for part in grids(summary):
+        for line in part:
+            assert all(text in printed for text in line)
 
 
 def test_tasks_stand_by_section_with_a_mean_after_each():

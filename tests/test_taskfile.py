@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -183,3 +184,121 @@ def test_labels_may_be_letters_and_digits_that_are_options(tmp_path):
 def test_a_missing_task_file_is_said(tmp_path):
     with pytest.raises(ValueError, match="cannot read the task file"):
         load_task(str(tmp_path / "no.toml"), data="")
+
+
+STARS = ("1", "2", "3", "4", "5")
+
+
+def stars_task(folder, labels, name="train.jsonl", options=STARS, key=""):
+    """The task of a file whose options are numbers, with one training row for each label."""
+    quoted = ", ".join(f'"{option}"' for option in options)
+    (folder / "stars.toml").write_text(
+        f'template = "{{text}}:"\noptions = [{quoted}]\n{key}\n'
+        f'splits = {{train = "{name}", test = "test.jsonl"}}'
+    )
+    rows = [(f"row {place} of many", label) for place, label in enumerate(labels)]
+    if name.endswith(".jsonl"):
+        lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+    else:
+        lines = ["text,label", *(f"{text},{label}" for text, label in rows)]
+    (folder / name).write_text("\n".join(lines))
+    (folder / "test.jsonl").write_text(json.dumps({"text": "a test", "label": options[0]}))
+    return load_task(str(folder / "stars.toml"), data="")
+
+
+def answers(task):
+    rows = sorted((*task.train, *task.validation), key=lambda row: row.fields["text"])
+    return [task.answer(row) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+@pytest.mark.parametrize(
+    ("labels", "options", "read"),
+    [
+        ((1, 2, 4, 5), STARS, "1245"),
+        ((0, 1, 3, 4), STARS, "1245"),
+        ((1, 0, 0), ("0", "1"), "100"),
+        ((-1, 0, 1), ("-1", "0", "1"), None),
+        ((1, 2), ("1.0", "2.0"), None),
+        ((7, 9, 7), ("7", "8", "9"), "797"),
+        ((0, 2, 0), ("7", "8", "9"), "797"),
+    ],
+)
+def test_numbers_of_a_file_are_all_indices_or_all_options(tmp_path, name, labels, options, read):
+    expected = list(read) if read else [option for option in options]
+    assert answers(stars_task(tmp_path, labels, name, options)) == expected
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+@pytest.mark.parametrize(
+    ("options", "first", "second"),
+    [
+        (STARS, "2", "1"),
+        (("0", "2", "1"), "2", "1"),
+        (("01", "02"), "02", "01"),
+        (("1.0", "2.0"), "2.0", "1.0"),
+    ],
+)
+def test_numbers_that_may_be_either_are_refused_with_both_readings(
+    tmp_path, name, options, first, second
+):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        stars_task(tmp_path, (1, 1), name, options)
+    line = 1 if name == "train.jsonl" else 2
+    assert f"{name}:{line}: field 'label' is 1, which may be the index of the option" in str(
+        caught.value
+    )
+    assert f"the index of the option {first!r} or the option {second!r} itself" in str(caught.value)
+    assert 'labels = "index" or labels = "text"' in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+def test_the_task_file_says_which_reading_is_meant(tmp_path, name):
+    assert answers(stars_task(tmp_path, (1, 2, 3), name, key='labels = "text"')) == ["1", "2", "3"]
+    assert answers(stars_task(tmp_path, (1, 2, 3), name, key='labels = "index"')) == ["2", "3", "4"]
+    with pytest.raises(ValueError, match="'label' must be one of 1, 2, 3, 4, 5, got 0"):
+        stars_task(tmp_path, (1, 0), name, key='labels = "text"')
+    with pytest.raises(ValueError, match=r"'label' must be an integer in 0..4 or one of .* got 5"):
+        stars_task(tmp_path, (1, 5), name, key='labels = "index"')
+
+
+def test_labels_of_both_readings_in_one_file_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r":2: field 'label' is 0, .* in line 4 it is 5"):
+        stars_task(tmp_path, (1, 0, 2, 5))
+
+
+def test_an_option_in_quotes_is_no_index(tmp_path):
+    assert answers(stars_task(tmp_path, ("1", "2", "1"))) == ["1", "2", "1"]
+
+
+def test_another_word_for_labels_is_refused_by_key_and_line(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"3: key 'labels' must be \"index\" or \"text\", got 'number'"
+    ):
+        stars_task(tmp_path, (1, 2), key='labels = "number"')
+
+
+@pytest.mark.parametrize(
+    ("name", "between"),
+    [("t.csv", ","), ("t.csv", ";"), ("t.csv", "\t"), ("t.tsv", "\t"), ("t.TSV", "\t")],
+)
+def test_tables_are_read_whatever_stands_between_their_cells(stance, name, between):
+    lines = ["text|target|label", '"one; two,\tthree"|towns|none', "four|towns|2", "five|towns|0"]
+    (stance.parent / name).write_text("\n".join(line.replace("|", between) for line in lines))
+    stance.write_text(stance.read_text().replace("train.csv", name))
+    task = load_task(str(stance), data="")
+    assert task.train[0].fields["text"] == "one; two,\tthree"
+    assert [row.label for row in task.train] == [2, 2, 0]
+
+
+def test_a_cell_too_many_is_named_with_what_stands_between_cells(stance):
+    (stance.parent / "train.csv").write_text("text;target;label\none;two;towns;none\n")
+    with pytest.raises(ValueError, match=r"train.csv:2: .* put a text with semicolons in quotes"):
+        load_task(str(stance), data="")
+
+
+def test_a_table_under_another_name_is_told_how_to_be_called(stance):
+    (stance.parent / "train.csv").rename(stance.parent / "train.txt")
+    stance.write_text(stance.read_text().replace("train.csv", "train.txt"))
+    with pytest.raises(ValueError, match=r"train.txt:1: not a JSON object: .* called .csv or .tsv"):
+        load_task(str(stance), data="")

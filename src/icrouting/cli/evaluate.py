@@ -80,10 +80,15 @@ def evaluate(out: Path, config: EvalConfig) -> None:
 
 def _router_cuts(icr: InContextRouter | None) -> list[str]:
     """What a router learned from less than the paper's did."""
-    fit = icr.description.fit if icr else None
-    if fit is None or min(fit.n_prompts, fit.n_queries) >= PAPER_FIT:
+    if icr is None:
         return []
-    learned = f"{fit.n_prompts} prompts, {fit.n_queries} queries a task at most"
+    # A task gives no more of either than it has rows.
+    most_rows = max(icr.description.tasks.values())
+    n_prompts = min(icr.description.fit.n_prompts, most_rows)
+    n_queries = min(icr.description.fit.n_queries, most_rows)
+    if min(n_prompts, n_queries) >= PAPER_FIT:
+        return []
+    learned = f"{n_prompts} prompts, {n_queries} queries a task at most"
     return [f"ICR learned once, from {learned} (paper: {PAPER_FIT:,})."]
 
 
@@ -131,7 +136,7 @@ def show(run: Path, card: Path | None = None) -> None:
         report = page.write(run)
     if card is not None:
         _write_to_card(card, report.run, folder)
-    console.print(table.terminal_table(report.summary))
+    console.print(table.terminal_table(report.summary, console.width))
     console.print(Panel(Text(report.conclusion), title="in short"))
     console.print(f"report: {folder.html}", soft_wrap=True, markup=False)
 

@@ -1,6 +1,7 @@
 """What every command loads: the console, models and tasks."""
 
 from collections.abc import Sequence
+from textwrap import shorten
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,7 +11,7 @@ from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.loading import load_model
 from icrouting.runtime.progress import spinner
 from icrouting.tasks.load import load_task
-from icrouting.tasks.task import Task
+from icrouting.tasks.task import Example, Task
 
 console = Console()
 
@@ -34,4 +35,22 @@ def load_tasks(names: Sequence[str], data: str) -> list[Task]:
     if dropped:
         heading = "training rows left out, as they repeat each other or held-back rows"
         console.print(f"{heading}: {', '.join(dropped)}", markup=False)
+        console.print(_example_of_dropped(tasks), markup=False)
     return tasks
+
+
+def _example_of_dropped(tasks: Sequence[Task]) -> str:
+    """Says what counts as a repeat, with the first one."""
+    for task in tasks:
+        if task.dropped_example is not None:
+            row, other = (_start(each) for each in task.dropped_example)
+            return (
+                f"such as {row} for {other} of {task.name}: case, spacing and punctuation make no "
+                "difference, but between rows of different labels only spacing makes none"
+            )
+    return ""
+
+
+def _start(row: Example) -> str:
+    """The beginning of a row's texts, in quotes."""
+    return repr(shorten(" / ".join(row.fields.values()), 70, placeholder=" ..."))

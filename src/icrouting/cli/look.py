@@ -16,6 +16,7 @@ from icrouting.decoder.families import device_of
 from icrouting.decoder.texts import prompts_of
 from icrouting.icr import InContextRouter
 from icrouting.routing import inspection
+from icrouting.runtime.pages import counted
 from icrouting.runtime.storage import save_text
 
 
@@ -41,7 +42,7 @@ def generate(
         seconds = time.monotonic() - started
         new_tokens = output[0, len(tokens) :]
         text = Text(str(tokenizer.decode(new_tokens, skip_special_tokens=True)))
-        return Panel(text, title=f"{title}: {len(new_tokens)} tokens in {seconds:.1f} s")
+        return Panel(text, title=f"{title}: {counted(len(new_tokens), 'token')} in {seconds:.1f} s")
 
     # Before the router is attached, which would route this one too.
     plain = panel("zero-shot")

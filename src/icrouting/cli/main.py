@@ -1,5 +1,6 @@
 """The command line: parse, call, print."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -216,8 +217,16 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     console.print(f"router: {router}", soft_wrap=True)
 
 
+def _replace_what_cannot_be_written() -> None:
+    """Lets the terminal's or file's encoding lack characters: work is not lost to a sign."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line: exit code 0, 2 for a user's mistake (one line), 130 for ctrl-C."""
+    _replace_what_cannot_be_written()
     # Bars of transformers' loaders would fill the terminal between our own.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -34,7 +34,8 @@ def within(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int | None) ->
         shortened[split] = kept_rows
     if not counts or _labels(shortened["train"]) != _labels(task.train):
         return task, ""
-    line = f"Left out, as longer than {room} tokens: {', '.join(counts)} rows of {task.name}."
+    rows = "row" if counts[-1].startswith("1 ") else "rows"
+    line = f"Left out, as longer than {room} tokens: {', '.join(counts)} {rows} of {task.name}."
     return replace(task, **shortened), line
 
 

@@ -29,7 +29,7 @@ def outcome_of(
         skipped=skipped,
         ratios=_ratios(evaluation, tasks, seed, config.get("timing", {}).get("ratios", [])),
         baseline=BASELINE,
-        costs=fit_costs(folder.fits, config["methods"]),
+        costs=_costs(evaluation, folder, config),
     )
 
 
@@ -60,6 +60,20 @@ def _of_others(
     """The earlier entries of methods and tasks that were not asked this time."""
     cells = {(method.name, task.name) for method in evaluation.methods for task in tasks}
     return [list(entry) for entry in earlier if tuple(entry[:2]) not in cells]
+
+
+def _costs(
+    evaluation: Evaluation, folder: RunFolder, config: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What fits took: those that were there before the run, then the run's own."""
+    # An earlier run of the folder may have had a router that this one lacks.
+    rows_by_method = {row["method"]: row for row in config.get("fits", [])}
+    for method in evaluation.methods:
+        row = method.fitted_before(evaluation.sources)
+        if row:
+            rows_by_method[row["method"]] = row
+    before = [row for row in rows_by_method.values() if row["seconds"] is None]
+    return [*before, *fit_costs(folder.fits, config["methods"])]
 
 
 def _ratios(

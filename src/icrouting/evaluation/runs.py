@@ -19,6 +19,7 @@ from icrouting.methods.registry import cuts_of
 from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check, differences
 from icrouting.runtime.locks import locked
+from icrouting.runtime.pages import counted
 from icrouting.runtime.processes import agree, first_one_first, is_first
 from icrouting.tasks.task import Task
 
@@ -41,7 +42,7 @@ class RunConfig:
         dtype: the weights'.
         rows: the digest of the tasks' rows.
         router: the digest of the router; None without one.
-        tasks: name, group, role ("source" or "unseen") and number of options of each.
+        tasks: name, group, role ("source" or "unseen"), options and number of test rows of each.
         sources: names of the source tasks.
         notes: what was cut short, beside what the settings say.
     """
@@ -84,11 +85,15 @@ def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str
     """Returns what a run's configuration says of its tasks."""
     entries = []
     for task in tasks:
+        # Where rows have choices of their own, the letters of the row with most of them.
+        options = max((task.options(example) for example in task.test), key=len)
         entry = {
             "name": task.name,
             "group": task.spec.group,
             "role": "source" if task.name in sources else "unseen",
-            "n_options": max(len(task.options(example)) for example in task.test),
+            "n_options": len(options),
+            "options": list(options),
+            "n_test_rows": len(task.test),
         }
         entries.append(entry)
     return entries
@@ -127,6 +132,7 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
         raise ValueError(
             f"{folder.config} is no run's, it lacks {lacking}: choose another folder with --out"
         )
+    begun = {**begun, "tasks": _whole_entries(begun.get("tasks", []), wanted["tasks"])}
     changes = _changes(begun, wanted)
     if changes:
         raise ValueError(
@@ -144,6 +150,14 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
     content = {**wanted, **begun, **grown}
     cuts = _cuts(content, config.asked.settings)
     folder.write_config({**content, "notes": [*cuts, *wanted["notes"]]})
+
+
+def _whole_entries(
+    begun: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """A begun run's tasks, with what an earlier version did not write of them."""
+    wanted_by_name = {entry["name"]: entry for entry in wanted}
+    return [{**wanted_by_name.get(entry["name"], {}), **entry} for entry in begun]
 
 
 def _changes(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -166,11 +180,13 @@ def _changes(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 def _cuts(content: Mapping[str, Any], settings: Settings) -> list[str]:
     """What a run takes less of than was published, or than is usual here."""
     n_seeds = len(content["seeds"])
-    n_test = content["n_test"]
+    # No task may have as many rows as were asked for.
+    n_rows = [task.get("n_test_rows", content["n_test"]) for task in content["tasks"]]
+    n_test = min(content["n_test"], max(n_rows))
     cuts = []
     if n_seeds < PAPER_SEEDS or n_test < PAPER_TEST_ITEMS:
-        counted = f"{n_seeds} seed{'s' * (n_seeds > 1)}, {n_test} test items a task at most"
-        cuts.append(f"{counted} (paper: {PAPER_SEEDS}, {PAPER_TEST_ITEMS}).")
+        taken = f"{counted(n_seeds, 'seed')}, {counted(n_test, 'test item')} a task at most"
+        cuts.append(f"{taken} (paper: {PAPER_SEEDS}, {PAPER_TEST_ITEMS}).")
     cuts += cuts_of(content["methods"], settings)
     usual = Settings()
     smaller = []

@@ -219,6 +219,13 @@ class Method:
         """Returns the numbers kept beside the model for a task's inference (paper, table 11)."""
         return sum(vars(self)[name].numel() for name in self.cached)
 
+    def fitted_before(self, sources: Sequence[Task]) -> dict[str, Any]:
+        """Returns what a fit took that was there before the run; empty where there is none.
+
+        That is its "method", its number of "fits", and what `cost` has; "seconds" are None.
+        """
+        return {}
+
     def depends_on(self) -> str:
         """Returns what else the answers depend on; empty for nothing.
 

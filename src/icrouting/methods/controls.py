@@ -15,6 +15,7 @@ from icrouting.decoder.families import device_of
 from icrouting.fitting import stages
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
+from icrouting.methods.icr import most_labelled
 from icrouting.methods.settings import Settings
 from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs
@@ -78,7 +79,7 @@ class Refit(Method):
                 weights.append(parameter.cpu())
         self.weights = parameters_to_vector(weights)
         self.n_trained = sum(parameter.numel() for parameter in router.parameters())
-        self.n_labelled = self._most_labelled()
+        self.n_labelled = most_labelled(self.sources, self.config)
 
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt."""
@@ -112,19 +113,6 @@ class Refit(Method):
 
     def _features(self) -> Features:
         return features_of(self.config.encoder, self.decoder, "cpu")
-
-    def _most_labelled(self) -> int:
-        """Returns how many labelled rows a fit looks at, at most.
-
-        A bound, since demonstrations are drawn anew for each prompt.
-        """
-        demos_per_class = self.config.n_prompts * self.config.demos_per_class
-        most = 0
-        for task in self.sources:
-            n_classes = len(set(task.train_labels.tolist()))
-            n_drawn = self.config.n_queries + demos_per_class * n_classes
-            most += min(len(task.train), n_drawn)
-        return most
 
 
 def _config(settings: Settings) -> FitConfig:

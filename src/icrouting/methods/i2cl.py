@@ -19,6 +19,7 @@ from icrouting.methods.base import Context, Method
 from icrouting.methods.descent import descend
 from icrouting.methods.settings import Settings
 from icrouting.methods.tuning import answered
+from icrouting.runtime.pages import counted
 from icrouting.runtime.progress import track
 from icrouting.tasks.prompts import balanced_demos, demonstration
 from icrouting.tasks.task import Example, Task
@@ -60,7 +61,9 @@ class I2CL(Method):
         epochs = settings.i2cl_epochs
         if epochs >= PUBLISHED_EPOCHS:
             return []
-        return [f"I2CL is calibrated for {epochs} epochs (published: {PUBLISHED_EPOCHS})."]
+        return [
+            f"I2CL is calibrated for {counted(epochs, 'epoch')} (published: {PUBLISHED_EPOCHS})."
+        ]
 
     def learn(self, rng: np.random.Generator) -> None:
         """Records the vectors and calibrates the scalars."""

@@ -1,14 +1,17 @@
 """In-Context Routing as one method among others, as it is and behind a gate."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.states import last_outputs
 from icrouting.icr import InContextRouter
@@ -48,6 +51,31 @@ class Icr(Method):
         """Routes the model by each prompt."""
         return self._router.attached_by(self._reader())
 
+    def fitted_before(self, sources: Sequence[Task]) -> dict[str, Any]:
+        """Returns what the router's fit took, reckoned from its settings and its tasks' sizes."""
+        config = self._router.description.fit
+        tasks = self._router.description.tasks
+        n_prompts = [min(config.n_prompts, n_rows) for n_rows in tasks.values()]
+        n_queries = sum(min(config.n_queries, n_rows) for n_rows in tasks.values())
+        n_contexts = 0
+        # A context that several prompts share is run by itself.
+        if config.queries_per_context > 1:
+            n_contexts = sum(math.ceil(n / config.queries_per_context) for n in n_prompts)
+        n_labelled = sum(tasks.values())
+        # How many classes there are, the router does not tell.
+        if tasks.keys() == {task.name for task in sources}:
+            n_labelled = most_labelled(sources, config)
+        n_steps = n_queries * config.epochs
+        return {
+            "method": Icr.name,
+            "fits": 1,
+            "labelled": n_labelled,
+            "trained": sum(weights.numel() for weights in self._router.router.parameters()),
+            "forwards": sum(n_prompts) + n_contexts + n_queries + n_steps,
+            "backwards": n_steps,
+            "seconds": None,
+        }
+
     def _reader(self, gate: Gate | None = None) -> Reader:
         """What reads prompts; a decoder is held against the router once, not at every entry."""
         if self._checked is None or self._checked[0] is not self.decoder:
@@ -58,6 +86,20 @@ class Icr(Method):
         """Returns the size of the PIDs; the paper counts neither router nor sentence encoder."""
         pids = self._router.pids
         return pids.query_pids.numel() + pids.key_pids.numel() + super().n_cached(task)
+
+
+def most_labelled(tasks: Sequence[Task], config: FitConfig) -> int:
+    """Returns how many labelled rows a router's fit looks at, at most.
+
+    A bound, since demonstrations are drawn anew for each prompt.
+    """
+    demos_per_class = config.n_prompts * config.demos_per_class
+    most = 0
+    for task in tasks:
+        n_classes = len(set(task.train_labels.tolist()))
+        n_drawn = config.n_queries + demos_per_class * n_classes
+        most += min(len(task.train), n_drawn)
+    return most
 
 
 class IcrGated(Icr):

@@ -22,6 +22,7 @@ from icrouting.methods.base import Context, Method
 from icrouting.methods.settings import Settings
 from icrouting.methods.tuning import AnsweredRow, answered, tune
 from icrouting.methods.virtual_tokens import in_front
+from icrouting.runtime.pages import counted
 from icrouting.tasks.task import Example, Task
 
 PUBLISHED_EPOCHS = 50
@@ -49,7 +50,8 @@ class PromptTuning(Method):
         epochs = settings.train_epochs
         if epochs >= PUBLISHED_EPOCHS:
             return []
-        return [f"Prompt tuning is trained for {epochs} epochs (published: {PUBLISHED_EPOCHS})."]
+        taken = counted(epochs, "epoch")
+        return [f"Prompt tuning is trained for {taken} (published: {PUBLISHED_EPOCHS})."]
 
     def learn(self, rng: np.random.Generator) -> None:
         """Trains one soft prompt on the pooled rows of all sources."""

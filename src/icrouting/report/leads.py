@@ -11,6 +11,7 @@ from icrouting.evaluation.folder import RunFolder
 from icrouting.evaluation.records import BASELINE, Record
 from icrouting.report import metrics
 from icrouting.runtime.checks import known
+from icrouting.runtime.pages import counted
 
 # Where these differ, two records of one item do not answer the same question to the same model.
 SAME_IN_ALL_RUNS = ("rows", "fingerprint", "dtype")
@@ -137,7 +138,8 @@ def in_words(name: str, points: Mapping[str, Any]) -> str:
     if "tasks" in points:
         line += f", {points['tasks']} tasks"
     if points["significantly below"]:
-        line += f", significantly below on {points['significantly below']} task(s)"
+        n_below = counted(points["significantly below"], "task")
+        line += f", significantly below on {n_below}"
     return line
 
 

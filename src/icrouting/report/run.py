@@ -10,7 +10,7 @@ from icrouting.runtime.checks import read
 
 @dataclass(frozen=True)
 class RunTask:
-    """A task of a run; `role` is "source" or "unseen", `options` are kept by old runs alone."""
+    """A task of a run; `role` is "source" or "unseen", `options` are not kept by old runs."""
 
     name: str
     group: str
@@ -41,7 +41,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class FitCost:
-    """What a method's fits took, the mean over them."""
+    """What a method's fits took, the mean over them; no `seconds` of one before the run."""
 
     method: str
     fits: int
@@ -49,7 +49,7 @@ class FitCost:
     trained: float
     forwards: float
     backwards: float
-    seconds: float
+    seconds: float | None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ HEADLINE = "icr"
 # With more options than this a confusion matrix cannot be read.
 MOST_OPTIONS = 30
 ORIGIN = (
-    "Model {model}, {dtype}, up to {n_test} items a task, seeds {seeds}, {created}, "
+    "Model {model}, {dtype}, up to {n_items} items a task, seeds {seeds}, {created}, "
     "commit {commit}: {command}"
 )
 
@@ -116,6 +116,7 @@ def summarise(records: Sequence[Record], run: Run) -> Summary:
     methods = list(dict.fromkeys([*run.methods, *scored_methods]))
     cells = _cells(methods, groups["all"], records_by_cell)
     headline = _headline(list(cells.method))
+    rows = rows_of(groups, sections, fullest)
     lines = pd.concat([cells, _means(cells, groups)])
     skip_notes = []
     for method, task, n_items in run.skipped:
@@ -127,12 +128,12 @@ def summarise(records: Sequence[Record], run: Run) -> Summary:
         headline=headline,
         groups=groups,
         methods=_methods(cells),
-        rows=rows_of(groups, sections, fullest),
+        rows=rows,
         lines=lines.set_index(["kind", "name", "method"]),
         rivals=_rivals(headline, records_by_cell),
         unfinished=unfinished(methods, list(sections), records_by_cell, fullest, refusals),
         notes=(*run.notes, *refusal_notes, *skip_notes),
-        origin=_origin(run),
+        origin=_origin(run, _most_items(rows)),
     )
 
 
@@ -144,13 +145,18 @@ def _headline(methods: Sequence[str]) -> str | None:
     return others[-1] if others else None
 
 
-def _origin(run: Run) -> str:
+def _most_items(rows: Sequence[Row]) -> int:
+    """The items of the task with most of them, which may have fewer than were asked for."""
+    return max(row.n_items for row in rows if row.kind == "task")
+
+
+def _origin(run: Run, n_items: int) -> str:
     """Where the figures come from, in words."""
     return ORIGIN.format(
         model=run.model,
         # Old run folders do not name their dtype.
         dtype=run.dtype or "dtype not kept",
-        n_test=run.n_test,
+        n_items=n_items,
         seeds=", ".join(str(seed) for seed in run.seeds),
         created=run.created,
         commit=run.commit,

@@ -1,16 +1,18 @@
 """Table: a summary's figures by task and method, as text, for the terminal and as CSV."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isnan
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from icrouting.evaluation.records import BASELINE
 from icrouting.report.rows import Row
+from icrouting.report.run import FitCost
 from icrouting.report.summary import Method, Summary
 from icrouting.report.wording import label
 from icrouting.runtime.pages import points
@@ -28,6 +30,10 @@ DRAWS = (
     "Intervals and tests are over items, for the draws that were made. How draws differ is in the "
     "gains by seed; a method that is missing there answers all seeds alike, by one fit or none, or "
     "has had one so far."
+)
+EARLIER_FITS = (
+    "ICR's is the fit of its router, before this run: reckoned from its settings; its time is not "
+    "known."
 )
 # A table of more methods is too wide for columns: it has a line a method.
 WIDE = 7
@@ -57,6 +63,21 @@ def collapse(method: Method) -> str:
 def milliseconds(seconds: float) -> str:
     """Returns a time in ms, or a dash where none was measured."""
     return NONE if isnan(seconds) else f"{1000 * seconds:.1f}"
+
+
+def fit_seconds(fit: FitCost) -> str:
+    """Returns the time of a fit, or a dash where it is not known."""
+    return NONE if fit.seconds is None else f"{fit.seconds:,.1f}"
+
+
+def has_earlier_fits(fits: Sequence[FitCost]) -> bool:
+    """Returns whether any fits were there before the run."""
+    return any(fit.seconds is None for fit in fits)
+
+
+def markdown_cell(text: str) -> str:
+    """Returns a text that can stand in a cell of a table in Markdown."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def seeds(summary: Summary) -> list[list[str]]:
@@ -144,11 +165,33 @@ def ranked(summary: Summary) -> list[Method]:
     return sorted(summary.methods, key=rank)
 
 
-def terminal_table(summary: Summary) -> Group:
-    """Returns the table for a terminal, with what was cut short under it."""
+def terminal_table(summary: Summary, width: int) -> Group:
+    """Returns the table for a terminal `width` characters wide, with what was cut short under it.
+
+    Where it has no room it comes in parts, whose columns stand one under the other: no word breaks.
+    """
     mean_titles = {row.title for row in summary.rows if row.kind == "mean"}
-    tables = [_terminal_part(lines, mean_titles) for lines in grids(summary)]
+    tables = []
+    for lines in grids(summary):
+        tables += [_terminal_part(part, mean_titles) for part in _parts_within(width, lines)]
     return Group(*tables, Text("\n".join([LEGEND, *footnotes(summary)])))
+
+
+def _parts_within(width: int, lines: Sequence[Sequence[str]]) -> Iterator[list[list[str]]]:
+    """Yields a table in parts that are no wider, each with the titles of its lines."""
+    titles, *columns = _turned(lines)
+    part = [titles]
+    for column in columns:
+        if len(part) > 1 and _width_of([*part, column]) > width:
+            yield _turned(part)
+            part = [titles]
+        part.append(column)
+    yield _turned(part)
+
+
+def _width_of(columns: Sequence[Sequence[str]]) -> int:
+    """How wide a table is whose cells have one line each; each has a rule and two spaces."""
+    return 1 + sum(max(map(cell_len, column)) + 3 for column in columns)
 
 
 def _terminal_part(lines: Sequence[Sequence[str]], mean_titles: set[str]) -> Table:

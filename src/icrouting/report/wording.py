@@ -1,9 +1,11 @@
 """Wording: the sentences at the head of a report, losses included."""
 
+import pandas as pd
+
 from icrouting.evaluation.records import BASELINE
 from icrouting.report.metrics import Estimate
 from icrouting.report.summary import Summary
-from icrouting.runtime.pages import points
+from icrouting.runtime.pages import counted, points
 
 
 def conclusion(summary: Summary) -> str:
@@ -50,12 +52,12 @@ def _group_clause(summary: Summary, method: str, group: str) -> str:
     mean = summary.line("mean", group, method)
     if mean is None:
         return ""
-    n_scored = mean.accuracy_n
+    n_scored = int(mean.accuracy_n)
     n_tasks = len(summary.groups[group])
     if n_scored == n_tasks:
-        tasks = f"the {n_scored} {group} task{'s' if n_scored > 1 else ''}"
+        tasks = f"the {counted(n_scored, f'{group} task')}"
     else:
-        tasks = f"{n_scored} of the {n_tasks} {group} tasks"
+        tasks = f"{n_scored} of the {counted(n_tasks, f'{group} task')}"
     over = "on average over" if n_scored > 1 else "on"
     gain = Estimate(mean.gain, mean.gain_low, mean.gain_high, int(mean.gain_n))
     against = f", {verdict(gain)}" if gain.n else f" (no {BASELINE} records to compare with)"
@@ -67,16 +69,27 @@ def _collapse_sentence(summary: Summary, method: str) -> str:
     compared = summary.cells(method).dropna(subset="gain")
     if compared.empty:
         return ""
-    n_compared = _tasks(len(compared))
     losses = compared[compared.gain < 0]
+    if len(compared) == 1:
+        return _lone_collapse_sentence(losses)
+    n_compared = counted(len(compared), "task")
     if losses.empty:
         return f"It is below {BASELINE} on none of {n_compared}."
     significant = ", ".join(losses.index[losses.direction < 0])
-    ending = "on none of them significantly"
+    ending = "on none of them significantly" if len(losses) > 1 else "not significantly"
     if significant:
         ending = f"significantly on {significant} (Holm-corrected)"
     names = ", ".join(losses.index)
     return f"It is below {BASELINE} on {len(losses)} of {n_compared} ({names}), {ending}."
+
+
+def _lone_collapse_sentence(losses: pd.DataFrame) -> str:
+    """Whether the method is worse than the baseline on the only task that can be compared."""
+    if losses.empty:
+        return f"It is not below {BASELINE} on this task."
+    (name,) = losses.index
+    degree = "significantly" if losses.direction.item() < 0 else "not significantly"
+    return f"It is below {BASELINE} on {name}, {degree}."
 
 
 def _rival_sentence(summary: Summary) -> str:
@@ -85,10 +98,7 @@ def _rival_sentence(summary: Summary) -> str:
     for method, lead in summary.rivals.items():
         # A lead that would read 0.0 is none.
         if round(lead.value, 3) > 0:
-            behind = f"{span(lead)}, {_tasks(lead.n)}"
+            doubt = "; not distinguishable from no lead" if lead.low <= 0 else ""
+            behind = f"{span(lead)}, {counted(lead.n, 'task')}{doubt}"
             leads.append(f"{label(method)} by {points(lead.value)} points ({behind})")
     return f"Ahead of it: {', '.join(leads)}." if leads else ""
-
-
-def _tasks(n_tasks: int) -> str:
-    return f"{n_tasks} task{'s' if n_tasks != 1 else ''}"

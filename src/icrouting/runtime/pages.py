@@ -34,6 +34,11 @@ def _environment() -> jinja2.Environment:
     )
 
 
+def counted(number: int, thing: str) -> str:
+    """Returns a number of things: 1 reads "1 task", 2 reads "2 tasks"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def points(share: float, is_signed: bool = False) -> str:
     """Returns a share in percentage points: 0.5612 reads 56.1.
 

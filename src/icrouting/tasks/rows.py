@@ -4,22 +4,29 @@ import csv
 import io
 import json
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from icrouting.tasks.task import Example, TaskSpec
 
+# What a label that is a number stands for: an option by its place, or the option of that text.
+Labels = Literal["index", "text"]
+# What may stand between the cells of a table, and how messages call it.
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
-def parse_row(row: object, spec: TaskSpec) -> Example:
+
+def parse_row(row: object, spec: TaskSpec, labels: Labels | None = None) -> Example:
     """Returns the example in one row of data.
 
     Args:
         row: maps to the template's fields, `label` (an index or one of the task's options), and
             `choices` where the options are letters (a list, or one text with "|" between them).
         spec: says which fields there are.
+        labels: what a label that is a number stands for; None where the number must say so itself.
 
     Raises:
-        ValueError: a field is missing or does not fit.
+        ValueError: a field is missing or does not fit, or a label may be two options.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
@@ -42,7 +49,8 @@ def parse_row(row: object, spec: TaskSpec) -> Example:
         raise ValueError(
             f"an example needs 2 options or more, and 26 letters at most; got {n_options}"
         )
-    return Example(fields, choices, _label(row["label"], spec, n_options))
+    names = spec.options or tuple(string.ascii_uppercase[:n_options])
+    return Example(fields, choices, _label(row["label"], names, labels))
 
 
 def _choices(value: object) -> tuple[str, ...]:
@@ -55,28 +63,110 @@ def _choices(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _label(label: object, spec: TaskSpec, n_options: int) -> int:
+def _label(label: object, names: Sequence[str], labels: Labels | None) -> int:
     """Returns the index of a label, which may be an index or an option, and either as a text."""
-    names = spec.options or tuple(string.ascii_uppercase[:n_options])
-    index = label
-    if isinstance(label, str):
-        # Where options are numbers themselves, a number in quotes is an option and no index.
+    by_index = _by_index(label, names)
+    by_text = _by_text(label, names)
+    if labels == "text":
+        by_index = None
+    if labels == "index" and isinstance(label, int):
+        by_text = None
+    if by_index is not None and by_text is not None and by_index != by_text:
+        raise ValueError(_two_readings(label, by_index, by_text, names))
+    index = by_text if by_index is None else by_index
+    if index is None:
+        integer = "" if labels == "text" else f"an integer in 0..{len(names) - 1} or "
+        raise ValueError(f"field 'label' must be {integer}one of {', '.join(names)}, got {label!r}")
+    return index
+
+
+def _by_index(label: object, names: Sequence[str]) -> int | None:
+    """Returns a label as an index; None where it is none."""
+    number = label
+    # Where options are numbers themselves, a number in quotes is an option and no index.
+    if isinstance(label, str) and label.isdecimal():
         have_numbers = any(name.isdecimal() for name in names)
-        if label in names:
-            index = names.index(label)
-        elif label.isdecimal() and not have_numbers:
-            index = int(label)
+        number = None if have_numbers else int(label)
     # In Python true and false are integers too.
-    if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < n_options:
-        return index
-    raise ValueError(
-        f"field 'label' must be an integer in 0..{n_options - 1} "
-        f"or one of {', '.join(names)}, got {index!r}"
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(names):
+        return number
+    return None
+
+
+def _by_text(label: object, names: Sequence[str]) -> int | None:
+    """Returns the index of the option that a label spells; None where it spells none."""
+    for index, name in enumerate(names):
+        is_number = isinstance(label, int) and not isinstance(label, bool)
+        if name == label or (is_number and _is_number(name, label)):
+            return index
+    return None
+
+
+def _is_number(name: str, number: object) -> bool:
+    """Returns whether an option is a number, however it is written: "1", "01" and "1.0" are 1."""
+    try:
+        return float(name) == number
+    except ValueError:
+        return False
+
+
+def _two_readings(label: object, by_index: int, by_text: int, names: Sequence[str]) -> str:
+    """Says what is unclear about a label that is an index and another option's text."""
+    return (
+        f"field 'label' is {label}, which may be the index of the option {names[by_index]!r} or "
+        f'the option {names[by_text]!r} itself: write labels = "index" or labels = "text" in the '
+        "task file, or in JSONL put options in quotes"
     )
 
 
-def read_rows(path: Path, spec: TaskSpec) -> tuple[Example, ...]:
-    """Returns the examples of a JSONL file, or of a CSV file with a heading.
+def _meaning_of_numbers(
+    lines: Sequence[tuple[int, object]], names: Sequence[str], path: Path
+) -> Labels | None:
+    """Returns what the numbers among a file's labels stand for, which is the same for all.
+
+    None where it makes no difference.
+
+    Raises:
+        ValueError: all may be either; or some can only be an index, others only an option.
+    """
+    unclear: list[tuple[int, str]] = []
+    indices: list[tuple[int, object]] = []
+    texts: list[tuple[int, object]] = []
+    for line, row in lines:
+        label = row.get("label") if isinstance(row, dict) else None
+        by_index = _by_index(label, names)
+        by_text = _by_text(label, names)
+        if not isinstance(label, int) or by_index == by_text:
+            continue
+        if by_text is None:
+            indices.append((line, label))
+        elif by_index is None:
+            texts.append((line, label))
+        else:
+            unclear.append((line, _two_readings(label, by_index, by_text, names)))
+    if indices and texts:
+        line, index = indices[0]
+        text_line, text = texts[0]
+        raise ValueError(
+            f"{path}:{line}: field 'label' is {index}, which is an index and no option, but in "
+            f"line {text_line} it is {text}, an option and no index: give all as one of the two"
+        )
+    if unclear and not indices and not texts:
+        line, message = unclear[0]
+        raise ValueError(f"{path}:{line}: {message}")
+    if texts:
+        return "text"
+    return "index" if indices else None
+
+
+def read_rows(path: Path, spec: TaskSpec, labels: Labels | None = None) -> tuple[Example, ...]:
+    """Returns the examples of a JSONL file, or of a CSV or TSV file with a heading.
+
+    Args:
+        path: the file; what is called .csv or .tsv is read as such.
+        spec: how the task reads.
+        labels: what a label that is a number stands for; None where the file's numbers say so:
+            all may be indices, or all options, but not either.
 
     Raises:
         ValueError: the file cannot be read, holds no example, or has a line that does not fit.
@@ -90,11 +180,15 @@ def read_rows(path: Path, spec: TaskSpec) -> tuple[Example, ...]:
         raise ValueError(
             f"task {spec.name!r}: {path} is not UTF-8 text ({error.reason})"
         ) from error
-    lines = _csv_lines(text, path) if path.suffix == ".csv" else _json_lines(text, path)
+    is_table = path.suffix.lower() in (".csv", ".tsv")
+    lines = list(_table_lines(text, path) if is_table else _json_lines(text, path))
+    # Where rows bring their choices, options are letters, which no number spells.
+    if labels is None and spec.options:
+        labels = _meaning_of_numbers(lines, spec.options, path)
     examples = []
     for number, row in lines:
         try:
-            examples.append(parse_row(row, spec))
+            examples.append(parse_row(row, spec, labels))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from error
     if not examples:
@@ -111,22 +205,42 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a JSON object: {error.msg}") from error
+            raise ValueError(
+                f"{path}:{number}: not a JSON object: {error.msg}; "
+                "a table is read from a file that is called .csv or .tsv"
+            ) from error
         yield number, row
 
 
-def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
+def _table_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
     """Yields line numbers and the rows there, without the cells that a row lacks at its end."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         for row in reader:
             # Under this key the reader puts what is too much.
             if None in row:
                 raise ValueError(
                     f"{path}:{reader.line_num}: more cells than the heading has: "
-                    "put a text with commas in quotes"
+                    f"put a text with {_DELIMITERS[delimiter]} in quotes"
                 )
-            cells = {name: cell for name, cell in row.items() if cell is not None}
+            cells = {name: _cell(name, cell) for name, cell in row.items() if cell is not None}
             yield reader.line_num, cells
     except csv.Error as error:
-        raise ValueError(f"{path}: not CSV after line {reader.line_num}: {error}") from error
+        kind = path.suffix.lower().removeprefix(".").upper()
+        raise ValueError(f"{path}: not {kind} after line {reader.line_num}: {error}") from error
+
+
+def _delimiter(text: str) -> str:
+    """Returns what stands between a CSV's cells: that which sets a cell "label" in its heading."""
+    for delimiter in _DELIMITERS:
+        heading = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+        if "label" in heading:
+            return delimiter
+    return ","
+
+
+def _cell(name: str, cell: str) -> str | int:
+    """Returns a cell as a JSON of the same rows would have it: a label of digits is a number."""
+    is_number = name == "label" and cell.removeprefix("-").isdecimal() and str(int(cell)) == cell
+    return int(cell) if is_number else cell

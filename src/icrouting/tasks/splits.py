@@ -8,6 +8,8 @@ import numpy as np
 
 from icrouting.tasks.task import Example, Task, TaskSpec
 
+# A training row that is left out, and the row that it repeats.
+Clash = tuple[Example, Example]
 N_VALIDATION = 100
 _SEED = 0
 # Of fewer rows than this, the draw for validation may leave a class none to train on.
@@ -17,6 +19,9 @@ _FEW = 50
 _MIN_WORDS = 5
 # A word holds a letter or digit: "," and "--" are none.
 _WORD = re.compile(r"\S*[^\W_]\S*")
+_UNSPACED = re.compile(r"\S+")
+_BARE_WORD = re.compile(r"[^\W_]+")
+_NUMBER = re.compile(r"\d+")
 _NOT_KEY = bytes(set(range(128)) - set(b"abcdefghijklmnopqrstuvwxyz0123456789"))
 
 
@@ -29,8 +34,9 @@ def make_task(
     """Returns a task whose splits know nothing of one another.
 
     A fifth of the training rows, at most 100, become the validation slice, by a seeded draw. Rows
-    that repeat one another or a held-back row (case, spacing and punctuation ignored), or that hold
-    or lie inside one of five words or more, are left out and counted in `n_dropped`.
+    that repeat one another or a held-back row, or that hold or lie inside one of five words or
+    more, are left out and counted in `n_dropped`. Case, spacing and punctuation are ignored, but
+    between rows of different labels, which these may tell apart ("3 < 5", "3 > 5"), only spacing.
 
     Args:
         spec: how the task reads.
@@ -41,78 +47,170 @@ def make_task(
     Raises:
         ValueError: training rows of one class alone are left.
     """
-    unique = _without_repeats(train)
-    free = apart(unique, [*test, *others])
-    validation = _validation_slice(unique, free)
+    groups, repeats = _without_repeats(train)
+    unique = [row for group in groups for row in group]
+    known = {**_clashes(unique, others), **_clashes(unique, test, have_same_labels=True)}
+    free = [row for row in unique if id(row) not in known]
+    validation = _validation_slice(groups, free)
     drawn = {id(row) for row in validation}
     undrawn = [row for row in free if id(row) not in drawn]
     # A training row may still hold a row that the validation slice took, or lie inside one.
-    kept_rows = apart(undrawn, validation)
+    shared = _clashes(undrawn, validation, have_same_labels=True)
+    kept_rows = [row for row in undrawn if id(row) not in shared]
     labels = {row.label for row in kept_rows}
     if len(labels) < 2:
         raise ValueError(
             f"task {spec.name!r}: expected training rows of two classes or more, "
             f"got {len(kept_rows)} of label {sorted(labels)}: add rows of another class"
         )
-    n_dropped = len(train) - len(kept_rows) - len(validation)
-    return Task(spec, tuple(kept_rows), tuple(test), tuple(validation), n_dropped)
+    dropped = [*repeats, *known.values(), *shared.values()]
+    return Task(
+        spec,
+        tuple(kept_rows),
+        tuple(test),
+        tuple(validation),
+        n_dropped=len(dropped),
+        dropped_example=_most_telling(dropped),
+    )
 
 
-def _without_repeats(rows: Sequence[Example]) -> list[Example]:
-    """Returns the first row of each key, ordered by where each key comes last."""
-    row_by_key: dict[str, Example] = {}
-    # Backwards, the first row of a key is what overwrites the others, at the place of the last.
-    # Every split drawn so far rests on this order.
-    for row in reversed(rows):
-        row_by_key[_row_key(row)] = row
-    backwards = list(row_by_key.values())
-    return backwards[::-1]
+def _most_telling(dropped: Sequence[Clash]) -> Clash | None:
+    """Returns the first row that was left out for another text than its own, or else the first."""
+    for row, other in dropped:
+        if _row_texts(row) != _row_texts(other):
+            return row, other
+    return dropped[0] if dropped else None
 
 
-def _validation_slice(unique: Sequence[Example], free: Sequence[Example]) -> list[Example]:
-    """Returns a seeded draw from the free ones of unique rows, in the order of these."""
+def _without_repeats(rows: Sequence[Example]) -> tuple[list[list[Example]], list[Clash]]:
+    """Returns the rows of each key that repeat none before them, and those that do.
+
+    The keys are ordered by where each comes last: every split drawn so far rests on this order.
+    """
+    group_by_key: dict[str, list[Example]] = {}
+    repeats = []
+    for row in rows:
+        key = _row_key(row)
+        # Put back, the key is the last.
+        group = group_by_key.pop(key, [])
+        group_by_key[key] = group
+        for first in group:
+            if _is_repeat(row, first):
+                repeats.append((row, first))
+                break
+        else:
+            group.append(row)
+    return list(group_by_key.values()), repeats
+
+
+def _validation_slice(
+    groups: Sequence[Sequence[Example]], free: Sequence[Example]
+) -> list[Example]:
+    """Returns a seeded draw from the free ones of unique rows, in the order of these.
+
+    Rows of one key are drawn one after the other, so that a slice of pairs that differ in a sign
+    has both.
+    """
     # By identity: a row holds a dictionary, and cannot be hashed.
     free_ids = {id(row) for row in free}
-    order = np.random.default_rng(_SEED).permutation(len(unique)).tolist()
-    candidates = [place for place in order if id(unique[place]) in free_ids]
-    if len(unique) < _FEW:
+    candidates = []
+    n_unique = 0
+    for place in np.random.default_rng(_SEED).permutation(len(groups)):
+        n_unique += len(groups[place])
+        candidates += [row for row in groups[place] if id(row) in free_ids]
+    if n_unique < _FEW:
         # None of a class's few rows may be its last, so each class keeps its first.
-        first_places: dict[int, int] = {}
-        for place in sorted(candidates):
-            first_places.setdefault(unique[place].label, place)
-        kept_back = set(first_places.values())
-        candidates = [place for place in candidates if place not in kept_back]
+        first_ids: dict[int, int] = {}
+        for row in free:
+            first_ids.setdefault(row.label, id(row))
+        kept_back = set(first_ids.values())
+        candidates = [row for row in candidates if id(row) not in kept_back]
     n_drawn = min(N_VALIDATION, len(free) // 5)
-    return [unique[place] for place in sorted(candidates[:n_drawn])]
+    drawn = {id(row) for row in candidates[:n_drawn]}
+    return [row for row in free if id(row) in drawn]
 
 
 def apart(rows: Sequence[Example], held: Sequence[Example]) -> list[Example]:
-    """Returns the rows that repeat no held-back row, hold no long one, and lie in none if long."""
-    held_keys = {_row_key(row) for row in held}
-    long_held_keys = [_row_key(row) for row in held if is_long(_row_text(row))]
+    """Returns the rows that repeat no held-back row, hold no long one, and lie in none if long.
+
+    The held-back rows may be another task's: labels are not looked at.
+    """
+    clashes = _clashes(rows, held)
+    return [row for row in rows if id(row) not in clashes]
+
+
+def _clashes(
+    rows: Sequence[Example], held: Sequence[Example], have_same_labels: bool = False
+) -> dict[int, Clash]:
+    """Returns by its id each row that `apart` leaves out, with the held-back row that it repeats.
+
+    Args:
+        rows: may be left out.
+        held: held-back rows.
+        have_same_labels: whether labels mean the same in both, so that rows of different labels
+            need more in common.
+    """
+    held_by_key: defaultdict[str, list[Example]] = defaultdict(list)
+    for row in held:
+        held_by_key[_row_key(row)].append(row)
+    long_held = [row for row in held if is_long(_row_text(row))]
+    long_held_keys = [_row_key(row) for row in long_held]
     keys = [_row_key(row) for row in rows]
     held_inside = inside(long_held_keys, keys)
-    lying_inside = _long_rows_inside(rows, keys, long_held_keys)
+    held_around = _long_held_around(rows, keys, long_held_keys)
 
-    kept_rows = []
+    clashes = {}
     for place, row in enumerate(rows):
-        repeats = keys[place] in held_keys
-        holds_a_long_one = bool(held_inside[place])
-        if not (repeats or holds_a_long_one or place in lying_inside):
-            kept_rows.append(row)
-    return kept_rows
+        long_places = sorted(held_inside[place] | held_around[place])
+        alike = [*held_by_key.get(keys[place], ()), *(long_held[i] for i in long_places)]
+        for other in alike:
+            if not have_same_labels or _is_repeat(row, other):
+                clashes[id(row)] = (row, other)
+                break
+    return clashes
 
 
-def _long_rows_inside(
+def _is_repeat(row: Example, other: Example) -> bool:
+    """Returns whether one of two rows whose keys are alike, or one in the other, repeats the other.
+
+    Rows of different labels do where they have the same text, spacing aside, or where one is a
+    piece of the other, word by word: a phrase of a held-back row may well have a label of its own.
+    """
+    have_one_key = _row_key(row) == _row_key(other)
+    if row.label != other.label:
+        if have_one_key:
+            return _parts(row, _UNSPACED) == _parts(other, _UNSPACED)
+        words = _spaced_words(row)
+        other_words = _spaced_words(other)
+        return words in other_words or other_words in words
+    # A key runs digits together: "2 < 15" has that of "21 > 5".
+    return not have_one_key or _parts(row, _NUMBER) == _parts(other, _NUMBER)
+
+
+def _parts(row: Example, part: re.Pattern[str]) -> list[list[str]]:
+    """Returns the parts of each of a row's texts."""
+    return [part.findall(text) for text in _row_texts(row)]
+
+
+def _spaced_words(row: Example) -> str:
+    """Returns the words of a row's texts in lower case, with one space around each."""
+    lines = []
+    for words in _parts(row, _BARE_WORD):
+        lines.append(f" {' '.join(words).lower()} ")
+    return "\n".join(lines)
+
+
+def _long_held_around(
     rows: Sequence[Example], keys: Sequence[str], held_keys: Sequence[str]
-) -> set[int]:
-    """Returns the places of long rows that lie inside a held-back one."""
+) -> list[set[int]]:
+    """Returns for each row the places of the held-back ones that it lies inside, if it is long."""
     long_places = [place for place, row in enumerate(rows) if is_long(_row_text(row))]
     long_keys = [keys[place] for place in long_places]
-    places = set()
-    for indices in inside(long_keys, held_keys):
-        places |= {long_places[index] for index in indices}
-    return places
+    around: list[set[int]] = [set() for _ in rows]
+    for held_place, indices in enumerate(inside(long_keys, held_keys)):
+        for index in indices:
+            around[long_places[index]].add(held_place)
+    return around
 
 
 def _row_texts(row: Example) -> list[str]:

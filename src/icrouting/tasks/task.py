@@ -81,7 +81,7 @@ class Task:
 
     Methods learn and draw demonstrations from `train`, choose on `validation` and are measured on
     `test`. `n_dropped` counts training rows left out because they repeat one another or a held-back
-    row.
+    row; `dropped_example` is one of them and the row that it repeats.
 
     Example:
         >>> from icrouting import Example, Task, TaskSpec
@@ -100,6 +100,7 @@ class Task:
     test: tuple[Example, ...]
     validation: tuple[Example, ...] = ()
     n_dropped: int = 0
+    dropped_example: tuple[Example, Example] | None = None
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from icrouting.tasks.rows import read_rows
+from icrouting.tasks.rows import Labels, read_rows
 from icrouting.tasks.splits import make_task
 from icrouting.tasks.task import Task, TaskSpec
 
@@ -27,6 +27,7 @@ class _TaskFile(BaseModel):
     group: str = "far"
     template: str
     options: list[Any] = []
+    labels: Labels | None = None
     words: dict[str, Any] = {}
     splits: dict[str, Any]
 
@@ -39,8 +40,9 @@ def read_task_file(path: Path) -> Task:
     """Returns the task that a TOML file describes, with the rows of the files that it names.
 
     It holds `template`, `options` (left out where each row brings its `choices`), `splits.train`
-    and `splits.test` (JSONL or CSV, relative to the file), and optionally `name` (default: the
-    file's), `group` (default: "far") and `words` (replacements of field values).
+    and `splits.test` (JSONL, CSV or TSV, relative to the file), and optionally `name` (default: the
+    file's), `group` (default: "far"), `words` (replacements of field values) and `labels` (whether
+    labels that are numbers are an "index" or an option's "text").
 
     Raises:
         ValueError: it is malformed (key and line are named), or a row does not fit.
@@ -59,8 +61,8 @@ def read_task_file(path: Path) -> Task:
         raise ValueError(f"{path}:{line}: key {mistake.key!r} {mistake}") from mistake
     name = path.stem if file.name is None else file.name
     spec = TaskSpec(name, file.group, file.template, tuple(file.options), file.words)
-    train = read_rows(path.parent / file.splits["train"], spec)
-    test = read_rows(path.parent / file.splits["test"], spec)
+    train = read_rows(path.parent / file.splits["train"], spec, file.labels)
+    test = read_rows(path.parent / file.splits["test"], spec, file.labels)
     return make_task(spec, train, test)
 
 
@@ -107,6 +109,8 @@ def _mistake_among_keys(error: ValidationError, values: dict[str, Any]) -> _Mist
             return _Mistake(key, f"is not known: a task file has {known_keys}")
         case "missing":
             return _Mistake(key, "is missing")
+        case "literal_error":
+            return _Mistake(key, f'must be "index" or "text", got {first["input"]!r}')
         case kind:
             return _Mistake(key, f"must be a {_KINDS[kind]}, got {first['input']!r}")
 
