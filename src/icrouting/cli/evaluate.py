@@ -100,7 +100,8 @@ def finish(
     folder.add(outcome_of(evaluation, tasks, seed, folder))
     write_tried(folder.fits, folder.read_config()["methods"], folder.tried)
     if icr is not None:
-        with icr.attached_to(evaluation.decoder) as routed:
+        # Prompts of unseen tasks are no surprise here.
+        with icr.attached_by(icr.reader(evaluation.decoder)) as routed:
             save_json(folder.routing, routing_summary(routed, icr.pids.layers, tasks))
         if icr.folder is not None:
             folder.take_training(icr.folder / "fit")
