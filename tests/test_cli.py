@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from commands import evaluate, fit
+from commands import evaluate, fit, on
 from icrouting.cli import loading, main
 from icrouting.decoder.loading import load_model
 from icrouting.evaluation import evaluate as evaluate_module
@@ -410,3 +410,81 @@ def test_help_is_quick_since_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def roles_of(run):
+    """The role of each task of a run, by name."""
+    config = json.loads((run / "config.json").read_text())
+    return {task["name"]: task["role"] for task in config["tasks"]}
+
+
+def evaluate_without_sources(world, out, *more):
+    """Runs `icr eval` of two methods on a world's two tasks, whose router was fitted on sst2."""
+    where = [*on(world), "--router", str(world / "router"), "--out", str(out)]
+    how = "--tasks sst2 mr --n-test 3 --seeds 0 --methods zero-shot icr --demos-per-class 1"
+    main.main(["eval", *where, *how.split(), *more])
+
+
+def test_what_is_unseen_is_said_by_the_router(world, tmp_path):
+    evaluate_without_sources(world, tmp_path / "run")
+    assert roles_of(tmp_path / "run") == {"sst2": "source", "mr": "unseen"}
+
+
+def test_sources_that_the_router_was_not_fitted_on_are_refused(world, tmp_path, capsys):
+    for named in ("mr", "sst2 mr"):
+        with pytest.raises(SystemExit):
+            evaluate_without_sources(world, tmp_path / "run", "--sources", *named.split())
+        said = "the router was fitted on sst2, and --sources names " + named.replace(" ", ", ")
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_rows_of_sources_are_read_for_methods_that_learn_from_them_alone(world, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    shutil.copytree(world / "data" / "mr", tmp_path / "data" / "mr")
+    run, alone = tmp_path / "run", ["--data", str(tmp_path / "data"), "--tasks", "mr"]
+    evaluate_without_sources(world, run, *alone)
+    assert roles_of(run) == {"mr": "unseen"}
+    with pytest.raises(SystemExit):
+        evaluate_without_sources(world, run, *alone, "--methods", "multi-task-few-shot")
+    said = capsys.readouterr().err
+    assert "fitted on sst2, and a method here reads their rows (task 'sst2': expected" in said
+    assert "say with --sources where" in said
+    shutil.copytree(world / "data" / "sst2", tmp_path / "data" / "sst2")
+    evaluate_without_sources(world, run, *alone, "--methods", "multi-task-few-shot")
+    lines = (run / "records.jsonl").read_text().splitlines()
+    assert {json.loads(line)["method"] for line in lines} == {
+        "zero-shot",
+        "icr",
+        "multi-task-few-shot",
+    }
+
+
+@pytest.mark.slow
+def test_no_card_takes_for_unseen_what_its_router_was_fitted_on(world, tmp_path, capsys):
+    """As runs of earlier versions may, which took it from --sources alone."""
+    router = shutil.copytree(world / "router", tmp_path / "router")
+    evaluate_without_sources(world, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    written = file.read_text()
+    card = (router / "README.md").read_text()
+    for old, new in (("source", "unseen"), ("unseen", "source")):
+        file.write_text(written.replace(f'"role": "{old}"', f'"role": "{new}"'))
+        line = failure(capsys, "report", str(tmp_path / "run"), "--card", str(router))
+        assert f"as {new}, but the router was fitted on sst2: nothing is recorded" in line
+        assert (router / "README.md").read_text() == card
+
+
+@pytest.mark.slow
+def test_a_router_that_names_no_source_needs_sources(world, tmp_path, capsys):
+    router = shutil.copytree(world / "router", tmp_path / "router")
+    config = json.loads((router / "config.json").read_text())
+    config["tasks"] = {}
+    config["checksum"] = artifact._checksum(config)
+    (router / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        evaluate_without_sources(world, tmp_path / "run", "--router", str(router))
+    assert "does not say which tasks it was fitted on" in capsys.readouterr().err
+    evaluate_without_sources(world, tmp_path / "run", "--router", str(router), "--sources", "mr")
+    assert roles_of(tmp_path / "run") == {"sst2": "unseen", "mr": "source"}

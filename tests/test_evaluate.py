@@ -260,6 +260,7 @@ def config_of(**changes):
         "fingerprint": "f",
         "dtype": "float32",
         "rows": "r",
+        "task_rows": "t",
         "router": None,
         "tasks": runs.task_entries(TASKS, ["toy"]),
         "sources": ["toy"],
@@ -284,6 +285,29 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tm
         runs.claim(RunFolder(tmp_path), config_of(n_test=13))
     with pytest.raises(ValueError, match="rows was"):
         runs.claim(RunFolder(tmp_path), config_of(rows="other rows"))
+
+
+def test_a_run_takes_a_method_later_that_reads_the_sources(tmp_path):
+    folder = RunFolder(tmp_path)
+    runs.claim(folder, config_of(rows="t"))
+    runs.claim(folder, config_of(rows="with sources"))
+    runs.claim(folder, config_of(rows="t"))
+    assert folder.read_config()["rows"] == "with sources"
+    with pytest.raises(ValueError, match="rows was"):
+        runs.claim(folder, config_of(rows="with other sources"))
+    with pytest.raises(ValueError, match="rows was"):
+        runs.claim(folder, config_of(rows="u", task_rows="u"))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_rows_of_its_sources_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    runs.claim(folder, config_of(rows="with sources"))
+    begun = folder.read_config()
+    del begun["task_rows"]
+    folder.write_config(begun)
+    with pytest.raises(ValueError, match="sources' rows as that run did, with --sources toy"):
+        runs.claim(folder, config_of(rows="t"))
+    runs.claim(folder, config_of(rows="with sources"))
 
 
 def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path):

@@ -37,7 +37,8 @@ class RunConfig:
         asked: the user's part.
         fingerprint: the model's.
         dtype: the weights'.
-        rows: the digest of the tasks' rows.
+        rows: the digest of the rows of tasks and sources.
+        task_rows: that of the tasks' alone; the same where no method reads the sources' rows.
         router: the digest of the router; None without one.
         tasks: name, group, role ("source" or "unseen") and number of options of each.
         sources: names of the source tasks.
@@ -48,6 +49,7 @@ class RunConfig:
     fingerprint: str
     dtype: str
     rows: str
+    task_rows: str
     router: str | None
     tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
     sources: list[str]
@@ -67,6 +69,7 @@ class RunConfig:
             "dtype": self.dtype,
             "data": asked.data,
             "rows": self.rows,
+            "task_rows": self.task_rows,
             "router": self.router,
             "methods": _unique(asked.methods),
             "tasks": self.tasks,
@@ -128,12 +131,14 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
     if changes:
         raise ValueError(
             f"{folder} holds another run ({'; '.join(changes)}): choose another folder with --out"
+            f"{_advice(begun, wanted)}"
         )
     grown = {
         "methods": _unique([*begun["methods"], *wanted["methods"]]),
         "seeds": _unique([*begun["seeds"], *wanted["seeds"]]),
         "n_test": wanted["n_test"],
         "router": begun["router"] or wanted["router"],  # the same, or one of them None
+        "rows": begun["rows"] if _reads_sources(begun) else wanted["rows"],
     }
     if command() not in begun["command"]:
         grown["command"] = f"{begun['command']} && {command()}"
@@ -153,10 +158,29 @@ def _changes(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         unrouted = wanted if wanted["router"] is None else begun
         if any("icr-" in name for name in unrouted["methods"]):
             held["router"] = wanted["router"]
+    # The sources' rows come with the first method that reads them.
+    both_read_sources = _reads_sources(begun) and _reads_sources(wanted)
+    if begun.get("task_rows") == wanted["task_rows"] and not both_read_sources:
+        del held["rows"]
     if wanted["n_test"] < begun["n_test"]:
         held["n_test"] = wanted["n_test"]
     # What an earlier version did not write down is taken to be as it is.
     return differences({**held, **begun}, held, _short)
+
+
+def _reads_sources(config: Mapping[str, Any]) -> bool:
+    """Whether the rows of a run are more than its tasks'."""
+    # Earlier versions always read the sources.
+    return config["rows"] != config.get("task_rows")
+
+
+def _advice(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What else helps where a run does not go on."""
+    if "task_rows" in begun or _reads_sources(wanted) or "sources" not in begun:
+        return ""
+    return (
+        f", or read the sources' rows as that run did, with --sources {' '.join(begun['sources'])}"
+    )
 
 
 def _cuts(content: Mapping[str, Any], settings: Settings) -> list[str]:
