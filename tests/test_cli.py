@@ -378,17 +378,64 @@ def test_a_fit_of_another_model_into_the_folder_is_refused(world, encoder_folder
     assert "other settings, model or data" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_that_the_work_is_kept(monkeypatch, capsys):
-    from icrouting.cli import evaluate
+def interrupted(*arguments, **settings):
+    """What stands for work during which a person presses ctrl-C."""
+    raise KeyboardInterrupt
 
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "show", interrupted)
+def last_words(capsys, command, *arguments):
+    """What a command that is stopped says at its end."""
     with pytest.raises(SystemExit) as caught:
-        main.main(["report", "anywhere"])
+        command(*arguments)
     assert caught.value.code == 130
-    assert "is kept" in capsys.readouterr().err
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_command_that_keeps_nothing_says_nothing_of_it(monkeypatch, capsys):
+    from icrouting.cli import evaluate as room
+
+    monkeypatch.setattr(room, "show", interrupted)
+    assert last_words(capsys, main.main, ["report", "anywhere"]) == "stopped"
+
+
+def test_a_fit_that_is_stopped_before_its_first_save_says_so(
+    world, encoder_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("icrouting.fitting.extraction.capture_last_tokens", interrupted)
+    said = last_words(capsys, fit, world, encoder_folder, tmp_path / "router")
+    assert "nothing was computed yet" in said
+    assert "begins anew" in said
+
+
+def test_a_fit_that_is_stopped_later_says_what_it_keeps(
+    world, encoder_folder, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "router"
+    with monkeypatch.context() as patched:
+        patched.setattr("icrouting.fitting.stages.Trainer", interrupted)
+        said = last_words(capsys, fit, world, encoder_folder, out)
+    assert f"{out} keeps 9 prompts of the extraction, the trunk's states; the same" in said
+    monkeypatch.setattr("icrouting.fitting.training.Trainer._update", interrupted)
+    said = last_words(capsys, fit, world, encoder_folder, out)
+    assert "the trunk's states, 0 steps of the training; the same command goes on" in said
+
+
+def test_a_run_that_is_stopped_before_its_first_answer_says_so(
+    world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate_module.Evaluation, "predict", interrupted)
+    said = last_words(capsys, evaluate_without_sources, world, tmp_path / "run")
+    assert "no answer was computed yet" in said
+    assert "begins anew" in said
+
+
+def test_a_run_that_is_stopped_later_says_what_it_keeps(world, tmp_path, monkeypatch, capsys):
+    from icrouting.cli import evaluate as room
+
+    monkeypatch.setattr(room, "finish", interrupted)
+    said = last_words(capsys, evaluate_without_sources, world, tmp_path / "run")
+    # Two tasks, two methods and three items.
+    assert f"{tmp_path / 'run'} keeps 12 answers and 0 fits; the same command goes on" in said
 
 
 @pytest.mark.parametrize("command", ["fit", "eval", "report", "generate", "inspect", "demo"])

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from icrouting import methods as registry
-from icrouting.cli.loading import console, load, load_tasks
+from icrouting.cli.loading import console, load, load_tasks, stoppable
 from icrouting.decoder.batches import context_length
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.identity import fingerprint
@@ -34,6 +34,21 @@ PAPER_FIT = 5000  # prompts and queries a task
 
 def evaluate(out: Path, config: EvalConfig) -> None:
     """Evaluates methods into a run folder and prints the table."""
+    with stoppable(lambda: _kept(RunFolder(out))):
+        _evaluate(out, config)
+
+
+def _kept(folder: RunFolder) -> str:
+    """What a run that is stopped has kept."""
+    n_answers = len(records.read(folder.records))
+    n_fits = len(list(folder.fits.glob("*.safetensors")))
+    if not n_answers and not n_fits:
+        return f"no answer was computed yet that {folder} could keep, the same command begins anew"
+    kept = f"{n_answers:,} answers and {n_fits:,} fits"
+    return f"{folder} keeps {kept}; the same command goes on from there"
+
+
+def _evaluate(out: Path, config: EvalConfig) -> None:
     console.quiet = not is_first()
     methods = registry.make(config.methods, config.settings)
     router = config.settings.router

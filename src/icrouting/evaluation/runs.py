@@ -119,8 +119,7 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
     if folder.config.exists():
         begun = folder.read_config()
     else:
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        begun = {**wanted, "command": command(), "commit": commit(), "created": created}
+        begun = _new(wanted)
     missing = {"command", *_GROWING} - begun.keys()
     if missing:
         lacking = ", ".join(sorted(missing))
@@ -128,6 +127,10 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
             f"{folder.config} is no run's, it lacks {lacking}: choose another folder with --out"
         )
     changes = _changes(begun, wanted)
+    # Where nothing was computed, nothing binds.
+    if changes and folder.is_bare():
+        begun = _new(wanted)
+        changes = []
     if changes:
         raise ValueError(
             f"{folder} holds another run ({'; '.join(changes)}): choose another folder with --out"
@@ -145,6 +148,12 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
     content = {**wanted, **begun, **grown}
     cuts = _cuts(content, config.asked.settings)
     folder.write_config({**content, "notes": [*cuts, *wanted["notes"]]})
+
+
+def _new(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run that begins here and now."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**wanted, "command": command(), "commit": commit(), "created": created}
 
 
 def _changes(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
