@@ -12,7 +12,7 @@ import tiny
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.icr import InContextRouter
-from icrouting.routing import artifact
+from icrouting.routing import artifact, sources
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
 from icrouting.routing.sources import Source, sources_of
@@ -237,3 +237,31 @@ def test_a_template_stays_in_its_cell(icr):
     rows = [line for line in card_of(icr, sources=(odd,)).splitlines() if line.startswith("| toy")]
     shown = r"`` `a\|b`\n{text}: `` | x\|y, a, b, c, d, e, f, g, h, i, ... (11) |"
     assert rows == [f"| toy | 40 | 40 | 10 | {shown}"]
+
+
+def test_of_a_long_prompt_the_ends_are_looked_at(icr, llama):
+    text = " ".join(f"joy {number}" for number in range(90))
+    prompt = f"Review: {text}\nSentiment:"
+    assert len(tiny.tokenizer()(prompt).input_ids) > sources.N_TOKENS
+    assert warned_of(icr, llama, lambda routed: routed.routing([prompt])) == []
+    for odd in (f"Judge it.\n{prompt}", f"{prompt} Well,"):
+        (message,) = warned_of(icr, llama, lambda routed, odd=odd: routed.routing([odd]))
+        assert repr(odd[:40]) in message
+        assert repr(odd[-40:]) in message
+
+
+def test_after_many_prompts_of_known_form_one_call_in_some_is_looked_at(monkeypatch):
+    monkeypatch.setattr(sources, "N_LOOKS", 3)
+    monkeypatch.setattr(sources, "RARELY", 4)
+    read, looks = sources.FormWatch._read, []
+
+    def counted(self, tokens):
+        looks.append(tokens)
+        return read(self, tokens)
+
+    monkeypatch.setattr(sources.FormWatch, "_read", counted)
+    watch = sources.FormWatch([source()], tiny.tokenizer())
+    for _ in range(12):
+        watch.look_at(tiny.tokenizer()([PROMPT]).input_ids)
+    # The first three, then the fourth, eighth and twelfth.
+    assert len(looks) == 6

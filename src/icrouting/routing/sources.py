@@ -17,6 +17,11 @@ from icrouting.tasks.task import Task
 N_ROWS = 200
 # Characters of a prompt's beginning and of its end that a warning shows.
 N_SHOWN = 40
+# Looking costs a hundredth of a short pass: after so many calls, one in RARELY is looked at, and of
+# prompts of more tokens than N_TOKENS the two ends alone.
+N_LOOKS = 16
+RARELY = 8
+N_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,13 @@ class Source:
             start = place + len(text)
         return True
 
+    def has_ends(self, beginning: str, end: str) -> bool:
+        """Returns whether a prompt may have this form, of which the two ends are known."""
+        # So few characters are in any N_TOKENS / 2 tokens.
+        head = self.fixed_texts[0][:N_SHOWN]
+        cue = self.cue[-N_SHOWN:]
+        return beginning.startswith(head) and end.endswith(cue)
+
 
 def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
     """Returns what a router is to know of the tasks that it is fitted on."""
@@ -122,26 +134,42 @@ class FormWatch:
         examples = [source.example for source in sources]
         token_lists = tokenizer(examples).input_ids
         self._is_over = query_texts(tokenizer, token_lists) != examples
+        self._n_calls = 0
 
     def look_at(self, token_lists: Sequence[Sequence[int]]) -> None:
-        """Looks at the first of some prompts; after a warning, at none."""
+        """Looks at the first of the prompts of a call; after a warning, at none."""
         if self._is_over or not token_lists:
             return
-        (prompt,) = query_texts(self._tokenizer, token_lists[:1])
-        if any(source.has_form(prompt) for source in self._sources):
+        self._n_calls += 1
+        if self._n_calls > N_LOOKS and self._n_calls % RARELY:
             return
-        self._is_over = True
-        warnings.warn(_unlike(prompt, self._sources), stacklevel=2)
+        beginning, end, is_known = self._read(token_lists[0])
+        if not is_known:
+            self._is_over = True
+            warnings.warn(_unlike(beginning, end, self._sources), stacklevel=2)
+
+    def _read(self, tokens: Sequence[int]) -> tuple[str, str, bool]:
+        """Returns a prompt's beginning and its end, and whether any source has its form."""
+        if len(tokens) > N_TOKENS:
+            half = N_TOKENS // 2
+            parts = [tokens[:half], tokens[-half:]]
+            beginning, end = query_texts(self._tokenizer, parts)
+            is_known = any(source.has_ends(beginning, end) for source in self._sources)
+            return beginning[:N_SHOWN], end[-N_SHOWN:], is_known
+        (prompt,) = query_texts(self._tokenizer, [tokens])
+        is_known = any(source.has_form(prompt) for source in self._sources)
+        if len(prompt) <= 2 * N_SHOWN:
+            return prompt, "", is_known
+        return prompt[:N_SHOWN], prompt[-N_SHOWN:], is_known
 
 
-def _unlike(prompt: str, sources: Sequence[Source]) -> str:
-    """What is said of a prompt that has the form of no source."""
+def _unlike(beginning: str, end: str, sources: Sequence[Source]) -> str:
+    """What is said of a prompt that has the form of no source; a short one has no end apart."""
     names = ", ".join(source.name for source in sources)
+    closing = end or beginning
     # What is likeliest meant is the task whose cue it ends with.
-    nearest = next((source for source in sources if prompt.endswith(source.cue)), sources[0])
-    shown = repr(prompt)
-    if len(prompt) > 2 * N_SHOWN:
-        shown = f"{prompt[:N_SHOWN]!r} ... {prompt[-N_SHOWN:]!r}"
+    nearest = next((source for source in sources if closing.endswith(source.cue)), sources[0])
+    shown = f"{beginning!r} ... {end!r}" if end else repr(beginning)
     return (
         "this prompt has the form of none of the tasks that the router was fitted on "
         f"({names}): it reads {shown}, where {nearest.name} reads {nearest.template!r}. "
