@@ -12,6 +12,7 @@ from commands import evaluate, fit, on
 from icrouting.cli import loading, main
 from icrouting.decoder.loading import load_model
 from icrouting.evaluation import evaluate as evaluate_module
+from icrouting.fitting.training import Trainer
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.routing import artifact
 
@@ -415,9 +416,17 @@ def test_a_fit_that_is_stopped_later_says_what_it_keeps(
         patched.setattr("icrouting.fitting.stages.Trainer", interrupted)
         said = last_words(capsys, fit, world, encoder_folder, out)
     assert f"{out} keeps 9 prompts of the extraction, the trunk's states; the same" in said
-    monkeypatch.setattr("icrouting.fitting.training.Trainer._update", interrupted)
+    update, steps = Trainer._update, []
+
+    def interrupted_at_the_second(self, terms):
+        if steps:
+            raise KeyboardInterrupt
+        steps.append(1)
+        update(self, terms)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted_at_the_second)
     said = last_words(capsys, fit, world, encoder_folder, out)
-    assert "the trunk's states, 0 steps of the training; the same command goes on" in said
+    assert "the trunk's states, training up to step 1; the same command goes on" in said
 
 
 def test_a_run_that_is_stopped_before_its_first_answer_says_so(

@@ -223,7 +223,7 @@ def test_a_fit_stopped_within_a_step_keeps_the_last_whole_one(
     model = tiny.model("llama")
     with pytest.raises(KeyboardInterrupt):
         InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
-    assert "3 steps of the training" in stages.progress_in(tmp_path)
+    assert "training up to step 3" in stages.progress_in(tmp_path)
     resumed = InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
     assert torch.equal(weights(resumed), weights(fitted))
 

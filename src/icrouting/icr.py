@@ -32,7 +32,8 @@ class InContextRouter(ModelHubMixin):
 
     `save_pretrained(folder)` writes config.json, model.safetensors and a model card,
     `push_to_hub("owner/name")` uploads them; both are huggingface_hub's, and keep a card as it
-    stands, with the results recorded in it.
+    stands, with the results recorded in it. config.json holds one prompt of each source
+    task, and the card shows one of these.
 
     Attributes:
         description: what it is and where it comes from; the artifact's config.json.

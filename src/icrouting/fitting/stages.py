@@ -134,8 +134,8 @@ def progress_in(folder: Path) -> list[str]:
     if load_metadata(folder / ENTROPIES_FILE) is not None:
         phrases.append("the trunk's states")
     training = load_metadata(folder / CHECKPOINT_FILE)
-    if training is not None:
-        phrases.append(f"{int(training['step']):,} steps of the training")
+    if training is not None and training["step"] != "0":
+        phrases.append(f"training up to step {int(training['step']):,}")
     return phrases
 
 
