@@ -105,6 +105,7 @@ def fake_config(methods=("zero-shot", "few-shot", "icr"), **changes) -> dict:
         fingerprint="0123456789abcdef",
         dtype="float32",
         rows="0123456789abcdef",
+        task_rows="0123456789abcdef",
         router="0123456789abcdef",
         tasks=list(TASKS),
         sources=["agnews"],

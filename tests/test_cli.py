@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import tiny
-from commands import evaluate, fit
+from commands import evaluate, fit, on
 from fake_run import fake_config
 from icrouting.cli import loading, main
 from icrouting.decoder.loading import load_model
 from icrouting.evaluation import evaluate as evaluate_module
+from icrouting.fitting.training import Trainer
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.routing import artifact
 
@@ -453,17 +454,72 @@ def test_a_fit_of_another_model_into_the_folder_is_refused(world, encoder_folder
     assert "other settings, model or data" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_that_the_work_is_kept(monkeypatch, capsys):
-    from icrouting.cli import evaluate
+def interrupted(*arguments, **settings):
+    """What stands for work during which a person presses ctrl-C."""
+    raise KeyboardInterrupt
 
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "show", interrupted)
+def last_words(capsys, command, *arguments):
+    """What a command that is stopped says at its end."""
     with pytest.raises(SystemExit) as caught:
-        main.main(["report", "anywhere"])
+        command(*arguments)
     assert caught.value.code == 130
-    assert "is kept" in capsys.readouterr().err
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_command_that_keeps_nothing_says_nothing_of_it(monkeypatch, capsys):
+    from icrouting.cli import evaluate as room
+
+    monkeypatch.setattr(room, "show", interrupted)
+    assert last_words(capsys, main.main, ["report", "anywhere"]) == "stopped"
+
+
+def test_a_fit_that_is_stopped_before_its_first_save_says_so(
+    world, encoder_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("icrouting.fitting.extraction.capture_last_tokens", interrupted)
+    said = last_words(capsys, fit, world, encoder_folder, tmp_path / "router")
+    assert "nothing was computed yet" in said
+    assert "begins anew" in said
+
+
+def test_a_fit_that_is_stopped_later_says_what_it_keeps(
+    world, encoder_folder, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "router"
+    with monkeypatch.context() as patched:
+        patched.setattr("icrouting.fitting.stages.Trainer", interrupted)
+        said = last_words(capsys, fit, world, encoder_folder, out)
+    assert f"{out} keeps 9 prompts of the extraction, the trunk's states; the same" in said
+    update, steps = Trainer._update, []
+
+    def interrupted_at_the_second(self, terms):
+        if steps:
+            raise KeyboardInterrupt
+        steps.append(1)
+        update(self, terms)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted_at_the_second)
+    said = last_words(capsys, fit, world, encoder_folder, out)
+    assert "the trunk's states, training up to step 1; the same command goes on" in said
+
+
+def test_a_run_that_is_stopped_before_its_first_answer_says_so(
+    world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate_module.Evaluation, "predict", interrupted)
+    said = last_words(capsys, evaluate_without_sources, world, tmp_path / "run")
+    assert "no answer was computed yet" in said
+    assert "begins anew" in said
+
+
+def test_a_run_that_is_stopped_later_says_what_it_keeps(world, tmp_path, monkeypatch, capsys):
+    from icrouting.cli import evaluate as room
+
+    monkeypatch.setattr(room, "finish", interrupted)
+    said = last_words(capsys, evaluate_without_sources, world, tmp_path / "run")
+    # Two tasks, two methods and three items.
+    assert f"{tmp_path / 'run'} keeps 12 answers and 0 fits; the same command goes on" in said
 
 
 @pytest.mark.parametrize("command", ["fit", "eval", "report", "generate", "inspect", "demo"])
@@ -485,3 +541,81 @@ def test_help_is_quick_since_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def roles_of(run):
+    """The role of each task of a run, by name."""
+    config = json.loads((run / "config.json").read_text())
+    return {task["name"]: task["role"] for task in config["tasks"]}
+
+
+def evaluate_without_sources(world, out, *more):
+    """Runs `icr eval` of two methods on a world's two tasks, whose router was fitted on sst2."""
+    where = [*on(world), "--router", str(world / "router"), "--out", str(out)]
+    how = "--tasks sst2 mr --n-test 3 --seeds 0 --methods zero-shot icr --demos-per-class 1"
+    main.main(["eval", *where, *how.split(), *more])
+
+
+def test_what_is_unseen_is_said_by_the_router(world, tmp_path):
+    evaluate_without_sources(world, tmp_path / "run")
+    assert roles_of(tmp_path / "run") == {"sst2": "source", "mr": "unseen"}
+
+
+def test_sources_that_the_router_was_not_fitted_on_are_refused(world, tmp_path, capsys):
+    for named in ("mr", "sst2 mr"):
+        with pytest.raises(SystemExit):
+            evaluate_without_sources(world, tmp_path / "run", "--sources", *named.split())
+        said = "the router was fitted on sst2, and --sources names " + named.replace(" ", ", ")
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_rows_of_sources_are_read_for_methods_that_learn_from_them_alone(world, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    shutil.copytree(world / "data" / "mr", tmp_path / "data" / "mr")
+    run, alone = tmp_path / "run", ["--data", str(tmp_path / "data"), "--tasks", "mr"]
+    evaluate_without_sources(world, run, *alone)
+    assert roles_of(run) == {"mr": "unseen"}
+    with pytest.raises(SystemExit):
+        evaluate_without_sources(world, run, *alone, "--methods", "multi-task-few-shot")
+    said = capsys.readouterr().err
+    assert "fitted on sst2, and a method here reads their rows (task 'sst2': expected" in said
+    assert "say with --sources where" in said
+    shutil.copytree(world / "data" / "sst2", tmp_path / "data" / "sst2")
+    evaluate_without_sources(world, run, *alone, "--methods", "multi-task-few-shot")
+    lines = (run / "records.jsonl").read_text().splitlines()
+    assert {json.loads(line)["method"] for line in lines} == {
+        "zero-shot",
+        "icr",
+        "multi-task-few-shot",
+    }
+
+
+@pytest.mark.slow
+def test_no_card_takes_for_unseen_what_its_router_was_fitted_on(world, tmp_path, capsys):
+    """As runs of earlier versions may, which took it from --sources alone."""
+    router = shutil.copytree(world / "router", tmp_path / "router")
+    evaluate_without_sources(world, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    written = file.read_text()
+    card = (router / "README.md").read_text()
+    for old, new in (("source", "unseen"), ("unseen", "source")):
+        file.write_text(written.replace(f'"role": "{old}"', f'"role": "{new}"'))
+        line = failure(capsys, "report", str(tmp_path / "run"), "--card", str(router))
+        assert f"as {new}, but the router was fitted on sst2: nothing is recorded" in line
+        assert (router / "README.md").read_text() == card
+
+
+@pytest.mark.slow
+def test_a_router_that_names_no_source_needs_sources(world, tmp_path, capsys):
+    router = shutil.copytree(world / "router", tmp_path / "router")
+    config = json.loads((router / "config.json").read_text())
+    config["tasks"] = {}
+    config["checksum"] = artifact._checksum(config)
+    (router / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        evaluate_without_sources(world, tmp_path / "run", "--router", str(router))
+    assert "does not say which tasks it was fitted on" in capsys.readouterr().err
+    evaluate_without_sources(world, tmp_path / "run", "--router", str(router), "--sources", "mr")
+    assert roles_of(tmp_path / "run") == {"sst2": "unseen", "mr": "source"}

@@ -263,6 +263,7 @@ def config_of(**changes):
         "fingerprint": "f",
         "dtype": "float32",
         "rows": "r",
+        "task_rows": "t",
         "router": None,
         "tasks": runs.task_entries(TASKS, ["toy"]),
         "sources": ["toy"],
@@ -273,7 +274,28 @@ def config_of(**changes):
     return runs.RunConfig(asked=EvalConfig(model=Backbone("m"), **asked), **values)
 
 
+def begin(folder):
+    """Puts something into a run's folder that binds its configuration."""
+    folder.mkdir(exist_ok=True)
+    (folder / "records.jsonl").write_text("an answer")
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "records.1.jsonl", "answers.json", "fits/a.bin"])
+def test_a_run_that_computed_nothing_binds_nobody(name, tmp_path):
+    folder = RunFolder(tmp_path)
+    with runs.claimed(folder, config_of()):
+        pass
+    with runs.claimed(folder, config_of(rows="other rows")):
+        pass
+    assert folder.read_config()["rows"] == "other rows"
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("computed")
+    with pytest.raises(ValueError, match="rows was"), runs.claimed(folder, config_of()):
+        pass
+
+
 def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tmp_path):
+    begin(tmp_path)
     runs.claim(RunFolder(tmp_path), config_of())
     runs.claim(RunFolder(tmp_path), config_of(methods=("zero-shot", "icr")))
     runs.claim(RunFolder(tmp_path), config_of(seeds=[1]))
@@ -289,7 +311,33 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(tm
         runs.claim(RunFolder(tmp_path), config_of(rows="other rows"))
 
 
+def test_a_run_takes_a_method_later_that_reads_the_sources(tmp_path):
+    begin(tmp_path)
+    folder = RunFolder(tmp_path)
+    runs.claim(folder, config_of(rows="t"))
+    runs.claim(folder, config_of(rows="with sources"))
+    runs.claim(folder, config_of(rows="t"))
+    assert folder.read_config()["rows"] == "with sources"
+    with pytest.raises(ValueError, match="rows was"):
+        runs.claim(folder, config_of(rows="with other sources"))
+    with pytest.raises(ValueError, match="rows was"):
+        runs.claim(folder, config_of(rows="u", task_rows="u"))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_rows_of_its_sources_alone(tmp_path):
+    begin(tmp_path)
+    folder = RunFolder(tmp_path)
+    runs.claim(folder, config_of(rows="with sources"))
+    begun = folder.read_config()
+    del begun["task_rows"]
+    folder.write_config(begun)
+    with pytest.raises(ValueError, match="sources' rows as that run did, with --sources toy"):
+        runs.claim(folder, config_of(rows="t"))
+    runs.claim(folder, config_of(rows="with sources"))
+
+
 def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path):
+    begin(tmp_path)
     runs.claim(RunFolder(tmp_path), config_of())
     runs.claim(RunFolder(tmp_path), config_of(router="r1"))
     runs.claim(RunFolder(tmp_path), config_of())
@@ -309,7 +357,7 @@ def test_a_run_takes_a_router_later_but_no_other_one_and_no_other_model(tmp_path
 def test_controls_of_icr_keep_a_router_from_coming_or_going(tmp_path):
     folder = {name: tmp_path / name for name in ("default", "routed")}
     for place in folder.values():
-        place.mkdir()
+        begin(place)
     runs.claim(RunFolder(folder["default"]), config_of(methods=("zero-shot", "icr-refit-once")))
     with pytest.raises(ValueError, match="router was null, is "):
         runs.claim(RunFolder(folder["default"]), config_of(router="r1"))

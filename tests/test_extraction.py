@@ -63,3 +63,23 @@ def test_it_is_due_when_the_time_is_up(monkeypatch):
     assert not clocked.is_due()
     now = extraction.SAVE_EVERY_SECONDS + 1
     assert clocked.is_due()
+
+
+def test_the_first_time_it_is_due_early(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(extraction.time, "monotonic", lambda: now)
+    clocked = Extraction(N_ROUTED, DIMS, None)
+    now = extraction.FIRST_SAVE_SECONDS + 0.1
+    assert clocked.is_due()
+    assert extraction.FIRST_SAVE_SECONDS <= 5
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_having_saved_it_waits_anew(is_kept, tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(extraction.time, "monotonic", lambda: now)
+    file = tmp_path / extraction.MOMENTS_FILE if is_kept else None
+    clocked = Extraction(N_ROUTED, DIMS, file)
+    now = extraction.SAVE_EVERY_SECONDS + 1
+    clocked.save()
+    assert not clocked.is_due()

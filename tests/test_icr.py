@@ -11,6 +11,7 @@ from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.partial import entering_states, late_entry
 from icrouting.decoder.scoring import score_options
+from icrouting.fitting import stages
 from icrouting.fitting.queries import training_queries
 from icrouting.fitting.training import Query, Trainer, alpha_scale
 from icrouting.fitting.trunk import run_trunk
@@ -187,6 +188,47 @@ def test_a_folder_of_another_fit_is_refused_with_the_difference(
         InContextRouter.fit(
             model, tokenizer, [tiny.task()], dataclasses.replace(config, lr=0.5), folder=tmp_path
         )
+
+
+def test_a_fit_that_computed_nothing_binds_nobody(config, model, tokenizer, tmp_path, monkeypatch):
+    def failing(*args, **kwargs):
+        raise ValueError("a prompt that is too long")
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="too long"):
+        patched.setattr("icrouting.fitting.stages.extract", failing)
+        InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    monkeypatch.setattr(Trainer, "run", lambda self: None)
+    other = dataclasses.replace(config, lr=0.5)
+    InContextRouter.fit(model, tokenizer, [tiny.task()], other, folder=tmp_path)
+    assert json.loads((tmp_path / "fit.json").read_text())["lr"] == 0.5
+
+
+def test_an_encoder_that_is_not_there_leaves_no_folder(config, model, tokenizer, tmp_path):
+    mistyped = dataclasses.replace(config, encoder="pinned:minilmm")
+    with pytest.raises(ValueError, match="unknown pinned encoder"):
+        InContextRouter.fit(model, tokenizer, [tiny.task()], mistyped, folder=tmp_path / "fit")
+    assert not (tmp_path / "fit").exists()
+
+
+def test_a_fit_stopped_within_a_step_keeps_the_last_whole_one(
+    fitted, config, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("icrouting.fitting.training.CHECKPOINT_EVERY", 3)
+    move, steps = Trainer._move, []
+
+    def interrupted(self, gradient):
+        move(self, gradient)
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_move", interrupted)
+    model = tiny.model("llama")
+    with pytest.raises(KeyboardInterrupt):
+        InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    assert "training up to step 3" in stages.progress_in(tmp_path)
+    resumed = InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
+    assert torch.equal(weights(resumed), weights(fitted))
 
 
 def test_one_process_alone_writes_what_a_fit_is(config, model, tokenizer, tmp_path, monkeypatch):

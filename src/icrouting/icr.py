@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from icrouting.routing.reader import Gate, Reader
 from icrouting.routing.rerouting import rerouted, unrouted
 from icrouting.routing.routed import Routed
 from icrouting.routing.router import Router
+from icrouting.routing.sources import FormWatch
 from icrouting.tasks.task import Task
 
 
@@ -31,7 +32,8 @@ class InContextRouter(ModelHubMixin):
 
     `save_pretrained(folder)` writes config.json, model.safetensors and a model card,
     `push_to_hub("owner/name")` uploads them; both are huggingface_hub's, and keep a card as it
-    stands, with the results recorded in it.
+    stands, with the results recorded in it. config.json holds one prompt of each source
+    task, and the card shows one of these.
 
     Attributes:
         description: what it is and where it comes from; the artifact's config.json.
@@ -113,7 +115,8 @@ class InContextRouter(ModelHubMixin):
     ) -> Iterator[Routed]:
         """Inside, every plain `model(...)` and `model.generate(...)` is routed by its prompt.
 
-        On leaving, also by an exception, the model is as it was found.
+        On leaving, also by an exception, the model is as it was found. A first prompt of a call
+        that has the form of none of the tasks that the router was fitted on is warned of, once.
 
         Args:
             model: the base model that the router was fitted on.
@@ -135,12 +138,18 @@ class InContextRouter(ModelHubMixin):
     ) -> Iterator[Routed]:
         """Does what `attached` does, for a decoder."""
         reader = self.reader(decoder, strength=strength, gate=gate)
+        sources = self.description.sources
+        if sources:
+            reader = replace(reader, forms=FormWatch(sources, decoder.tokenizer))
         with self.attached_by(reader, strength=strength) as routed:
             yield routed
 
     @contextmanager
     def attached_by(self, reader: Reader, *, strength: float = 1.0) -> Iterator[Routed]:
-        """Does what `attached` does, for a reader, whose model has been looked at already."""
+        """Does what `attached` does, for a reader, whose model has been looked at already.
+
+        Of a prompt's form it says nothing, unless the reader does.
+        """
         # Exact in every dtype at strength 0: wider heads round differently below float32.
         with rerouted(reader, self.pids) if strength else unrouted(reader) as now:
             yield Routed(reader, self.pids.layers, strength, now.last, now.hold)

@@ -7,12 +7,12 @@ from rich.panel import Panel
 from rich.text import Text
 
 from icrouting import methods as registry
-from icrouting.cli.loading import console, load, load_tasks
+from icrouting.cli.loading import console, load, load_tasks, stoppable
 from icrouting.decoder.batches import context_length
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.identity import fingerprint
 from icrouting.evaluation import records, runs
-from icrouting.evaluation.config import EvalConfig
+from icrouting.evaluation.config import USUAL_SOURCES, EvalConfig
 from icrouting.evaluation.costs import write_tried
 from icrouting.evaluation.evaluate import Evaluation
 from icrouting.evaluation.folder import RunFolder
@@ -34,29 +34,45 @@ PAPER_FIT = 5000  # prompts and queries a task
 
 def evaluate(out: Path, config: EvalConfig) -> None:
     """Evaluates methods into a run folder and prints the table."""
+    with stoppable(lambda: _kept(RunFolder(out))):
+        _evaluate(out, config)
+
+
+def _kept(folder: RunFolder) -> str:
+    """What a run that is stopped has kept."""
+    n_answers = len(records.read(folder.records))
+    n_fits = len(list(folder.fits.glob("*.safetensors")))
+    if not n_answers and not n_fits:
+        return f"no answer was computed yet that {folder} could keep, the same command begins anew"
+    kept = f"{n_answers:,} answers and {n_fits:,} fits"
+    return f"{folder} keeps {kept}; the same command goes on from there"
+
+
+def _evaluate(out: Path, config: EvalConfig) -> None:
     console.quiet = not is_first()
     methods = registry.make(config.methods, config.settings)
-    names = list(dict.fromkeys([*config.tasks, *config.sources]))
-    with first_one_first():  # which may have to download
-        loaded_tasks = load_tasks(names, config.data)
-        model, tokenizer = load(config.model)
-    # A task may be tested on and a source too, under the one name that the user gave.
-    tasks_by_name: dict[str, Task] = {}
-    notes = []
-    for name, task in zip(names, loaded_tasks, strict=True):
-        shortened, note = within(task, tokenizer, context_length(model))
-        tasks_by_name[name] = shortened
-        notes.append(note)
-    tasks = [tasks_by_name[name] for name in dict.fromkeys(config.tasks)]
-    sources = [tasks_by_name[name] for name in dict.fromkeys(config.sources)]
-    source_names = [task.name for task in sources]
     router = config.settings.router
     icr = InContextRouter.from_pretrained(router) if router else None
+    reads_sources = any(method.reads_sources for method in methods)
+    with first_one_first():  # which may have to download
+        tasks, sources = _load_tasks(config, icr, reads_sources)
+        source_names = _source_names(config, icr, sources)
+        model, tokenizer = load(config.model)
+    tasks_by_name: dict[str, Task] = {}
+    notes = []
+    # A task may be tested on and a source too.
+    for task in (*tasks, *sources):
+        if task.name not in tasks_by_name:
+            tasks_by_name[task.name], note = within(task, tokenizer, context_length(model))
+            notes.append(note)
+    tasks = [tasks_by_name[task.name] for task in tasks]
+    sources = [tasks_by_name[task.name] for task in sources]
     run_config = RunConfig(
         asked=config,
         fingerprint=fingerprint(model),
         dtype=str(model.dtype).removeprefix("torch."),
         rows=rows_digest(list(tasks_by_name.values())),
+        task_rows=rows_digest(tasks),
         router=icr.digest() if icr else None,
         tasks=runs.task_entries(tasks, source_names),
         sources=source_names,
@@ -76,6 +92,69 @@ def evaluate(out: Path, config: EvalConfig) -> None:
         evaluation.run(tasks, config.seeds, config.n_test)
         if is_first():
             finish(folder, evaluation, tasks, config.seeds[-1], icr)
+
+
+def _load_tasks(
+    config: EvalConfig, icr: InContextRouter | None, reads_sources: bool
+) -> tuple[list[Task], list[Task]]:
+    """Returns the tasks to test on, and the sources; none of these where nobody reads their rows.
+
+    ValueError where a source that the router names cannot be found by that name.
+    """
+    task_names = list(dict.fromkeys(config.tasks))
+    source_names = [] if config.sources is None else list(dict.fromkeys(config.sources))
+    if config.sources is None and icr is None and reads_sources:
+        source_names = list(USUAL_SOURCES)
+    names = list(dict.fromkeys([*task_names, *source_names]))
+    # By the name that the user gave, which may be a file's.
+    task_of = dict(zip(names, load_tasks(names, config.data), strict=True))
+    tasks = [task_of[name] for name in task_names]
+    sources = [task_of[name] for name in source_names]
+    if config.sources is None and icr is not None and reads_sources:
+        sources = _sources_of_router(icr, tasks, config.data)
+    return tasks, sources
+
+
+def _sources_of_router(icr: InContextRouter, tasks: Sequence[Task], data: str) -> list[Task]:
+    """Returns the tasks that a router was fitted on, those that are loaded already as they are."""
+    tasks_by_name = {task.name: task for task in tasks}
+    names = list(icr.description.tasks)
+    others = [name for name in names if name not in tasks_by_name]
+    try:
+        loaded = load_tasks(others, data)
+    except ValueError as error:
+        raise ValueError(
+            f"the router was fitted on {', '.join(names)}, and a method here reads their rows "
+            f"({error}): say with --sources where these tasks are"
+        ) from error
+    tasks_by_name |= {task.name: task for task in loaded}
+    return [tasks_by_name[name] for name in names]
+
+
+def _source_names(
+    config: EvalConfig, icr: InContextRouter | None, sources: Sequence[Task]
+) -> list[str]:
+    """Returns the names of the tasks that were learned from.
+
+    A router says itself what it was fitted on; ValueError where --sources says otherwise. Tasks are
+    the same by name, whatever their rows.
+    """
+    asked = None if config.sources is None else [task.name for task in sources]
+    if icr is None:
+        return list(USUAL_SOURCES) if asked is None else asked
+    fitted = list(icr.description.tasks)
+    if not fitted and asked is None:
+        raise ValueError(
+            "the router does not say which tasks it was fitted on: name them with --sources"
+        )
+    if asked is None:
+        return fitted
+    if fitted and set(asked) != set(fitted):
+        raise ValueError(
+            f"the router was fitted on {', '.join(fitted)}, and --sources names "
+            f"{', '.join(asked) or 'none'}: leave --sources out, or name the router's own"
+        )
+    return asked
 
 
 def _router_cuts(icr: InContextRouter | None) -> list[str]:
@@ -110,7 +189,8 @@ def finish(
     folder.add(outcome_of(evaluation, tasks, seed, folder))
     write_tried(folder.fits, folder.read_config()["methods"], folder.tried)
     if icr is not None:
-        with icr.attached_to(evaluation.decoder) as routed:
+        # Prompts of unseen tasks are no surprise here.
+        with icr.attached_by(icr.reader(evaluation.decoder)) as routed:
             save_json(folder.routing, routing_summary(routed, icr.pids.layers, tasks))
         if icr.folder is not None:
             folder.take_training(icr.folder / "fit")
@@ -147,9 +227,23 @@ def _write_to_card(card: Path, run: Run, folder: RunFolder) -> None:
     if run.router != icr.digest():
         held = f"{card} holds {icr.digest()}"
         raise ValueError(f"{folder} measured router {run.router}, {held}: nothing is recorded")
+    _check_roles(run, icr, folder)
     # Writes the card anew where it was deleted, and keeps one that is there.
     icr.save_pretrained(card)
     file = card / "README.md"
     text = file.read_text(encoding="utf-8")
     results = folder.markdown.read_text(encoding="utf-8")
     save_text(file, with_results(text, results))
+
+
+def _check_roles(run: Run, icr: InContextRouter, folder: RunFolder) -> None:
+    """ValueError where a run takes a task for unseen that its router learned from, or otherwise."""
+    fitted = icr.description.tasks
+    for task in run.tasks:
+        role = "source" if task.name in fitted else "unseen"
+        # A router without names says nothing.
+        if fitted and task.role != role:
+            raise ValueError(
+                f"{folder} counts {task.name} as {task.role}, but the router was fitted on "
+                f"{', '.join(fitted)}: nothing is recorded; evaluate it anew"
+            )

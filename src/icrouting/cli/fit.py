@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from icrouting.cli.loading import console, load, load_tasks
+from icrouting.cli.loading import console, load, load_tasks, stoppable
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.identity import fingerprint
 from icrouting.decoder.loading import default_dtype, load_skeleton
-from icrouting.fitting import plan
+from icrouting.fitting import plan, stages
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.icr import InContextRouter
 from icrouting.runtime.processes import first_one_first, is_first, wait
@@ -22,6 +22,23 @@ def fit(
     out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
 ) -> InContextRouter:
     """Returns a router that is fitted and saved to `out`, or was finished there already."""
+    with stoppable(lambda: _kept(out)):
+        return _fit(out, model, data, tasks, config)
+
+
+def _kept(out: Path) -> str:
+    """What a fit that is stopped has kept."""
+    if _is_saved(out):
+        return f"the router is saved in {out}"
+    phrases = stages.progress_in(out / "fit")
+    if not phrases:
+        return f"nothing was computed yet that {out} could keep, the same command begins anew"
+    return f"{out} keeps {', '.join(phrases)}; the same command goes on from there"
+
+
+def _fit(
+    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
+) -> InContextRouter:
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
         sources = load_tasks(tasks, data)

@@ -1,6 +1,7 @@
 """What every command loads: the console, models and tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from textwrap import shorten
 
 from rich.console import Console
@@ -14,6 +15,15 @@ from icrouting.tasks.load import load_task
 from icrouting.tasks.task import Example, Task
 
 console = Console()
+
+
+@contextmanager
+def stoppable(kept: Callable[[], str]) -> Iterator[None]:
+    """Inside, ctrl-C says what is kept; asked for then, since nobody knows it before."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept()) from None
 
 
 def load(model: Backbone) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

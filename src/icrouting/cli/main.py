@@ -243,11 +243,9 @@ def main(arguments: list[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="icr", description=about, args=arguments
         )
-    except KeyboardInterrupt:
-        print(
-            "\nstopped; what was computed is kept, the same command goes on from there",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as stop:
+        # A command that keeps something says what.
+        print("\nstopped", *stop.args, sep="; ", file=sys.stderr)
         sys.exit(130)
     # What a user can mend comes as these two; anything else is our mistake and keeps its traceback.
     except (ValueError, OSError) as error:

@@ -13,6 +13,8 @@ from icrouting.tasks.catalogue import PAPER_TASKS
 
 # The paper's tasks that the hub holds: the five in-domain ones first.
 HUB_TASKS = tuple(name for name in PAPER_TASKS if name != "ai2scie")
+# What methods learn from where nothing is said, and no router says it.
+USUAL_SOURCES = HUB_TASKS[:5]
 # How options read on the command line: names in a row, and a group's options without its prefix.
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
 Base = Annotated[Backbone, tyro.conf.arg(name="")]
@@ -26,7 +28,8 @@ class EvalConfig:
     Attributes:
         data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
         tasks: Tasks to test on: names, or task files of your own (my-task.toml).
-        sources: The tasks that the router was fitted on; the others count as unseen.
+        sources: The tasks that were learned from; the others, by name, count as unseen. None: those
+            that the router was fitted on or, without one, the paper's five in-domain tasks.
         methods: What to compare; zero-shot is the baseline.
         n_test: Test items per task (all, where a task has fewer), the same for every seed.
         seeds: Each draws demonstrations and fits anew.
@@ -38,7 +41,7 @@ class EvalConfig:
 
     data: str = "hub"
     tasks: Names = HUB_TASKS
-    sources: Names = HUB_TASKS[:5]
+    sources: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[NAME ...]")] = None
     methods: Names = ("zero-shot", "few-shot", "multi-task-few-shot", "calibration", "icr")
     n_test: PositiveInt = 500
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2])

@@ -97,6 +97,14 @@ class RunFolder:
         """The report as a page."""
         return self.path / "report.html"
 
+    def is_bare(self) -> bool:
+        """Whether nothing lies here but a configuration: no answer, no fit, nobody's file."""
+        for file in self.path.iterdir():
+            is_empty = not any(file.iterdir()) if file.is_dir() else file.stat().st_size == 0
+            if file != self.config and not is_empty and not file.name.startswith("lock."):
+                return False
+        return True
+
     def read_config(self) -> dict[str, Any]:
         """Returns the content of config.json; ValueError where there is none."""
         if not self.config.exists():

@@ -40,7 +40,8 @@ class RunConfig:
         asked: the user's part.
         fingerprint: the model's.
         dtype: the weights'.
-        rows: the digest of the tasks' rows.
+        rows: the digest of the rows of tasks and sources.
+        task_rows: that of the tasks' alone; the same where no method reads the sources' rows.
         router: the digest of the router; None without one.
         tasks: name, group, role ("source" or "unseen"), options and number of test rows of each.
         sources: names of the source tasks.
@@ -51,6 +52,7 @@ class RunConfig:
     fingerprint: str
     dtype: str
     rows: str
+    task_rows: str
     router: str | None
     tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
     sources: list[str]
@@ -70,6 +72,7 @@ class RunConfig:
             "dtype": self.dtype,
             "data": asked.data,
             "rows": self.rows,
+            "task_rows": self.task_rows,
             "router": self.router,
             "methods": _unique(asked.methods),
             "tasks": self.tasks,
@@ -124,8 +127,7 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
     if folder.config.exists():
         begun = folder.read_config()
     else:
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        begun = {**wanted, "command": command(), "commit": commit(), "created": created}
+        begun = _new(wanted)
     missing = set(_WRITTEN) - begun.keys()
     if missing:
         lacking = ", ".join(sorted(missing))
@@ -134,9 +136,14 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
         )
     begun = {**begun, "tasks": _whole_entries(begun.get("tasks", []), wanted["tasks"])}
     changes = _changes(begun, wanted)
+    # Where nothing was computed, nothing binds.
+    if changes and folder.is_bare():
+        begun = _new(wanted)
+        changes = []
     if changes:
         raise ValueError(
             f"{folder} holds another run ({'; '.join(changes)}): choose another folder with --out"
+            f"{_advice(begun, wanted)}"
         )
     grown = {
         "methods": _unique([*begun["methods"], *wanted["methods"]]),
@@ -144,6 +151,7 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
         "n_test": wanted["n_test"],
         "router": begun["router"] or wanted["router"],  # the same, or one of them None
         "skip_nan": begun.get("skip_nan", False) or wanted["skip_nan"],
+        "rows": begun["rows"] if _reads_sources(begun) else wanted["rows"],
     }
     if command() not in begun["command"]:
         grown["command"] = f"{begun['command']} && {command()}"
@@ -160,6 +168,12 @@ def _whole_entries(
     return [{**wanted_by_name.get(entry["name"], {}), **entry} for entry in begun]
 
 
+def _new(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run that begins here and now."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**wanted, "command": command(), "commit": commit(), "created": created}
+
+
 def _changes(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What makes a run another measurement than the one begun in its folder, in words."""
     held = {key: value for key, value in wanted.items() if key not in _GROWING}
@@ -171,10 +185,29 @@ def _changes(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         unrouted = wanted if wanted["router"] is None else begun
         if any("icr-" in name for name in unrouted["methods"]):
             held["router"] = wanted["router"]
+    # The sources' rows come with the first method that reads them.
+    both_read_sources = _reads_sources(begun) and _reads_sources(wanted)
+    if begun.get("task_rows") == wanted["task_rows"] and not both_read_sources:
+        del held["rows"]
     if wanted["n_test"] < begun["n_test"]:
         held["n_test"] = wanted["n_test"]
     # What an earlier version did not write down is taken to be as it is.
     return differences({**held, **begun}, held, _short)
+
+
+def _reads_sources(config: Mapping[str, Any]) -> bool:
+    """Whether the rows of a run are more than its tasks'."""
+    # Earlier versions always read the sources.
+    return config["rows"] != config.get("task_rows")
+
+
+def _advice(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What else helps where a run does not go on."""
+    if "task_rows" in begun or _reads_sources(wanted) or "sources" not in begun:
+        return ""
+    return (
+        f", or read the sources' rows as that run did, with --sources {' '.join(begun['sources'])}"
+    )
 
 
 def _cuts(content: Mapping[str, Any], settings: Settings) -> list[str]:

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 MOMENTS_FILE = "moments.safetensors"
 SAVE_EVERY_SECONDS = 20.0
+# The first time earlier: who stops a slow fit early is not to lose all of it.
+FIRST_SAVE_SECONDS = 4.0
 # Moments of a wide model are gigabytes: writing them takes a twentieth of the time at most.
 SAVING_SHARE = 1 / 20
 # Prompts; what a process takes at a time, and batches by length.
@@ -57,7 +59,7 @@ class Extraction:
         self.n_done = 0
         self.file = file
         self._held_back: list[tuple[Tensor, Tensor]] = []
-        self._wait_to_save()
+        self._wait_to_save(FIRST_SAVE_SECONDS)
 
     def load(self) -> None:
         """Takes up what an earlier run saved, if there is anything."""
@@ -68,7 +70,7 @@ class Extraction:
         # The file holds what all processes saw, so that it counts once: in the first one's sums.
         if is_first():
             self.moments = QKMoments.from_tensors(tensors)
-        self._wait_to_save()
+        self._wait_to_save(FIRST_SAVE_SECONDS)
 
     def add(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Adds the queries and keys of a block of prompts; up to HELD batches are held back."""
@@ -84,12 +86,14 @@ class Extraction:
         """Writes what all processes saw; all of them save together."""
         self._add_held_back()
         if self.file is None:
+            self._wait_to_save(SAVE_EVERY_SECONDS)
             return
         started = time.monotonic()
         state = _summed(self.moments)
         if is_first():
             save_tensors(self.file, state, {"n_done": str(self.n_done)})
-        self._wait_to_save(time.monotonic() - started)
+        seconds_saving = time.monotonic() - started
+        self._wait_to_save(max(SAVE_EVERY_SECONDS, seconds_saving / SAVING_SHARE))
 
     def whole(self) -> QKMoments:
         """Returns the moments of all processes together."""
@@ -104,9 +108,8 @@ class Extraction:
         self.moments.update(torch.cat(queries, dim=1), torch.cat(keys, dim=1))
         self._held_back.clear()
 
-    def _wait_to_save(self, seconds_saving: float = 0.0) -> None:
-        pause = max(SAVE_EVERY_SECONDS, seconds_saving / SAVING_SHARE)
-        self._due = time.monotonic() + pause
+    def _wait_to_save(self, seconds: float) -> None:
+        self._due = time.monotonic() + seconds
 
 
 def extract(

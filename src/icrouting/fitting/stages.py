@@ -11,17 +11,18 @@ import torch
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, frozen
-from icrouting.fitting.extraction import extract
+from icrouting.fitting.extraction import MOMENTS_FILE, extract
 from icrouting.fitting.pca import fit_pids
 from icrouting.fitting.queries import training_queries
-from icrouting.fitting.training import Trainer
+from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
+from icrouting.fitting.trunk import ENTROPIES_FILE
 from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs, check_layers, late_third
 from icrouting.routing.router import Router
 from icrouting.runtime.checks import differences
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, first_one_first
-from icrouting.runtime.storage import load_json, save_json
+from icrouting.runtime.storage import load_json, load_metadata, save_json
 from icrouting.tasks.task import Task, rows_digest
 
 
@@ -59,8 +60,9 @@ def fit(
             "what enters layer 0 has read the last token alone: "
             "with hidden states, route from layer 1 up"
         )
+    # So is an encoder that is not there, before a folder is made.
+    features = features_of(config.encoder, decoder, str(decoder.device))
     with claimed(folder, config, tasks, decoder.fingerprint):
-        features = features_of(config.encoder, decoder, str(decoder.device))
         router = kind(
             features.n_features,
             len(layers),
@@ -123,6 +125,20 @@ def claimed(
         yield
 
 
+def progress_in(folder: Path) -> list[str]:
+    """Returns what a fit that was stopped has kept in its folder, a phrase a stage."""
+    phrases = []
+    moments = load_metadata(folder / MOMENTS_FILE)
+    if moments is not None:
+        phrases.append(f"{int(moments['n_done']):,} prompts of the extraction")
+    if load_metadata(folder / ENTROPIES_FILE) is not None:
+        phrases.append("the trunk's states")
+    training = load_metadata(folder / CHECKPOINT_FILE)
+    if training is not None and training["step"] != "0":
+        phrases.append(f"training up to step {int(training['step']):,}")
+    return phrases
+
+
 def _check_settings(folder: Path, settings: dict[str, object]) -> None:
     """ValueError if a folder holds a fit with other settings; an empty one keeps these."""
     file = folder / "fit.json"
@@ -130,7 +146,10 @@ def _check_settings(folder: Path, settings: dict[str, object]) -> None:
     if not file.exists():
         save_json(file, settings)
     phrases = differences(load_json(file), settings)
-    if phrases:
+    # Where nothing was computed, nothing binds.
+    if phrases and not progress_in(folder):
+        save_json(file, settings)
+    elif phrases:
         raise ValueError(
             f"{folder} holds a fit with other settings ({', '.join(phrases)}): "
             "choose another folder"

@@ -24,6 +24,7 @@ from icrouting.runtime.processes import is_first, mine, total
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors
 
+CHECKPOINT_FILE = "training.safetensors"
 # Steps.
 CHECKPOINT_EVERY = 25
 # The objective's, in the order of its weights.
@@ -83,11 +84,12 @@ class Trainer:
     def __post_init__(self):
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=self.config.lr)
         self.step = 0
+        self._is_between_steps = True
         self.log: list[dict[str, float]] = []
         steps_per_epoch = math.ceil(len(self.queries) / self.config.batch_size)
         self.n_steps = self.config.epochs * steps_per_epoch
         # A checkpoint of an earlier run: training goes on from there.
-        if self.folder is not None and (self.folder / "training.safetensors").exists():
+        if self.folder is not None and (self.folder / CHECKPOINT_FILE).exists():
             self._restore(self.folder)
 
     def run(self) -> None:
@@ -105,8 +107,9 @@ class Trainer:
                     if self.step % CHECKPOINT_EVERY == 0:
                         self._save()
             finally:
-                # Whatever ends it, ctrl-C too, loses no step.
-                self._save()
+                # Whatever ends it, ctrl-C too, loses no step; half a step is none.
+                if self._is_between_steps:
+                    self._save()
 
     def _rows(self) -> list[int]:
         """The queries of the current step; each epoch draws an order of its own."""
@@ -185,10 +188,12 @@ class Trainer:
                 f"the training loss is {loss} at step {self.step}, or its gradient is not finite: "
                 f"lower `lr` ({config.lr}) or load the model in float32"
             )
+        self._is_between_steps = False
         self._move(gradient)
         self.step += 1
         term_values = dict(zip(_TERMS, means.tolist(), strict=True))
         self.log.append({"step": self.step, "loss": loss, **term_values, "lr": config.lr})
+        self._is_between_steps = True
 
     def _gradient(
         self, loss: Float[Tensor, ""], n_queries: Float[Tensor, ""]
@@ -220,14 +225,14 @@ class Trainer:
             for kind, value in state.items():
                 tensors[f"optimizer.{index}.{kind}"] = value.clone()
         metadata = {"step": str(self.step), "log": json.dumps(self.log)}
-        save_tensors(self.folder / "training.safetensors", tensors, metadata)
+        save_tensors(self.folder / CHECKPOINT_FILE, tensors, metadata)
         # Whole each time: a checkpoint that is taken up may be older than the last line.
         lines = [json.dumps(entry) + "\n" for entry in self.log]
         (self.folder / "training.jsonl").write_text("".join(lines))
 
     def _restore(self, folder: Path) -> None:
         """Takes up the checkpoint that `_save` wrote."""
-        tensors, metadata = load_tensors(folder / "training.safetensors")
+        tensors, metadata = load_tensors(folder / CHECKPOINT_FILE)
         self.step = int(metadata["step"])
         self.log = json.loads(metadata["log"])
         weights = {name: tensors.pop(f"router.{name}") for name in self.router.state_dict()}

@@ -27,6 +27,8 @@ from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors
 
 TRUNK_FILE = "trunk.bin"
+# It is written last, so where it is, the states are whole.
+ENTROPIES_FILE = "trunk.safetensors"
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class _TrunkFiles:
     @property
     def entropies(self) -> Path:
         """The file of entropies; it is written last, so where it is, the states are whole."""
-        return self.folder / "trunk.safetensors"
+        return self.folder / ENTROPIES_FILE
 
     @property
     def about(self) -> dict[str, str]:

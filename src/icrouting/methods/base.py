@@ -40,6 +40,7 @@ class Method:
             seed alike, and the evaluator copies the answers instead of computing them again.
         learned: names of the attributes, all tensors, in which `learn` leaves what it learned.
         cached: those of them that inference keeps beside the model.
+        reads_sources: whether it needs the rows of the source tasks, for a fit or for prompts.
         lacks: why it has no in-domain regime, under "", or no train-once regime, under "-once".
         n_labelled: labelled rows that the fit in force looked at; `learn` says.
         n_trained: parameters that it trained; `learn` says.
@@ -56,6 +57,7 @@ class Method:
     draws: bool = True
     learned: tuple[str, ...] = ()
     cached: tuple[str, ...] = ()
+    reads_sources: bool = True
     lacks: Mapping[str, str] = {}
     # What the fit in force leaves.
     n_labelled: int = 0

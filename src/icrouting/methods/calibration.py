@@ -24,6 +24,7 @@ class Calibration(Method):
 
     name = "calibration"
     draws = False
+    reads_sources = False
 
     def learn(self, rng: np.random.Generator) -> None:
         """Learns nothing from the source tasks."""

@@ -35,6 +35,7 @@ class Icr(Method):
 
     name = "icr"
     draws = False
+    reads_sources = False
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
@@ -119,6 +120,7 @@ class IcrGated(Icr):
 
     name = "icr-gated"
     draws = True
+    reads_sources = True
     learned = ("known", "owners", "limit")
     cached = ("known",)
     known: Float[Tensor, "n_known hidden_size"]

@@ -14,6 +14,7 @@ class ZeroShot(Method):
 
     name = "zero-shot"
     draws = False
+    reads_sources = False
 
 
 class FewShot(Method):
@@ -24,6 +25,7 @@ class FewShot(Method):
     """
 
     name = "few-shot"
+    reads_sources = False
 
     def learn(self, rng: np.random.Generator) -> None:
         """Forgets the demonstrations of the seed before."""
@@ -54,6 +56,7 @@ class MultiTaskFewShot(FewShot):
     """
 
     name = "multi-task-few-shot"
+    reads_sources = True
 
     def demonstrations(self, task: Task) -> list[tuple[Task, Example]]:
         """Returns shuffled demonstrations of all source tasks, the same for all tasks of a seed."""

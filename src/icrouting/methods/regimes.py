@@ -25,6 +25,8 @@ class InDomain(Method):
     run finds the same.
     """
 
+    reads_sources = False
+
     def __init__(self, settings: Settings, kind: type[Method]):
         super().__init__(settings)
         self.name = kind.name

@@ -25,6 +25,7 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.routing.features import Features
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Router
+from icrouting.routing.sources import Source, sources_of
 from icrouting.runtime.checks import first_line, read
 from icrouting.runtime.pages import render
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
@@ -46,6 +47,8 @@ _PID_NUMBERS = ("query_std", "key_std", "query_explained", "key_explained")
 _PID_TENSORS = _PID_BASES + _PID_NUMBERS
 # Digits of a sha256 that identify a router's weights.
 _N_DIGITS = 16
+# Answers of a task that a card shows.
+_N_ANSWERS = 10
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Description:
             states.
         n_features: width of what the router reads.
         tasks: training rows of each source task.
+        sources: what is known of each source task; None where an earlier version fitted it.
         rows: identifies the source tasks' rows.
         fit: the settings of the fit.
         versions: of the packages that it was fitted with.
@@ -81,6 +85,7 @@ class Description:
     encoder: str
     n_features: PositiveInt
     tasks: dict[str, int]
+    sources: tuple[Source, ...] | None
     rows: str
     fit: FitConfig
     versions: dict[str, str]
@@ -104,6 +109,7 @@ def describe(
         encoder=features.fingerprint,
         n_features=features.n_features,
         tasks={task.name: len(task.train) for task in tasks},
+        sources=sources_of(tasks, fit),
         rows=rows_digest(tasks),
         fit=fit,
         versions={name: version(name) for name in ("icrouting", "torch", "transformers")},
@@ -125,6 +131,9 @@ def save(
     # one.
     sha256 = hashlib.sha256(serialize(tensors)).hexdigest()
     config = {**_MEANING, "weights_sha256": sha256, **dataclasses.asdict(description)}
+    # What an earlier version wrote is written as it was.
+    if description.sources is None:
+        del config["sources"]
     save_json(folder / "config.json", {**config, "checksum": _checksum(config)})
     short_digest = sha256[:_N_DIGITS]
     folders = [folder] if source is None else [source, folder]
@@ -150,14 +159,42 @@ def model_card(description: Description, digest: str) -> str:
     """Returns the text of a router's README.md; `digest` identifies its weights."""
     # The hub refuses a card whose front matter names anything but one of its ids.
     is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", description.base_model)
+    filters = {
+        "literal": repr,
+        "cell": _cell,
+        "code": _code,
+        "answers": _answers,
+        "thousands": "{:,}".format,
+    }
+    sources = description.sources or ()
     return render(
         "routing/templates/card.md.j2",
-        {},
+        filters,
         **vars(description),
+        sources_by_name={source.name: source for source in sources},
+        # What was left out of them is not counted.
+        at_most=", at most" if description.fit.skip_nan else "",
         digest=digest,
         is_hub_id=is_hub_id,
         hidden=HIDDEN,
     )
+
+
+def _cell(text: str) -> str:
+    """Returns a text as it can stand in a cell of a table."""
+    return text.replace("|", r"\|").replace("\n", r"\n")
+
+
+def _code(text: str) -> str:
+    """Returns a text as code in a cell of a table."""
+    fence = "`` " if "`" in text else "`"
+    return f"{fence}{_cell(text)}{fence[::-1]}"
+
+
+def _answers(options: Sequence[str]) -> str:
+    """Returns options in a cell of a table, the first of them where they are many."""
+    shown = ", ".join(_cell(option) for option in options[:_N_ANSWERS])
+    return shown if len(options) <= _N_ANSWERS else f"{shown}, ... ({len(options)})"
 
 
 def with_results(card: str, results: str) -> str:
@@ -257,6 +294,8 @@ def _description(config: dict[str, Any]) -> Description:
         raise ValueError(f"expected its weights to mean {_MEANING}: another version wrote it")
     # By itself first, so that an error names the setting alone.
     fit = read(FitConfig, content.get("fit"))
+    # Routers of 0.1 know their sources' names and sizes alone, in `tasks`.
+    content.setdefault("sources", None)
     description = read(Description, content)
     check_layers(description.layers, description.n_layers)
     if fit.layers not in (None, description.layers):

@@ -12,6 +12,7 @@ from icrouting.decoder.families import device_of
 from icrouting.decoder.partial import entering_states
 from icrouting.routing.features import Features
 from icrouting.routing.router import Router, Routing
+from icrouting.routing.sources import FormWatch
 
 Gate = Callable[[Sequence[Tensor]], Float[Tensor, "batch"]]
 
@@ -28,6 +29,7 @@ class Reader:
         scale: factor on the routing vector.
         gate: gives each prompt a further factor, from the states that enter the first routed layer;
             None is 1.
+        forms: looks at the form of prompts; None does not.
     """
 
     decoder: Decoder
@@ -36,6 +38,7 @@ class Reader:
     first_layer: int
     scale: float
     gate: Gate | None = None
+    forms: FormWatch | None = None
 
     @torch.no_grad()
     def of_states(self, token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Routing:
@@ -46,6 +49,8 @@ class Reader:
             hidden: the states, [q_len, hidden_size] each; empty where neither features nor gate
                 read them.
         """
+        if self.forms is not None:
+            self.forms.look_at(token_lists)
         read_rows, places = self._distinct(token_lists)
         states = [hidden[row] for row in read_rows if hidden]
         features = self.features.read([token_lists[row] for row in read_rows], states)

@@ -125,6 +125,6 @@ def _others() -> Iterator[None]:
     # All that torch.distributed raises where a process has died.
     except RuntimeError as error:
         raise ConnectionError(
-            "another process has died or left: what was computed is kept, and the same command "
-            f"goes on from there with any number of processes ({first_line(error)})"
+            "another process has died or left: what was saved by then is kept, and the same "
+            f"command goes on from there with any number of processes ({first_line(error)})"
         ) from error

@@ -1,7 +1,8 @@
 """Progress bars: shown only where a person watches, and only for work that takes a while."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from threading import Timer
 from typing import TypeVar
 
 from rich.console import Console
@@ -10,6 +11,9 @@ from tqdm import tqdm
 from icrouting.runtime.processes import is_first
 
 T = TypeVar("T")
+
+# Seconds; work that takes less shows no bar.
+DELAY = 2.0
 
 
 def track(
@@ -24,17 +28,23 @@ def track(
         unit: name of what is counted.
         done: units that an earlier run did, where the bar starts.
     """
-    # `disable=None` keeps the bar away from pipes and logs, `delay` from work under two seconds.
+    # `disable=None` keeps the bar away from pipes and logs, `delay` from short work.
     disable = None if is_first() else True
     bar = tqdm(
         desc=title,
         total=done + sum(sizes),
         initial=done,
         unit=f" {unit}",
-        delay=2,
+        delay=DELAY,
         disable=disable,
     )
-    with bar:
+    with bar, ExitStack() as stack:
+        if not bar.disable:
+            # By itself, a bar waits for its first item, which may take minutes.
+            first_look = Timer(DELAY, bar.refresh)
+            first_look.daemon = True
+            first_look.start()
+            stack.callback(first_look.cancel)
         for item, size in zip(items, sizes, strict=True):
             yield item
             # Here the caller is done with the item and asks for the next.

@@ -94,10 +94,23 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         # not aligned, by which some kernels round. Copies are free of both.
         tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     except SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged ({error}): delete it and what it held is made anew"
-        ) from error
+        raise _damaged(file, error) from error
     return tensors, metadata
+
+
+def load_metadata(file: Path) -> dict[str, str] | None:
+    """Returns the metadata of a file of tensors, of which none is read; None where it is not."""
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: SafetensorError) -> ValueError:
+    return ValueError(f"{file} is damaged ({error}): delete it and what it held is made anew")
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:

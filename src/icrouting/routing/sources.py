@@ -1,0 +1,178 @@
+"""Sources: what a router knows of the tasks that it was fitted on, and of prompts unlike theirs."""
+
+import string
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
+from transformers import PreTrainedTokenizerBase
+
+from icrouting.config import FitConfig
+from icrouting.routing.encoder import query_texts
+from icrouting.tasks.task import Task
+
+# Training rows whose prompts are looked at for their lines, and for an example that is short.
+N_ROWS = 200
+# Characters of a prompt's beginning and of its end that a warning shows.
+N_SHOWN = 40
+# Looking costs a hundredth of a short pass: after so many calls, one in RARELY is looked at, and of
+# prompts of more tokens than N_TOKENS the two ends alone.
+N_LOOKS = 16
+RARELY = 8
+N_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Source:
+    """A task that a router was fitted on.
+
+    Attributes:
+        name: the task's.
+        template: its prompt, with `{field}` slots.
+        options: the answers that the example chooses from; letters, where each row of the task
+            brings its own choices.
+        example: the prompt of one of the training rows.
+        n_lines: how many lines its prompts have; None where they differ in that.
+        n_prompts: few-shot prompts that the directions were drawn from.
+        n_demos: demonstrations in front of each of them, at most.
+        n_queries: zero-shot prompts that the router was trained on.
+    """
+
+    name: str
+    template: str
+    options: tuple[str, ...]
+    example: str
+    n_lines: PositiveInt | None
+    n_prompts: PositiveInt
+    n_demos: NonNegativeInt
+    n_queries: PositiveInt
+
+    @property
+    def fixed_texts(self) -> list[str]:
+        """What stands before, between and behind the slots of the template."""
+        texts = [""]
+        for text, slot, _, _ in string.Formatter().parse(self.template):
+            texts[-1] += text
+            if slot is not None:
+                texts.append("")
+        return texts
+
+    @property
+    def cue(self) -> str:
+        """What stands behind the last slot, up to the answer."""
+        return self.fixed_texts[-1]
+
+    def has_form(self, prompt: str) -> bool:
+        """Returns whether a prompt is the template with texts in its slots, and nothing else."""
+        if self.n_lines is not None and prompt.count("\n") + 1 != self.n_lines:
+            return False
+        first, *others = self.fixed_texts
+        # A template without a slot is one text alone.
+        if not others:
+            return prompt == first
+        *middle, last = others
+        start = len(first)
+        end = len(prompt) - len(last)
+        if not (prompt.startswith(first) and prompt.endswith(last) and start <= end):
+            return False
+        # The leftmost place leaves most room for the texts to come: one search each is enough.
+        for text in middle:
+            place = prompt.find(text, start, end)
+            if place < 0:
+                return False
+            start = place + len(text)
+        return True
+
+    def has_ends(self, beginning: str, end: str) -> bool:
+        """Returns whether a prompt may have this form, of which the two ends are known."""
+        # So few characters are in any N_TOKENS / 2 tokens.
+        head = self.fixed_texts[0][:N_SHOWN]
+        cue = self.cue[-N_SHOWN:]
+        return beginning.startswith(head) and end.endswith(cue)
+
+
+def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
+    """Returns what a router is to know of the tasks that it is fitted on."""
+    sources = []
+    for task in tasks:
+        rows = task.train[:N_ROWS]
+        prompts = [task.prompt(row) for row in rows]
+        # An example is to be read: of these, the shortest.
+        shortest = min(range(len(rows)), key=lambda place: len(prompts[place]))
+        line_counts = {prompt.count("\n") + 1 for prompt in prompts}
+        _, class_sizes = np.unique(task.train_labels, return_counts=True)
+        source = Source(
+            name=task.name,
+            template=task.spec.template,
+            options=task.options(rows[shortest]),
+            example=prompts[shortest],
+            n_lines=line_counts.pop() if len(line_counts) == 1 else None,
+            n_prompts=min(fit.n_prompts, len(task.train)),
+            n_demos=int(np.minimum(class_sizes, fit.demos_per_class).sum()),
+            n_queries=min(fit.n_queries, len(task.train)),
+        )
+        sources.append(source)
+    return tuple(sources)
+
+
+class FormWatch:
+    """Warns, once, of a prompt that has the form of none of a router's sources.
+
+    One line above the template is enough for a router to do harm where it had helped.
+
+    Args:
+        sources: the tasks that the router was fitted on.
+        tokenizer: gives the texts of tokens.
+    """
+
+    def __init__(self, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase):
+        self._sources = sources
+        self._tokenizer = tokenizer
+        # A tokenizer that changes a text says nothing of its form.
+        examples = [source.example for source in sources]
+        token_lists = tokenizer(examples).input_ids
+        self._is_over = query_texts(tokenizer, token_lists) != examples
+        self._n_calls = 0
+
+    def look_at(self, token_lists: Sequence[Sequence[int]]) -> None:
+        """Looks at the first of the prompts of a call; after a warning, at none."""
+        if self._is_over or not token_lists:
+            return
+        self._n_calls += 1
+        if self._n_calls > N_LOOKS and self._n_calls % RARELY:
+            return
+        beginning, end, is_known = self._read(token_lists[0])
+        if not is_known:
+            self._is_over = True
+            warnings.warn(_unlike(beginning, end, self._sources), stacklevel=2)
+
+    def _read(self, tokens: Sequence[int]) -> tuple[str, str, bool]:
+        """Returns a prompt's beginning and its end, and whether any source has its form."""
+        if len(tokens) > N_TOKENS:
+            half = N_TOKENS // 2
+            parts = [tokens[:half], tokens[-half:]]
+            beginning, end = query_texts(self._tokenizer, parts)
+            is_known = any(source.has_ends(beginning, end) for source in self._sources)
+            return beginning[:N_SHOWN], end[-N_SHOWN:], is_known
+        (prompt,) = query_texts(self._tokenizer, [tokens])
+        is_known = any(source.has_form(prompt) for source in self._sources)
+        if len(prompt) <= 2 * N_SHOWN:
+            return prompt, "", is_known
+        return prompt[:N_SHOWN], prompt[-N_SHOWN:], is_known
+
+
+def _unlike(beginning: str, end: str, sources: Sequence[Source]) -> str:
+    """What is said of a prompt that has the form of no source; a short one has no end apart."""
+    names = ", ".join(source.name for source in sources)
+    closing = end or beginning
+    # What is likeliest meant is the task whose cue it ends with.
+    nearest = next((source for source in sources if closing.endswith(source.cue)), sources[0])
+    shown = f"{beginning!r} ... {end!r}" if end else repr(beginning)
+    return (
+        "this prompt has the form of none of the tasks that the router was fitted on "
+        f"({names}): it reads {shown}, where {nearest.name} reads {nearest.template!r}. "
+        "What routing does to it was not learned and may do harm: for one of these tasks, give "
+        "the template's own text and nothing around it; for another task, measure with `icr eval`"
+    )
