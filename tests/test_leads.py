@@ -26,7 +26,8 @@ def runs(tmp_path):
     }
     for folder, shares in shares_by_folder.items():
         (tmp_path / folder).mkdir()
-        config = fake_config(rows="2" if folder == "c" else "1")
+        rows = "2" if folder == "c" else "1"
+        config = fake_config(rows=rows, task_rows=rows)
         accuracies = {
             (method, task["name"]): share
             for method, share in shares.items()
@@ -116,7 +117,7 @@ def test_a_group_says_how_many_of_its_tasks_both_have_answered_and_one_without_a
     sources = [task["name"] for task in config["tasks"] if task["role"] == "source"]
     accuracies = {("few-shot", name): 0.7 for name in sources}
     records.append(runs / "d" / "records.jsonl", fake_records(accuracies))
-    save_json(runs / "d" / "config.json", fake_config(rows="1"))
+    save_json(runs / "d" / "config.json", fake_config(rows="1", task_rows="1"))
     points = leads.leads([runs / "a", runs / "d"], ["few-shot/icr"])
     assert set(points) == {"few-shot over icr, source tasks", "few-shot over icr, all tasks"}
     assert points["few-shot over icr, all tasks"]["value"] == 20.0

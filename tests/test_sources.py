@@ -123,10 +123,9 @@ def test_a_prompt_of_a_source_is_not_warned_of(icr, llama):
         "Review: joy plot\nThe sentiment:",
         "Text: joy plot\nSentiment:",
         "joy plot",
-        "Review: joy plot\nSentiment: ",
         "Review: bad\nSentiment: negative\nReview: joy plot\nSentiment:",
     ],
-    ids=["another cue", "another head", "no template", "a space behind", "demonstrations above"],
+    ids=["another cue", "another head", "no template", "demonstrations above"],
 )
 def test_a_prompt_of_another_form_is_warned_of(prompt, icr, llama):
     assert len(warned_of(icr, llama, lambda routed: routed.routing([prompt]))) == 1

@@ -161,10 +161,13 @@ def _router_cuts(icr: InContextRouter | None) -> list[str]:
     """What a router learned from less than the paper's did."""
     if icr is None:
         return []
-    # A task gives no more of either than it has rows.
-    most_rows = max(icr.description.tasks.values())
-    n_prompts = min(icr.description.fit.n_prompts, most_rows)
-    n_queries = min(icr.description.fit.n_queries, most_rows)
+    n_prompts = icr.description.fit.n_prompts
+    n_queries = icr.description.fit.n_queries
+    # A task gives no more of either than it has rows; a router may not know of any.
+    if icr.description.tasks:
+        most_rows = max(icr.description.tasks.values())
+        n_prompts = min(n_prompts, most_rows)
+        n_queries = min(n_queries, most_rows)
     if min(n_prompts, n_queries) >= PAPER_FIT:
         return []
     learned = f"{n_prompts} prompts, {n_queries} queries a task at most"
