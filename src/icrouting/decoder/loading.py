@@ -18,10 +18,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from icrouting.decoder.checkpoints import check_whole, loading_info_of
 from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
 from icrouting.runtime.processes import here
 from icrouting.runtime.progress import spinner
+from icrouting.runtime.storage import load_json
 
 PINNED = ("smollm2-135m",)
 
@@ -100,10 +102,18 @@ def load_model(
     if device_map is not None:
         placement = {"device_map": device_map, "offload_folder": offload_folder}
     try:
+        _check_no_router(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or default_dtype(), **placement
+        # What does not fit is named below, all at once.
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or default_dtype(),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **placement,
         )
+        check_whole(model, loading_info)
+        _check_base(model)
     except _LOADING_ERRORS as error:
         shutil.rmtree(offload_folder, ignore_errors=True)
         hint = ""
@@ -123,6 +133,13 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def _check_base(model: PreTrainedModel) -> None:
+    """Checks the model under an adapter, of which transformers does not say how it was loaded."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        kind = type(model)
+        check_whole(model, loading_info_of(kind, adapter.base_model_name_or_path))
+
+
 def _default_device() -> str:
     """Returns this process's accelerator, or the CPU where there is none."""
     if torch.cuda.is_available():
@@ -140,6 +157,7 @@ def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     """
     folder = folder_of(str(name))
     try:
+        _check_no_router(folder)
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -154,6 +172,18 @@ def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     if letter_ids <= set(tokenizer.all_special_ids):
         return model, None
     return model, tokenizer
+
+
+def _check_no_router(folder: str) -> None:
+    """Checks that a folder holds no router, whose config.json names a type of model as well."""
+    file = Path(folder, "config.json")
+    if not file.is_file():
+        return
+    config = load_json(file)
+    if config.get("method") == "icr":
+        raise ValueError(
+            f"this is a router: expected the model that it was fitted on, {config['base_model']!r}"
+        )
 
 
 def _unloadable(name: str | Path, error: Exception, hint: str = "") -> ValueError:
@@ -213,9 +243,14 @@ def unpack_gguf(file: Path) -> Path:
 def _save_dense(file: Path, folder: Path) -> None:
     """Writes the model and the tokenizer of a GGUF file to a folder, in bfloat16."""
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.bfloat16,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
+    check_whole(model, loading_info)
     # The weights are dense once loaded; the quantizer's marks only stop them from being saved.
     model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
     vars(model.config).pop("quantization_config", None)
