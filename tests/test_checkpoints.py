@@ -128,7 +128,9 @@ def test_a_sentence_encoder_is_no_model_that_predicts_tokens(encoder_folder):
 
 
 def test_a_router_is_no_model_and_names_its_own(saved_router):
-    with pytest.raises(ValueError, match="this is a router: expected the model .* 'Qwen2ForCausal"):
+    with pytest.raises(
+        ValueError, match=r"this is a router: expected the model .* 'Qwen2ForCausal"
+    ):
         load_model(saved_router)
 
 

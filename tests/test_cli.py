@@ -410,3 +410,13 @@ def test_help_is_quick_since_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_fit_whose_router_could_not_be_saved_is_refused_before_any_work(
+    world, encoder_folder, tmp_path, capsys
+):
+    (tmp_path / "README.md").write_text("# My project")
+    with pytest.raises(SystemExit):
+        fit(world, encoder_folder, tmp_path)
+    assert "README.md is not a router's and would be overwritten" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from huggingface_hub import ModelCard, ModelHubMixin
+from huggingface_hub import HfApi, ModelCard, ModelHubMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -171,8 +171,60 @@ class InContextRouter(ModelHubMixin):
         """Returns 16 hex digits that identify the router's weights."""
         return artifact.digest(self.pids, self.router)
 
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: object = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Writes the router to a folder, whole or not at all.
+
+        The mixin's own would take an older config.json away first, whatever it is of.
+
+        Args:
+            save_directory: the folder; an older router in it is overwritten.
+            config: of no effect, as the artifact has its own; the mixin hands one on.
+            repo_id: the hub id to upload to; None is the folder's name.
+            push_to_hub: whether to upload it too.
+            model_card_kwargs: of no effect, like `config`.
+            push_to_hub_kwargs: what `push_to_hub` takes beside.
+
+        Returns:
+            The address of the commit on the hub, if there is one.
+
+        Raises:
+            ValueError: the folder holds something else under an artifact's names; nothing is
+                written.
+        """
+        folder = Path(save_directory)
+        self._save_pretrained(folder)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         artifact.save(save_directory, self.description, self.pids, self.router, self.folder)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Uploads the router and returns the commit's address.
+
+        Args:
+            repo_id: the hub id; one without an owner is yours.
+            settings: the mixin's, `commit_message`, `private`, `token` and `branch` among them.
+
+        Raises:
+            ValueError: the repository is that of something else; nothing is uploaded.
+        """
+        token = settings.get("token")
+        repository = HfApi(token=token).create_repo(
+            repo_id, private=settings.get("private"), exist_ok=True
+        )
+        artifact.check_place_on_hub(repository.repo_id, settings.get("branch"), token)
+        return super().push_to_hub(repository.repo_id, **settings)
 
     def generate_model_card(self) -> ModelCard:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the card of a router without results."""

@@ -14,6 +14,7 @@ from icrouting.decoder.loading import default_dtype, load_skeleton
 from icrouting.fitting import plan
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.icr import InContextRouter
+from icrouting.routing.artifact import check_place
 from icrouting.runtime.processes import first_one_first, is_first, wait
 from icrouting.tasks.task import rows_digest
 
@@ -26,6 +27,7 @@ def fit(
     with first_one_first():  # which may have to download
         sources = load_tasks(tasks, data)
         if not _is_saved(out):
+            check_place(out)
             # Reckoned before the weights are loaded, which may take long.
             skeleton, tokenizer = load_skeleton(model.model)
             planned = plan.plan_fit(skeleton, tokenizer, sources, config, default_dtype())
