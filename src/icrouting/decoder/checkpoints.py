@@ -6,15 +6,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from icrouting.runtime.defaults import usual_defaults
+
 # How many names an error spells out.
 _N_NAMED = 3
 
 
 def loading_info_of(kind: type[PreTrainedModel], name: str) -> dict[str, Any]:
     """Returns what `from_pretrained` says of a model, without reading its weights."""
-    _, loading_info = kind.from_pretrained(
-        name, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with usual_defaults():
+        _, loading_info = kind.from_pretrained(
+            name, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
     return loading_info
 
 

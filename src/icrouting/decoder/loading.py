@@ -21,6 +21,7 @@ from transformers import (
 from icrouting.decoder.checkpoints import check_whole, loading_info_of
 from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.processes import here
 from icrouting.runtime.progress import spinner
 from icrouting.runtime.storage import load_json
@@ -104,14 +105,15 @@ def load_model(
     try:
         _check_no_router(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        # What does not fit is named below, all at once.
-        model, loading_info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or default_dtype(),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **placement,
-        )
+        with usual_defaults():
+            # What does not fit is named below, all at once.
+            model, loading_info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or default_dtype(),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **placement,
+            )
         check_whole(model, loading_info)
         _check_base(model)
     except _LOADING_ERRORS as error:
@@ -159,7 +161,7 @@ def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     try:
         _check_no_router(folder)
         config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
+        with usual_defaults(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error

@@ -17,6 +17,7 @@ from icrouting.decoder.passes import (
     by_context,
     next_token_logits,
 )
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.tasks.prompts import Prompt
 
 # Once a message: an evaluation scores the same options on every prompt.
@@ -124,6 +125,7 @@ def score_options(
     return score(decoder, prompts, options, token_budget=token_budget, kept=kept)
 
 
+@usual_defaults()
 @torch.no_grad()
 def score(
     decoder: Decoder,

@@ -19,6 +19,7 @@ from icrouting.decoder.scoring import score
 from icrouting.methods.fits import Fit, load_fit, save_fit
 from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Example, Task
 
@@ -95,6 +96,7 @@ class Method:
         """
         self.fit_on(Decoder.of(model, tokenizer), sources, rng, file)
 
+    @usual_defaults()
     def fit_on(
         self,
         decoder: Decoder,

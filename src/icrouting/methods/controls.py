@@ -21,6 +21,7 @@ from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Reader
 from icrouting.routing.rerouting import rerouted
 from icrouting.routing.router import Router
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.processes import alone
 from icrouting.tasks.task import Task
 
@@ -80,6 +81,7 @@ class Refit(Method):
         self.n_trained = sum(parameter.numel() for parameter in router.parameters())
         self.n_labelled = self._most_labelled()
 
+    @usual_defaults()
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt."""
         layers = tuple(self.layers.tolist())

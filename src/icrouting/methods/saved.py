@@ -15,6 +15,7 @@ from icrouting.methods.regimes import ONCE
 from icrouting.methods.registry import LEARNING
 from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same, known, read
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors, unshared
 
 CONFIG = "method.json"
@@ -73,6 +74,7 @@ def save_method(method: Method, folder: str | Path) -> None:
     save_json(folder / CONFIG, asdict(saved))
 
 
+@usual_defaults()
 def load_method(
     folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Method:

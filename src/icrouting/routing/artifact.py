@@ -28,6 +28,7 @@ from icrouting.routing.features import Features
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Router
 from icrouting.runtime.checks import first_line, read
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.pages import render
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks.task import Task, rows_digest
@@ -297,6 +298,7 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
         ) from error
 
 
+@usual_defaults()
 def load(folder: Path) -> tuple[Description, PIDs, Router]:
     """Returns an artifact's parts.
 

@@ -20,6 +20,7 @@ from icrouting.decoder.families import attention_of, base_of, device_of
 from icrouting.decoder.passes import next_token_logits
 from icrouting.routing.attach import routed_kernel
 from icrouting.routing.router import Routing
+from icrouting.runtime.defaults import usual_defaults
 
 # A routing far too weak for bfloat16 still moved the logits of SmolLM2 by 2.4 units of the largest
 # one's last place.
@@ -68,6 +69,7 @@ class Passes:
         return plain != routed
 
 
+@usual_defaults()
 @torch.no_grad()
 def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...]) -> Passes:
     """Returns an attached model's two passes over a prompt.

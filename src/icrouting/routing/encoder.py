@@ -14,6 +14,7 @@ from icrouting.decoder.checkpoints import check_filled, loading_info_of
 from icrouting.decoder.identity import weights_digest
 from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
+from icrouting.runtime.defaults import usual_defaults
 
 MAX_TOKENS = 512
 _PINNED = "pinned:"
@@ -32,6 +33,7 @@ class SentenceEncoder:
         fingerprint: identifies its weights.
     """
 
+    @usual_defaults()
     def __init__(self, name: str, device: str | torch.device = "cpu"):
         self._encoder = _load(name, device)
         n_positions = self._encoder.tokenizer.model_max_length
@@ -41,6 +43,7 @@ class SentenceEncoder:
         self.n_features = width
         self.fingerprint = weights_digest(self._encoder)
 
+    @usual_defaults()
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "batch n_features"]:
         """Returns the features of texts, in float32.

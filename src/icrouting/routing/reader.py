@@ -12,6 +12,7 @@ from icrouting.decoder.families import device_of
 from icrouting.decoder.partial import entering_states
 from icrouting.routing.features import Features
 from icrouting.routing.router import Router, Routing
+from icrouting.runtime.defaults import usual_defaults
 
 Gate = Callable[[Sequence[Tensor]], Float[Tensor, "batch"]]
 
@@ -37,6 +38,7 @@ class Reader:
     scale: float
     gate: Gate | None = None
 
+    @usual_defaults()
     @torch.no_grad()
     def of_states(self, token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Routing:
         """Returns the routing of prompts, given the states that enter the first routed layer.
@@ -58,6 +60,7 @@ class Reader:
         index = torch.tensor(places, device=routing.head_gates.device)
         return Routing(routing.routing_vector[index], routing.head_gates[index])
 
+    @usual_defaults()
     def of_tokens(self, token_lists: Sequence[Sequence[int]]) -> Routing:
         """Returns the routing of prompts.
 

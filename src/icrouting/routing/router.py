@@ -116,4 +116,7 @@ class Router(nn.Module):
 
 
 def _perceptron(n_in: int, hidden_width: int, n_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(n_in, hidden_width), nn.GELU(), nn.Linear(hidden_width, n_out))
+    # Whatever torch's default is: the weights are trained and kept in float32.
+    first = nn.Linear(n_in, hidden_width, dtype=torch.float32)
+    last = nn.Linear(hidden_width, n_out, dtype=torch.float32)
+    return nn.Sequential(first, nn.GELU(), last)
