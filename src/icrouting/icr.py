@@ -153,7 +153,9 @@ class InContextRouter(ModelHubMixin):
             raise ValueError(f"strength must be a finite number, got {strength}")
         fitted = self.description
         decoder = decoder.unwrapped()
-        decoder.check_fitted_on("this router", fitted.base_model, fitted.fingerprint)
+        decoder.check_fitted_on(
+            "this router", fitted.base_model, fitted.fingerprint, fitted.base_weights
+        )
         self.router.to(decoder.device)
         # A sentence encoder is small: the processor will do, beside a model that fills its device.
         features = features_of(fitted.fit.encoder, decoder, "cpu")

@@ -321,7 +321,8 @@ class Method:
             return self
         if not is_same_model:
             fitted_name = fitted_on.model.config.name_or_path
-            decoder.check_fitted_on(self.name, fitted_name, fitted_on.fingerprint)
+            weights = fitted_on.base_weights
+            decoder.check_fitted_on(self.name, fitted_name, fitted_on.fingerprint, weights)
         moved = copy(self)
         moved.decoder = decoder
         return moved

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.identity import read_weight
 from icrouting.routing.features import Features
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Router
@@ -74,6 +75,8 @@ class Description:
         rows: identifies the source tasks' rows.
         fit: the settings of the fit.
         versions: of the packages that it was fitted with.
+        base_weights: what the model's weights are like, by name (`decoder.identity`); empty in
+            routers of earlier versions.
     """
 
     base_model: str
@@ -90,6 +93,7 @@ class Description:
     rows: str
     fit: FitConfig
     versions: dict[str, str]
+    base_weights: dict[str, str]
 
 
 def describe(
@@ -113,6 +117,7 @@ def describe(
         rows=rows_digest(tasks),
         fit=fit,
         versions={name: version(name) for name in ("icrouting", "torch", "transformers")},
+        base_weights=decoder.base_weights,
     )
 
 
@@ -349,10 +354,14 @@ def _description(config: dict[str, Any]) -> Description:
     meaning = {name: content.pop(name, None) for name in _MEANING}
     if meaning != _MEANING:
         raise ValueError(f"expected its weights to mean {_MEANING}: another version wrote it")
+    # An earlier version did not keep them.
+    content.setdefault("base_weights", {})
     # By itself first, so that an error names the setting alone.
     fit = read(FitConfig, content.get("fit"))
     description = read(Description, content)
     check_layers(description.layers, description.n_layers)
+    for text in description.base_weights.values():
+        read_weight(text)
     if fit.layers not in (None, description.layers):
         raise ValueError(f"its layers {description.layers} are not those of the fit, {fit.layers}")
     return description
