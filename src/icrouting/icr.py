@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import transformers
 from huggingface_hub import HfApi, ModelCard, ModelHubMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -153,9 +154,7 @@ class InContextRouter(ModelHubMixin):
             raise ValueError(f"strength must be a finite number, got {strength}")
         fitted = self.description
         decoder = decoder.unwrapped()
-        decoder.check_fitted_on(
-            "this router", fitted.base_model, fitted.fingerprint, fitted.base_weights
-        )
+        self.check_fitted_on(decoder, "this router")
         self.router.to(decoder.device)
         # A sentence encoder is small: the processor will do, beside a model that fills its device.
         features = features_of(fitted.fit.encoder, decoder, "cpu")
@@ -168,6 +167,27 @@ class InContextRouter(ModelHubMixin):
         # Training ended at this scale of alpha (section 4).
         scale = strength * fitted.fit.final_alpha_scale
         return Reader(decoder, features, self.router, self.pids.layers[0], scale, gate)
+
+    @property
+    def base_model(self) -> str:
+        """The name of the model that it was fitted on; ValueError where that had none."""
+        name = self.description.base_model
+        # A model without a name is described by its class.
+        if isinstance(getattr(transformers, name, None), type):
+            raise ValueError(
+                f"the router was fitted on a {name} without a name: say which model it is"
+            )
+        return name
+
+    def check_fitted_on(self, decoder: Decoder, what: str) -> None:
+        """Checks that a decoder is the base model; ValueError says how it is another.
+
+        Args:
+            decoder: the model to look at.
+            what: what the error is to call this router.
+        """
+        fitted = self.description
+        decoder.check_fitted_on(what, fitted.base_model, fitted.fingerprint, fitted.base_weights)
 
     def digest(self) -> str:
         """Returns 16 hex digits that identify the router's weights."""

@@ -1,13 +1,16 @@
 """What `icr eval` and `icr report` do, once their arguments are parsed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.panel import Panel
 from rich.text import Text
 
 from icrouting import methods as registry
-from icrouting.cli.loading import console, load, load_tasks
+from icrouting.cli.loading import base_of_router, console, load, load_tasks
+from icrouting.config import DEFAULT_ENCODER
+from icrouting.decoder.backbone import DEFAULT_MODEL
 from icrouting.decoder.batches import context_length
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.identity import fingerprint
@@ -23,6 +26,7 @@ from icrouting.icr import InContextRouter
 from icrouting.report import page, table
 from icrouting.report.run import Run
 from icrouting.routing.artifact import with_results
+from icrouting.routing.features import sentence_encoder
 from icrouting.routing.routed import routing_summary
 from icrouting.runtime.processes import first_one_first, is_first
 from icrouting.runtime.progress import spinner
@@ -35,6 +39,10 @@ PAPER_FIT = 5000  # prompts and queries a task
 def evaluate(out: Path, config: EvalConfig) -> None:
     """Evaluates methods into a run folder and prints the table."""
     console.quiet = not is_first()
+    folder = RunFolder(out)
+    router = config.settings.router
+    icr = InContextRouter.from_pretrained(router) if router else None
+    config = _named(config, icr, folder)
     methods = registry.make(config.methods, config.settings)
     names = list(dict.fromkeys([*config.tasks, *config.sources]))
     with first_one_first():  # which may have to download
@@ -50,8 +58,6 @@ def evaluate(out: Path, config: EvalConfig) -> None:
     tasks = [tasks_by_name[name] for name in dict.fromkeys(config.tasks)]
     sources = [tasks_by_name[name] for name in dict.fromkeys(config.sources)]
     source_names = [task.name for task in sources]
-    router = config.settings.router
-    icr = InContextRouter.from_pretrained(router) if router else None
     run_config = RunConfig(
         asked=config,
         fingerprint=fingerprint(model),
@@ -62,7 +68,6 @@ def evaluate(out: Path, config: EvalConfig) -> None:
         sources=source_names,
         notes=[*_router_cuts(icr), *filter(None, notes)],
     )
-    folder = RunFolder(out)
     with runs.claimed(folder, run_config):
         evaluation = Evaluation(
             Decoder.of(model, tokenizer), methods, sources, folder.records, folder.fits
@@ -71,6 +76,23 @@ def evaluate(out: Path, config: EvalConfig) -> None:
         evaluation.run(tasks, config.seeds, config.n_test)
         if is_first():
             finish(folder, evaluation, tasks, config.seeds[-1], icr)
+
+
+def _named(config: EvalConfig, icr: InContextRouter | None, folder: RunFolder) -> EvalConfig:
+    """Returns what was asked for, with model and sentence encoder by name.
+
+    Where the user names none they are the router's, so that nothing else is looked for.
+    """
+    encoder = config.settings.encoder
+    model = config.model
+    if icr is not None:
+        model = base_of_router(model, icr)
+        encoder = encoder or sentence_encoder(icr.description.fit.encoder)
+    # A run that was begun goes on with the encoder that it began with.
+    if config.settings.encoder is None and folder.config.exists():
+        encoder = folder.read_config().get("encoder", encoder)
+    settings = replace(config.settings, encoder=encoder or DEFAULT_ENCODER)
+    return replace(config, model=model.or_else(DEFAULT_MODEL), settings=settings)
 
 
 def _router_cuts(icr: InContextRouter | None) -> list[str]:

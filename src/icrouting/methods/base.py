@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from icrouting.config import DEFAULT_ENCODER
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, hooked
 from icrouting.decoder.hooks import counted_rows
@@ -66,7 +68,8 @@ class Method:
     cost: dict[str, int | float]
 
     def __init__(self, settings: Settings):
-        self.settings = settings
+        # By name, as it is kept with what was learned.
+        self.settings = replace(settings, encoder=settings.encoder or DEFAULT_ENCODER)
 
     @classmethod
     def cuts(cls, settings: Settings) -> list[str]:

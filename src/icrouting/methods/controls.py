@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from icrouting.config import Basis, FitConfig
+from icrouting.config import DEFAULT_ENCODER, Basis, FitConfig
 from icrouting.decoder.families import device_of
 from icrouting.fitting import stages
 from icrouting.icr import InContextRouter
@@ -133,7 +133,8 @@ def _config(settings: Settings) -> FitConfig:
     """Returns the configuration of the settings' router, or the defaults within their budget."""
     if settings.router is not None:
         return InContextRouter.from_pretrained(settings.router).description.fit
-    config = FitConfig(demos_per_class=settings.demos_per_class, encoder=settings.encoder)
+    encoder = settings.encoder or DEFAULT_ENCODER
+    config = FitConfig(demos_per_class=settings.demos_per_class, encoder=encoder)
     # PCA needs more prompts than it gives directions.
     n_prompts = max(config.rank + 1, min(config.n_prompts, settings.train_rows))
     return replace(config, n_prompts=n_prompts, n_queries=settings.train_rows)
