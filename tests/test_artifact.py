@@ -12,6 +12,7 @@ import tiny
 from icrouting.icr import InContextRouter
 from icrouting.routing import artifact
 from icrouting.routing.artifact import with_results
+from icrouting.routing.inspection import inspect_prompt
 from icrouting.routing.router import Router
 from local_hub import COMMIT, local_hub
 
@@ -363,3 +364,38 @@ def test_nothing_but_the_config_and_the_weights_is_read(copy):
         f"open {copy / name}" for name in ("config.json", "model.safetensors")
     }
     assert not [line for line in heard if line.startswith(("exec", "pickle"))]
+
+
+def test_routers_are_equal_where_they_are_the_same(saved_router, other, tmp_path):
+    icr = InContextRouter.from_pretrained(saved_router)
+    icr.save_pretrained(tmp_path)
+    assert icr == InContextRouter.from_pretrained(tmp_path)
+    assert icr != other
+    assert icr != dataclasses.replace(
+        icr, description=dataclasses.replace(icr.description, base_model="another")
+    )
+    assert icr != "a router"
+    assert {icr, InContextRouter.from_pretrained(tmp_path)} == {icr}
+
+
+def test_directions_are_equal_where_their_numbers_are(saved_router):
+    pids = InContextRouter.from_pretrained(saved_router).pids
+    assert pids == InContextRouter.from_pretrained(saved_router).pids
+    assert pids != dataclasses.replace(pids, query_std=pids.query_std * 2)
+    assert pids != dataclasses.replace(pids, query_std=pids.query_std.double())
+    assert pids != dataclasses.replace(pids, basis="whitened")
+
+
+def test_what_is_read_of_a_prompt_can_be_compared(saved_router, encoder_folder):
+    model = tiny.model("qwen2")
+    tokenizer = tiny.tokenizer()
+    folder_by_name = {"encoder": str(encoder_folder)}
+    icr = InContextRouter.from_pretrained(saved_router)
+    fit = dataclasses.replace(icr.description.fit, **folder_by_name)
+    icr = dataclasses.replace(icr, description=dataclasses.replace(icr.description, fit=fit))
+    with icr.attached(model, tokenizer, strength=0.0) as routed:
+        assert routed.routing(["a dull film:"]) == routed.routing(["a dull film:"])
+        assert routed.routing(["a dull film:"]) != routed.routing(["a nice film:"])
+        seen = inspect_prompt(routed, "a dull film:")
+        assert seen == inspect_prompt(routed, "a dull film:")
+        assert seen != inspect_prompt(routed, "a nice film:")

@@ -66,6 +66,7 @@ def test_a_folder_that_lacks_weights_is_refused_with_their_names(
     assert not list(tmp_path.glob("cache/off-loaded/*"))
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_model_that_lacks_weights_ends_with_an_error(
     saved, world, tmp_path, capsys
 ):

@@ -436,6 +436,7 @@ def no_hub(monkeypatch):
     return hosts
 
 
+@pytest.mark.slow
 def test_eval_without_a_model_takes_the_routers_and_its_encoder(world, tmp_path, no_hub):
     asked = ["--router", str(world / "router"), "--data", str(world / "data"), *EVALUATE.split()]
     methods = ["--methods", "zero-shot", "icr", "probe-encoder", "--seeds", "0", "--tries", "1"]
@@ -447,6 +448,7 @@ def test_eval_without_a_model_takes_the_routers_and_its_encoder(world, tmp_path,
     assert no_hub == []
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_with_another_encoder_goes_on_with_it(world, tmp_path, no_hub):
     run = tmp_path / "run"
     more = ["--methods", "zero-shot", "--seeds", "0"]
@@ -457,6 +459,7 @@ def test_a_run_that_was_begun_with_another_encoder_goes_on_with_it(world, tmp_pa
     assert no_hub == []
 
 
+@pytest.mark.slow
 def test_generate_and_inspect_without_a_model_take_the_routers(
     world, tmp_path, no_hub, capsys, in_float32
 ):

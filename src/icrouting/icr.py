@@ -26,13 +26,13 @@ from icrouting.routing.router import Router
 from icrouting.tasks.task import Task
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InContextRouter(ModelHubMixin):
     """PIDs and a trained router for one base model (arXiv 2509.22854).
 
     `save_pretrained(folder)` writes config.json, model.safetensors and a model card,
-    `push_to_hub("owner/name")` uploads them; both are huggingface_hub's, and keep a card as it
-    stands, with the results recorded in it.
+    `push_to_hub("owner/name")` uploads them; both keep a card as it stands, with the results
+    recorded in it, and overwrite nothing but a router.
 
     Attributes:
         description: what it is and where it comes from; the artifact's config.json.
@@ -71,6 +71,15 @@ class InContextRouter(ModelHubMixin):
 
     # Where this is empty, the mixin would set it on every new object, which is frozen.
     _hub_mixin_config: ClassVar[dict] = {"method": "icr"}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another router is the same one, wherever it was loaded from."""
+        if not isinstance(other, InContextRouter):
+            return NotImplemented
+        return self.description == other.description and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
 
     @classmethod
     def fit(

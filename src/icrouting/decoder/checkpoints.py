@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,12 +13,23 @@ from icrouting.runtime.defaults import usual_defaults
 _N_NAMED = 3
 
 
-def loading_info_of(kind: type[PreTrainedModel], name: str) -> dict[str, Any]:
-    """Returns what `from_pretrained` says of a model, without reading its weights."""
-    with usual_defaults():
-        _, loading_info = kind.from_pretrained(
-            name, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
-        )
+@usual_defaults()
+def load(kind: Any, name: str | Path, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Returns a model of a kind, and what `from_pretrained` says of how its weights were read."""
+    # What does not fit is told by the checks below, all at once.
+    return kind.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+    )
+
+
+def loading_info_of(model: PreTrainedModel, name: str | None = None) -> dict[str, Any]:
+    """Returns what is said of how a model's weights are read, without reading them.
+
+    Args:
+        model: one of the kind to load.
+        name: what to load; None is what the model itself was loaded from.
+    """
+    _, loading_info = load(type(model), name or model.config.name_or_path or "", device_map="meta")
     return loading_info
 
 

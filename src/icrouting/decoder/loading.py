@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from icrouting.decoder.checkpoints import check_whole, loading_info_of
+from icrouting.decoder import checkpoints
+from icrouting.decoder.checkpoints import check_whole
 from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
 from icrouting.runtime.defaults import usual_defaults
@@ -105,15 +106,9 @@ def load_model(
     try:
         _check_no_router(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        with usual_defaults():
-            # What does not fit is named below, all at once.
-            model, loading_info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype or default_dtype(),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **placement,
-            )
+        model, loading_info = checkpoints.load(
+            AutoModelForCausalLM, folder, dtype=dtype or default_dtype(), **placement
+        )
         check_whole(model, loading_info)
         _check_base(model)
     except _LOADING_ERRORS as error:
@@ -138,8 +133,8 @@ def load_model(
 def _check_base(model: PreTrainedModel) -> None:
     """Checks the model under an adapter, of which transformers does not say how it was loaded."""
     for adapter in getattr(model, "peft_config", {}).values():
-        kind = type(model)
-        check_whole(model, loading_info_of(kind, adapter.base_model_name_or_path))
+        loading_info = checkpoints.loading_info_of(model, adapter.base_model_name_or_path)
+        check_whole(model, loading_info)
 
 
 def _default_device() -> str:
@@ -245,12 +240,8 @@ def unpack_gguf(file: Path) -> Path:
 def _save_dense(file: Path, folder: Path) -> None:
     """Writes the model and the tokenizer of a GGUF file to a folder, in bfloat16."""
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model, loading_info = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype=torch.bfloat16,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
+    model, loading_info = checkpoints.load(
+        AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.bfloat16
     )
     check_whole(model, loading_info)
     # The weights are dense once loaded; the quantizer's marks only stop them from being saved.

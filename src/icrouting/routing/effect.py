@@ -21,13 +21,14 @@ from icrouting.decoder.passes import next_token_logits
 from icrouting.routing.attach import routed_kernel
 from icrouting.routing.router import Routing
 from icrouting.runtime.defaults import usual_defaults
+from icrouting.runtime.equality import are_equal
 
 # A routing far too weak for bfloat16 still moved the logits of SmolLM2 by 2.4 units of the largest
 # one's last place.
 ROUNDING_IN_ULP = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Passes:
     """A prompt without and with routing, in float32; in pairs the plain one comes first.
 
@@ -44,6 +45,9 @@ class Passes:
     attn_weights: Float[Tensor, "2 n_layers n_heads kv_len"]
     mass_moved: Float[Tensor, "n_layers n_heads q_len"]
     rounding: float
+
+    def __eq__(self, other: object) -> bool:
+        return are_equal(self, other)
 
     @property
     def kl(self) -> float:

@@ -84,11 +84,11 @@ def _check_filled(encoder: SentenceTransformer) -> None:
         if not isinstance(model, PreTrainedModel):
             continue
         # sentence-transformers does not hand on what transformers says.
-        loading_info = loading_info_of(type(model), model.config.name_or_path)
+        loading_info = loading_info_of(model)
         poolers = {name for name in loading_info["missing_keys"] if name.startswith("pooler.")}
         if poolers:
             # Made up anew at each load, it would make another encoder of the same weights.
-            model.pooler = None  # pyright: ignore[reportAttributeAccessIssue]
+            model.pooler = None  # pyright: ignore[reportArgumentType]
         missing = loading_info["missing_keys"] - poolers
         check_filled(model, {**loading_info, "missing_keys": missing})
         # What is inside is a part of it.

@@ -11,6 +11,7 @@ from icrouting.decoder.scoring import option_ids
 from icrouting.routing.effect import Passes, describe, run_both
 from icrouting.routing.routed import Routed
 from icrouting.routing.router import Routing
+from icrouting.runtime.equality import are_equal
 from icrouting.runtime.pages import points, render
 
 N_TOP = 10
@@ -26,7 +27,7 @@ class Candidate:
     probabilities: tuple[float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inspection:
     """What a router did to one prompt.
 
@@ -45,6 +46,9 @@ class Inspection:
     routing: Routing
     options: list[Candidate]
     top_tokens: list[Candidate]
+
+    def __eq__(self, other: object) -> bool:
+        return are_equal(self, other)
 
     @property
     def gained(self) -> Float[Tensor, "kv_len"]:

@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from icrouting.routing.pids import PIDs
+from icrouting.runtime.equality import are_equal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """What a router decided for a batch of queries.
 
@@ -25,6 +26,9 @@ class Routing:
 
     routing_vector: Float[Tensor, "batch n_layers rank"]
     head_gates: Float[Tensor, "batch n_layers n_heads"]
+
+    def __eq__(self, other: object) -> bool:
+        return are_equal(self, other)
 
     def scaled(self, strength: float | Tensor) -> "Routing":
         """The same routing with alpha multiplied by `strength`."""
