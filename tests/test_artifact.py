@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 from icrouting.icr import InContextRouter
 from icrouting.routing import artifact
 from icrouting.routing.artifact import with_results
+from icrouting.routing.inspection import inspect_prompt
 from icrouting.routing.router import Router
 from local_hub import COMMIT, local_hub
 
@@ -158,6 +160,139 @@ def test_saving_keeps_the_card_of_these_weights_and_no_other(saved_router, tmp_p
     assert InContextRouter.from_pretrained(tmp_path).generate_model_card().text in card.read_text()
 
 
+@pytest.fixture
+def other(saved_router):
+    """Another router of the same base model."""
+    icr = InContextRouter.from_pretrained(saved_router)
+    router = Router(12, 2, 6, 3, 5, torch.Generator().manual_seed(1))
+    return InContextRouter(icr.description, icr.pids, router)
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_saving_over_a_models_files_is_refused_and_leaves_them(other, name, tmp_path):
+    tiny.save(tmp_path / "model")
+    folder = tmp_path / "target"
+    folder.mkdir()
+    shutil.copy(tmp_path / "model" / name, folder / name)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"{name} is not a router's and would be overwritten"):
+        other.save_pretrained(folder)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("beside", [(), ("config.json",), ("config.json", "model.safetensors")])
+def test_saving_over_a_readme_by_hand_is_refused_and_leaves_it(
+    other, saved_router, beside, tmp_path
+):
+    for name in beside:
+        shutil.copy(saved_router / name, tmp_path / name)
+    (tmp_path / "README.md").write_text("# My project")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"README\.md is not a router's and would be"):
+        other.save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_saving_to_a_file_is_refused(other, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="notes is a file: expected a folder"):
+        other.save_pretrained(tmp_path / "notes")
+
+
+def test_saving_over_a_router_leaves_what_lies_beside_it(other, copy):
+    (copy / "fit").mkdir()
+    (copy / "fit" / "fit.json").write_text("{}")
+    other.save_pretrained(copy)
+    assert InContextRouter.from_pretrained(copy).digest() == other.digest()
+    assert (copy / "fit" / "fit.json").exists()
+
+
+def test_a_damaged_router_is_written_anew(other, copy):
+    (copy / "model.safetensors").write_bytes(b"cut")
+    other.save_pretrained(copy)
+    assert InContextRouter.from_pretrained(copy).digest() == other.digest()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_saving_that_is_killed_leaves_a_router_or_none_and_can_be_done_again(
+    other, saved_router, is_new, tmp_path, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    old = InContextRouter.from_pretrained(saved_router)
+    for n_steps in range(20):
+        folder = tmp_path / f"killed after {n_steps}"
+        if not is_new:
+            shutil.copytree(saved_router, folder)
+        steps_left = [n_steps]
+
+        def limited(step, steps_left=steps_left):
+            def done(*arguments, **settings):
+                if not steps_left[0]:
+                    raise Killed
+                steps_left[0] -= 1
+                return step(*arguments, **settings)
+
+            return done
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename", "unlink", "write_bytes", "write_text", "mkdir"):
+                patch.setattr(Path, name, limited(getattr(Path, name)))
+            try:
+                other.save_pretrained(folder)
+                is_killed = False
+            except Killed:
+                is_killed = True
+        if (folder / "config.json").exists():
+            digest = InContextRouter.from_pretrained(folder).digest()
+            assert digest in (old.digest(), other.digest())
+        other.save_pretrained(folder)
+        assert InContextRouter.from_pretrained(folder).digest() == other.digest()
+        if not is_killed:
+            break
+    assert 3 < n_steps < 19
+
+
+def test_recording_results_never_takes_the_router_away(saved_router, copy, monkeypatch):
+    def refuse(file, missing_ok=False):
+        raise AssertionError(f"{file} would be taken away")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    InContextRouter.from_pretrained(copy).save_pretrained(copy)
+    assert contents(copy).keys() == {copy / file.name for file in saved_router.iterdir()}
+
+
+def test_a_repository_of_something_else_is_not_overwritten(saved_router, tmp_path, monkeypatch):
+    with local_hub(monkeypatch, tmp_path / "cache") as hub:
+        hub.files["config.json"] = b'{"model_type": "llama"}'
+        icr = InContextRouter.from_pretrained(saved_router)
+        with pytest.raises(ValueError, match=r"'someone/some-router' holds a config\.json that is"):
+            icr.push_to_hub("someone/some-router")
+        assert hub.files == {"config.json": b'{"model_type": "llama"}'}
+
+
+def test_a_repository_of_a_router_is_overwritten(saved_router, tmp_path, monkeypatch):
+    with local_hub(monkeypatch, tmp_path / "cache") as hub:
+        hub.files["config.json"] = (saved_router / "config.json").read_bytes()
+        InContextRouter.from_pretrained(saved_router).push_to_hub("someone/some-router")
+        assert hub.files.keys() == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_a_router_is_saved_and_uploaded_in_one_call(saved_router, tmp_path, monkeypatch):
+    with local_hub(monkeypatch, tmp_path / "cache") as hub:
+        icr = InContextRouter.from_pretrained(saved_router)
+        address = icr.save_pretrained(
+            tmp_path / "x", push_to_hub=True, repo_id="someone/some-router"
+        )
+        assert str(address).endswith(COMMIT)
+        assert hub.files["config.json"] == (tmp_path / "x" / "config.json").read_bytes()
+
+
 def test_results_replace_earlier_ones_and_leave_the_rest(saved_router):
     card = (saved_router / "README.md").read_text()
     assert "None were recorded yet. `icr eval" in card
@@ -231,3 +366,38 @@ def test_nothing_but_the_config_and_the_weights_is_read(copy):
         f"open {copy / name}" for name in ("config.json", "model.safetensors")
     }
     assert not [line for line in heard if line.startswith(("exec", "pickle"))]
+
+
+def test_routers_are_equal_where_they_are_the_same(saved_router, other, tmp_path):
+    icr = InContextRouter.from_pretrained(saved_router)
+    icr.save_pretrained(tmp_path)
+    assert icr == InContextRouter.from_pretrained(tmp_path)
+    assert icr != other
+    assert icr != dataclasses.replace(
+        icr, description=dataclasses.replace(icr.description, base_model="another")
+    )
+    assert icr != "a router"
+    assert {icr, InContextRouter.from_pretrained(tmp_path)} == {icr}
+
+
+def test_directions_are_equal_where_their_numbers_are(saved_router):
+    pids = InContextRouter.from_pretrained(saved_router).pids
+    assert pids == InContextRouter.from_pretrained(saved_router).pids
+    assert pids != dataclasses.replace(pids, query_std=pids.query_std * 2)
+    assert pids != dataclasses.replace(pids, query_std=pids.query_std.double())
+    assert pids != dataclasses.replace(pids, basis="whitened")
+
+
+def test_what_is_read_of_a_prompt_can_be_compared(saved_router, encoder_folder):
+    model = tiny.model("qwen2")
+    tokenizer = tiny.tokenizer()
+    folder_by_name = {"encoder": str(encoder_folder)}
+    icr = InContextRouter.from_pretrained(saved_router)
+    fit = dataclasses.replace(icr.description.fit, **folder_by_name)
+    icr = dataclasses.replace(icr, description=dataclasses.replace(icr.description, fit=fit))
+    with icr.attached(model, tokenizer, strength=0.0) as routed:
+        assert routed.routing(["a dull film:"]) == routed.routing(["a dull film:"])
+        assert routed.routing(["a dull film:"]) != routed.routing(["a nice film:"])
+        seen = inspect_prompt(routed, "a dull film:")
+        assert seen == inspect_prompt(routed, "a dull film:")
+        assert seen != inspect_prompt(routed, "a nice film:")

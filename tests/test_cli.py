@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import tiny
-from commands import evaluate, fit, on
+from commands import EVALUATE, evaluate, fit, on
 from fake_run import fake_config
 from icrouting.cli import loading, main
 from icrouting.decoder.loading import load_model
 from icrouting.evaluation import evaluate as evaluate_module
 from icrouting.fitting.training import Trainer
 from icrouting.fitting.trunk import TRUNK_FILE
+from icrouting.icr import InContextRouter
 from icrouting.routing import artifact
 
 
@@ -451,7 +452,7 @@ def test_a_fit_of_another_model_into_the_folder_is_refused(world, encoder_folder
     tiny.save(tmp_path / "other", seed=9)
     with pytest.raises(SystemExit):
         fit(world, encoder_folder, world / "router", "--model", str(tmp_path / "other"))
-    assert "other settings, model or data" in capsys.readouterr().err
+    assert "weights hold other numbers" in capsys.readouterr().err
 
 
 def interrupted(*arguments, **settings):
@@ -619,3 +620,74 @@ def test_a_router_that_names_no_source_needs_sources(world, tmp_path, capsys):
     assert "does not say which tasks it was fitted on" in capsys.readouterr().err
     evaluate_without_sources(world, tmp_path / "run", "--router", str(router), "--sources", "mr")
     assert roles_of(tmp_path / "run") == {"sst2": "unseen", "mr": "source"}
+
+
+def test_a_fit_whose_router_could_not_be_saved_is_refused_before_any_work(
+    world, encoder_folder, tmp_path, capsys
+):
+    (tmp_path / "README.md").write_text("# My project")
+    with pytest.raises(SystemExit):
+        fit(world, encoder_folder, tmp_path)
+    assert "README.md is not a router's and would be overwritten" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """The hosts that were asked for meanwhile; none of them answers."""
+    hosts = []
+
+    def refuse(host, *arguments, **settings):
+        hosts.append(host)
+        raise OSError("no network here")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    return hosts
+
+
+@pytest.mark.slow
+def test_eval_without_a_model_takes_the_routers_and_its_encoder(world, tmp_path, no_hub):
+    asked = ["--router", str(world / "router"), "--data", str(world / "data"), *EVALUATE.split()]
+    methods = ["--methods", "zero-shot", "icr", "probe-encoder", "--seeds", "0", "--tries", "1"]
+    main.main(["eval", "--out", str(tmp_path), *asked, *methods])
+    config = json.loads((tmp_path / "config.json").read_text())
+    description = InContextRouter.from_pretrained(world / "router").description
+    assert config["model"] == description.base_model == str(world / "model")
+    assert config["encoder"] == description.fit.encoder
+    assert no_hub == []
+
+
+@pytest.mark.slow
+def test_a_run_that_was_begun_with_another_encoder_goes_on_with_it(world, tmp_path, no_hub):
+    run = tmp_path / "run"
+    more = ["--methods", "zero-shot", "--seeds", "0"]
+    evaluate(world, run, *more, "--encoder", "sentence-transformers/all-MiniLM-L6-v2")
+    evaluate(world, run, *more)
+    config = json.loads((run / "config.json").read_text())
+    assert config["encoder"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert no_hub == []
+
+
+@pytest.mark.slow
+def test_generate_and_inspect_without_a_model_take_the_routers(
+    world, tmp_path, no_hub, capsys, in_float32
+):
+    asked = ["--router", str(world / "router"), "--prompt", "Review: a joy .\nSentiment:"]
+    main.main(["generate", *asked, "--max-new-tokens", "2"])
+    assert "routed, strength 1" in capsys.readouterr().out
+    main.main(["inspect", *asked, "--out", str(tmp_path / "page.html")])
+    assert str(world / "model") in (tmp_path / "page.html").read_text()
+    assert no_hub == []
+
+
+def test_a_router_that_knows_no_name_of_its_model_asks_for_one(
+    saved_router, tmp_path, no_hub, capsys
+):
+    said = failure(capsys, "generate", "--router", str(saved_router), "--prompt", "a")
+    assert "fitted on a Qwen2ForCausalLM without a name: say which model" in said
+    assert no_hub == []
+
+
+def test_a_fit_on_what_lies_here_asks_no_hub(world, encoder_folder, tmp_path, no_hub):
+    fit(world, encoder_folder, tmp_path / "router")
+    assert no_hub == []

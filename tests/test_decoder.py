@@ -65,7 +65,7 @@ def test_what_is_called_is_the_model_as_it_was_given(tokenizer):
 def test_another_model_than_the_fitted_one_is_refused_by_name(tokenizer):
     decoder = Decoder.of(tiny.model("llama"), tokenizer)
     with pytest.raises(ValueError, match=r"this router was fitted on 'other' \(fingerprint 0123\)"):
-        decoder.check_fitted_on("this router", "other", "0123")
+        decoder.check_fitted_on("this router", "other", "0123", {})
 
 
 def test_a_long_text_and_a_module_that_is_no_model_are_refused(tokenizer):

@@ -67,6 +67,7 @@ def world(tmp_path_factory, encoder_folder):
     """A folder with a model, a router fitted on it, and four harness tasks on the same rows."""
     folder, task = tmp_path_factory.mktemp("harness"), tiny.task()
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    model.config.name_or_path = str(folder / "model")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     small = {
@@ -217,6 +218,16 @@ def test_generated_texts_are_those_of_an_attached_model(world):
 @pytest.fixture(scope="module")
 def routed_lm(world):
     return lm_eval.RoutedLM(str(world / "model"), str(world / "router"), device="cpu", batch_size=3)
+
+
+def test_without_a_model_the_routers_is_taken(world):
+    lm = lm_eval.RoutedLM(icr=str(world / "router"), device="cpu")
+    assert lm.model.config.name_or_path == str(world / "model")
+
+
+def test_without_a_router_the_plugin_asks_for_one(world):
+    with pytest.raises(ValueError, match="expected icr=FOLDER"):
+        lm_eval.RoutedLM(str(world / "model"))
 
 
 def requests(*pairs):

@@ -10,6 +10,7 @@ from icrouting.runtime.checks import check
 Basis = Literal["pca", "whitened", "random"]
 # In place of a sentence encoder: the backbone's own hidden state entering the first routed layer.
 HIDDEN = "hidden"
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class FitConfig:
     n_prompts: PositiveInt = 100
     demos_per_class: PositiveInt = 5
     queries_per_context: PositiveInt = 1
-    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    encoder: str = DEFAULT_ENCODER
     hidden_width: PositiveInt = 256
     n_queries: PositiveInt = 1000
     max_tokens: PositiveInt = 512

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from huggingface_hub import ModelCard, ModelHubMixin
+import transformers
+from huggingface_hub import HfApi, ModelCard, ModelHubMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -26,13 +27,13 @@ from icrouting.routing.sources import FormWatch
 from icrouting.tasks.task import Task
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InContextRouter(ModelHubMixin):
     """PIDs and a trained router for one base model (arXiv 2509.22854).
 
     `save_pretrained(folder)` writes config.json, model.safetensors and a model card,
-    `push_to_hub("owner/name")` uploads them; both are huggingface_hub's, and keep a card as it
-    stands, with the results recorded in it. config.json holds one prompt of each source
+    `push_to_hub("owner/name")` uploads them; both keep a card as it stands, with the results
+    recorded in it, and overwrite nothing but a router. config.json holds one prompt of each source
     task, and the card shows one of these.
 
     Attributes:
@@ -72,6 +73,15 @@ class InContextRouter(ModelHubMixin):
 
     # Where this is empty, the mixin would set it on every new object, which is frozen.
     _hub_mixin_config: ClassVar[dict] = {"method": "icr"}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another router is the same one, wherever it was loaded from."""
+        if not isinstance(other, InContextRouter):
+            return NotImplemented
+        return self.description == other.description and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
 
     @classmethod
     def fit(
@@ -162,7 +172,7 @@ class InContextRouter(ModelHubMixin):
             raise ValueError(f"strength must be a finite number, got {strength}")
         fitted = self.description
         decoder = decoder.unwrapped()
-        decoder.check_fitted_on("this router", fitted.base_model, fitted.fingerprint)
+        self.check_fitted_on(decoder, "this router")
         self.router.to(decoder.device)
         # A sentence encoder is small: the processor will do, beside a model that fills its device.
         features = features_of(fitted.fit.encoder, decoder, "cpu")
@@ -176,12 +186,85 @@ class InContextRouter(ModelHubMixin):
         scale = strength * fitted.fit.final_alpha_scale
         return Reader(decoder, features, self.router, self.pids.layers[0], scale, gate)
 
+    @property
+    def base_model(self) -> str:
+        """The name of the model that it was fitted on; ValueError where that had none."""
+        name = self.description.base_model
+        # A model without a name is described by its class.
+        if isinstance(getattr(transformers, name, None), type):
+            raise ValueError(
+                f"the router was fitted on a {name} without a name: say which model it is"
+            )
+        return name
+
+    def check_fitted_on(self, decoder: Decoder, what: str) -> None:
+        """Checks that a decoder is the base model; ValueError says how it is another.
+
+        Args:
+            decoder: the model to look at.
+            what: what the error is to call this router.
+        """
+        fitted = self.description
+        decoder.check_fitted_on(what, fitted.base_model, fitted.fingerprint, fitted.base_weights)
+
     def digest(self) -> str:
         """Returns 16 hex digits that identify the router's weights."""
         return artifact.digest(self.pids, self.router)
 
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: object = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Writes the router to a folder, whole or not at all.
+
+        The mixin's own would take an older config.json away first, whatever it is of.
+
+        Args:
+            save_directory: the folder; an older router in it is overwritten.
+            config: of no effect, as the artifact has its own; the mixin hands one on.
+            repo_id: the hub id to upload to; None is the folder's name.
+            push_to_hub: whether to upload it too.
+            model_card_kwargs: of no effect, like `config`.
+            push_to_hub_kwargs: what `push_to_hub` takes beside.
+
+        Returns:
+            The address of the commit on the hub, if there is one.
+
+        Raises:
+            ValueError: the folder holds something else under an artifact's names; nothing is
+                written.
+        """
+        folder = Path(save_directory)
+        self._save_pretrained(folder)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         artifact.save(save_directory, self.description, self.pids, self.router, self.folder)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Uploads the router and returns the commit's address.
+
+        Args:
+            repo_id: the hub id; one without an owner is yours.
+            settings: the mixin's, `commit_message`, `private`, `token` and `branch` among them.
+
+        Raises:
+            ValueError: the repository is that of something else; nothing is uploaded.
+        """
+        token = settings.get("token")
+        repository = HfApi(token=token).create_repo(
+            repo_id, private=settings.get("private"), exist_ok=True
+        )
+        artifact.check_place_on_hub(repository.repo_id, settings.get("branch"), token)
+        return super().push_to_hub(repository.repo_id, **settings)
 
     def generate_model_card(self) -> ModelCard:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the card of a router without results."""

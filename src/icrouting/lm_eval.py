@@ -45,14 +45,24 @@ class RoutedLM(huggingface.HFLM):
     """The harness's own "hf" model, routed; a subclass with open settings, as the harness asks.
 
     Args:
-        pretrained: hub id, local folder, `.gguf` file or "pinned:smollm2-135m".
+        pretrained: hub id, local folder, `.gguf` file or "pinned:smollm2-135m"; by default the one
+            that the router was fitted on.
         icr: folder or hub id of a router fitted on it.
         strength: factor on the routing; 0 is "hf" itself.
         settings: what "hf" takes; `batch_size` counts contexts, `logits_cache` has no effect.
     """
 
-    def __init__(self, pretrained: str, icr: str, strength: int | float = 1.0, **settings: Any):
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        icr: str | None = None,
+        strength: int | float = 1.0,
+        **settings: Any,
+    ):
+        if icr is None:
+            raise ValueError("expected icr=FOLDER, a router's folder or hub id, got none")
         router = InContextRouter.from_pretrained(icr)
+        pretrained = pretrained or router.base_model
         self._strength = float(strength)
         # "hf" rounds log-likelihoods to the model's dtype; in bfloat16 options would tie.
         super().__init__(folder_of(pretrained), **{"softmax_dtype": "float32", **settings})

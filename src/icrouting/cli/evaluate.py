@@ -1,13 +1,16 @@
 """What `icr eval` and `icr report` do, once their arguments are parsed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.panel import Panel
 from rich.text import Text
 
 from icrouting import methods as registry
-from icrouting.cli.loading import console, load, load_tasks, stoppable
+from icrouting.cli.loading import base_of_router, console, load, load_tasks, stoppable
+from icrouting.config import DEFAULT_ENCODER
+from icrouting.decoder.backbone import DEFAULT_MODEL
 from icrouting.decoder.batches import context_length
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.identity import fingerprint
@@ -23,6 +26,7 @@ from icrouting.icr import InContextRouter
 from icrouting.report import page, table
 from icrouting.report.run import Run
 from icrouting.routing.artifact import with_results
+from icrouting.routing.features import sentence_encoder
 from icrouting.routing.routed import routing_summary
 from icrouting.runtime.processes import first_one_first, is_first
 from icrouting.runtime.progress import spinner
@@ -50,9 +54,11 @@ def _kept(folder: RunFolder) -> str:
 
 def _evaluate(out: Path, config: EvalConfig) -> None:
     console.quiet = not is_first()
-    methods = registry.make(config.methods, config.settings)
+    folder = RunFolder(out)
     router = config.settings.router
     icr = InContextRouter.from_pretrained(router) if router else None
+    config = _named(config, icr, folder)
+    methods = registry.make(config.methods, config.settings)
     reads_sources = any(method.reads_sources for method in methods)
     with first_one_first():  # which may have to download
         tasks, sources = _load_tasks(config, icr, reads_sources)
@@ -78,7 +84,6 @@ def _evaluate(out: Path, config: EvalConfig) -> None:
         sources=source_names,
         notes=[*_router_cuts(icr), *filter(None, notes)],
     )
-    folder = RunFolder(out)
     with runs.claimed(folder, run_config):
         evaluation = Evaluation(
             Decoder.of(model, tokenizer),
@@ -155,6 +160,23 @@ def _source_names(
             f"{', '.join(asked) or 'none'}: leave --sources out, or name the router's own"
         )
     return asked
+
+
+def _named(config: EvalConfig, icr: InContextRouter | None, folder: RunFolder) -> EvalConfig:
+    """Returns what was asked for, with model and sentence encoder by name.
+
+    Where the user names none they are the router's, so that nothing else is looked for.
+    """
+    encoder = config.settings.encoder
+    model = config.model
+    if icr is not None:
+        model = base_of_router(model, icr)
+        encoder = encoder or sentence_encoder(icr.description.fit.encoder)
+    # A run that was begun goes on with the encoder that it began with.
+    if config.settings.encoder is None and folder.config.exists():
+        encoder = folder.read_config().get("encoder", encoder)
+    settings = replace(config.settings, encoder=encoder or DEFAULT_ENCODER)
+    return replace(config, model=model.or_else(DEFAULT_MODEL), settings=settings)
 
 
 def _router_cuts(icr: InContextRouter | None) -> list[str]:

@@ -9,11 +9,12 @@ from rich.table import Table
 from icrouting.cli.loading import console, load, load_tasks, stoppable
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
-from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.loading import default_dtype, load_skeleton
 from icrouting.fitting import plan, stages
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.icr import InContextRouter
+from icrouting.routing.artifact import check_place
 from icrouting.runtime.processes import first_one_first, is_first, wait
 from icrouting.tasks.task import rows_digest
 
@@ -43,18 +44,19 @@ def _fit(
     with first_one_first():  # which may have to download
         sources = load_tasks(tasks, data)
         if not _is_saved(out):
+            check_place(out)
             # Reckoned before the weights are loaded, which may take long.
-            skeleton, tokenizer = load_skeleton(model.model)
+            skeleton, tokenizer = load_skeleton(model.name)
             planned = plan.plan_fit(skeleton, tokenizer, sources, config, default_dtype())
             planned.check(*plan.room_of(out), is_spread=model.device_map is not None)
         base, tokenizer = load(model)
     if _is_saved(out):
         icr = InContextRouter.from_pretrained(out)
         description = icr.description
-        saved = (description.fit, description.fingerprint, description.rows)
-        if saved != (config, fingerprint(base), rows_digest(sources)):
-            other = "a router of other settings, model or data"
+        if (description.fit, description.rows) != (config, rows_digest(sources)):
+            other = "a router of other settings or data"
             raise ValueError(f"{out} holds {other}: choose another folder with --out")
+        icr.check_fitted_on(Decoder.of(base, tokenizer), f"the router in {out}")
         message = f"{out} holds this router already"
     else:
         icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit")
@@ -78,7 +80,7 @@ def show_plan(
 ) -> None:
     """Prints what a fit would take; no weights are read."""
     sources = load_tasks(tasks, data)
-    skeleton, tokenizer = load_skeleton(model.model)
+    skeleton, tokenizer = load_skeleton(model.name)
     # A fit to be planned is a large one, and those run on accelerators.
     planned = plan.plan_fit(skeleton, tokenizer, sources, config, torch.bfloat16)
     console.print(_texts_by_task(planned, f"fit on {model}"))

@@ -10,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.loading import load_model
+from icrouting.icr import InContextRouter
 from icrouting.runtime.progress import spinner
 from icrouting.tasks.load import load_task
 from icrouting.tasks.task import Example, Task
@@ -29,7 +30,16 @@ def stoppable(kept: Callable[[], str]) -> Iterator[None]:
 def load(model: Backbone) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a model and its tokenizer, without the loaders' bars."""
     disable_progress_bar()  # they would fill the terminal between ours
-    return load_model(model.model, device_map=model.device_map)
+    return load_model(model.name, device_map=model.device_map)
+
+
+def base_of_router(model: Backbone, icr: InContextRouter) -> Backbone:
+    """Returns the model that was asked for, or else the one that a router was fitted on.
+
+    Raises:
+        ValueError: none was asked for, and the router does not say which it was.
+    """
+    return model if model.model else model.or_else(icr.base_model)
 
 
 def load_tasks(names: Sequence[str], data: str) -> list[Task]:

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from icrouting.cli.loading import console, load
+from icrouting.cli.loading import base_of_router, console, load
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import device_of
@@ -25,7 +25,7 @@ def generate(
 ) -> None:
     """Prints a prompt's continuation with and without routing."""
     icr = InContextRouter.from_pretrained(router)
-    base, tokenizer = load(model)
+    base, tokenizer = load(base_of_router(model, icr))
     (tokens,) = Decoder.of(base, tokenizer).tokenize(prompts_of([prompt]))
     input_ids = torch.tensor([tokens], device=device_of(base))
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
@@ -63,6 +63,7 @@ def inspect(
 ) -> None:
     """Prints what a router does to one prompt and writes it as a page."""
     icr = InContextRouter.from_pretrained(router)
+    model = base_of_router(model, icr)
     with icr.attached(*load(model), strength=strength) as routed:
         seen = inspection.inspect_prompt(routed, prompt, options)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,8 @@ class Answering:
         if 0 < end <= call.q_len:
             columns = torch.arange(end, device=is_real.device)
             last = (is_real[:, :end].long() * columns).argmax(1)
-            answers[torch.arange(len(last)), last] = True
+            rows = torch.arange(len(last), device=last.device)
+            answers[rows, last] = True
         if self._in_steps:
             answers[:, max(0, end) :] = True
         self.rows, self.positions = answers.nonzero(as_tuple=True)

@@ -55,10 +55,11 @@ def pad(token_lists: Sequence[Sequence[int]], pad_id: int, rows: list[int] | Non
     """
     if rows is None:
         rows = list(range(len(token_lists)))
-    unpadded = [torch.tensor(tokens, dtype=torch.long) for tokens in token_lists]
+    # On the processor, whatever device new tensors go to: the batch is moved as a whole.
+    unpadded = [torch.tensor(tokens, dtype=torch.long, device="cpu") for tokens in token_lists]
     input_ids = pad_sequence(unpadded, batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(tokens) for tokens in token_lists])
-    attention_mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    lengths = torch.tensor([len(tokens) for tokens in token_lists], device="cpu")
+    attention_mask = torch.arange(input_ids.shape[1], device="cpu") < lengths[:, None]
     return Batch(rows, input_ids, attention_mask)
 
 

@@ -1,6 +1,6 @@
 """The decoder: a loaded model with its tokenizer, and what is asked of the two over and over."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.decoder.batches import context_length, knows_words, pad_id_of, tokenize
 from icrouting.decoder.families import base_of, device_of, dims_of, family_of, layers_of, stack_of
-from icrouting.decoder.identity import fingerprint
+from icrouting.decoder.identity import base_weights, difference, fingerprint
 from icrouting.decoder.sites import Dims, Family
 
 
@@ -84,6 +84,11 @@ class Decoder:
         """
         return fingerprint(self.model)
 
+    @property
+    def base_weights(self) -> dict[str, str]:
+        """What each weight is like, so that the same model is known by it in another form."""
+        return base_weights(self.model)
+
     @cached_property
     def pad_id(self) -> int:
         """The token to pad with."""
@@ -154,21 +159,30 @@ class Decoder:
                 "to it (`resize_token_embeddings`)"
             )
 
-    def check_fitted_on(self, what: str, name: str | None, expected: str) -> None:
-        """Checks that this is the model on which something was fitted.
+    def check_fitted_on(
+        self, what: str, name: str | None, expected: str, weights: Mapping[str, str]
+    ) -> None:
+        """Checks that this is the model on which something was fitted, perhaps rounded.
 
         Args:
             what: what was fitted, as the error is to name it.
             name: the name of the model that it was fitted on.
             expected: the fingerprint of that model.
+            weights: its `base_weights`; empty where an earlier version did not keep them, and the
+                fingerprint has to be the same.
 
         Raises:
-            ValueError: this is another model; both are named.
+            ValueError: this is another model; both are named, and what differs.
         """
         fingerprint_here = self.fingerprint
-        if fingerprint_here != expected:
+        if fingerprint_here == expected:
+            return
+        reason = "an earlier version kept nothing that says what differs"
+        if weights:
+            reason = difference(self.model, weights)
+        if reason is not None:
             raise ValueError(
                 f"{what} was fitted on {name!r} (fingerprint {expected}), this model is "
-                f"{self.base.config.name_or_path!r} ({fingerprint_here}): "
+                f"{self.base.config.name_or_path!r} ({fingerprint_here}), another one: {reason}; "
                 "load the base model it was fitted on, or fit anew"
             )

@@ -18,11 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from icrouting.decoder import checkpoints
 from icrouting.decoder.batches import knows_words
+from icrouting.decoder.checkpoints import check_whole
 from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.processes import here
 from icrouting.runtime.progress import spinner
+from icrouting.runtime.storage import load_json
 
 PINNED = ("smollm2-135m",)
 
@@ -105,10 +109,13 @@ def load_model(
     if device_map is not None:
         placement = {"device_map": device_map, "offload_folder": offload_folder}
     try:
+        _check_no_router(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or default_dtype(), **placement
+        model, loading_info = checkpoints.load(
+            AutoModelForCausalLM, folder, dtype=dtype or default_dtype(), **placement
         )
+        check_whole(model, loading_info)
+        _check_base(model)
     except _LOADING_ERRORS as error:
         shutil.rmtree(offload_folder, ignore_errors=True)
         hint = ""
@@ -128,6 +135,13 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def _check_base(model: PreTrainedModel) -> None:
+    """Checks the model under an adapter, of which transformers does not say how it was loaded."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        loading_info = checkpoints.loading_info_of(model, adapter.base_model_name_or_path)
+        check_whole(model, loading_info)
+
+
 def _default_device() -> str:
     """Returns this process's accelerator, or the CPU where there is none."""
     if torch.cuda.is_available():
@@ -145,8 +159,9 @@ def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     """
     folder = folder_of(str(name))
     try:
+        _check_no_router(folder)
         config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
+        with usual_defaults(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
@@ -165,6 +180,18 @@ def _check_has_tokenizer(name: str | Path, folder: str) -> None:
         raise ValueError(
             f"{str(name)!r} holds a model without its tokenizer: save it to the same folder "
             "(`tokenizer.save_pretrained`)"
+        )
+
+
+def _check_no_router(folder: str) -> None:
+    """Checks that a folder holds no router, whose config.json names a type of model as well."""
+    file = Path(folder, "config.json")
+    if not file.is_file():
+        return
+    config = load_json(file)
+    if config.get("method") == "icr":
+        raise ValueError(
+            f"this is a router: expected the model that it was fitted on, {config['base_model']!r}"
         )
 
 
@@ -225,9 +252,10 @@ def unpack_gguf(file: Path) -> Path:
 def _save_dense(file: Path, folder: Path) -> None:
     """Writes the model and the tokenizer of a GGUF file to a folder, in bfloat16."""
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16
+    model, loading_info = checkpoints.load(
+        AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.bfloat16
     )
+    check_whole(model, loading_info)
     # The weights are dense once loaded; the quantizer's marks only stop them from being saved.
     model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
     vars(model.config).pop("quantization_config", None)

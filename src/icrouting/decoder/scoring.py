@@ -19,6 +19,7 @@ from icrouting.decoder.passes import (
     next_token_logits,
 )
 from icrouting.decoder.texts import check_ending, listed, texts_of, whole_prompts_of
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.tasks.prompts import Prompt
 
 # Once a message: an evaluation scores the same options on every prompt.
@@ -132,6 +133,7 @@ def score_options(
     return score(decoder, prompts, options, token_budget=token_budget, kept=kept)
 
 
+@usual_defaults()
 @torch.no_grad()
 def score(
     decoder: Decoder,

@@ -14,6 +14,7 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, device_of
 from icrouting.decoder.hooks import Editor, edited, recorded
 from icrouting.decoder.passes import TOKEN_BUDGET, after_prefix, next_token_logits, run_prefix
+from icrouting.runtime.defaults import usual_defaults
 
 # Tokens of a prefix times the rows behind it, each of which needs a copy of its cache.
 PREFIX_BUDGET = 8192
@@ -32,6 +33,7 @@ def last_of(hidden: Tensor, positions: Int[Tensor, "batch"]) -> Float[Tensor, "b
     return states[rows, positions.to(hidden.device)]
 
 
+@usual_defaults()
 @torch.no_grad()
 def last_outputs(
     decoder: Decoder,

@@ -20,12 +20,14 @@ from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs, check_layers, late_third
 from icrouting.routing.router import Router
 from icrouting.runtime.checks import differences
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, first_one_first
 from icrouting.runtime.storage import load_json, load_metadata, save_json
 from icrouting.tasks.task import Task, rows_digest
 
 
+@usual_defaults()
 def fit(
     decoder: Decoder,
     tasks: Sequence[Task],

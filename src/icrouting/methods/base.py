@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from icrouting.config import DEFAULT_ENCODER
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, hooked
 from icrouting.decoder.hooks import counted_rows
@@ -20,6 +22,7 @@ from icrouting.decoder.scoring import have_finite_scores, score
 from icrouting.methods.fits import Fit, load_fit, save_fit
 from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Example, Task
 
@@ -68,7 +71,8 @@ class Method:
     cost: dict[str, int | float]
 
     def __init__(self, settings: Settings):
-        self.settings = settings
+        # By name, as it is kept with what was learned.
+        self.settings = replace(settings, encoder=settings.encoder or DEFAULT_ENCODER)
 
     @classmethod
     def cuts(cls, settings: Settings) -> list[str]:
@@ -98,6 +102,7 @@ class Method:
         """
         self.fit_on(Decoder.of(model, tokenizer), sources, rng, file)
 
+    @usual_defaults()
     def fit_on(
         self,
         decoder: Decoder,
@@ -331,7 +336,8 @@ class Method:
             return self
         if not is_same_model:
             fitted_name = fitted_on.model.config.name_or_path
-            decoder.check_fitted_on(self.name, fitted_name, fitted_on.fingerprint)
+            weights = fitted_on.base_weights
+            decoder.check_fitted_on(self.name, fitted_name, fitted_on.fingerprint, weights)
         moved = copy(self)
         moved.decoder = decoder
         return moved

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from icrouting.config import Basis, FitConfig
+from icrouting.config import DEFAULT_ENCODER, Basis, FitConfig
 from icrouting.decoder.families import device_of
 from icrouting.fitting import stages
 from icrouting.icr import InContextRouter
@@ -22,6 +22,7 @@ from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Reader
 from icrouting.routing.rerouting import rerouted
 from icrouting.routing.router import Router
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.processes import alone
 from icrouting.tasks.task import Task
 
@@ -81,6 +82,7 @@ class Refit(Method):
         self.n_trained = sum(parameter.numel() for parameter in router.parameters())
         self.n_labelled = most_labelled(self.sources, self.config)
 
+    @usual_defaults()
     def applied(self, task: Task) -> Context:
         """Routes the model by each prompt."""
         layers = tuple(self.layers.tolist())
@@ -119,7 +121,8 @@ def _config(settings: Settings) -> FitConfig:
     """Returns the configuration of the settings' router, or the defaults within their budget."""
     if settings.router is not None:
         return InContextRouter.from_pretrained(settings.router).description.fit
-    config = FitConfig(demos_per_class=settings.demos_per_class, encoder=settings.encoder)
+    encoder = settings.encoder or DEFAULT_ENCODER
+    config = FitConfig(demos_per_class=settings.demos_per_class, encoder=encoder)
     # PCA needs more prompts than it gives directions.
     n_prompts = max(config.rank + 1, min(config.n_prompts, settings.train_rows))
     return replace(config, n_prompts=n_prompts, n_queries=settings.train_rows)

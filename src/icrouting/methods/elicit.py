@@ -15,6 +15,7 @@ from icrouting.methods.base import Method
 from icrouting.methods.retriever import same_task, train_head
 from icrouting.methods.task_vectors import sweep
 from icrouting.routing.encoder import SentenceEncoder, load_encoder, query_texts
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.tasks.prompts import episodes, few_shot
 from icrouting.tasks.task import Task
 
@@ -113,6 +114,7 @@ class Elicit(Method):
         return load_encoder(self.settings.encoder).fingerprint if len(self.head) else ""
 
     @torch.no_grad()
+    @usual_defaults()
     def retrieved(
         self, texts: Sequence[str]
     ) -> tuple[Float[Tensor, "batch hidden_size"], Int[Tensor, "batch"]]:

@@ -14,6 +14,7 @@ from icrouting.decoder.states import last_outputs
 from icrouting.methods.base import Method, Scores
 from icrouting.methods.regimes import ONCE
 from icrouting.routing.encoder import SentenceEncoder, load_encoder, query_texts
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.tasks.task import Example, Task
 
 # Values of C, which is scikit-learn's inverse regularisation; its default first.
@@ -84,6 +85,7 @@ class Probe(Method, ABC):
         guesses = self._scores(features, n_options).argmax(1)
         return float((guesses == labels).float().mean())
 
+    @usual_defaults()
     def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
         """Returns the probe's scores instead of the model's."""
         texts = [self.prompt(task, example).text for example in examples]

@@ -15,6 +15,7 @@ from icrouting.methods.regimes import ONCE
 from icrouting.methods.registry import LEARNING
 from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same, known, read
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors, unshared
 
 CONFIG = "method.json"
@@ -32,6 +33,7 @@ class Saved:
     settings: dict[str, Any]
     model: str
     fingerprint: str
+    base_weights: dict[str, str]
     depends_on: str
     sources: list[str]
     tried: list[dict[str, Any]]
@@ -64,6 +66,7 @@ def save_method(method: Method, folder: str | Path) -> None:
         settings=asdict(method.settings),
         model=str(method.model.config.name_or_path),
         fingerprint=method.decoder.fingerprint,
+        base_weights=method.decoder.base_weights,
         depends_on=method.depends_on(),
         sources=[task.name for task in method.sources],
         tried=fit.tried,
@@ -73,6 +76,7 @@ def save_method(method: Method, folder: str | Path) -> None:
     save_json(folder / CONFIG, asdict(saved))
 
 
+@usual_defaults()
 def load_method(
     folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Method:
@@ -89,7 +93,7 @@ def load_method(
     folder = Path(folder)
     saved = _read_saved(folder)
     decoder = Decoder.of(model, tokenizer)
-    decoder.check_fitted_on(str(folder), saved.model, saved.fingerprint)
+    decoder.check_fitted_on(str(folder), saved.model, saved.fingerprint, saved.base_weights)
     # A gate is fitted on its router's sources alone, so it has no regimes and is not LEARNING's.
     kinds = {kind.name: kind for kind in (*LEARNING, IcrGated)}
     kind = known("method", saved.method, kinds)
@@ -110,8 +114,9 @@ def _read_saved(folder: Path) -> Saved:
         )
     # The two files are written one after the other; a kill in between leaves no pair.
     digest = _digest(folder)
-    # An earlier version kept no digest.
-    saved = read(Saved, {"tensors_sha256": digest, **load_json(folder / CONFIG)})
+    # An earlier version kept no digest, and nothing of the model's weights.
+    content = {"tensors_sha256": digest, "base_weights": {}, **load_json(folder / CONFIG)}
+    saved = read(Saved, content)
     if saved.tensors_sha256 != digest:
         raise ValueError(
             f"{folder / TENSORS} is damaged: its sha256 is not the one in {CONFIG}; "

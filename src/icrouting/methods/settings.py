@@ -25,7 +25,8 @@ class Settings:
             LoRA with more).
         train_epochs: Epochs of those.
         encoder: Sentence encoder of methods that read prompts by one: hub id, folder or
-            "pinned:minilm".
+            "pinned:minilm"; by default the router's, and sentence-transformers/all-MiniLM-L6-v2
+            without one.
     """
 
     demos_per_class: PositiveInt = 5
@@ -35,7 +36,7 @@ class Settings:
     tries: PositiveInt = 12
     train_rows: PositiveInt = 1000
     train_epochs: PositiveInt = 10
-    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    encoder: str | None = None
 
     def __post_init__(self):
         check(self)

@@ -15,6 +15,7 @@ from icrouting.decoder.calls import n_seen, read_by
 from icrouting.decoder.families import CACHE, stack_of
 from icrouting.decoder.hold import frozen
 from icrouting.methods.adapters import load_peft
+from icrouting.runtime.defaults import usual_defaults
 
 
 @contextmanager
@@ -49,6 +50,7 @@ def in_front(
         yield weight
 
 
+@usual_defaults()
 def _wrapped(base: PreTrainedModel, kind: str, prompt: Float[Tensor, "n_virtual width"]) -> Any:
     """Returns peft's wrapper of a model, with a soft prompt of this size."""
     peft = load_peft()

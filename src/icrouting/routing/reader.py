@@ -13,6 +13,7 @@ from icrouting.decoder.partial import entering_states
 from icrouting.routing.features import Features
 from icrouting.routing.router import Router, Routing
 from icrouting.routing.sources import FormWatch
+from icrouting.runtime.defaults import usual_defaults
 
 Gate = Callable[[Sequence[Tensor]], Float[Tensor, "batch"]]
 
@@ -40,6 +41,7 @@ class Reader:
     gate: Gate | None = None
     forms: FormWatch | None = None
 
+    @usual_defaults()
     @torch.no_grad()
     def of_states(self, token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Routing:
         """Returns the routing of prompts, given the states that enter the first routed layer.
@@ -63,6 +65,7 @@ class Reader:
         index = torch.tensor(places, device=routing.head_gates.device)
         return Routing(routing.routing_vector[index], routing.head_gates[index])
 
+    @usual_defaults()
     @torch.no_grad()
     def of_tokens(self, token_lists: Sequence[Sequence[int]]) -> Routing:
         """Returns the routing of prompts.

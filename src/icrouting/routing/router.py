@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from icrouting.routing.pids import PIDs
+from icrouting.runtime.equality import are_equal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """What a router decided for a batch of queries.
 
@@ -25,6 +26,9 @@ class Routing:
 
     routing_vector: Float[Tensor, "batch n_layers rank"]
     head_gates: Float[Tensor, "batch n_layers n_heads"]
+
+    def __eq__(self, other: object) -> bool:
+        return are_equal(self, other)
 
     def scaled(self, strength: float | Tensor) -> "Routing":
         """The same routing with alpha multiplied by `strength`."""
@@ -116,4 +120,7 @@ class Router(nn.Module):
 
 
 def _perceptron(n_in: int, hidden_width: int, n_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(n_in, hidden_width), nn.GELU(), nn.Linear(hidden_width, n_out))
+    # Whatever torch's default is: the weights are trained and kept in float32.
+    first = nn.Linear(n_in, hidden_width, dtype=torch.float32)
+    last = nn.Linear(hidden_width, n_out, dtype=torch.float32)
+    return nn.Sequential(first, nn.GELU(), last)
