@@ -96,7 +96,7 @@ def columns_held(way, spreads=None):
     """Inside, routed layers widen by the columns that `way` makes of those of queries and keys."""
 
     def widen_cached(layer, key, value):
-        layer.z_key = layer.key_directions.project(layer.store["key"])[:, None]
+        layer.z_key = layer.key_directions.project(layer.states.take("key"))[:, None]
         parts = torch.cat(way(layer.z_key, layer.z_key)[1], -1)
         # The attention function cuts off as many columns as the rank says.
         layer.rank = parts.shape[-1]
@@ -104,7 +104,7 @@ def columns_held(way, spreads=None):
         return torch.cat([key, columns], -1), torch.nn.functional.pad(value, (0, layer.rank))
 
     def widen_queries(layer, query, weights):
-        columns = layer.query_directions.project(layer.store["query"])[:, None] * weights
+        columns = layer.query_directions.project(layer.states.take("query"))[:, None] * weights
         if spreads is not None:
             # The weights are divided by the model's scaling of logits, which comes back here.
             bias = query.shape[-1] ** -0.5 * columns @ layer.z_key.mT

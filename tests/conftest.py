@@ -5,6 +5,11 @@ import pytest
 import torch
 from filelock import FileLock
 
+import shapes
+
+# Before the first module of the package is imported.
+shapes.check_where_arrays_are_named()
+
 import pinned
 import tiny
 from fitted import SMALL

@@ -352,6 +352,14 @@ def damaged(whole, rng):
     return bytes(data)
 
 
+def says_the_same(version, whole):
+    """Whether a configuration lost, or got, nothing but space between its words."""
+    try:
+        return json.loads(version) == json.loads(whole)
+    except ValueError:
+        return False
+
+
 @pytest.fixture
 def where(saved_router, tmp_path):
     return shutil.copytree(saved_router, tmp_path / "router")
@@ -408,6 +416,7 @@ def test_files_that_were_damaged_are_refused(where):
     for name in (CONFIG, WEIGHTS):
         whole = (where / name).read_bytes()
         versions = {damaged(whole, rng) for _ in range(150)} - {whole}
+        versions = {version for version in versions if not says_the_same(version, whole)}
         cases += [
             (f"{name} {number}", lambda name=name, data=data: (where / name).write_bytes(data))
             for number, data in enumerate(sorted(versions))

@@ -102,7 +102,6 @@ def load_model(
             "leave one out"
         )
     folder = folder_of(str(name))
-    _check_has_tokenizer(name, folder)
     # A folder of its own: two models of one name may be off-loaded at the same time.
     offload_folder = wheels.cache_folder() / "off-loaded" / uuid.uuid4().hex
     placement: dict[str, Any] = {}
@@ -110,6 +109,7 @@ def load_model(
         placement = {"device_map": device_map, "offload_folder": offload_folder}
     try:
         _check_no_router(folder)
+        _check_has_tokenizer(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model, loading_info = checkpoints.load(
             AutoModelForCausalLM, folder, dtype=dtype or default_dtype(), **placement
@@ -172,13 +172,13 @@ def load_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model, tokenizer if knows_words(tokenizer) else None
 
 
-def _check_has_tokenizer(name: str | Path, folder: str) -> None:
+def _check_has_tokenizer(folder: str) -> None:
     """ValueError for a folder with a model alone; some families' tokenizers would be made up."""
     if not Path(folder, "config.json").is_file():
         return
     if not any(file for kind in _TOKENIZER_FILES for file in Path(folder).glob(kind)):
         raise ValueError(
-            f"{str(name)!r} holds a model without its tokenizer: save it to the same folder "
+            "this folder holds a model without its tokenizer: save it to the same folder "
             "(`tokenizer.save_pretrained`)"
         )
 
