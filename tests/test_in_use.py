@@ -17,10 +17,13 @@ import tiny
 from bench import CLOSE, MATTERS, Bench
 from fitted import fit_method
 from icrouting.config import HIDDEN
+from icrouting.decoder.families import family_of
 from icrouting.decoder.scoring import score_options
 from icrouting.methods import Settings
+from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.routing.effect import run_both
+from icrouting.runtime.defaults import usual_defaults
 from plain_and_routed import state_of
 
 OPTIONS = ("negative", "positive")
@@ -232,8 +235,88 @@ def test_hooks_that_somebody_removed_are_missed(bench, model):
     with bench.attached(model) as routed:
         routed.score(bench.texts, OPTIONS)
         model.model.layers[3].self_attn.q_proj._forward_hooks.clear()
-        with pytest.raises(RuntimeError, match="query projection did not run"):
+        with pytest.raises(RuntimeError, match=r"hooks of `model.layers.3.self_attn.q_proj` were"):
             routed.score(bench.texts, OPTIONS)
+
+
+def test_hooks_of_the_user_change_what_is_routed_whenever_they_came(bench, model):
+    """Our hooks on one module are called behind theirs."""
+
+    def stretch(module, args, output):
+        return 1.5 * output
+
+    query = model.model.layers[3].self_attn.q_proj
+    with query.register_forward_hook(stretch), bench.attached(model):
+        expected = model(**bench.inputs(0)).logits
+    with bench.attached(model):
+        plain = model(**bench.inputs(0)).logits
+        with query.register_forward_hook(stretch):
+            assert torch.equal(model(**bench.inputs(0)).logits, expected)
+    assert (plain - expected).abs().max() > MATTERS
+
+
+def test_an_attention_that_calls_its_own_function_is_an_error(bench, model):
+    attention = model.model.layers[4].self_attn
+    own = attention.forward
+
+    def unrouted(hidden_states, *args, **kwargs):
+        return torch.zeros_like(hidden_states), None
+
+    with bench.attached(model):
+        attention.forward = unrouted
+        with pytest.raises(RuntimeError, match="the attention of layer 4 ran unrouted"):
+            model(**bench.inputs(0))
+        attention.forward = own
+        model(**bench.inputs(0))
+
+
+def test_one_layer_on_another_kernel_is_an_error(bench, model):
+    attention = model.model.layers[3].self_attn
+    with bench.attached(model):
+        attention.config = copy.copy(attention.config)
+        attention.config._attn_implementation = "eager"
+        with pytest.raises(RuntimeError, match="implementation was set to 'eager'"):
+            model(**bench.inputs(0))
+
+
+# Rivals
+
+
+@pytest.fixture(scope="module")
+def rival(bench):
+    method = IterativeVectors(Settings(demos_per_class=2, tries=1, train_rows=8))
+    return fit_method(method, bench.fresh(), bench.tokenizer, [tiny.task()])
+
+
+def test_layers_replaced_under_a_rival_are_an_error(rival, bench, model):
+    clean = copy.deepcopy(model.model.layers)
+    with rival.attached(model, bench.tokenizer, tiny.task()):
+        model.model.layers = clean
+        with pytest.raises(RuntimeError, match=REPLACED):
+            model(**bench.inputs(0))
+
+
+def test_checkpointing_under_a_rival_is_refused(rival, bench, model):
+    enable_checkpointing(model.train().requires_grad_(True), use_reentrant=False)
+    with (
+        rival.attached(model, bench.tokenizer, tiny.task()),
+        pytest.raises(ValueError, match="switch gradient checkpointing off"),
+    ):
+        model(**bench.inputs(0), use_cache=False)
+
+
+def test_the_stack_alone_under_a_rival_is_no_part_of_the_last_call(rival, bench, model):
+    with rival.attached(model, bench.tokenizer, tiny.task()):
+        model(**bench.inputs(0))
+        with pytest.raises(ValueError, match="call the whole model"):
+            model.model(**bench.inputs(2))
+
+
+def test_no_part_of_a_model_is_copied_under_a_rival(rival, bench, model):
+    with rival.attached(model, bench.tokenizer, tiny.task()):
+        for part in (model, model.model):
+            with pytest.raises(RuntimeError, match="cannot be copied"):
+                copy.deepcopy(part)
 
 
 # After the `with`
@@ -255,6 +338,36 @@ def test_what_was_attached_is_an_error_after_its_with(use, strength, bench, mode
     # Attached again, it is another: the old one is no door to it.
     with bench.attached(model), pytest.raises(RuntimeError, match=OVER):
         uses[use]()
+
+
+def test_strength_zero_is_alone_too(bench, model):
+    for first, second in ((1.0, 0.0), (0.0, 1.0)):
+        with (
+            bench.icr.attached(model, bench.tokenizer, strength=first),
+            pytest.raises(ValueError, match="is attached to this model"),
+        ):
+            bench.icr.attached(model, bench.tokenizer, strength=second).__enter__()
+
+
+def test_what_held_on_to_the_model_s_methods_has_the_plain_ones_after_leaving(bench, model):
+    with bench.attached(model):
+        forward, generate = model.forward, model.generate
+    inputs = bench.inputs(0)
+    assert torch.equal(forward(**inputs).logits, model(**inputs).logits)
+    assert torch.equal(generate(**inputs, **NEW), model.generate(**inputs, **NEW))
+    model.forward = forward
+    copied = copy.deepcopy(model)
+    copied.lm_head.weight.data.zero_()
+    assert not copied(**inputs).logits.any()
+    assert model(**inputs).logits.any()
+
+
+def test_a_generate_that_is_not_the_attached_model_s_is_an_error(bench, model):
+    taken_before = model.generate
+    with bench.attached(model):
+        for generate in (taken_before, lambda **inputs: type(model).generate(model, **inputs)):
+            with pytest.raises(RuntimeError, match="began before the method was attached"):
+                generate(**bench.inputs(0), **NEW)
 
 
 # The attention implementation
@@ -366,6 +479,68 @@ def test_threads_take_turns_under_a_rival_too(bench, model):
         together = in_threads([lambda row=place % 3: use(row) for place in range(N_THREADS)])
     for pair, expected in zip(together, alone, strict=True):
         assert all(map(torch.equal, pair, expected))
+
+
+def test_models_that_draft_for_one_another_do_not_wait_forever(bench):
+    one, other = bench.fresh(), bench.fresh()
+    inputs = bench.inputs(0)
+    with bench.attached(one), bench.attached(other):
+        alone = one.generate(**inputs, **NEW, assistant_model=other)
+
+        def draft(model, assistant):
+            return model.generate(**inputs, **NEW, assistant_model=assistant)
+
+        uses = [lambda: draft(one, other), lambda: draft(other, one)] * 4
+        assert all(torch.equal(tokens, alone) for tokens in in_threads(uses))
+
+
+def test_threads_that_meet_a_model_first_leave_it_as_it_is(bench):
+    for _ in range(3):
+        model = bench.fresh()
+        assert len(set(map(str, in_threads([lambda model=model: family_of(model)] * 8)))) == 1
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_plain_call_beside_the_first_look_at_a_model_is_plain(bench):
+    model = bench.fresh()
+    inputs = bench.inputs(0)
+    expected = model(**inputs).logits
+    reached, go_on = threading.Event(), threading.Event()
+
+    def look(layer, args):
+        # While it is tried, which is in this thread, the other calls it.
+        if threading.current_thread() is threading.main_thread():
+            reached.set()
+            go_on.wait(10)
+
+    def call():
+        reached.wait(10)
+        logits = model(**inputs).logits
+        go_on.set()
+        return logits
+
+    with (
+        model.model.layers[2].register_forward_pre_hook(look),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        logits = pool.submit(call)
+        family_of(model)
+        assert torch.equal(logits.result(), expected)
+
+
+def test_threads_leave_the_default_dtype_as_it_was():
+    torch.set_default_dtype(torch.float16)
+
+    def make():
+        for _ in range(50):
+            with usual_defaults():
+                assert torch.zeros(1).dtype == torch.float32
+
+    try:
+        in_threads([make] * 8)
+        assert torch.get_default_dtype() == torch.float16
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_leaving_waits_for_a_call_in_flight(bench, model):

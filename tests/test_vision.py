@@ -87,6 +87,14 @@ def test_text_is_routed_as_by_the_text_part(use, side, icr, model, same_for_text
     assert (routed - use_of(icr, model, 0.0)).abs().max() > MATTERS
 
 
+def test_the_model_without_its_head_is_routed_too(icr, model):
+    inputs = inputs_of(TEXTS)
+    with icr.attached(model, tiny.tokenizer()):
+        hidden = model.model(**inputs).last_hidden_state
+        logits = model(**inputs).logits
+    assert (model.lm_head(hidden) - logits).abs().max() <= CLOSE
+
+
 def test_images_are_refused_in_a_sentence(icr, model):
     inputs = inputs_of(["Review:"])
     inputs["pixel_values"] = torch.zeros(1, 3, 16, 16)

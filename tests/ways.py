@@ -464,6 +464,12 @@ def uses_what_was_left(bench):
     routed.score(bench.texts, ("negative", "positive"))
 
 
+def takes_generate_before(bench):
+    taken_before = bench.model.generate
+    with bench.attached():
+        taken_before(**bench.inputs(0), max_new_tokens=2)
+
+
 def swaps_a_module(bench):
     model = bench.fresh()
     with bench.attached(model):
@@ -647,6 +653,12 @@ WAYS = (
         note="one call after the other; leaving waits for a call that runs",
         elsewhere="tests/test_in_use.py",
     ),
+    Way(
+        "Routers",
+        "a `generate` that began, or was taken, before `attached`",
+        takes_generate_before,
+        "this `generate` began before the method was attached",
+    ),
     Way("Routers", "what `attached` gave, after its `with`", uses_what_was_left, LEFT),
     Way(
         "Routers",
@@ -728,6 +740,12 @@ WAYS = (
         "the same inside `attached`, with several forwards to a backward",
         note="the backward belongs inside the `with`; after it, it raises",
         elsewhere="tests/test_in_use.py",
+    ),
+    Way(
+        "Training",
+        "a checkpoint of one's own around the whole model",
+        note="its backward belongs inside the `with`: after it, a reentrant one runs the plain "
+        "model, and nothing of ours is left to say so",
     ),
     Way("Kernels", "`eager`", by_kernel("eager")),
     Way("Kernels", "`sdpa`", by_kernel("sdpa")),

@@ -15,39 +15,58 @@ from icrouting.decoder.tracking import Call, tracked
 class Answering:
     """Which tokens answer in the forward that runs; comes from `answering`.
 
-    Attributes:
-        rows: the row of each such token.
-        positions: its column among the tokens of this forward.
+    Outside of a forward of the whole model there are none, and whoever asks gets an error: those of
+    the forward before it would be wrong.
     """
-
-    rows: Int[Tensor, "n_tokens"]
-    positions: Int[Tensor, "n_tokens"]
 
     def __init__(self, in_steps: bool):
         self._in_steps = in_steps
-        self._call: Call | None = None
+        # The forward that runs, with the row and the column of each token that answers.
+        self._running: tuple[Call, Tensor, Tensor] | None = None
+
+    @property
+    def rows(self) -> Int[Tensor, "n_tokens"]:
+        """The row of each token that answers."""
+        return self._now()[1]
+
+    @property
+    def positions(self) -> Int[Tensor, "n_tokens"]:
+        """Its column among the tokens of this forward."""
+        return self._now()[2]
+
+    def _now(self) -> tuple[Call, Tensor, Tensor]:
+        if self._running is None:
+            raise ValueError(
+                "this method edits what answers a prompt: call the whole model, not a part of it, "
+                "and without checkpointing that runs a layer again"
+            )
+        return self._running
 
     def prompts(self) -> list[list[int]]:
         """Returns the tokens of every row's prompt, without those that an earlier call cached."""
-        assert self._call is not None, "prompts are asked for while a forward runs"
-        prompts = self._call.prompts()
+        call = self._now()[0]
+        prompts = call.prompts()
         if prompts is None:
             raise ValueError(
                 "this method reads the prompt: give the model `input_ids`, "
                 "not `inputs_embeds` alone"
             )
         token_lists = prompts.token_lists()
-        n_rows_each = self._call.n_rows // len(token_lists)
+        n_rows_each = call.n_rows // len(token_lists)
         # The beams of a prompt stand side by side.
         return [tokens for tokens in token_lists for _ in range(n_rows_each)]
 
     def around(self, call: Call, run: Callable[[], Any]) -> Any:
         """Finds the tokens of a forward that is due, and runs it."""
-        self._find(call)
-        return run()
+        running_before = self._running
+        self._running = (call, *self._find(call))
+        try:
+            return run()
+        finally:
+            self._running = running_before
 
-    def _find(self, call: Call) -> None:
-        self._call = call
+    def _find(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Returns the rows and the columns of the tokens that answer."""
         is_real = call.is_real
         answers = torch.zeros_like(is_real)
         # The column behind the prompt's last: a cut prompt ends beyond this forward, a step begins
@@ -60,7 +79,8 @@ class Answering:
             answers[rows, last] = True
         if self._in_steps:
             answers[:, max(0, end) :] = True
-        self.rows, self.positions = answers.nonzero(as_tuple=True)
+        rows, positions = answers.nonzero(as_tuple=True)
+        return rows, positions
 
 
 @contextmanager

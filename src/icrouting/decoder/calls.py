@@ -10,8 +10,12 @@ from icrouting.decoder.families import CACHE
 
 def called_with(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a module's call by name."""
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-    arguments = bound.arguments
+    return named(inspect.signature(module.forward), args, kwargs)
+
+
+def named(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call by name, given the signature of what was called."""
+    arguments = signature.bind_partial(*args, **kwargs).arguments
     # What a signature gathers in **kwargs counts like the rest.
     gathered = arguments.pop("kwargs", {})
     return arguments | gathered

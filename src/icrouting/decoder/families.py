@@ -6,6 +6,7 @@ enter the attention logits (paper silent), and before rotary embedding, as in th
 algorithm 2.
 """
 
+import threading
 import weakref
 from dataclasses import replace
 
@@ -34,6 +35,7 @@ else:
 
 # Keyed by stack, since hooks hold a model alone and ask for its family in every forward pass.
 _confirmed: weakref.WeakKeyDictionary[nn.Module, Family] = weakref.WeakKeyDictionary()
+_checking = threading.RLock()
 
 _POST_NORMED = Family(
     attention_branch="post_attention_layernorm", mlp_branch="post_feedforward_layernorm"
@@ -111,7 +113,10 @@ def family_of(model: nn.Module) -> Family:
     base = base_of(model)
     stack = stack_of(model)
     if stack not in _confirmed:
-        _confirmed[stack] = _confirmed_family(base, stack)
+        # One check at a time: it exchanges the attention function of the model.
+        with _checking:
+            if stack not in _confirmed:
+                _confirmed[stack] = _confirmed_family(base, stack)
     return _confirmed[stack]
 
 

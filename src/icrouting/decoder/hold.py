@@ -3,22 +3,19 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import update_wrapper
-from typing import Any, NoReturn
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from icrouting.decoder.families import base_of
+from icrouting.decoder.guards import Wrapped, lock_of
+from icrouting.decoder.places import HookedModules
 
 # The name of the method that holds each model, None for none.
 _held: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
-# Each held model's lock: whoever runs the model has it for as long as that takes.
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock]
-_locks = weakref.WeakKeyDictionary()
-_locks_lock = threading.Lock()
 
 
 @contextmanager
@@ -42,8 +39,8 @@ def replaced(model: nn.Module, **methods: Callable) -> Iterator[None]:
     attributes = vars(model)
     # What already stood there on the instance, over the methods of its class.
     before = {name: attributes[name] for name in methods if name in attributes}
-    attributes.update(methods)
     try:
+        attributes.update(methods)
         yield
     finally:
         for name, method in methods.items():
@@ -55,54 +52,6 @@ def replaced(model: nn.Module, **methods: Callable) -> Iterator[None]:
                 del attributes[name]
 
 
-def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a hook that lets other threads pass, which may run the same model meanwhile."""
-    thread = threading.get_ident()
-
-    def run(*args: Any) -> Any:
-        return hook(*args) if threading.get_ident() == thread else None
-
-    return run
-
-
-class Uncopied:
-    """What belongs to an attached model, and keeps the model from being copied or pickled.
-
-    A copy would have our hooks forever, and share what they remember with the model itself.
-    """
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise RuntimeError(
-            "a model cannot be copied or pickled while a method is attached to it: leave the "
-            "method first, or save the weights with `save_pretrained`"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        self.__deepcopy__({})
-
-
-class Wrapped(Uncopied):
-    """A model's own method with something around it, which has the method's signature."""
-
-    def __init__(self, method: Callable, around: Callable[..., Any]):
-        update_wrapper(self, method)
-        self._method = method
-        self._around = around
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls `around` with the method and its arguments."""
-        return self._around(self._method, *args, **kwargs)
-
-
-def lock_of(model: nn.Module) -> AbstractContextManager[bool]:
-    """Returns a model's lock, which the same thread may take again."""
-    base = base_of(model)
-    with _locks_lock:
-        if base not in _locks:
-            _locks[base] = threading.RLock()
-        return _locks[base]
-
-
 def _nothing_to_check() -> None:
     """What stands for a check where there is none."""
 
@@ -111,15 +60,24 @@ class Hold:
     """One method's hold on a model, from entering until leaving.
 
     Attributes:
+        base: the model.
         lock: whoever runs the model has it for as long as that takes.
+        hooked_modules: the modules that the method has hooks on.
         is_over: whether the method has been left.
         check: raises where the model is not any more what the method was attached to.
+        follows_checkpointing: whether layers that run again for their gradients are seen to.
     """
 
-    def __init__(self, model: nn.Module):
-        self.lock = lock_of(model)
+    def __init__(self, base: PreTrainedModel):
+        self.base = base
+        self.lock = lock_of(base)
+        self.hooked_modules = HookedModules(base)
         self.check: Callable[[], None] = _nothing_to_check
         self.is_over = False
+        self.follows_checkpointing = True
+        self._is_running = False
+        # Whether it was left, by an interrupt, while a call was running.
+        self._was_cut = False
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -136,9 +94,77 @@ class Hold:
     @contextmanager
     def ending(self) -> Iterator[None]:
         """Waits for a call in flight; from then on the hold is over, and `turn` an error."""
-        with self.lock:
+        try:
+            self.lock.__enter__()
+        except BaseException:
+            # Nobody waits any longer: the call in flight is told at its end.
+            self.is_over = True
+            self._was_cut = True
+            raise
+        try:
             self.is_over = True
             yield
+        finally:
+            self.lock.__exit__(None, None, None)
+
+    def in_turn(self, plain: Callable, held: Callable, *, is_forward: bool = False) -> Wrapped:
+        """Returns what stands for a method of the model: each call waits for its turn.
+
+        Args:
+            plain: the method, which is called once the hold is over.
+            held: what is called until then.
+            is_forward: whether this is a forward, which needs the model as it was.
+        """
+
+        def take_turn(_: Callable, *args: Any, **kwargs: Any) -> Any:
+            with self._locks(kwargs.get("assistant_model")):
+                # A call that waited until the method was left is a plain one.
+                if self.is_over:
+                    return plain(*args, **kwargs)
+                with self._running() if is_forward else nullcontext():
+                    result = held(*args, **kwargs)
+            if self._was_cut:
+                raise RuntimeError(
+                    "the method was left, by an interrupt, while this call was running"
+                )
+            return result
+
+        return Wrapped(plain, take_turn, lambda: self.is_over)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Inside, a forward runs, before which the model was looked at."""
+        is_inner = self._is_running
+        if not is_inner:
+            if torch.is_grad_enabled() and not self.follows_checkpointing:
+                self._refuse_checkpointing()
+            self.check()
+        self._is_running = True
+        try:
+            yield
+        finally:
+            self._is_running = is_inner
+
+    @contextmanager
+    def _locks(self, assistant: Any) -> Iterator[None]:
+        """Inside, this thread has the model's lock, and that of a model that drafts for it."""
+        locks = {id(self.lock): self.lock}
+        if isinstance(assistant, nn.Module):
+            assistants_lock = lock_of(base_of(assistant))
+            locks[id(assistants_lock)] = assistants_lock
+        with ExitStack() as leaving:
+            # In one order for all, or two models that draft for one another wait forever.
+            for _, lock in sorted(locks.items()):
+                leaving.enter_context(lock)
+            yield
+
+    def _refuse_checkpointing(self) -> None:
+        for module in self.base.modules():
+            if module.training and getattr(module, "gradient_checkpointing", False):
+                raise ValueError(
+                    "under this method layers must not run again for their gradients, as they "
+                    "would not be told of which prompt: switch gradient checkpointing off"
+                )
 
 
 def check_alone(model: nn.Module, name: str) -> None:
@@ -174,17 +200,12 @@ def hooked(
     # Before the lock too, so that nobody waits for a call to end and is refused then.
     check_alone(base, name)
     hold = Hold(base)
-
-    def in_turn(method: Callable, *args: Any, **kwargs: Any) -> Any:
-        # A call that waited until the method was left is a plain one.
-        with hold.lock:
-            return method(*args, **kwargs)
-
     with ExitStack() as leaving:
         # Two threads that enter, or one that enters while another calls, take turns.
         with hold.lock:
             check_alone(base, name)
             leaving.enter_context(hooks)
+            hold.hooked_modules.note()
             outer_name = _held.get(base)
             leaving.callback(_held.__setitem__, base, outer_name)
             _held[base] = name
@@ -192,8 +213,8 @@ def hooked(
             leaving.enter_context(
                 replaced(
                     base,
-                    forward=Wrapped(base.forward, in_turn),
-                    generate=Wrapped(generate, in_turn),
+                    forward=hold.in_turn(base.forward, base.forward, is_forward=True),
+                    generate=hold.in_turn(generate, generate),
                     init_continuous_batching=_refuse_packing,
                 )
             )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from icrouting.decoder.answering import Answering, answering
 from icrouting.decoder.calls import called_with, read_by
 from icrouting.decoder.families import base_of, stack_of
+from icrouting.decoder.guards import Hook
 
 # From a module's place among those that are edited and its states, the states in their stead.
 Edit = Callable[[int, Tensor], Tensor]
@@ -44,7 +45,7 @@ def edited(
 
     with ExitStack() as hooks:
         for place, module in enumerate(modules):
-            hooks.enter_context(register(module, partial(hook, place)))
+            hooks.enter_context(register(module, Hook(partial(hook, place))))
         yield
 
 

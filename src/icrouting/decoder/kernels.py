@@ -1,10 +1,23 @@
 """Kernels: a model's attention function, exchanged for another."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def kernel_of(name: str, module: nn.Module) -> Callable:
+    """Returns a kernel; each family has an eager one of its own, in its modelling file."""
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    modelling_file = sys.modules[type(module).__module__]
+    kernel = getattr(modelling_file, "eager_attention_forward", None)
+    assert kernel is not None, f"{type(module).__name__} has no eager attention function"
+    return kernel
 
 
 @contextmanager

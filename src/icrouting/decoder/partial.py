@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from icrouting.decoder.batches import Batch, by_length, pad
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import device_of, layers_of
-from icrouting.decoder.hold import of_this_thread
+from icrouting.decoder.guards import of_this_thread
 from icrouting.decoder.passes import next_token_logits
 
 # Padded tokens of a pass that is run for the states which enter a layer.

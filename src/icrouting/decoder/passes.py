@@ -14,7 +14,7 @@ from transformers import Cache
 from icrouting.decoder.batches import Batch, by_length, pad
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, base_of, device_of
-from icrouting.decoder.hold import of_this_thread
+from icrouting.decoder.guards import of_this_thread
 from icrouting.tasks.prompts import Prompt
 
 # Padded tokens of a pass. A prompt of more than half of it runs alone, and so without a mask.

@@ -8,6 +8,8 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from icrouting.decoder.guards import Hook, of_this_thread
+
 
 @dataclass(frozen=True)
 class Dims:
@@ -108,18 +110,19 @@ def watching(attention: nn.Module, family: Family, dims: Dims, keep: KeepStates)
     with ExitStack() as hooks:
         for name, site in sites_of(family):
             module = getattr(attention, site.module)
-            hooks.enter_context(module.register_forward_hook(partial(hand_on, name, site)))
+            hook = Hook(partial(hand_on, name, site))
+            hooks.enter_context(module.register_forward_hook(hook))
         yield
 
 
 @contextmanager
 def watched(attention: nn.Module, family: Family, dims: Dims) -> Iterator[dict[str, Tensor]]:
-    """Inside, a forward leaves the sites' outputs under "query" and "key".
+    """Inside, a forward of this thread leaves the sites' outputs under "query" and "key".
 
     They are [batch, q_len, heads * head_dim].
     """
     outputs: dict[str, Tensor] = {}
-    with watching(attention, family, dims, outputs.__setitem__):
+    with watching(attention, family, dims, of_this_thread(outputs.__setitem__)):
         yield outputs
 
 

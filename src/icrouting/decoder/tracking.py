@@ -8,17 +8,20 @@ model.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from inspect import Signature, signature
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from icrouting.decoder.batches import attended
-from icrouting.decoder.calls import cache_of, called_with, generate_ids, n_seen, read_by
+from icrouting.decoder.calls import cache_of, generate_ids, n_seen, named, read_by
 from icrouting.decoder.families import base_of
-from icrouting.decoder.hold import Hold, Uncopied, Wrapped, replaced
+from icrouting.decoder.guards import Uncopied, Wrapped
+from icrouting.decoder.hold import Hold, replaced
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,7 @@ _NO_TEXT = ("pixel_values", "image", "video", "audio", "input_features")
 class PromptTracker(Uncopied):
     """Tells `around` of every forward which prompt it is part of."""
 
-    def __init__(self, module: nn.Module, base: nn.Module, around: Around, hold: Hold | None):
-        self._module = module
-        self._base = base
+    def __init__(self, around: Around, hold: Hold | None):
         self._around = around
         self._hold = hold
         self._generations: list[Generation] = []
@@ -238,21 +239,34 @@ class PromptTracker(Uncopied):
                 n_prompt += n_cached
         return Generation(input_ids, mask, n_cached, n_prompt, cache)
 
-    def whole_forward(self, plain_forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Calls the whole model's `plain_forward`, and remembers its arguments meanwhile.
+    def whole_forward(
+        self, signature: Signature, plain_forward: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Calls the `plain_forward` of what is around the stack, and remembers its arguments.
 
         A model of images and text embeds its tokens itself, and hands its stack embeddings alone.
         """
         arguments_before = self._outer_arguments
-        self._outer_arguments = called_with(self._base, args, kwargs)
+        self._outer_arguments = named(signature, args, kwargs)
         try:
             return plain_forward(*args, **kwargs)
         finally:
             self._outer_arguments = arguments_before
 
-    def forward(self, plain_forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs(self, plain_prepare: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Calls `plain_prepare`, which every `generate` does before each of its forwards."""
+        if not self._generations:
+            raise RuntimeError(
+                "this `generate` began before the method was attached, or was taken from the model "
+                "before: call the attached model's own"
+            )
+        return plain_prepare(*args, **kwargs)
+
+    def forward(
+        self, signature: Signature, plain_forward: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
         """Has `around` call the watched module's `plain_forward`."""
-        arguments = self._with_ids(called_with(self._module, args, kwargs))
+        arguments = self._with_ids(named(signature, args, kwargs))
         innermost, outermost = None, None
         if self._generations:
             outermost = self._generations[0]
@@ -262,26 +276,17 @@ class PromptTracker(Uncopied):
         call = Call(arguments, innermost, outermost)
         return self._around(call, lambda: plain_forward(*args, **kwargs))
 
-    def in_turn(self, plain: Callable, around: Callable[..., Any]) -> Wrapped:
-        """Returns a method of the model with one of the three above around it.
+    def around(
+        self, plain: Callable, tracked_call: Callable[..., Any], *, is_forward: bool = False
+    ) -> Wrapped:
+        """Returns a method of the model with one of the four above around it.
 
-        Threads take turns at a held model, which each call finds as it was when it was attached.
+        Threads take turns at a held model, which each forward finds as it was when it was attached.
         """
-        hold = self._hold
-        if hold is None:
-            return Wrapped(plain, around)
-
-        def take_turn(plain: Callable, *args: Any, **kwargs: Any) -> Any:
-            with hold.lock:
-                # A call that waited until the method was left is a plain one.
-                if hold.is_over:
-                    return plain(*args, **kwargs)
-                # Else it is within a call of the whole model, which has been looked at.
-                if not self._outer_arguments:
-                    hold.check()
-                return around(plain, *args, **kwargs)
-
-        return Wrapped(plain, take_turn)
+        held = partial(tracked_call, plain)
+        if self._hold is None:
+            return Wrapped(plain, tracked_call, _never)
+        return self._hold.in_turn(plain, held, is_forward=is_forward)
 
     def _with_ids(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Returns a stack's arguments with the ids that the whole model embedded for it."""
@@ -314,14 +319,36 @@ def tracked(
         hold: the hold on the model, so that forwards of the stack take turns too.
     """
     base = base_of(model)
-    tracker = PromptTracker(module, base, around, hold)
+    tracker = PromptTracker(around, hold)
     generate: Callable = base.generate  # pyright: ignore[reportAssignmentType]
+    prepare: Callable = base.prepare_inputs_for_generation  # pyright: ignore[reportAssignmentType]
     with ExitStack() as leaving:
-        tracked_generate = tracker.in_turn(generate, tracker.generate)
-        leaving.enter_context(replaced(base, generate=tracked_generate))
-        if module is not base:
-            whole_forward = tracker.in_turn(base.forward, tracker.whole_forward)
-            leaving.enter_context(replaced(base, forward=whole_forward))
-        tracked_forward = tracker.in_turn(module.forward, tracker.forward)
+        leaving.enter_context(
+            replaced(
+                base,
+                generate=tracker.around(generate, tracker.generate),
+                prepare_inputs_for_generation=tracker.around(prepare, tracker.prepare_inputs),
+            )
+        )
+        for outer in _around(module, base):
+            whole_forward = partial(tracker.whole_forward, signature(outer.forward))
+            outer_forward = tracker.around(outer.forward, whole_forward, is_forward=True)
+            leaving.enter_context(replaced(outer, forward=outer_forward))
+        forward = partial(tracker.forward, signature(module.forward))
+        tracked_forward = tracker.around(module.forward, forward, is_forward=True)
         leaving.enter_context(replaced(module, forward=tracked_forward))
         yield
+
+
+def _around(module: nn.Module, base: nn.Module) -> list[nn.Module]:
+    """Returns the whole models that a module is inside of, the outermost first."""
+    outer_models = []
+    for candidate in base.modules():
+        is_around = candidate is not module and any(part is module for part in candidate.modules())
+        if is_around and isinstance(candidate, PreTrainedModel):
+            outer_models.append(candidate)
+    return outer_models
+
+
+def _never() -> bool:
+    return False

@@ -10,16 +10,18 @@ scales, on a dummy batch
 must hold for the queries and the keys of every layer, whatever the family's rotary function.
 """
 
-import weakref
+import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from icrouting.decoder.kernels import attention_function
+from icrouting.decoder.kernels import attention_function, kernel_of
 from icrouting.decoder.sites import Dims, Family, Site, watched
 
 # More rows than one, also where there is a single key head, or some factor would fit anything.
@@ -28,9 +30,11 @@ _LENGTH = 3
 # Relative. Rounding stays below four units in the last place; a wrong site is off by about 1.
 _MIN_TOLERANCE = 1e-4
 _TOLERANCE_IN_ULP = 4
+# Kernels whose masks can be made without an accelerator.
+_WITH_PLAIN_MASKS = ("sdpa", "eager")
 
-# Keyed by module, since transformers hands an attention function nothing else to tell models by.
-_received: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+# What attention was handed, by its module.
+Received = dict[nn.Module, tuple[Tensor, Tensor]]
 
 
 def has_sites(stack: PreTrainedModel, family: Family) -> bool:
@@ -63,20 +67,28 @@ def agrees(
     attentions = [getattr(layer, family.attention) for layer in getattr(stack, family.layers)]
     # Outputs are watched as they are: `read` may not suit a model that the row is only tried on.
     raw = replace(family, query=Site(family.query.module), key=Site(family.key.module))
+    kernel = model.config._attn_implementation
+    received: Received = {}
     with ExitStack() as cleanup:
         captured = [cleanup.enter_context(watched(module, raw, dims)) for module in attentions]
-        for attention in attentions:
-            cleanup.callback(_received.pop, attention, None)
         for module in stack.modules():
             cleanup.callback(setattr, module, "training", module.training)
         stack.eval()
         cleanup.enter_context(
-            attention_function(model, "icrouting_wiring", _recording_attention, masks="sdpa")
+            attention_function(
+                model,
+                "icrouting_wiring",
+                _recording(received, kernel or "eager"),
+                # Those of a call that another thread makes meanwhile; none is read here.
+                masks=kernel if kernel in _WITH_PLAIN_MASKS else "sdpa",
+            )
         )
         tokens = _dummy_batch(stack.config.vocab_size).to(device)
         stack(input_ids=tokens, use_cache=False)
         for attention, outputs in zip(attentions, captured, strict=True):
-            if not _layer_agrees(attention, outputs, family, dims):
+            if attention not in received:
+                return False
+            if not _layer_agrees(received[attention], outputs, family, dims):
                 return False
     return True
 
@@ -88,29 +100,40 @@ def _dummy_batch(vocab_size: int) -> Int[Tensor, "batch q_len"]:
     return tokens.view(_BATCH, _LENGTH)
 
 
-def _recording_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """Keeps the query and the key, and lets every token attend to itself alone."""
-    _received[module] = query, key
-    # A token that sees only itself gets its own value, which no kernel is needed for.
-    group_size = query.shape[1] // value.shape[1]
-    value_by_head = value.repeat_interleave(group_size, dim=1)
-    return value_by_head.transpose(1, 2).contiguous(), None
+def _recording(received: Received, kernel: str) -> Callable:
+    """Returns an attention function that keeps queries and keys, and lets tokens see themselves.
+
+    A call that another thread makes meanwhile gets what the model's own kernel computes.
+    """
+    thread = threading.get_ident()
+
+    def recording_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if threading.get_ident() != thread:
+            own_kernel = kernel_of(kernel, module)
+            return own_kernel(module, query, key, value, attention_mask, **kwargs)
+        received[module] = query, key
+        # A token that sees only itself gets its own value, which no kernel is needed for.
+        group_size = query.shape[1] // value.shape[1]
+        value_by_head = value.repeat_interleave(group_size, dim=1)
+        return value_by_head.transpose(1, 2).contiguous(), None
+
+    return recording_attention
 
 
 def _layer_agrees(
-    attention: nn.Module, outputs: dict[str, Tensor], family: Family, dims: Dims
+    received: tuple[Tensor, Tensor], outputs: dict[str, Tensor], family: Family, dims: Dims
 ) -> bool:
-    # A layer may borrow another's keys, or call no attention function.
-    if len(outputs) < 2 or attention not in _received:
+    # A layer may borrow another's keys.
+    if len(outputs) < 2:
         return False
-    query, key = _received[attention]
+    query, key = received
     return _site_agrees(family.query, outputs["query"], query, dims.n_heads, dims) and _site_agrees(
         family.key, outputs["key"], key, dims.n_kv_heads, dims
     )

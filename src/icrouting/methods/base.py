@@ -45,6 +45,8 @@ class Method:
         cached: those of them that inference keeps beside the model.
         reads_sources: whether it needs the rows of the source tasks, for a fit or for prompts.
         lacks: why it has no in-domain regime, under "", or no train-once regime, under "-once".
+        follows_checkpointing: whether a layer that runs again for its gradients does under the
+            method what it did the first time.
         n_labelled: labelled rows that the fit in force looked at; `learn` says.
         n_trained: parameters that it trained; `learn` says.
         tried: the settings that the fit in force tried, see `Fit`; `learn` may add to them.
@@ -62,6 +64,7 @@ class Method:
     cached: tuple[str, ...] = ()
     reads_sources: bool = True
     lacks: Mapping[str, str] = {}
+    follows_checkpointing: bool = False
     # What the fit in force leaves.
     n_labelled: int = 0
     n_trained: int = 0
@@ -319,7 +322,9 @@ class Method:
         """
         check_alone(model, self.name)
         method = self.on(task)._moved_to(Decoder.of(model, tokenizer))
-        with hooked(method.decoder.base, method.name, method.applied(task)):
+        with hooked(method.decoder.base, method.name, method.applied(task)) as hold:
+            hold.check = hold.hooked_modules.check
+            hold.follows_checkpointing = method.follows_checkpointing
             yield method
 
     def _moved_to(self, decoder: Decoder) -> "Method":

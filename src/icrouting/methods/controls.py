@@ -45,6 +45,7 @@ class Refit(Method):
     """
 
     name = "icr-refit"
+    follows_checkpointing = True
     # The seed is the configuration's, as it is of the router that a control is held against.
     draws = False
     learned = ("layers", "query_directions", "key_directions", "weights")

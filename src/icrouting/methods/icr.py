@@ -35,6 +35,7 @@ class Icr(Method):
 
     name = "icr"
     draws = False
+    follows_checkpointing = True
     reads_sources = False
 
     def __init__(self, settings: Settings):

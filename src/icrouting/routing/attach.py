@@ -6,10 +6,9 @@ stored; and an attention function, registered under a name of ours beside a mask
 same name, widens the query and calls the model's own kernel.
 """
 
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from icrouting.decoder.families import attention_of, base_of, dims_of, family_of, stack_of
-from icrouting.decoder.hold import Hold, Uncopied, hooked
-from icrouting.decoder.kernels import attention_function
-from icrouting.decoder.places import Places
-from icrouting.decoder.sites import Dims, sites_of, watching
+from icrouting.decoder.guards import Hook, Uncopied
+from icrouting.decoder.hold import Hold, hooked
+from icrouting.decoder.kernels import attention_function, kernel_of
+from icrouting.decoder.sites import Dims, watching
 from icrouting.routing.attention import project, widen_key, widen_query, widen_value
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Routing
@@ -164,11 +162,13 @@ class RoutedPass:
             nothing.
         weights: those of the layers that ran, by their place among the routed ones and the number
             of rows.
+        reached: the places of the routed layers whose attention function ran.
     """
 
     routing: Routing | None = None
     repeated: dict[int, Routing | None] = field(default_factory=dict)
     weights: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    reached: set[int] = field(default_factory=set)
 
     def routing_for(self, n_rows: int) -> Routing | None:
         """Returns the routing of a batch, which all layers share; None where it adds nothing."""
@@ -199,9 +199,7 @@ class Attachment:
         self._is_comparing = False
         # The thread whose pass this is; None where whoever sets `routing` looks after that.
         self._thread: int | None = None
-        self._places: Places | None = None
-        # What each routed attention module looks its kernel up in.
-        self._configs: list[PretrainedConfig] = []
+        self._attentions: dict[int, nn.Module] = {}
 
     @property
     def routing(self) -> Routing | None:
@@ -234,24 +232,19 @@ class Attachment:
         finally:
             self._is_comparing = False
 
-    def watch(self, model: nn.Module, layers: Sequence[int]) -> None:
-        """Remembers where the routed layers' modules are, for `check`."""
-        family = family_of(model)
-        self._places = Places(base_of(model))
-        for layer in layers:
-            attention = attention_of(model, layer)
-            self._configs.append(getattr(attention, "config", base_of(model).config))
-            for _, site in sites_of(family):
-                self._places.add(getattr(attention, site.module))
+    def watch(self, attentions: dict[int, nn.Module]) -> None:
+        """Remembers the routed layers' attention modules, by their numbers, for the checks."""
+        self._attentions = attentions
 
     def check(self) -> None:
         """Checks that a pass which begins now would be routed as a whole.
 
         RuntimeError says what was changed since the model was attached.
         """
-        assert self._places is not None, "`watch` comes before"
-        self._places.check()
-        for config in self._configs:
+        self.hold.hooked_modules.check()
+        for attention in self._attentions.values():
+            # Where the module itself looks it up.
+            config: PretrainedConfig = getattr(attention, "config", self.hold.base.config)
             kernel = config._attn_implementation
             if kernel not in _ALIASES.values() and not self._is_comparing:
                 raise RuntimeError(
@@ -259,6 +252,20 @@ class Attachment:
                     "attached, which would run unrouted: leave `attached`, set it, and attach "
                     "again (for attention weights load the model with 'eager', and give "
                     "`output_attentions=True` to each call)"
+                )
+
+    def check_reached(self, routed_pass: RoutedPass, n_layers: int) -> None:
+        """Checks that all routed layers among a model's first `n_layers` ran routed in a pass.
+
+        RuntimeError names the first that did not, whose attention is somebody else's by now.
+        """
+        if self._is_comparing:
+            return
+        for position, layer in enumerate(self._attentions):
+            if layer < n_layers and position not in routed_pass.reached:
+                raise RuntimeError(
+                    f"the attention of layer {layer} ran unrouted, as it does not call the model's "
+                    "attention function any more: leave `attached` before you change the model"
                 )
 
     def weights_for(
@@ -274,6 +281,7 @@ class Attachment:
                 "attach the model while no other thread runs it"
             )
         routed_pass = self.current
+        routed_pass.reached.add(position)
         repeated = routed_pass.routing_for(n_rows)
         if repeated is None:
             return None
@@ -312,7 +320,7 @@ def _attention_function(original: str) -> Callable:
         scaling: float,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        kernel = _kernel(original, module)
+        kernel = kernel_of(original, module)
         width = query.shape[-1]
         layer = _routed.get(module)
         weights = None
@@ -337,16 +345,6 @@ def _attention_function(original: str) -> Callable:
         return output[..., : -layer.rank].contiguous(), attn_weights
 
     return routed_attention
-
-
-def _kernel(name: str, module: nn.Module) -> Callable:
-    """Returns a kernel; each family has an eager one of its own, in its modelling file."""
-    if name != "eager":
-        return ALL_ATTENTION_FUNCTIONS[name]
-    modelling_file = sys.modules[type(module).__module__]
-    kernel = getattr(modelling_file, "eager_attention_forward", None)
-    assert kernel is not None, f"{type(module).__name__} has no eager attention function"
-    return kernel
 
 
 def routed_kernel(model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -390,7 +388,7 @@ def _routed_layers(model: nn.Module, pids: PIDs, attachment: Attachment) -> Iter
             _routed[attention] = layer
             leaving.callback(_routed.pop, attention)
             leaving.enter_context(
-                attention.register_forward_pre_hook(layer.swap_cache, with_kwargs=True)
+                attention.register_forward_pre_hook(Hook(layer.swap_cache), with_kwargs=True)
             )
         leaving.enter_context(routed_kernel(base_of(model)))
         yield

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from icrouting.decoder.hold import Uncopied
+from icrouting.decoder.guards import Uncopied
 from icrouting.routing.attach import Attachment
 
 # Where transformers keeps a layer's checkpointing function, once it is enabled.

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from icrouting.decoder.families import CACHE
-from icrouting.decoder.hold import Hold, Uncopied
+from icrouting.decoder.families import CACHE, attention_of
+from icrouting.decoder.guards import Hook, Uncopied, lock_of
+from icrouting.decoder.hold import Hold, check_alone, hooked
 from icrouting.decoder.partial import entering_of
 from icrouting.decoder.tracking import Call, Generation, PromptTokens, tracked
 from icrouting.routing.attach import Attachment, RoutedPass, attach
@@ -69,6 +70,9 @@ class _Rerouter(Uncopied):
                 output = run()
         finally:
             self._forward = forward_before
+        # Early exit runs fewer layers, and says so in the config.
+        n_layers = int(self._reader.decoder.stack.config.num_hidden_layers)
+        self._attachment.check_reached(forward.routed_pass, n_layers)
         self._note_cache(forward, output)
         return output
 
@@ -193,36 +197,40 @@ class Rerouted:
 def rerouted(reader: Reader, pids: PIDs) -> Iterator[Rerouted]:
     """Inside, plain calls of the reader's model are routed; on leaving, it is as it was found."""
     decoder = reader.decoder
+    # Here too, so that nobody waits for a call to end and is refused then.
+    check_alone(decoder.base, "icr")
     with ExitStack() as leaving:
-        attachment = leaving.enter_context(attach(decoder.model, pids))
-        attachment.watch(decoder.model, pids.layers)
-        attachment.hold.check = attachment.check
-        first_layer = decoder.layers[reader.first_layer]
-        with attachment.hold.lock:
-            modules = [decoder.stack, *decoder.layers]
-            take_up = leaving.enter_context(checkpointing_followed(modules, attachment))
-            rerouter = _Rerouter(reader, attachment, take_up)
-            # The stack is watched, since it may be called by itself.
-            leaving.enter_context(
-                tracked(decoder.stack, decoder.model, rerouter.around, attachment.hold)
-            )
-            leaving.enter_context(
-                first_layer.register_forward_pre_hook(rerouter.at_first_layer, with_kwargs=True)
-            )
+        # Not between two hooks does another thread's call get its turn.
+        with lock_of(decoder.base):
+            attachment = leaving.enter_context(attach(decoder.model, pids))
+            rerouter = _enter(leaving, reader, attachment, pids)
         try:
             yield Rerouted(attachment.hold, rerouter.last)
         finally:
-            # Not between two hooks does another thread's call get its turn.
             with attachment.hold.ending():
                 leaving.close()
 
 
+def _enter(leaving: ExitStack, reader: Reader, attachment: Attachment, pids: PIDs) -> _Rerouter:
+    """Puts what reroutes an attached model on it, to be taken away on leaving."""
+    decoder = reader.decoder
+    hold = attachment.hold
+    modules = [decoder.stack, *decoder.layers]
+    take_up = leaving.enter_context(checkpointing_followed(modules, attachment))
+    rerouter = _Rerouter(reader, attachment, take_up)
+    # The stack is watched, since it may be called by itself.
+    leaving.enter_context(tracked(decoder.stack, decoder.model, rerouter.around, hold))
+    first_layer = decoder.layers[reader.first_layer]
+    at_first_layer = Hook(rerouter.at_first_layer)
+    leaving.enter_context(first_layer.register_forward_pre_hook(at_first_layer, with_kwargs=True))
+    hold.hooked_modules.note()
+    attachment.watch({layer: attention_of(decoder.model, layer) for layer in pids.layers})
+    hold.check = attachment.check
+    return rerouter
+
+
 @contextmanager
 def unrouted(reader: Reader) -> Iterator[Rerouted]:
-    """Inside, the reader's model is as it is, which is what strength 0 asks for."""
-    hold = Hold(reader.decoder.base)
-    try:
+    """Inside, the reader's model is held as it is, which is what strength 0 asks for."""
+    with hooked(reader.decoder.base, "icr", nullcontext()) as hold:
         yield Rerouted(hold, [])
-    finally:
-        with hold.ending():
-            pass
