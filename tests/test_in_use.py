@@ -370,6 +370,12 @@ def test_a_generate_that_is_not_the_attached_model_s_is_an_error(bench, model):
                 generate(**bench.inputs(0), **NEW)
 
 
+def test_a_generate_without_a_prompt_begins_as_a_plain_call_does(bench, model):
+    begin = torch.tensor([[model.config.bos_token_id]])
+    with bench.attached(model):
+        assert torch.equal(model.generate(**NEW), model.generate(begin, **NEW))
+
+
 # The attention implementation
 
 

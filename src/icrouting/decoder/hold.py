@@ -76,6 +76,7 @@ class Hold:
         self.is_over = False
         self.follows_checkpointing = True
         self._is_running = False
+        self._checkpointed = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
         # Whether it was left, by an interrupt, while a call was running.
         self._was_cut = False
 
@@ -159,8 +160,8 @@ class Hold:
             yield
 
     def _refuse_checkpointing(self) -> None:
-        for module in self.base.modules():
-            if module.training and getattr(module, "gradient_checkpointing", False):
+        for module in self._checkpointed:
+            if module.training and module.gradient_checkpointing:
                 raise ValueError(
                     "under this method layers must not run again for their gradients, as they "
                     "would not be told of which prompt: switch gradient checkpointing off"

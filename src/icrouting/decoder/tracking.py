@@ -199,21 +199,25 @@ class PromptTracker(Uncopied):
         self._around = around
         self._hold = hold
         self._generations: list[Generation] = []
+        # All that run, those without a prompt too.
+        self._n_generating = 0
         # What the whole model was called with, while it runs.
         self._outer_arguments: dict[str, Any] = {}
 
     def generate(self, plain_generate: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls `plain_generate`, and remembers its prompt meanwhile."""
         generation = self._begun(args, kwargs)
-        if generation is None:
-            return plain_generate(*args, **kwargs)
-        self._generations.append(generation)
+        self._n_generating += 1
+        if generation is not None:
+            self._generations.append(generation)
         try:
             return plain_generate(*args, **kwargs)
         finally:
-            self._generations.pop()
-            # Whoever remembers this generation must not keep its keys and values alive.
-            generation.cache = None
+            self._n_generating -= 1
+            if generation is not None:
+                self._generations.pop()
+                # Whoever remembers this generation must not keep its keys and values alive.
+                generation.cache = None
 
     def _begun(self, args: tuple, kwargs: dict[str, Any]) -> Generation | None:
         """Returns what `generate` was given; None where that is no prompt at all."""
@@ -255,7 +259,7 @@ class PromptTracker(Uncopied):
 
     def prepare_inputs(self, plain_prepare: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls `plain_prepare`, which every `generate` does before each of its forwards."""
-        if not self._generations:
+        if not self._n_generating:
             raise RuntimeError(
                 "this `generate` began before the method was attached, or was taken from the model "
                 "before: call the attached model's own"
