@@ -8,6 +8,7 @@ import pandas
 import pytest
 
 from icrouting import Task
+from icrouting.tasks.load import load_task
 from icrouting.tasks.task import rows_digest
 
 TEMPLATE = "Ticket: {text}\nTeam:"
@@ -181,7 +182,7 @@ def test_rows_that_do_not_fit_are_refused_in_one_sentence(rows, message):
         ({"label": "label"}, r"missing here: \['label'\]; this row has \['text', 'team'\]"),
         ({"split": 0.0}, "split must be a share between 0 and 1, such as 0.3, got 0.0"),
         ({"split": 1.0}, "split must be a share between 0 and 1, such as 0.3, got 1.0"),
-        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"seed": -1}, "seed must be an integer of 0 or more, got -1"),
         ({"test": []}, "test must hold a row or more, got none"),
         ({"test": [{"text": "a", "team": "B"}]}, r"test\[0\]: field 'team' must be .* got 'B'"),
         ({"test": NEW, "rows": tickets(3)}, "got 3 rows in all"),
@@ -263,3 +264,69 @@ def test_a_parquet_file_that_cannot_be_read_says_why(tmp_path, monkeypatch):
 
 def raise_import_error(path):
     raise ImportError("no engine")
+
+
+def task_file(folder, rows=None, old="", new=""):
+    """A task file beside one table of tickets, with a change."""
+    pandas.DataFrame(rows or tickets()).to_csv(folder / "tickets.csv", index=False)
+    text = (
+        'name = "my task"\ngroup = "near"\n'
+        'template = "Ticket: {text}\\nTeam:"\n'
+        'options = ["Access", "Hardware", "Network", "Billing"]\nlabel = "team"\n'
+        '[splits]\nrows = "tickets.csv"\nsplit = 0.3\nseed = 0\n'
+    )
+    assert old in text
+    file = folder / "tickets.toml"
+    file.write_text(text.replace(old, new))
+    return str(file)
+
+
+def test_a_task_file_cuts_one_table_as_python_does(tmp_path):
+    assert load_task(task_file(tmp_path), "") == made(tickets())
+    other = load_task(task_file(tmp_path, None, "0.3\nseed = 0", "0.5\nseed = 3"), "")
+    assert other == made(tickets(), split=0.5, seed=3)
+    assert load_task(task_file(tmp_path, None, "split = 0.3\nseed = 0\n", ""), "") == made(
+        tickets()
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("split = 0.3", "split = 30", "6: key 'splits' does not fit: split must be a share .* 30"),
+        (
+            "split = 0.3",
+            'split = "a"',
+            "6: key 'splits' does not fit: split must be a share .* 'a'",
+        ),
+        ("seed = 0", "seed = true", "6: key 'splits' does not fit: seed must be .* got True"),
+        ("seed = 0", "sed = 0", "6: key 'splits' beside rows = .* got .*'sed': 0"),
+        ("seed = 0", 'train = "a.csv"', "6: key 'splits' beside rows = .* and nothing else, got"),
+        ('rows = "tickets.csv"', "rows = 3", "6: key 'splits' beside rows = "),
+        ('rows = "tickets.csv"', "", "6: key 'splits' must be .* or rows = \"file\""),
+        ("{text}", "{team}", r"3: key 'template' has a slot \{team\}"),
+        ('label = "team"', "label = 3", "5: key 'label' must be a str, got 3"),
+        (
+            'label = "team"',
+            "",
+            r"tickets.csv:2: .* missing here: \['label'\]; .* \['text', 'team'\]",
+        ),
+        ('"tickets.csv"', '"ticket.csv"', "cannot read .*ticket.csv"),
+    ],
+)
+def test_a_task_file_that_cuts_wrongly_is_refused_by_key_and_line(tmp_path, old, new, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(task_file(tmp_path, None, old, new), "")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (tickets(3), "'my task': expected a row or more for each of the 4 options, got 3 rows"),
+        (tickets(9, ["Access"]), "all 9 rows have the label 'Access'"),
+        (tickets(4), "each label has one row alone"),
+    ],
+)
+def test_a_table_that_cannot_be_cut_is_refused(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(task_file(tmp_path, rows), "")

@@ -29,10 +29,7 @@ def cut_rows(
     Raises:
         ValueError: `split` or `seed` does not fit, or the rows are too few or of one label.
     """
-    if not 0 < split < 1:
-        raise ValueError(f"split must be a share between 0 and 1, such as 0.3, got {split!r}")
-    if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed!r}")
+    check_draw(split, seed)
     check_labels(spec, rows)
     places_by_label: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
@@ -53,6 +50,15 @@ def cut_rows(
             "add rows, or give rows to test on"
         )
     return train, test
+
+
+def check_draw(split: object, seed: object) -> None:
+    """Raises ValueError where `split` is no share of rows, or `seed` no seed."""
+    if not isinstance(split, float) or not 0 < split < 1:
+        raise ValueError(f"split must be a share between 0 and 1, such as 0.3, got {split!r}")
+    # In Python true and false are integers too.
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed must be an integer of 0 or more, got {seed!r}")
 
 
 def check_labels(spec: TaskSpec, rows: Sequence[Example]) -> None:

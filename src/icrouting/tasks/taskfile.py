@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from icrouting.tasks.cut import SEED, SHARE, check_draw, cut_rows
 from icrouting.tasks.rows import Labels, read_rows
 from icrouting.tasks.splits import make_task
 from icrouting.tasks.task import Task, TaskSpec
@@ -47,9 +48,11 @@ def read_task_file(path: Path) -> Task:
     """Returns the task that a TOML file describes, with the rows of the files that it names.
 
     It holds `template`, `options` (left out where each row brings its `choices`), `splits.train`
-    and `splits.test` (JSONL, CSV or TSV, relative to the file), and optionally `name` (default: the
-    file's), `group` (default: "far"), `words` (replacements of field values) and `labels` (whether
-    labels that are numbers are an "index" or an option's "text").
+    and `splits.test` (JSONL, CSV, TSV or parquet, relative to the file) or else `splits.rows`, one
+    file that is cut in two (`splits.split`, the share to test on, and `splits.seed`), and
+    optionally `name` (default: the file's), `group` (default: "far"), `label` (the labels' column,
+    default: "label"), `words` (replacements of field values) and `labels` (whether labels that are
+    numbers are an "index" or an option's "text").
 
     Raises:
         ValueError: it is malformed (key and line are named), or a row does not fit.
@@ -68,8 +71,14 @@ def read_task_file(path: Path) -> Task:
         raise ValueError(f"{path}:{line}: key {mistake.key!r} {mistake}") from mistake
     name = path.stem if file.name is None else file.name
     spec = TaskSpec(name, file.group, file.template, tuple(file.options), file.words)
-    train = read_rows(path.parent / file.splits["train"], spec, file.labels, file.label)
-    test = read_rows(path.parent / file.splits["test"], spec, file.labels, file.label)
+    splits = file.splits
+    if "rows" in splits:
+        rows = read_rows(path.parent / splits["rows"], spec, file.labels, file.label)
+        share = splits.get("split", SHARE)
+        train, test = cut_rows(spec, rows, share, splits.get("seed", SEED))
+    else:
+        train = read_rows(path.parent / splits["train"], spec, file.labels, file.label)
+        test = read_rows(path.parent / splits["test"], spec, file.labels, file.label)
     return make_task(spec, train, test)
 
 
@@ -174,8 +183,29 @@ def _check_options(file: _SpecKeys) -> None:
 
 def _check_splits(file: _TaskFile) -> None:
     splits = file.splits
-    if set(splits) != {"train", "test"} or not _are_texts(splits.values()):
-        raise _Mistake("splits", f'must be train = "file" and test = "file", got {splits!r}')
+    if "rows" in splits:
+        _check_cut(splits)
+        _check_label_is_hidden(file)
+    elif set(splits) != {"train", "test"} or not _are_texts(splits.values()):
+        raise _Mistake(
+            "splits",
+            'must be train = "file" and test = "file", or rows = "file" that is cut in two, '
+            f"got {splits!r}",
+        )
+
+
+def _check_cut(splits: dict[str, Any]) -> None:
+    unknown = set(splits) - {"rows", "split", "seed"}
+    if unknown or not isinstance(splits["rows"], str):
+        raise _Mistake(
+            "splits",
+            'beside rows = "file" may have split = 0.3 and seed = 0 and nothing else, '
+            f"got {splits!r}",
+        )
+    try:
+        check_draw(splits.get("split", SHARE), splits.get("seed", SEED))
+    except ValueError as error:
+        raise _Mistake("splits", f"does not fit: {error}") from error
 
 
 def _check_template(file: _SpecKeys) -> None:
