@@ -45,6 +45,7 @@ def test_each_row_keeps_its_label_and_is_on_one_side():
 def test_the_cut_is_seeded():
     assert made(tickets()) == made(tickets())
     assert made(tickets()).test != made(tickets(), seed=1).test
+    assert made(tickets(), seed=np.int64(1)) == made(tickets(), seed=1)
 
 
 @pytest.mark.parametrize("split", [0.01, 0.3, 0.99])
@@ -58,11 +59,30 @@ def test_a_label_of_two_rows_is_on_both_sides_and_of_one_in_training(split):
 
 
 def test_rows_of_the_training_side_that_repeat_a_test_row_are_left_out():
-    again = [{**row, "text": row["text"].upper()} for row in tickets()]
+    again = [{**row, "team": "Access"} for row in tickets()]
     task = made([*tickets(), *again])
     assert task.n_dropped > 0
-    learned = {row.fields["text"].lower() for row in (*task.train, *task.validation)}
-    assert not learned & {row.fields["text"].lower() for row in task.test}
+    learned = {row.fields["text"] for row in (*task.train, *task.validation)}
+    assert not learned & {row.fields["text"] for row in task.test}
+
+
+def test_rows_that_repeat_one_another_are_on_one_side_so_that_no_label_is_lost():
+    again = [{**row, "text": row["text"].upper()} for row in tickets()]
+    once = made(tickets())
+    twice = made([*tickets(), *again])
+    assert len(twice.test) == 2 * len(once.test)
+    assert len(twice.train) + len(twice.validation) == len(once.train) + len(once.validation)
+    bills = [{"text": f"bill {i}", "team": "Billing"} for i in range(2)]
+    cable = {"text": "one cable", "team": "Network"}
+    task = made([*tickets(20, TEAMS[:2]), *bills * 9, *[cable] * 9])
+    assert {task.answer(row) for row in task.train} == set(TEAMS)
+
+
+def test_rows_that_all_repeat_rows_to_test_on_are_said_to_be_left_out():
+    with pytest.raises(
+        ValueError, match=r"got 0 of label \[\] \(40 that repeat one another or a h"
+    ):
+        made(tickets(), test=tickets())
 
 
 def test_rows_to_test_on_may_come_by_themselves():
@@ -151,7 +171,7 @@ TWICE = pandas.DataFrame([["a", "b", "Access"]], columns=["text", "text", "team"
         (changed(7, text=5), r"rows\[7\]: field 'text' must be a text .* got 5"),
         (tickets(9, ["Access"]), "two labels or more, but all 9 rows have the label 'Access'"),
         (tickets(3), "a row or more for each of the 4 options, got 3 rows in all: add rows"),
-        (tickets(4), "each label has one row alone, so none is left to test on"),
+        (tickets(4), "each label has one row alone, repeats aside, so none is left to test on"),
         (
             TWICE,
             r"more than one column is called 'text', .* columns are \['text', 'text', 'team'\]",
@@ -178,11 +198,13 @@ def test_rows_that_do_not_fit_are_refused_in_one_sentence(rows, message):
         ({"template": "{text}: {mood}:"}, r"missing here: \['mood'\]; this row has \['text'"),
         ({"options": "Access"}, "options must be a list, got 'Access'"),
         ({"options": ["Access"]}, "options must list two different texts or more"),
+        ({"name": None}, "name must be a str, got None"),
         ({"group": "other"}, 'group must be "in-domain", "near" or "far", got \'other\''),
         ({"label": "label"}, r"missing here: \['label'\]; this row has \['text', 'team'\]"),
         ({"split": 0.0}, "split must be a share between 0 and 1, such as 0.3, got 0.0"),
         ({"split": 1.0}, "split must be a share between 0 and 1, such as 0.3, got 1.0"),
         ({"seed": -1}, "seed must be an integer of 0 or more, got -1"),
+        ({"words": {"text": "x"}}, "words must give a text for every value of a field, got"),
         ({"test": []}, "test must hold a row or more, got none"),
         ({"test": [{"text": "a", "team": "B"}]}, r"test\[0\]: field 'team' must be .* got 'B'"),
         ({"test": NEW, "rows": tickets(3)}, "got 3 rows in all"),

@@ -1,10 +1,12 @@
 """Cut: the rows of one table in two, to train on and to test on."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from string import ascii_uppercase
 
 import numpy as np
 
+from icrouting.tasks.splits import row_key
 from icrouting.tasks.task import Example, TaskSpec
 
 # The share of the rows that are tested on, and the seed of the draw, where none is named.
@@ -18,7 +20,8 @@ def cut_rows(
     """Returns the rows to train on and those to test on, both in their order.
 
     The draw is seeded and made for each label by itself, so that a label of two rows or more is on
-    both sides; a label's only row is trained on.
+    both sides; a label's only row is trained on. Rows of a label that repeat one another stay
+    together, since a training row that repeats one to test on would be lost.
 
     Args:
         spec: how the task reads.
@@ -31,23 +34,26 @@ def cut_rows(
     """
     check_draw(split, seed)
     check_labels(spec, rows)
-    places_by_label: dict[int, list[int]] = {}
+    # For each label the places of its rows, by what rows that repeat one another have alike.
+    groups_by_label: dict[int, dict[str, list[int]]] = {}
     for place, row in enumerate(rows):
-        places_by_label.setdefault(row.label, []).append(place)
+        groups = groups_by_label.setdefault(row.label, {})
+        groups.setdefault(row_key(row), []).append(place)
     rng = np.random.default_rng(seed)
     test_places: set[int] = set()
-    for label in sorted(places_by_label):
-        places = places_by_label[label]
-        # One row at least is tested on, and one trained on.
-        n_test = max(1, round(split * len(places)))
-        n_test = min(n_test, len(places) - 1)
-        test_places.update(rng.permutation(places)[:n_test].tolist())
+    for label in sorted(groups_by_label):
+        groups = list(groups_by_label[label].values())
+        # One group at least is tested on, and one trained on.
+        n_test = max(1, round(split * len(groups)))
+        n_test = min(n_test, len(groups) - 1)
+        for index in rng.permutation(len(groups))[:n_test]:
+            test_places.update(groups[index])
     train = [row for place, row in enumerate(rows) if place not in test_places]
     test = [row for place, row in enumerate(rows) if place in test_places]
     if not test:
         raise ValueError(
-            f"task {spec.name!r}: each label has one row alone, so none is left to test on: "
-            "add rows, or give rows to test on"
+            f"task {spec.name!r}: each label has one row alone, repeats aside, so none is left to "
+            "test on: add rows, or give rows to test on"
         )
     return train, test
 
@@ -56,8 +62,8 @@ def check_draw(split: object, seed: object) -> None:
     """Raises ValueError where `split` is no share of rows, or `seed` no seed."""
     if not isinstance(split, float) or not 0 < split < 1:
         raise ValueError(f"split must be a share between 0 and 1, such as 0.3, got {split!r}")
-    # In Python true and false are integers too.
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+    # A seed may be numpy's integer; in Python true and false are integers too.
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"seed must be an integer of 0 or more, got {seed!r}")
 
 

@@ -86,7 +86,7 @@ def checked_spec(
     template: str,
     options: Sequence[str],
     *,
-    name: str,
+    name: str | None,
     group: str,
     words: Mapping[str, Mapping[str, str]],
     label: str,
@@ -96,16 +96,20 @@ def checked_spec(
     Raises:
         ValueError: an argument does not fit, or the template shows the label's column.
     """
+    has_many = isinstance(options, Iterable)
     values = {
         "name": name,
         "group": group,
         "template": template,
         # A word alone would be listed letter by letter.
-        "options": options if isinstance(options, str) else list(options),
+        "options": list(options) if has_many and not isinstance(options, str) else options,
         "label": label,
-        "words": {field: dict(texts) for field, texts in words.items()},
+        "words": dict(words),
     }
     try:
+        # A task file may do without a name, which it has itself.
+        if name is None:
+            raise _Mistake("name", "must be a str, got None")
         keys = _validated(_SpecKeys, values)
         _check_how_it_reads(keys)
         _check_label_is_hidden(keys)
