@@ -164,7 +164,7 @@ TWICE = pandas.DataFrame([["a", "b", "Access"]], columns=["text", "text", "team"
             r"rows\[0\]: .* needs the fields \['text', 'team'\], missing here: \['text'\]; "
             r"this row has \['body', 'team'\]",
         ),
-        (changed(7, team="Acess"), r"rows\[7\]: field 'team' must be an .* Billing, got 'Acess'"),
+        (changed(7, team="Sales"), r"rows\[7\]: field 'team' must be an .* Billing, got 'Sales'"),
         (changed(7, team=None), r"rows\[7\]: field 'team' must be .* got None"),
         (pandas.DataFrame(changed(7, team=np.nan)), r"rows\[7\]: field 'team' must be .* got nan"),
         (pandas.DataFrame(changed(7, text=None)), r"rows\[7\]: field 'text' must be a text"),
@@ -247,10 +247,10 @@ def test_indices_in_files_are_labels(tmp_path, name):
 
 @pytest.mark.parametrize("name", SAVERS)
 def test_a_file_s_row_that_does_not_fit_is_named_by_its_place(tmp_path, name):
-    SAVERS[name](pandas.DataFrame(changed(7, team="Acess")), tmp_path / name)
+    SAVERS[name](pandas.DataFrame(changed(7, team="Sales")), tmp_path / name)
     # A table's heading is its first line.
     line = 8 if name in ("t.jsonl", "t.parquet") else 9
-    with pytest.raises(ValueError, match=rf"{name}:{line}: field 'team' must be .* got 'Acess'"):
+    with pytest.raises(ValueError, match=rf"{name}:{line}: field 'team' must be .* got 'Sales'"):
         made(tmp_path / name)
 
 
