@@ -538,7 +538,7 @@ def test_help_teaches_every_option(command, capsys):
 def test_help_is_quick_since_nothing_heavy_is_imported():
     code = (
         "import sys; from icrouting.cli import main; "
-        "print([n for n in ('torch', 'transformers') if n in sys.modules])"
+        "print([n for n in ('torch', 'transformers', 'pandas') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

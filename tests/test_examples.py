@@ -13,7 +13,14 @@ SHOWN_BY = {"PAPER": "FitConfig"}
 @pytest.mark.parametrize("name", icrouting.__all__)
 def test_every_public_name_has_an_example_that_runs(name, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    shown = getattr(icrouting, SHOWN_BY.get(name, name))
+    run_example(getattr(icrouting, SHOWN_BY.get(name, name)), name)
+
+
+def test_a_task_of_rows_has_an_example_that_runs():
+    run_example(icrouting.Task.from_rows, "from_rows")
+
+
+def run_example(shown, name):
     finder = doctest.DocTestFinder(recurse=False)
     (example,) = finder.find(shown, name, globs={})
     assert name in example.docstring

@@ -1,9 +1,11 @@
 """Loading a task: by name or by file, from wherever its rows are."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from icrouting.runtime.checks import known
-from icrouting.tasks import catalogue, hub, rows, splits, staicc, taskfile
+from icrouting.tasks import catalogue, cut, frames, hub, rows, splits, staicc, taskfile
 from icrouting.tasks.task import Example, Task, TaskSpec
 
 
@@ -64,3 +66,45 @@ def _read_folder(spec: TaskSpec, data: Path) -> Task:
             if file.exists():
                 others += rows.read_rows(file, catalogue.SPECS[other])
     return splits.make_task(spec, train, test, others)
+
+
+def task_from_rows(
+    table: Any,
+    template: str,
+    options: Sequence[str],
+    *,
+    label: str,
+    name: str,
+    group: str,
+    test: Any,
+    split: float,
+    seed: int,
+    labels: rows.Labels | None,
+    words: Mapping[str, Mapping[str, str]],
+) -> Task:
+    """Returns the task of rows as people have them; the arguments are those of `Task.from_rows`."""
+    if labels not in (None, "index", "text"):
+        raise ValueError(f'labels must be None, "index" or "text", got {labels!r}')
+    spec = taskfile.checked_spec(
+        template, options, name=name, group=group, words=words, label=label
+    )
+    train = _examples(table, spec, labels, label, "rows")
+    if test is None:
+        train, tested = cut.cut_rows(spec, train, split, seed)
+    else:
+        cut.check_labels(spec, train)
+        tested = _examples(test, spec, labels, label, "test")
+    return splits.make_task(spec, train, tested)
+
+
+def _examples(
+    table: Any, spec: TaskSpec, labels: rows.Labels | None, label: str, argument: str
+) -> Sequence[Example]:
+    """Returns the examples of an argument, which is a file's path or rows in memory."""
+    if isinstance(table, str | Path):
+        return rows.read_rows(Path(table), spec, labels, label)
+    lines = frames.memory_lines(table, rows.needed_fields(spec, label), argument)
+    examples = rows.parse_rows(lines, spec, labels, label)
+    if not examples:
+        raise ValueError(f"task {spec.name!r}: {argument} must hold a row or more, got none")
+    return examples

@@ -1,4 +1,4 @@
-"""Rows: labelled examples from JSON or CSV; what does not fit is named by file and line."""
+"""Rows: labelled examples from files or from memory; what does not fit is named by its place."""
 
 import csv
 import io
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from icrouting.tasks import frames
 from icrouting.tasks.task import Example, TaskSpec
 
 # What a label that is a number stands for: an option by its place, or the option of that text.
@@ -15,27 +16,34 @@ Labels = Literal["index", "text"]
 # What may stand between the cells of a table, and how messages call it.
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
+# A row as it was read, after its place: "train.csv:3" or "rows[3]".
+Line = tuple[str, object]
 
-def parse_row(row: object, spec: TaskSpec, labels: Labels | None = None) -> Example:
+
+def parse_row(
+    row: object, spec: TaskSpec, labels: Labels | None = None, label: str = "label"
+) -> Example:
     """Returns the example in one row of data.
 
     Args:
-        row: maps to the template's fields, `label` (an index or one of the task's options), and
+        row: maps to the template's fields, the label (an index or one of the task's options), and
             `choices` where the options are letters (a list, or one text with "|" between them).
         spec: says which fields there are.
         labels: what a label that is a number stands for; None where the number must say so itself.
+        label: the field that holds the label.
 
     Raises:
         ValueError: a field is missing or does not fit, or a label may be two options.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    needed = [*spec.slots, "label"]
-    if not spec.options:
-        needed.append("choices")
+    needed = needed_fields(spec, label)
     missing = [name for name in needed if name not in row]
     if missing:
-        raise ValueError(f"task {spec.name!r} needs the fields {needed}, missing here: {missing}")
+        raise ValueError(
+            f"task {spec.name!r} needs the fields {needed}, missing here: {missing}; "
+            f"this row has {list(row)}"
+        )
     fields = {}
     for name in spec.slots:
         text = row[name]
@@ -50,7 +58,19 @@ def parse_row(row: object, spec: TaskSpec, labels: Labels | None = None) -> Exam
             f"an example needs 2 options or more, and 26 letters at most; got {n_options}"
         )
     names = spec.options or tuple(string.ascii_uppercase[:n_options])
-    return Example(fields, choices, _label(row["label"], names, labels))
+    try:
+        index = _label(row[label], names, labels)
+    except ValueError as error:
+        raise ValueError(f"field {label!r} {error}") from error
+    return Example(fields, choices, index)
+
+
+def needed_fields(spec: TaskSpec, label: str) -> list[str]:
+    """Returns the names of the fields that a row of a task has to have."""
+    needed = [*spec.slots, label]
+    if not spec.options:
+        needed.append("choices")
+    return needed
 
 
 def _choices(value: object) -> tuple[str, ...]:
@@ -76,7 +96,7 @@ def _label(label: object, names: Sequence[str], labels: Labels | None) -> int:
     index = by_text if by_index is None else by_index
     if index is None:
         integer = "" if labels == "text" else f"an integer in 0..{len(names) - 1} or "
-        raise ValueError(f"field 'label' must be {integer}one of {', '.join(names)}, got {label!r}")
+        raise ValueError(f"must be {integer}one of {', '.join(names)}, got {label!r}")
     return index
 
 
@@ -113,91 +133,120 @@ def _is_number(name: str, number: object) -> bool:
 def _two_readings(label: object, by_index: int, by_text: int, names: Sequence[str]) -> str:
     """Says what is unclear about a label that is an index and another option's text."""
     return (
-        f"field 'label' is {label}, which may be the index of the option {names[by_index]!r} or "
+        f"is {label}, which may be the index of the option {names[by_index]!r} or "
         f'the option {names[by_text]!r} itself: write labels = "index" or labels = "text" in the '
-        "task file, or in JSONL put options in quotes"
+        "task file (in Python an argument), or in JSONL put options in quotes"
     )
 
 
 def _meaning_of_numbers(
-    lines: Sequence[tuple[int, object]], names: Sequence[str], path: Path
+    lines: Sequence[Line], names: Sequence[str], label_field: str
 ) -> Labels | None:
-    """Returns what the numbers among a file's labels stand for, which is the same for all.
+    """Returns what the numbers among the labels of some rows stand for, the same for all.
 
     None where it makes no difference.
 
     Raises:
         ValueError: all may be either; or some can only be an index, others only an option.
     """
-    unclear: list[tuple[int, str]] = []
-    indices: list[tuple[int, object]] = []
-    texts: list[tuple[int, object]] = []
-    for line, row in lines:
-        label = row.get("label") if isinstance(row, dict) else None
+    unclear: list[tuple[str, str]] = []
+    indices: list[tuple[str, object]] = []
+    texts: list[tuple[str, object]] = []
+    for place, row in lines:
+        label = row.get(label_field) if isinstance(row, dict) else None
         by_index = _by_index(label, names)
         by_text = _by_text(label, names)
         if not isinstance(label, int) or by_index == by_text:
             continue
         if by_text is None:
-            indices.append((line, label))
+            indices.append((place, label))
         elif by_index is None:
-            texts.append((line, label))
+            texts.append((place, label))
         else:
-            unclear.append((line, _two_readings(label, by_index, by_text, names)))
+            unclear.append((place, _two_readings(label, by_index, by_text, names)))
     if indices and texts:
-        line, index = indices[0]
-        text_line, text = texts[0]
+        place, index = indices[0]
+        text_place, text = texts[0]
         raise ValueError(
-            f"{path}:{line}: field 'label' is {index}, which is an index and no option, but in "
-            f"line {text_line} it is {text}, an option and no index: give all as one of the two"
+            f"{place}: field {label_field!r} is {index}, which is an index and no option, but in "
+            f"{text_place} it is {text}, an option and no index: give all as one of the two"
         )
     if unclear and not indices and not texts:
-        line, message = unclear[0]
-        raise ValueError(f"{path}:{line}: {message}")
+        place, message = unclear[0]
+        raise ValueError(f"{place}: field {label_field!r} {message}")
     if texts:
         return "text"
     return "index" if indices else None
 
 
-def read_rows(path: Path, spec: TaskSpec, labels: Labels | None = None) -> tuple[Example, ...]:
-    """Returns the examples of a JSONL file, or of a CSV or TSV file with a heading.
+def parse_rows(
+    lines: Sequence[Line], spec: TaskSpec, labels: Labels | None = None, label: str = "label"
+) -> tuple[Example, ...]:
+    """Returns the examples of rows from one source.
 
     Args:
-        path: the file; what is called .csv or .tsv is read as such.
+        lines: the rows, each after its place.
+        spec: how the task reads.
+        labels: what a label that is a number stands for; None where the numbers say so: all may be
+            indices, or all options, but not either.
+        label: the field that holds the label.
+
+    Raises:
+        ValueError: a row does not fit; its place is named.
+    """
+    # Where rows bring their choices, options are letters, which no number spells.
+    if labels is None and spec.options:
+        labels = _meaning_of_numbers(lines, spec.options, label)
+    examples = []
+    for place, row in lines:
+        try:
+            examples.append(parse_row(row, spec, labels, label))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+    return tuple(examples)
+
+
+def read_rows(
+    path: Path, spec: TaskSpec, labels: Labels | None = None, label: str = "label"
+) -> tuple[Example, ...]:
+    """Returns the examples of a file: JSONL, parquet, or CSV or TSV with a heading.
+
+    Args:
+        path: the file; what is called .csv, .tsv or .parquet is read as such.
         spec: how the task reads.
         labels: what a label that is a number stands for; None where the file's numbers say so:
             all may be indices, or all options, but not either.
+        label: the column that holds the label.
 
     Raises:
         ValueError: the file cannot be read, holds no example, or has a line that does not fit.
     """
+    kind = path.suffix.lower()
     try:
-        # Some editors put a byte order mark before UTF-8.
-        text = path.read_text(encoding="utf-8-sig")
+        if kind == ".parquet":
+            lines = frames.parquet_lines(path, needed_fields(spec, label))
+        else:
+            # Some editors put a byte order mark before UTF-8.
+            text = path.read_text(encoding="utf-8-sig")
+            if kind in (".csv", ".tsv"):
+                lines = list(_table_lines(text, path, spec, label))
+            else:
+                lines = list(_json_lines(text, path))
     except OSError as error:
-        raise ValueError(f"task {spec.name!r}: cannot read {path}: {error.strerror}") from error
+        reason = error.strerror or error
+        raise ValueError(f"task {spec.name!r}: cannot read {path}: {reason}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"task {spec.name!r}: {path} is not UTF-8 text ({error.reason})"
         ) from error
-    is_table = path.suffix.lower() in (".csv", ".tsv")
-    lines = list(_table_lines(text, path) if is_table else _json_lines(text, path))
-    # Where rows bring their choices, options are letters, which no number spells.
-    if labels is None and spec.options:
-        labels = _meaning_of_numbers(lines, spec.options, path)
-    examples = []
-    for number, row in lines:
-        try:
-            examples.append(parse_row(row, spec, labels))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+    examples = parse_rows(lines, spec, labels, label)
     if not examples:
         raise ValueError(f"task {spec.name!r}: {path} holds no example")
-    return tuple(examples)
+    return examples
 
 
-def _json_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    """Yields line numbers and what JSON says there; empty lines say nothing."""
+def _json_lines(text: str, path: Path) -> Iterator[Line]:
+    """Yields lines' places and what JSON says there; empty lines say nothing."""
     # JSON allows unescaped line separators of Unicode inside a text, so only newlines end a row.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -209,14 +258,15 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
                 f"{path}:{number}: not a JSON object: {error.msg}; "
                 "a table is read from a file that is called .csv or .tsv"
             ) from error
-        yield number, row
+        yield f"{path}:{number}", row
 
 
-def _table_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    """Yields line numbers and the rows there, without the cells that a row lacks at its end."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
+def _table_lines(text: str, path: Path, spec: TaskSpec, label: str) -> Iterator[Line]:
+    """Yields lines' places and the rows there, without the cells that a row lacks at its end."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text, label)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
+        frames.check_headings(reader.fieldnames or (), needed_fields(spec, label), str(path))
         for row in reader:
             # Under this key the reader puts what is too much.
             if None in row:
@@ -224,23 +274,26 @@ def _table_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
                     f"{path}:{reader.line_num}: more cells than the heading has: "
                     f"put a text with {_DELIMITERS[delimiter]} in quotes"
                 )
-            cells = {name: _cell(name, cell) for name, cell in row.items() if cell is not None}
-            yield reader.line_num, cells
+            cells: dict[str, str | int] = {}
+            for name, cell in row.items():
+                if cell is not None:
+                    cells[name] = _label_cell(cell) if name == label else cell
+            yield f"{path}:{reader.line_num}", cells
     except csv.Error as error:
         kind = path.suffix.lower().removeprefix(".").upper()
         raise ValueError(f"{path}: not {kind} after line {reader.line_num}: {error}") from error
 
 
-def _delimiter(text: str) -> str:
-    """Returns what stands between a CSV's cells: that which sets a cell "label" in its heading."""
+def _delimiter(text: str, label: str) -> str:
+    """Returns what stands between a CSV's cells: that which sets the label's in its heading."""
     for delimiter in _DELIMITERS:
         heading = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
-        if "label" in heading:
+        if label in heading:
             return delimiter
     return ","
 
 
-def _cell(name: str, cell: str) -> str | int:
-    """Returns a cell as a JSON of the same rows would have it: a label of digits is a number."""
-    is_number = name == "label" and cell.removeprefix("-").isdecimal() and str(int(cell)) == cell
+def _label_cell(cell: str) -> str | int:
+    """Returns a label's cell as a JSON of the same rows has it: one of digits is a number."""
+    is_number = cell.removeprefix("-").isdecimal() and str(int(cell)) == cell
     return int(cell) if is_number else cell

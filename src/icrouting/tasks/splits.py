@@ -57,13 +57,16 @@ def make_task(
     # A training row may still hold a row that the validation slice took, or lie inside one.
     shared = _clashes(undrawn, validation, have_same_labels=True)
     kept_rows = [row for row in undrawn if id(row) not in shared]
+    dropped = [*repeats, *known.values(), *shared.values()]
     labels = {row.label for row in kept_rows}
     if len(labels) < 2:
+        left_out = ""
+        if dropped:
+            left_out = f" ({len(dropped)} that repeat one another or a held-back row are left out)"
         raise ValueError(
             f"task {spec.name!r}: expected training rows of two classes or more, "
-            f"got {len(kept_rows)} of label {sorted(labels)}: add rows of another class"
+            f"got {len(kept_rows)} of label {sorted(labels)}{left_out}: add rows of another class"
         )
-    dropped = [*repeats, *known.values(), *shared.values()]
     return Task(
         spec,
         tuple(kept_rows),
@@ -90,7 +93,7 @@ def _without_repeats(rows: Sequence[Example]) -> tuple[list[list[Example]], list
     group_by_key: dict[str, list[Example]] = {}
     repeats = []
     for row in rows:
-        key = _row_key(row)
+        key = row_key(row)
         # Put back, the key is the last.
         group = group_by_key.pop(key, [])
         group_by_key[key] = group
@@ -152,10 +155,10 @@ def _clashes(
     """
     held_by_key: defaultdict[str, list[Example]] = defaultdict(list)
     for row in held:
-        held_by_key[_row_key(row)].append(row)
+        held_by_key[row_key(row)].append(row)
     long_held = [row for row in held if is_long(_row_text(row))]
-    long_held_keys = [_row_key(row) for row in long_held]
-    keys = [_row_key(row) for row in rows]
+    long_held_keys = [row_key(row) for row in long_held]
+    keys = [row_key(row) for row in rows]
     held_inside = inside(long_held_keys, keys)
     held_around = _long_held_around(rows, keys, long_held_keys)
 
@@ -176,7 +179,7 @@ def _is_repeat(row: Example, other: Example) -> bool:
     Rows of different labels do where they have the same text, spacing aside, or where one is a
     piece of the other, word by word: a phrase of a held-back row may well have a label of its own.
     """
-    have_one_key = _row_key(row) == _row_key(other)
+    have_one_key = row_key(row) == row_key(other)
     if row.label != other.label:
         if have_one_key:
             return _parts(row, _UNSPACED) == _parts(other, _UNSPACED)
@@ -221,7 +224,8 @@ def _row_text(row: Example) -> str:
     return " ".join(_row_texts(row))
 
 
-def _row_key(row: Example) -> str:
+def row_key(row: Example) -> str:
+    """Returns what two rows have alike where one may repeat the other, their labels aside."""
     # The newlines keep texts that were cut elsewhere into fields apart.
     return "\n".join(_field_key(text) for text in _row_texts(row))
 

@@ -5,6 +5,8 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
+from typing import Any, Literal
 
 import numpy as np
 
@@ -101,6 +103,80 @@ class Task:
     validation: tuple[Example, ...] = ()
     n_dropped: int = 0
     dropped_example: tuple[Example, Example] | None = None
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Any,
+        template: str,
+        options: Sequence[str] = (),
+        *,
+        label: str = "label",
+        name: str = "my task",
+        group: str = "near",
+        test: Any = None,
+        split: float = 0.3,
+        seed: int = 0,
+        labels: Literal["index", "text"] | None = None,
+        words: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> "Task":
+        r"""Returns a task made of rows as they are: a table in memory, or a file of one.
+
+        The rows to test on are drawn from `rows`, or are those of `test`. Of the others, those that
+        repeat one another or a row to test on are left out, and a fifth becomes the validation
+        slice, as in every task.
+
+        Args:
+            rows: a list of dicts, a pandas data frame, a `datasets.Dataset`, or the path of a file,
+                which is read as CSV, TSV or parquet if it is called so, else as JSONL.
+            template: prompt text with `{column}` slots; the label follows after one space. A brace
+                that is no slot's is written twice.
+            options: the answer words; empty where each row brings its `choices`.
+            label: the column that holds the labels, each one of the options or its index.
+            name: of the task.
+            group: "in-domain", "near" or "far": the section of a report's table to stand in.
+            test: rows to test on, of any kind that `rows` may be; None to draw them from `rows`.
+            split: the share of each label's rows to test on, where `test` is None; a label of two
+                rows or more has one on either side.
+            seed: of that draw.
+            labels: what a label that is a number stands for, an option's "index" or its "text";
+                None where the numbers say so themselves.
+            words: replacements of columns' values, `{column: {value: text}}`.
+
+        Raises:
+            ValueError: a column is missing, a row does not fit (its place is named), or there are
+                too few rows or labels to learn from.
+
+        Example:
+            >>> from icrouting import Task
+            >>> tickets = [
+            ...     {"text": "I lost my password", "team": "Access"},
+            ...     {"text": "The screen is dark", "team": "Hardware"},
+            ...     {"text": "Please unlock my account", "team": "Access"},
+            ...     {"text": "The mouse is gone", "team": "Hardware"},
+            ... ]
+            >>> teams = ["Access", "Hardware"]
+            >>> task = Task.from_rows(tickets, "Ticket: {text}\nTeam:", teams, label="team")
+            >>> len(task.train), len(task.test)
+            (2, 2)
+            >>> task.prompt(task.test[0])
+            'Ticket: I lost my password\nTeam:'
+        """
+        # By its name, since the room that reads rows makes tasks of them: it imports this one.
+        load = import_module("icrouting.tasks.load")
+        return load.task_from_rows(
+            rows,
+            template,
+            options,
+            label=label,
+            name=name,
+            group=group,
+            test=test,
+            split=split,
+            seed=seed,
+            labels=labels,
+            words=words or {},
+        )
 
     @property
     def name(self) -> str:

@@ -2,13 +2,14 @@
 
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from icrouting.tasks.cut import SEED, SHARE, check_draw, cut_rows
 from icrouting.tasks.rows import Labels, read_rows
 from icrouting.tasks.splits import make_task
 from icrouting.tasks.task import Task, TaskSpec
@@ -18,8 +19,8 @@ _GROUPS = ("in-domain", "near", "far")
 _CHOICE_SLOTS = {"choices", "letters"}
 
 
-class _TaskFile(BaseModel):
-    """The keys of a task file, in the order in which a refusal lists them."""
+class _SpecKeys(BaseModel):
+    """The keys that say how a task reads, in the order in which a refusal lists them."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -27,11 +28,18 @@ class _TaskFile(BaseModel):
     group: str = "far"
     template: str
     options: list[Any] = []
+    label: str = "label"
     labels: Labels | None = None
     words: dict[str, Any] = {}
+
+
+class _TaskFile(_SpecKeys):
+    """All keys of a task file."""
+
     splits: dict[str, Any]
 
 
+_Keys = TypeVar("_Keys", bound=_SpecKeys)
 # How a refusal calls the kind of value that pydantic expected.
 _KINDS = {"string_type": "str", "list_type": "list", "dict_type": "dict"}
 
@@ -40,9 +48,11 @@ def read_task_file(path: Path) -> Task:
     """Returns the task that a TOML file describes, with the rows of the files that it names.
 
     It holds `template`, `options` (left out where each row brings its `choices`), `splits.train`
-    and `splits.test` (JSONL, CSV or TSV, relative to the file), and optionally `name` (default: the
-    file's), `group` (default: "far"), `words` (replacements of field values) and `labels` (whether
-    labels that are numbers are an "index" or an option's "text").
+    and `splits.test` (JSONL, CSV, TSV or parquet, relative to the file) or else `splits.rows`, one
+    file that is cut in two (`splits.split`, the share to test on, and `splits.seed`), and
+    optionally `name` (default: the file's), `group` (default: "far"), `label` (the labels' column,
+    default: "label"), `words` (replacements of field values) and `labels` (whether labels that are
+    numbers are an "index" or an option's "text").
 
     Raises:
         ValueError: it is malformed (key and line are named), or a row does not fit.
@@ -61,9 +71,51 @@ def read_task_file(path: Path) -> Task:
         raise ValueError(f"{path}:{line}: key {mistake.key!r} {mistake}") from mistake
     name = path.stem if file.name is None else file.name
     spec = TaskSpec(name, file.group, file.template, tuple(file.options), file.words)
-    train = read_rows(path.parent / file.splits["train"], spec, file.labels)
-    test = read_rows(path.parent / file.splits["test"], spec, file.labels)
+    splits = file.splits
+    if "rows" in splits:
+        rows = read_rows(path.parent / splits["rows"], spec, file.labels, file.label)
+        share = splits.get("split", SHARE)
+        train, test = cut_rows(spec, rows, share, splits.get("seed", SEED))
+    else:
+        train = read_rows(path.parent / splits["train"], spec, file.labels, file.label)
+        test = read_rows(path.parent / splits["test"], spec, file.labels, file.label)
     return make_task(spec, train, test)
+
+
+def checked_spec(
+    template: str,
+    options: Sequence[str],
+    *,
+    name: str | None,
+    group: str,
+    words: Mapping[str, Mapping[str, str]],
+    label: str,
+) -> TaskSpec:
+    """Returns the spec that these arguments make, checked like the keys of a task file.
+
+    Raises:
+        ValueError: an argument does not fit, or the template shows the label's column.
+    """
+    has_many = isinstance(options, Iterable)
+    values = {
+        "name": name,
+        "group": group,
+        "template": template,
+        # A word alone would be listed letter by letter.
+        "options": list(options) if has_many and not isinstance(options, str) else options,
+        "label": label,
+        "words": dict(words),
+    }
+    try:
+        # A task file may do without a name, which it has itself.
+        if name is None:
+            raise _Mistake("name", "must be a str, got None")
+        keys = _validated(_SpecKeys, values)
+        _check_how_it_reads(keys)
+        _check_label_is_hidden(keys)
+    except _Mistake as mistake:
+        raise ValueError(f"{mistake.key} {mistake}") from mistake
+    return TaskSpec(name, group, template, tuple(keys.options), keys.words)
 
 
 class _Mistake(Exception):
@@ -83,17 +135,25 @@ def _line_of(key: str, text: str) -> int:
     return 1
 
 
-def _parsed(values: dict[str, Any]) -> _TaskFile:
+def _validated(kind: type[_Keys], values: dict[str, Any]) -> _Keys:
     try:
-        file = _TaskFile.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise _mistake_among_keys(error, values) from error
-    _check_options(file)
+
+
+def _parsed(values: dict[str, Any]) -> _TaskFile:
+    file = _validated(_TaskFile, values)
+    _check_how_it_reads(file)
     _check_splits(file)
-    _check_template(file)
-    _check_group(file)
-    _check_words(file)
     return file
+
+
+def _check_how_it_reads(keys: _SpecKeys) -> None:
+    _check_options(keys)
+    _check_template(keys)
+    _check_group(keys)
+    _check_words(keys)
 
 
 def _mistake_among_keys(error: ValidationError, values: dict[str, Any]) -> _Mistake:
@@ -115,7 +175,7 @@ def _mistake_among_keys(error: ValidationError, values: dict[str, Any]) -> _Mist
             return _Mistake(key, f"must be a {_KINDS[kind]}, got {first['input']!r}")
 
 
-def _check_options(file: _TaskFile) -> None:
+def _check_options(file: _SpecKeys) -> None:
     options = file.options
     # Each row brings its choices then.
     if not options:
@@ -127,11 +187,32 @@ def _check_options(file: _TaskFile) -> None:
 
 def _check_splits(file: _TaskFile) -> None:
     splits = file.splits
-    if set(splits) != {"train", "test"} or not _are_texts(splits.values()):
-        raise _Mistake("splits", f'must be train = "file" and test = "file", got {splits!r}')
+    if "rows" in splits:
+        _check_cut(splits)
+        _check_label_is_hidden(file)
+    elif set(splits) != {"train", "test"} or not _are_texts(splits.values()):
+        raise _Mistake(
+            "splits",
+            'must be train = "file" and test = "file", or rows = "file" that is cut in two, '
+            f"got {splits!r}",
+        )
 
 
-def _check_template(file: _TaskFile) -> None:
+def _check_cut(splits: dict[str, Any]) -> None:
+    unknown = set(splits) - {"rows", "split", "seed"}
+    if unknown or not isinstance(splits["rows"], str):
+        raise _Mistake(
+            "splits",
+            'beside rows = "file" may have split = 0.3 and seed = 0 and nothing else, '
+            f"got {splits!r}",
+        )
+    try:
+        check_draw(splits.get("split", SHARE), splits.get("seed", SEED))
+    except ValueError as error:
+        raise _Mistake("splits", f"does not fit: {error}") from error
+
+
+def _check_template(file: _SpecKeys) -> None:
     template = file.template
     slots = set()
     are_bare = True
@@ -142,25 +223,37 @@ def _check_template(file: _TaskFile) -> None:
                 slots.add(name)
                 are_bare = are_bare and not (form or conversion)
     except ValueError as error:
-        raise _Mistake("template", f"is malformed: {error}") from error
+        raise _Mistake(
+            "template", f"is malformed: {error}: a brace that is no slot's is written {{{{ or }}}}"
+        ) from error
     # A slot is a field's name alone: no number, no attribute, no format and no conversion.
     are_names = all(name.isidentifier() for name in slots)
     ends_in_space = template != template.rstrip()
     if not slots or not are_names or not are_bare or ends_in_space:
         raise _Mistake(
             "template",
-            f"needs slots such as {{text}} and no space at its end, got {template!r}",
+            "needs slots such as {text} and no space at its end, and a brace that is none twice "
+            f"({{{{ and }}}}), got {template!r}",
         )
     if file.options and _CHOICE_SLOTS & slots:
         raise _Mistake("options", "must be left out where the template has {choices} or {letters}")
 
 
-def _check_group(file: _TaskFile) -> None:
+def _check_label_is_hidden(keys: _SpecKeys) -> None:
+    slots = {slot for _, slot, _, _ in Formatter().parse(keys.template)}
+    if keys.label in slots:
+        raise _Mistake(
+            "template",
+            f"has a slot {{{keys.label}}}, which is the column of the labels: leave the answer out",
+        )
+
+
+def _check_group(file: _SpecKeys) -> None:
     if file.group not in _GROUPS:
         raise _Mistake("group", f'must be "in-domain", "near" or "far", got {file.group!r}')
 
 
-def _check_words(file: _TaskFile) -> None:
+def _check_words(file: _SpecKeys) -> None:
     for texts in file.words.values():
         if not isinstance(texts, dict) or not _are_texts(texts.values()):
             raise _Mistake(
