@@ -109,6 +109,7 @@ def test_a_batch_equals_its_rows_one_by_one(family):
     "settings", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}]
 )
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_generation_equals_the_dense_reference_without_a_cache(family, settings):
     model, dense, inputs = (
         tiny.model(family),

@@ -160,6 +160,7 @@ def test_a_mask_of_a_window_s_width_hides_no_token_of_the_pass():
     ).shape == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_model_gets_back_what_stood_in_place_of_its_methods(tokenizer, encoder_folder):
     model = tiny.model("llama")
     own = model.generate = types.MethodType(lambda self, *args, **kwargs: "own", model)

@@ -227,6 +227,7 @@ def test_icr_alone_is_timed_against_zero_shot(world, tmp_path):
     assert row["n_cached"] == 3 * (60 + 30) * 2
 
 
+@pytest.mark.slow
 def test_a_finished_fit_is_not_repeated_and_another_one_is_refused(world, encoder_folder, capsys):
     before = (world / "router" / "model.safetensors").stat().st_mtime_ns
     fit(world, encoder_folder, world / "router")
@@ -557,6 +558,7 @@ def evaluate_without_sources(world, out, *more):
     main.main(["eval", *where, *how.split(), *more])
 
 
+@pytest.mark.slow
 def test_what_is_unseen_is_said_by_the_router(world, tmp_path):
     evaluate_without_sources(world, tmp_path / "run")
     assert roles_of(tmp_path / "run") == {"sst2": "source", "mr": "unseen"}

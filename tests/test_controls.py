@@ -123,6 +123,7 @@ def test_a_whitened_router_is_refitted_whitened(config, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.slow
 def test_a_control_changes_one_thing(kind, fits, config):
     found = fits[kind].config
     changed = {
@@ -146,6 +147,7 @@ def test_a_control_changes_one_thing(kind, fits, config):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_untrained_controls_leave_the_logits_unchanged(
     kind, family, settings, tokenizer, monkeypatch
 ):
@@ -161,6 +163,7 @@ def test_untrained_controls_leave_the_logits_unchanged(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_batch_of_mixed_lengths_scores_like_single_prompts_under_both_paddings(
     kind, fits, tokenizer
 ):

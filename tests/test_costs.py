@@ -59,6 +59,7 @@ def test_fits_of_an_earlier_version_have_no_cost(tmp_path):
     assert (tmp_path / "tried.csv").read_text() == "method,fit,setting,accuracy\n"
 
 
+@pytest.mark.slow
 def test_the_report_lists_the_costs(folder):
     few_records = fake_records({("icr", "agnews"): 0.5})
     costs = fit_costs(folder, ["i2cl"])

@@ -55,6 +55,7 @@ def hidden_router(model, tokenizer):
 
 @EVERY_DEFAULT
 @pytest.mark.parametrize("encoder", ["hidden", "sentence"])
+@pytest.mark.slow
 def test_a_loaded_router_routes_alike(default, encoder, model, tokenizer, encoder_folder, tmp_path):
     if encoder == "sentence":
         encoder = str(encoder_folder)
@@ -79,6 +80,7 @@ def test_a_loaded_router_routes_alike(default, encoder, model, tokenizer, encode
 
 @EVERY_DEFAULT
 @pytest.mark.parametrize("encoder", ["hidden", "constant:hidden", "random:hidden", "sentence"])
+@pytest.mark.slow
 def test_a_fit_gives_the_same_router(default, encoder, model, tokenizer, encoder_folder):
     if encoder == "sentence":
         encoder = str(encoder_folder)

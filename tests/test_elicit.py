@@ -170,6 +170,7 @@ def test_what_is_retrieved_is_the_mean_of_the_ten_likeliest_at_their_most_freque
     assert (pooled.retrieved(texts)[1] < 0).float().mean() == 0.5
 
 
+@pytest.mark.slow
 def test_a_prompt_that_retrieves_nothing_is_answered_as_by_the_bare_model(pooled, tokenizer):
     model = pooled.model
     plain = scores(pooled.model, tokenizer, prompts())

@@ -113,6 +113,7 @@ def test_padding_on_the_left_without_position_ids_is_sound_but_for_one_family(fa
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 @pytest.mark.parametrize("family", ALL)
+@pytest.mark.slow
 def test_generation_with_a_cache_equals_generation_without(family, settings):
     model = tiny.model_of(family)
     inputs = tiny.prompts(side="left")

@@ -379,6 +379,7 @@ def test_a_fit_begun_on_other_rows_is_refused(config, model, tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("name", ["moments.safetensors", "training.safetensors", "fit.json"])
+@pytest.mark.slow
 def test_a_damaged_stage_is_named(name, config, model, tokenizer, tmp_path):
     InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
     whole = (tmp_path / name).read_bytes()

@@ -270,6 +270,7 @@ def test_an_attention_that_calls_its_own_function_is_an_error(bench, model):
         model(**bench.inputs(0))
 
 
+@pytest.mark.slow
 def test_one_layer_on_another_kernel_is_an_error(bench, model):
     attention = model.model.layers[3].self_attn
     with bench.attached(model):
@@ -450,6 +451,7 @@ def test_forty_threads_get_each_row_s_own_result(bench, model):
         assert is_same, (name, row)
 
 
+@pytest.mark.slow
 def test_threads_share_a_plain_model(bench, model):
     """Scoring has hooks of its own on the model, which are its thread's alone."""
     inputs = [bench.inputs(row) for row in range(3)]
@@ -467,6 +469,7 @@ def test_threads_share_a_plain_model(bench, model):
     assert all(map(torch.equal, together, alone))
 
 
+@pytest.mark.slow
 def test_threads_take_turns_under_a_rival_too(bench, model):
     rival = fit_method(
         TaskVectors(Settings(demos_per_class=2, tries=1, train_rows=8)),
@@ -487,6 +490,7 @@ def test_threads_take_turns_under_a_rival_too(bench, model):
         assert all(map(torch.equal, pair, expected))
 
 
+@pytest.mark.slow
 def test_models_that_draft_for_one_another_do_not_wait_forever(bench):
     one, other = bench.fresh(), bench.fresh()
     inputs = bench.inputs(0)

@@ -195,6 +195,7 @@ def test_the_widened_product_is_the_dense_bias_and_widened_values_add_nothing(dr
 
 @laws(100)
 @given(tensors())
+@pytest.mark.slow
 def test_projecting_is_linear_and_in_float32(drawn):
     query, *_, z_query, _, _, _, _ = drawn
     states = query.transpose(1, 2).flatten(2)
@@ -243,6 +244,7 @@ def test_groups_by_length_are_every_row_once_within_the_budget(token_lists, budg
 
 @laws(100)
 @given(TOKEN_LISTS, st.integers(0, 99))
+@pytest.mark.slow
 def test_padding_loses_nothing(token_lists, pad_id):
     batch = pad(token_lists, pad_id)
     for row, tokens in enumerate(token_lists):

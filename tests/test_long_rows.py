@@ -38,6 +38,7 @@ def decoder(tokenizer):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.slow
 def test_a_fit_leaves_out_what_no_context_holds_and_names_the_row(seed, decoder, caplog):
     config = replace(CONFIG, seed=seed, n_queries=6)
     InContextRouter.fit(decoder.model, decoder.tokenizer, [with_long(), tiny.task("b")], config)
@@ -81,6 +82,7 @@ def test_a_task_of_which_no_prompt_fits_is_refused_by_name(decoder):
         plan.plan_fit(decoder.model, decoder.tokenizer, [tiny.task()], config, torch.float32)
 
 
+@pytest.mark.slow
 def test_a_stopped_extraction_goes_on_to_the_same_moments(decoder, tmp_path):
     tasks = [with_long(), tiny.task("b")]
     whole = extract(decoder, tasks, LAYERS, CONFIG, None)
@@ -90,6 +92,7 @@ def test_a_stopped_extraction_goes_on_to_the_same_moments(decoder, tmp_path):
         assert torch.equal(again.tensors()[name], tensor)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_what_the_fit_runs(decoder):
     # So many demonstrations that no two prompts share theirs.
     model = decoder.model

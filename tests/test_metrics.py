@@ -82,6 +82,7 @@ def test_effective_n_lies_between_items_and_records():
         assert 37 - 1e-9 <= found <= 37 * n_seeds
 
 
+@pytest.mark.slow
 def test_accuracy_intervals_cover_when_seeds_share_items():
     rng = np.random.default_rng(5)
     items = over_seeds([1] * 60, 3)

@@ -411,6 +411,7 @@ def check(where, cases):
     return n_cases
 
 
+@pytest.mark.slow
 def test_files_that_were_damaged_are_refused(where):
     rng, cases = random.Random(0), []
     for name in (CONFIG, WEIGHTS):
@@ -458,6 +459,7 @@ def test_forged_weights_with_right_checksums_are_refused(where):
     )
 
 
+@pytest.mark.slow
 def test_damaged_headers_with_right_checksums_are_refused(where):
     """Bits of the header alone.
 

@@ -93,6 +93,7 @@ def test_a_fit_equals_that_in_memory_and_leaves_the_model_as_it_was(
         assert name.endswith("2.bias") or weight.any()
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_brings_off_loaded_layers_in_again(pair):
     whole, spread, tokenizer = pair
     expected = fitted(whole, tokenizer, HIDDEN).router.state_dict()

@@ -270,6 +270,7 @@ def test_several_processes_get_the_same_arguments(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
+@pytest.mark.slow
 def test_a_recipe_runs_dry_with_the_published_number_of_parameters(
     recipe, five_tasks, tmp_path, capsys
 ):

@@ -87,6 +87,7 @@ def test_hidden_features_are_what_the_vocabulary_head_reads_at_the_last_token(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_probe_is_scikit_learns_on_standardised_features(kind, settings, tokenizer):
     model = tiny.model("llama")
     method = fitted(kind, settings, model, tokenizer)

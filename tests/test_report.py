@@ -102,6 +102,7 @@ def test_every_cell_is_in_every_format(run_folder, page):
         assert float(line["accuracy"]) == cell.accuracy
 
 
+@pytest.mark.slow
 def test_the_page_fetches_nothing_and_runs_nothing(page):
     references = re.findall(r"""(?:src|href|action|data|poster)\s*=\s*["']([^"']*)""", page)
     assert references
@@ -130,6 +131,7 @@ def test_times_measured_in_turns_and_what_is_kept_are_in_every_text(run_folder, 
     assert f"ICR 1.04 1.01 to 1.07 540 {RATIO['note']}" in text_of(page)
 
 
+@pytest.mark.slow
 def test_the_options_of_confusion_matrices_are_named_and_old_runs_say_that_they_kept_none(page):
     assert "agnews : 0 World, 1 Sports, 2 Business, 3 Technology" in text_of(page)
     assert "mr : 0 negative, 1 positive" in text_of(page)
@@ -147,6 +149,7 @@ def test_the_fit_of_icr_is_among_the_costs_without_a_time(run_folder, page):
     assert "its time is not known" in text_of(page)
 
 
+@pytest.mark.slow
 def test_the_report_counts_the_items_that_there_were(run_folder, page):
     asked = fake_run(n_test=500)
     made = report.report_of(asked, ICR_LOSES_ON_MR)
@@ -154,6 +157,7 @@ def test_the_report_counts_the_items_that_there_were(run_folder, page):
     assert "up to 30 items a task" in report.markdown(made)
 
 
+@pytest.mark.slow
 def test_a_lone_task_and_item_are_counted_in_the_singular():
     some = fake_records({("zero-shot", "mr"): 1, ("icr", "mr"): 1}, n_items=1)
     made = report.report_of(fake_run(("zero-shot", "icr"), tasks=[TASKS[1]]), some)

@@ -30,6 +30,7 @@ def prompts_of(task, rng_seed=None):
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 @pytest.mark.parametrize("few", [None, 0])
+@pytest.mark.slow
 def test_batched_scores_equal_one_prompt_at_a_time(family, few, tokenizer):
     model = tiny.model(family)
     task = tiny.task()

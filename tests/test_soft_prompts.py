@@ -338,6 +338,7 @@ def test_nothing_outside_is_drawn_by_a_fit_or_an_application(tokenizer):
 
 
 @BOTH
+@pytest.mark.slow
 def test_data_budgets_and_pooled_sources(kind, tokenizer):
     model = tiny.model("llama")
     assert (

@@ -20,6 +20,7 @@ def test_the_terminal_table_holds_brackets_of_notes_as_they_are():
 
 @pytest.mark.parametrize("width", [60, 80, 120, 300])
 @pytest.mark.parametrize("n_methods", [5, WIDE + 2])
+@pytest.mark.slow
 def test_no_word_of_the_printed_table_breaks_and_no_figure_is_lost(width, n_methods):
     summary = summarise(*many_methods(n_methods))
     console = Console(width=width)

@@ -68,6 +68,7 @@ def test_its_context_is_its_text_s(model):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("use", ["score", "call", "generate"])
+@pytest.mark.slow
 def test_text_is_routed_as_by_the_text_part(use, side, icr, model, same_for_text):
     inputs = inputs_of(TEXTS, side)
     is_real = inputs["attention_mask"].bool()
