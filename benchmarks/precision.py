@@ -31,7 +31,8 @@ from icrouting.evaluation.items import draw_items
 from icrouting.evaluation.runs import commit
 from icrouting.fitting.trunk import pad_states, run_trunk
 from icrouting.report import metrics
-from icrouting.routing.attach import RoutedLayer, attach
+from icrouting.routing.attach import attach
+from icrouting.routing.attachment import RoutedLayer
 from icrouting.routing.router import Routing
 from icrouting.runtime.storage import save_json
 from icrouting.tasks.catalogue import PAPER_TASKS

@@ -23,7 +23,7 @@ from icrouting.fitting.pca import QKMoments
 from icrouting.fitting.training import Query, Trainer, alpha_scale
 from icrouting.fitting.trunk import TrunkState, run_trunk
 from icrouting.icr import InContextRouter
-from icrouting.routing import artifact
+from icrouting.routing.description import describe
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
 from icrouting.tasks.prompts import extraction_prompts
@@ -174,7 +174,7 @@ def loading(world: World, name: str) -> None:
     tokenizer = world.tokenizer
     config = dataclasses.replace(PAPER, encoder=HIDDEN)
     features = features_of(HIDDEN, Decoder.of(model, tokenizer), str(device_of(model)))
-    description = artifact.describe(
+    description = describe(
         Decoder.of(model, world.tokenizer), world.tasks, config, world.pids.layers, features
     )
     made = InContextRouter(description, world.pids, world.reader(model, HIDDEN).router)

@@ -13,7 +13,7 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import CACHE, base_of
 from icrouting.decoder.partial import entering_states
 from icrouting.icr import InContextRouter
-from icrouting.routing import artifact
+from icrouting.routing.description import describe
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router, Routing
 from reference import reference_routed
@@ -65,7 +65,7 @@ class Bench:
         ):  # a random encoder tells texts apart by little
             linear.weight *= 3 / vectors.std(0).mean()
             linear.bias -= linear.weight @ vectors.mean(0)
-        return InContextRouter(artifact.describe(*described), tiny.pids(self.model, layers), router)
+        return InContextRouter(describe(*described), tiny.pids(self.model, layers), router)
 
     def inputs(self, *rows, side="left", positions=False):
         """The prompts of `rows`, or all three, as tensors."""

@@ -17,6 +17,7 @@ from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.methods import Settings
 from icrouting.routing import artifact
+from icrouting.routing.description import describe
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
 
@@ -100,7 +101,7 @@ def saved_router(tmp_path_factory, encoder_folder):
     model = tiny.model("qwen2")
     config = FitConfig(layers=(3, 4), rank=3, hidden_width=5, basis="pca")
     features = features_of(str(encoder_folder), Decoder.of(model, tiny.tokenizer()), "cpu")
-    description = artifact.describe(
+    description = describe(
         Decoder.of(model, tiny.tokenizer()), [tiny.task()], config, (3, 4), features
     )
     router = Router(12, 2, 6, 3, 5, torch.Generator().manual_seed(0))

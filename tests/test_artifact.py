@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from icrouting.icr import InContextRouter
 from icrouting.routing import artifact
-from icrouting.routing.artifact import with_results
+from icrouting.routing.card import with_results
 from icrouting.routing.inspection import inspect_prompt
 from icrouting.routing.router import Router
 from local_hub import COMMIT, local_hub

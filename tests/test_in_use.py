@@ -4,7 +4,7 @@ import copy
 import io
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -419,12 +419,19 @@ def in_threads(requests):
     """The results of functions, each in a thread of its own, all let go at one moment."""
     barrier = threading.Barrier(len(requests))
 
-    def run(request):
-        barrier.wait()
-        return request()
+    futures = [Future() for _ in requests]
 
-    with ThreadPoolExecutor(len(requests)) as pool:
-        return [future.result() for future in [pool.submit(run, each) for each in requests]]
+    def run(request, future):
+        barrier.wait()
+        try:
+            future.set_result(request())
+        except BaseException as error:
+            future.set_exception(error)
+
+    for request, future in zip(requests, futures, strict=True):
+        # Threads that wait for one another forever fail the test, and hold nobody up.
+        threading.Thread(target=run, args=(request, future), daemon=True).start()
+    return [future.result(timeout=60) for future in futures]
 
 
 def test_forty_threads_get_each_row_s_own_result(bench, model):

@@ -15,8 +15,8 @@ import tiny
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.icr import InContextRouter
-from icrouting.routing import artifact
 from icrouting.routing.attach import attach
+from icrouting.routing.description import describe
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
 from plain_and_routed import logits_of
@@ -32,7 +32,7 @@ FEW_BYTES = 6 * 2**20
 def router_for(model, encoder_folder):
     """A random router of a model, far from neutral."""
     fit = FitConfig(layers=LAYERS, rank=3, hidden_width=5, encoder=str(encoder_folder))
-    description = artifact.describe(
+    description = describe(
         Decoder.of(model, tiny.tokenizer()),
         [tiny.task()],
         fit,

@@ -13,6 +13,7 @@ from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.icr import InContextRouter
 from icrouting.routing import artifact, sources
+from icrouting.routing.description import describe
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
 from icrouting.routing.sources import Source, sources_of
@@ -35,7 +36,7 @@ def icr(llama):
     decoder = Decoder.of(llama, tiny.tokenizer())
     fit = FitConfig(layers=LAYERS, rank=3, hidden_width=5, encoder=HIDDEN)
     features = features_of(HIDDEN, decoder, "cpu")
-    description = artifact.describe(decoder, [tiny.task()], fit, LAYERS, features)
+    description = describe(decoder, [tiny.task()], fit, LAYERS, features)
     router = Router(features.n_features, 2, 6, 3, 5, torch.Generator().manual_seed(0))
     return InContextRouter(description, tiny.pids(llama), router)
 

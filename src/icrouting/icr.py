@@ -16,8 +16,10 @@ from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import stages
 from icrouting.routing import artifact
-from icrouting.routing.artifact import Description, model_card
+from icrouting.routing.card import model_card
+from icrouting.routing.description import Description, describe
 from icrouting.routing.features import features_of
+from icrouting.routing.ownership import check_place_on_hub
 from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Gate, Reader
 from icrouting.routing.rerouting import rerouted, unrouted
@@ -111,7 +113,7 @@ class InContextRouter(ModelHubMixin):
         decoder = Decoder.of(model, tokenizer).unwrapped()
         fit_folder = None if folder is None else Path(folder)
         pids, router, features = stages.fit(decoder, tasks, config, fit_folder)
-        description = artifact.describe(decoder, tasks, config, pids.layers, features)
+        description = describe(decoder, tasks, config, pids.layers, features)
         return cls(description, pids, router)
 
     @contextmanager
@@ -249,7 +251,9 @@ class InContextRouter(ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         artifact.save(save_directory, self.description, self.pids, self.router, self.folder)
 
-    def push_to_hub(self, repo_id: str, **settings: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, repo_id: str, **settings: Any
+    ) -> str:
         """Uploads the router and returns the commit's address.
 
         Args:
@@ -263,7 +267,7 @@ class InContextRouter(ModelHubMixin):
         repository = HfApi(token=token).create_repo(
             repo_id, private=settings.get("private"), exist_ok=True
         )
-        artifact.check_place_on_hub(repository.repo_id, settings.get("branch"), token)
+        check_place_on_hub(repository.repo_id, settings.get("branch"), token)
         return super().push_to_hub(repository.repo_id, **settings)
 
     def generate_model_card(self) -> ModelCard:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -25,7 +25,7 @@ from icrouting.evaluation.runs import RunConfig
 from icrouting.icr import InContextRouter
 from icrouting.report import page, table
 from icrouting.report.run import Run
-from icrouting.routing.artifact import with_results
+from icrouting.routing.card import with_results
 from icrouting.routing.features import sentence_encoder
 from icrouting.routing.routed import routing_summary
 from icrouting.runtime.processes import first_one_first, is_first
@@ -183,13 +183,11 @@ def _router_cuts(icr: InContextRouter | None) -> list[str]:
     """What a router learned from less than the paper's did."""
     if icr is None:
         return []
-    n_prompts = icr.description.fit.n_prompts
-    n_queries = icr.description.fit.n_queries
-    # A task gives no more of either than it has rows; a router may not know of any.
-    if icr.description.tasks:
-        most_rows = max(icr.description.tasks.values())
-        n_prompts = min(n_prompts, most_rows)
-        n_queries = min(n_queries, most_rows)
+    description = icr.description
+    counts = [description.n_taken(task) for task in description.tasks]
+    # A router may not know of any task.
+    n_prompts = max((n for n, _ in counts), default=description.fit.n_prompts)
+    n_queries = max((n for _, n in counts), default=description.fit.n_queries)
     if min(n_prompts, n_queries) >= PAPER_FIT:
         return []
     learned = f"{n_prompts} prompts, {n_queries} queries a task at most"

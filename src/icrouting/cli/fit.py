@@ -14,7 +14,7 @@ from icrouting.decoder.loading import default_dtype, load_skeleton
 from icrouting.fitting import plan, stages
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.icr import InContextRouter
-from icrouting.routing.artifact import check_place
+from icrouting.routing.ownership import check_place
 from icrouting.runtime.processes import first_one_first, is_first, wait
 from icrouting.tasks.task import rows_digest
 

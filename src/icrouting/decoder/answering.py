@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from icrouting.decoder.calls import Call
 from icrouting.decoder.families import base_of
-from icrouting.decoder.tracking import Call, tracked
+from icrouting.decoder.tracking import tracked
 
 
 class Answering:

@@ -17,7 +17,8 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.partial import LateEntry, late_entry
 from icrouting.fitting import losses
 from icrouting.fitting.trunk import TrunkState, pad_states
-from icrouting.routing.attach import Attachment, attach
+from icrouting.routing.attach import attach
+from icrouting.routing.attachment import Attachment
 from icrouting.routing.pids import PIDs
 from icrouting.routing.router import Router
 from icrouting.runtime.processes import is_first, mine, total

@@ -55,10 +55,12 @@ class Icr(Method):
 
     def fitted_before(self, sources: Sequence[Task]) -> dict[str, Any]:
         """Returns what the router's fit took, reckoned from its settings and its tasks' sizes."""
-        config = self._router.description.fit
-        tasks = self._router.description.tasks
-        n_prompts = [min(config.n_prompts, n_rows) for n_rows in tasks.values()]
-        n_queries = sum(min(config.n_queries, n_rows) for n_rows in tasks.values())
+        description = self._router.description
+        config = description.fit
+        tasks = description.tasks
+        counts = [description.n_taken(task) for task in tasks]
+        n_prompts = [n for n, _ in counts]
+        n_queries = sum(n for _, n in counts)
         n_contexts = 0
         # A context that several prompts share is run by itself.
         if config.queries_per_context > 1:

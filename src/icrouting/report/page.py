@@ -16,14 +16,14 @@ from icrouting.evaluation.records import BASELINE, Record
 from icrouting.report import figures, table, wording
 from icrouting.report.run import Run, read_run
 from icrouting.report.summary import MOST_OPTIONS, Summary, summarise
-from icrouting.runtime.pages import counted, points, render
+from icrouting.runtime.pages import counted, markdown_cell, points, render
 from icrouting.runtime.storage import load_json, read_lines, save_text
 
 _FILTERS = {
     "points": points,
     "label": wording.label,
     "counted": counted,
-    "cell": table.markdown_cell,
+    "cell": markdown_cell,
     "json": json.dumps,
 }
 

@@ -75,11 +75,6 @@ def has_earlier_fits(fits: Sequence[FitCost]) -> bool:
     return any(fit.seconds is None for fit in fits)
 
 
-def markdown_cell(text: str) -> str:
-    """Returns a text that can stand in a cell of a table in Markdown."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 def seeds(summary: Summary) -> list[list[str]]:
     """Returns each seed's mean gain of the methods that seeds move, under a heading.
 

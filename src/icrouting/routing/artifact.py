@@ -6,39 +6,32 @@ It refuses what it is not for, and what is damaged.
 import dataclasses
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pydantic import PositiveInt
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from icrouting.config import HIDDEN, FitConfig
-from icrouting.decoder.decoder import Decoder
+from icrouting.config import FitConfig
 from icrouting.decoder.identity import read_weight
-from icrouting.routing.features import Features
+from icrouting.routing.card import model_card
+from icrouting.routing.description import Description
+from icrouting.routing.ownership import CARD, CONFIG, METHOD, N_DIGITS, WEIGHTS, check_place
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Router
-from icrouting.routing.sources import Source, sources_of
 from icrouting.runtime.checks import first_line, read
 from icrouting.runtime.defaults import usual_defaults
-from icrouting.runtime.pages import render
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors
-from icrouting.tasks.task import Task, rows_digest
 
 FORMAT_VERSION = 1
 # What the weights mean; a file that says anything else was written by another version.
 _MEANING = {
-    "method": "icr",
+    "method": METHOD,
     "format_version": FORMAT_VERSION,
     "site": (
         "query and key projections before rotary embedding, "
@@ -49,82 +42,6 @@ _MEANING = {
 _PID_BASES = ("query_pids", "key_pids")
 _PID_NUMBERS = ("query_std", "key_std", "query_explained", "key_explained")
 _PID_TENSORS = _PID_BASES + _PID_NUMBERS
-_CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
-_CARD = "README.md"
-# Digits of a sha256 that identify a router's weights.
-_N_DIGITS = 16
-# Answers of a task that a card shows.
-_N_ANSWERS = 10
-
-
-@dataclass(frozen=True)
-class Description:
-    """All there is to know about an artifact but its weights.
-
-    Attributes:
-        base_model: name or path of the model that it was fitted on.
-        model_type: what transformers calls its family.
-        fingerprint: identifies its weights.
-        n_layers: its layers.
-        n_heads: its query heads.
-        n_kv_heads: its key-value heads.
-        head_dim: the width of a head.
-        layers: the routed ones, from 0.
-        encoder: the digest of the sentence encoder's weights, or "hidden" for the model's own
-            states.
-        n_features: width of what the router reads.
-        tasks: training rows of each source task.
-        sources: what is known of each source task; None where an earlier version fitted it.
-        rows: identifies the source tasks' rows.
-        fit: the settings of the fit.
-        versions: of the packages that it was fitted with.
-        base_weights: what the model's weights are like, by name (`decoder.identity`); empty in
-            routers of earlier versions.
-    """
-
-    base_model: str
-    model_type: str
-    fingerprint: str
-    n_layers: PositiveInt
-    n_heads: PositiveInt
-    n_kv_heads: PositiveInt
-    head_dim: PositiveInt
-    layers: tuple[int, ...]
-    encoder: str
-    n_features: PositiveInt
-    tasks: dict[str, int]
-    sources: tuple[Source, ...] | None
-    rows: str
-    fit: FitConfig
-    versions: dict[str, str]
-    base_weights: dict[str, str]
-
-
-def describe(
-    decoder: Decoder,
-    tasks: Sequence[Task],
-    fit: FitConfig,
-    layers: tuple[int, ...],
-    features: Features,
-) -> Description:
-    """Returns the description of a router fitted on a decoder."""
-    model = decoder.model
-    return Description(
-        base_model=model.config.name_or_path or type(model).__name__,
-        model_type=decoder.stack.config.model_type,
-        fingerprint=decoder.fingerprint,
-        **vars(decoder.dims),
-        layers=layers,
-        encoder=features.fingerprint,
-        n_features=features.n_features,
-        tasks={task.name: len(task.train) for task in tasks},
-        sources=sources_of(tasks, fit),
-        rows=rows_digest(tasks),
-        fit=fit,
-        versions={name: version(name) for name in ("icrouting", "torch", "transformers")},
-        base_weights=decoder.base_weights,
-    )
 
 
 def save(
@@ -148,7 +65,7 @@ def save(
         del config["sources"]
     if not description.base_weights:
         del config["base_weights"]
-    short_digest = sha256[:_N_DIGITS]
+    short_digest = sha256[:N_DIGITS]
     folders = [folder] if source is None else [source, folder]
     card = _card_that_names(short_digest, folders)
     if card is None:
@@ -157,9 +74,9 @@ def save(
         # Made inside, since a temporary folder itself can be read by its owner alone.
         artifact = Path(scratch, "router")
         artifact.mkdir()
-        save_tensors(artifact / _WEIGHTS, tensors)
-        save_json(artifact / _CONFIG, {**config, "checksum": _checksum(config)})
-        (artifact / _CARD).write_bytes(card)
+        save_tensors(artifact / WEIGHTS, tensors)
+        save_json(artifact / CONFIG, {**config, "checksum": _checksum(config)})
+        (artifact / CARD).write_bytes(card)
         _move(artifact, folder)
 
 
@@ -168,147 +85,25 @@ def _move(artifact: Path, folder: Path) -> None:
     if not folder.exists():
         artifact.rename(folder)
         return
-    old_config = folder / _CONFIG
-    new_config = artifact / _CONFIG
+    old_config = folder / CONFIG
+    new_config = artifact / CONFIG
     if old_config.exists() and old_config.read_bytes() != new_config.read_bytes():
         # Without it the folder is no router, so that halves of two do not pass for one.
         old_config.unlink()
-    for name in (_WEIGHTS, _CARD, _CONFIG):
+    for name in (WEIGHTS, CARD, CONFIG):
         (artifact / name).replace(folder / name)
-
-
-def check_place(folder: Path) -> None:
-    """Checks that saving to a folder overwrites nothing but an older router.
-
-    Raises:
-        ValueError: names the file that is not a router's.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: expected a folder for the router")
-    for name, is_ours in _OURS.items():
-        file = folder / name
-        if file.exists() and not is_ours(file):
-            raise ValueError(
-                f"{file} is not a router's and would be overwritten: choose another folder"
-            )
-
-
-def check_place_on_hub(repo_id: str, branch: str | None, token: str | bool | None) -> None:
-    """Checks that a repository of the hub does not describe anything but a router.
-
-    Raises:
-        ValueError: it does.
-    """
-    if not HfApi(token=token).file_exists(repo_id, _CONFIG, revision=branch):
-        return
-    file = hf_hub_download(repo_id, _CONFIG, revision=branch, token=token)
-    if not _is_config(Path(file)):
-        raise ValueError(
-            f"{repo_id!r} holds a {_CONFIG} that is not a router's and would be overwritten: "
-            "choose another name"
-        )
-
-
-def _is_config(file: Path) -> bool:
-    """Whether a config.json describes a router."""
-    try:
-        return load_json(file).get("method") == _MEANING["method"]
-    except ValueError:
-        return False
-
-
-def _is_weights(file: Path) -> bool:
-    """Whether a file holds a router's tensors, of this version or another."""
-    try:
-        with safe_open(file, "pt") as opened:
-            names = list(opened.keys())
-    except SafetensorError:
-        # A router's own file may have been damaged; its config.json tells it from a model's.
-        return _is_config(file.with_name(_CONFIG))
-    return all(name.startswith(("pids.", "router.")) for name in names)
-
-
-def _is_card(file: Path) -> bool:
-    """Whether a README.md is a router's card, or names the router that it lies beside."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if "library_name: icrouting" in text:
-        return True
-    weights = file.with_name(_WEIGHTS)
-    if not weights.exists():
-        return False
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:_N_DIGITS] in text
-
-
-# The files of an artifact, and what tells each from a file of that name of another kind.
-_OURS = {_CONFIG: _is_config, _WEIGHTS: _is_weights, _CARD: _is_card}
 
 
 def _card_that_names(digest: str, folders: Sequence[Path]) -> bytes | None:
     """Returns the first card that names a router's weights, None where there is none."""
     for folder in folders:
-        file = folder / "README.md"
+        file = folder / CARD
         if not file.is_file():
             continue
         card = file.read_bytes()
         if digest.encode() in card:
             return card
     return None
-
-
-def model_card(description: Description, digest: str) -> str:
-    """Returns the text of a router's README.md; `digest` identifies its weights."""
-    # The hub refuses a card whose front matter names anything but one of its ids.
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", description.base_model)
-    filters = {
-        "literal": repr,
-        "cell": _cell,
-        "code": _code,
-        "answers": _answers,
-        "thousands": "{:,}".format,
-    }
-    sources = description.sources or ()
-    return render(
-        "routing/templates/card.md.j2",
-        filters,
-        **vars(description),
-        sources_by_name={source.name: source for source in sources},
-        # What was left out of them is not counted.
-        at_most=", at most" if description.fit.skip_nan else "",
-        digest=digest,
-        is_hub_id=is_hub_id,
-        hidden=HIDDEN,
-    )
-
-
-def _cell(text: str) -> str:
-    """Returns a text as it can stand in a cell of a table."""
-    return text.replace("|", r"\|").replace("\n", r"\n")
-
-
-def _code(text: str) -> str:
-    """Returns a text as code in a cell of a table."""
-    fence = "`` " if "`" in text else "`"
-    return f"{fence}{_cell(text)}{fence[::-1]}"
-
-
-def _answers(options: Sequence[str]) -> str:
-    """Returns options in a cell of a table, the first of them where they are many."""
-    shown = ", ".join(_cell(option) for option in options[:_N_ANSWERS])
-    return shown if len(options) <= _N_ANSWERS else f"{shown}, ... ({len(options)})"
-
-
-def with_results(card: str, results: str) -> str:
-    """Returns a card whose section "Results" holds `results` alone, at its end if it had none."""
-    section = f"## Results\n\n{results.strip()}\n"
-    # The section ends at the next one, or with the card.
-    old = re.search(r"^## Results$.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
-    if old is None:
-        return f"{card.rstrip()}\n\n{section}"
-    before = card[: old.start()]
-    after = card[old.end() :]
-    if after:
-        section += "\n"
-    return before + section + after
 
 
 def _tensors(pids: PIDs, router: Router) -> dict[str, Tensor]:
@@ -320,7 +115,7 @@ def _tensors(pids: PIDs, router: Router) -> dict[str, Tensor]:
 
 def digest(pids: PIDs, router: Router) -> str:
     """Returns 16 hex digits that identify an artifact's weights."""
-    return hashlib.sha256(serialize(_tensors(pids, router))).hexdigest()[:_N_DIGITS]
+    return hashlib.sha256(serialize(_tensors(pids, router))).hexdigest()[:N_DIGITS]
 
 
 def _checksum(config: dict[str, Any]) -> str:
@@ -333,7 +128,7 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
     if Path(name).is_dir():
         return Path(name)
     # The card is not read, but goes along when the router is saved again.
-    files = ["config.json", "model.safetensors", "README.md"]
+    files = [CONFIG, WEIGHTS, CARD]
     try:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -373,7 +168,7 @@ def load(folder: Path) -> tuple[Description, PIDs, Router]:
 
 def _description(config: dict[str, Any]) -> Description:
     """Returns what config.json describes; ValueError says what it is not."""
-    if config.get("method") != "icr":
+    if config.get("method") != METHOD:
         raise ValueError('this does not describe an icrouting artifact: expected "method": "icr"')
     format_version = config.get("format_version")
     # The format comes first: what a newer one holds cannot be judged here. True is no version,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from icrouting.decoder.guards import Uncopied
-from icrouting.routing.attach import Attachment
+from icrouting.routing.attachment import Attachment
 
 # Where transformers keeps a layer's checkpointing function, once it is enabled.
 _FUNCTION = "_gradient_checkpointing_func"

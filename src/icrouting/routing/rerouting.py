@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from icrouting.decoder.calls import Call, Generation, PromptTokens
 from icrouting.decoder.families import CACHE, attention_of
 from icrouting.decoder.guards import Hook, Uncopied, lock_of
 from icrouting.decoder.hold import Hold, check_alone, hooked
 from icrouting.decoder.partial import entering_of
-from icrouting.decoder.tracking import Call, Generation, PromptTokens, tracked
-from icrouting.routing.attach import Attachment, RoutedPass, attach
+from icrouting.decoder.tracking import tracked
+from icrouting.routing.attach import attach
+from icrouting.routing.attachment import Attachment, RoutedPass
 from icrouting.routing.checkpointing import checkpointing_followed
 from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Reader

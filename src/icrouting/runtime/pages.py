@@ -39,6 +39,11 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
+def markdown_cell(text: str) -> str:
+    """Returns a text that can stand in a cell of a table in Markdown."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def points(share: float, is_signed: bool = False) -> str:
     """Returns a share in percentage points: 0.5612 reads 56.1.
 

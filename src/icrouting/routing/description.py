@@ -1,0 +1,90 @@
+"""The description: all there is to know about a router but its weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from pydantic import PositiveInt
+
+from icrouting.config import FitConfig
+from icrouting.decoder.decoder import Decoder
+from icrouting.routing.features import Features
+from icrouting.routing.sources import Source, sources_of
+from icrouting.tasks.task import Task, rows_digest
+
+
+@dataclass(frozen=True)
+class Description:
+    """All there is to know about an artifact but its weights.
+
+    Attributes:
+        base_model: name or path of the model that it was fitted on.
+        model_type: what transformers calls its family.
+        fingerprint: identifies its weights.
+        n_layers: its layers.
+        n_heads: its query heads.
+        n_kv_heads: its key-value heads.
+        head_dim: the width of a head.
+        layers: the routed ones, from 0.
+        encoder: the digest of the sentence encoder's weights, or "hidden" for the model's own
+            states.
+        n_features: width of what the router reads.
+        tasks: training rows of each source task.
+        sources: what is known of each source task; None where an earlier version fitted it.
+        rows: identifies the source tasks' rows.
+        fit: the settings of the fit.
+        versions: of the packages that it was fitted with.
+        base_weights: what the model's weights are like, by name (`decoder.identity`); empty in
+            routers of earlier versions.
+    """
+
+    base_model: str
+    model_type: str
+    fingerprint: str
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    layers: tuple[int, ...]
+    encoder: str
+    n_features: PositiveInt
+    tasks: dict[str, int]
+    sources: tuple[Source, ...] | None
+    rows: str
+    fit: FitConfig
+    versions: dict[str, str]
+    base_weights: dict[str, str]
+
+    def n_taken(self, task: str) -> tuple[int, int]:
+        """Returns the numbers of few-shot prompts and queries that a source task gave, at most.
+
+        It gives no more of either than it has training rows.
+        """
+        n_rows = self.tasks[task]
+        return min(self.fit.n_prompts, n_rows), min(self.fit.n_queries, n_rows)
+
+
+def describe(
+    decoder: Decoder,
+    tasks: Sequence[Task],
+    fit: FitConfig,
+    layers: tuple[int, ...],
+    features: Features,
+) -> Description:
+    """Returns the description of a router fitted on a decoder."""
+    model = decoder.model
+    return Description(
+        base_model=model.config.name_or_path or type(model).__name__,
+        model_type=decoder.stack.config.model_type,
+        fingerprint=decoder.fingerprint,
+        **vars(decoder.dims),
+        layers=layers,
+        encoder=features.fingerprint,
+        n_features=features.n_features,
+        tasks={task.name: len(task.train) for task in tasks},
+        sources=sources_of(tasks, fit),
+        rows=rows_digest(tasks),
+        fit=fit,
+        versions={name: version(name) for name in ("icrouting", "torch", "transformers")},
+        base_weights=decoder.base_weights,
+    )
