@@ -18,6 +18,7 @@ from bench import CLOSE, MATTERS, Bench
 from fitted import fit_method
 from icrouting.config import HIDDEN
 from icrouting.decoder.families import family_of
+from icrouting.decoder.guards import lock_of
 from icrouting.decoder.scoring import score_options
 from icrouting.methods import Settings
 from icrouting.methods.iterative_vectors import IterativeVectors
@@ -498,17 +499,35 @@ def test_threads_take_turns_under_a_rival_too(bench, model):
 
 
 @pytest.mark.slow
-def test_models_that_draft_for_one_another_do_not_wait_forever(bench):
+def test_a_model_that_drafts_is_held_between_its_drafts_too(bench):
+    """Else two that draft for one another each hold what the other waits for."""
     one, other = bench.fresh(), bench.fresh()
     inputs = bench.inputs(0)
+    free = []
+
+    def try_both():
+        for model in (one, other):
+            lock = lock_of(model)
+            is_free = lock.acquire(blocking=False)
+            free.append(is_free)
+            if is_free:
+                lock.release()
+
+    def begin(layer, args):
+        # While no draft is made; by another thread, as this one has the locks.
+        if not free:
+            in_threads([try_both])
+
     with bench.attached(one), bench.attached(other):
         alone = one.generate(**inputs, **NEW, assistant_model=other)
-
-        def draft(model, assistant):
-            return model.generate(**inputs, **NEW, assistant_model=assistant)
-
-        uses = [lambda: draft(one, other), lambda: draft(other, one)] * 4
-        assert all(torch.equal(tokens, alone) for tokens in in_threads(uses))
+        for model, assistant in ((one, other), (other, one)):
+            free.clear()
+            with model.model.layers[0].register_forward_pre_hook(begin):
+                tokens = model.generate(**inputs, **NEW, assistant_model=assistant)
+            assert torch.equal(tokens, alone)
+            assert free == [False, False]
+        try_both()
+    assert free[2:] == [True, True]
 
 
 def test_threads_that_meet_a_model_first_leave_it_as_it_is(bench):
