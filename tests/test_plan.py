@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tiny
 from icrouting import PAPER, FitConfig, InContextRouter
 from icrouting.cli import fit as fit_command
-from icrouting.cli import main
+from icrouting.cli import main, reading
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.families import dims_of, family_of, stack_of
 from icrouting.decoder.loading import load_skeleton
@@ -254,11 +254,12 @@ def arguments_of(recipe, tmp_path, **environment):
 def test_a_recipe_is_the_papers_fit_of_its_model(recipe, tmp_path, monkeypatch):
     program, arguments = arguments_of(recipe, tmp_path)
     started = []
+    monkeypatch.setattr(reading, "load_tasks", lambda names, data: [data, *names])
     monkeypatch.setattr(fit_command, "fit", lambda *given: started.append(given))
     main.main(arguments)
     assert program == "icr"
     model = Backbone(HUB[recipe], "auto" if recipe in SPREAD else None)
-    assert started == [(tmp_path / "router", model, "hub", main.HUB_TASKS[:5], PAPER)]
+    assert started == [(tmp_path / "router", model, ["hub", *main.HUB_TASKS[:5]], PAPER)]
 
 
 @pytest.mark.processes

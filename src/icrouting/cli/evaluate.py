@@ -9,6 +9,7 @@ from rich.text import Text
 
 from icrouting import methods as registry
 from icrouting.cli.loading import base_of_router, console, load, load_tasks, stoppable
+from icrouting.cli.reading import check_names
 from icrouting.config import DEFAULT_ENCODER
 from icrouting.decoder.backbone import DEFAULT_MODEL
 from icrouting.decoder.batches import context_length
@@ -36,10 +37,16 @@ from icrouting.tasks.task import Task, rows_digest
 PAPER_FIT = 5000  # prompts and queries a task
 
 
-def evaluate(out: Path, config: EvalConfig) -> None:
-    """Evaluates methods into a run folder and prints the table."""
+def evaluate(out: Path, config: EvalConfig, tasks: Mapping[str, Task]) -> None:
+    """Evaluates methods into a run folder and prints the table.
+
+    Args:
+        out: the folder.
+        config: what to evaluate.
+        tasks: the tasks and sources that it names, by these names, which may be files'.
+    """
     with stoppable(lambda: _kept(RunFolder(out))):
-        _evaluate(out, config)
+        _evaluate(out, config, tasks)
 
 
 def _kept(folder: RunFolder) -> str:
@@ -52,7 +59,7 @@ def _kept(folder: RunFolder) -> str:
     return f"{folder} keeps {kept}; the same command goes on from there"
 
 
-def _evaluate(out: Path, config: EvalConfig) -> None:
+def _evaluate(out: Path, config: EvalConfig, read_tasks: Mapping[str, Task]) -> None:
     console.quiet = not is_first()
     folder = RunFolder(out)
     router = config.settings.router
@@ -61,7 +68,7 @@ def _evaluate(out: Path, config: EvalConfig) -> None:
     methods = registry.make(config.methods, config.settings)
     reads_sources = any(method.reads_sources for method in methods)
     with first_one_first():  # which may have to download
-        tasks, sources = _load_tasks(config, icr, reads_sources)
+        tasks, sources = _load_tasks(config, read_tasks, icr, reads_sources)
         source_names = _source_names(config, icr, sources)
         model, tokenizer = load(config.model)
     tasks_by_name: dict[str, Task] = {}
@@ -100,7 +107,10 @@ def _evaluate(out: Path, config: EvalConfig) -> None:
 
 
 def _load_tasks(
-    config: EvalConfig, icr: InContextRouter | None, reads_sources: bool
+    config: EvalConfig,
+    read_tasks: Mapping[str, Task],
+    icr: InContextRouter | None,
+    reads_sources: bool,
 ) -> tuple[list[Task], list[Task]]:
     """Returns the tasks to test on, and the sources; none of these where nobody reads their rows.
 
@@ -110,9 +120,12 @@ def _load_tasks(
     source_names = [] if config.sources is None else list(dict.fromkeys(config.sources))
     if config.sources is None and icr is None and reads_sources:
         source_names = list(USUAL_SOURCES)
-    names = list(dict.fromkeys([*task_names, *source_names]))
     # By the name that the user gave, which may be a file's.
-    task_of = dict(zip(names, load_tasks(names, config.data), strict=True))
+    task_of = dict(read_tasks)
+    others = [name for name in source_names if name not in task_of]
+    if others:
+        task_of |= dict(zip(others, load_tasks(others, config.data), strict=True))
+        check_names(list(task_of.values()), list(task_of))
     tasks = [task_of[name] for name in task_names]
     sources = [task_of[name] for name in source_names]
     if config.sources is None and icr is not None and reads_sources:

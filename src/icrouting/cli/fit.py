@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from icrouting.cli.loading import console, load, load_tasks, stoppable
+from icrouting.cli.loading import console, load, stoppable
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.decoder import Decoder
@@ -16,15 +16,13 @@ from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.icr import InContextRouter
 from icrouting.routing.ownership import check_place
 from icrouting.runtime.processes import first_one_first, is_first, wait
-from icrouting.tasks.task import rows_digest
+from icrouting.tasks.task import Task, rows_digest
 
 
-def fit(
-    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
-) -> InContextRouter:
+def fit(out: Path, model: Backbone, sources: Sequence[Task], config: FitConfig) -> InContextRouter:
     """Returns a router that is fitted and saved to `out`, or was finished there already."""
     with stoppable(lambda: _kept(out)):
-        return _fit(out, model, data, tasks, config)
+        return _fit(out, model, sources, config)
 
 
 def _kept(out: Path) -> str:
@@ -37,12 +35,9 @@ def _kept(out: Path) -> str:
     return f"{out} keeps {', '.join(phrases)}; the same command goes on from there"
 
 
-def _fit(
-    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
-) -> InContextRouter:
+def _fit(out: Path, model: Backbone, sources: Sequence[Task], config: FitConfig) -> InContextRouter:
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
-        sources = load_tasks(tasks, data)
         if not _is_saved(out):
             check_place(out)
             # Reckoned before the weights are loaded, which may take long.
@@ -75,11 +70,8 @@ def _is_saved(out: Path) -> bool:
     return (out / "config.json").exists()
 
 
-def show_plan(
-    model: Backbone, data: str, tasks: Sequence[str], config: FitConfig, tflops: float
-) -> None:
+def show_plan(model: Backbone, sources: Sequence[Task], config: FitConfig, tflops: float) -> None:
     """Prints what a fit would take; no weights are read."""
-    sources = load_tasks(tasks, data)
     skeleton, tokenizer = load_skeleton(model.name)
     # A fit to be planned is a large one, and those run on accelerators.
     planned = plan.plan_fit(skeleton, tokenizer, sources, config, torch.bfloat16)

@@ -48,11 +48,17 @@ def fit(
         tflops: The model's speed that a dry run reckons times with, in TFLOP/s.
         config: The settings below.
     """
+    from icrouting.cli import reading
+
+    if not dry_run:
+        reading.check_out(out)
+    sources = reading.read_first(tasks, data)
+    # Here, once the rows are known to fit: this room imports torch.
     from icrouting.cli import fit as room
 
     if dry_run:
-        return room.show_plan(model, data, tasks, config, tflops)
-    room.fit(out, model, data, tasks, config)
+        return room.show_plan(model, sources, config, tflops)
+    room.fit(out, model, sources, config)
 
 
 def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:
@@ -74,9 +80,17 @@ def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = 
         out: The run's folder.
         config: What to evaluate, below.
     """
+    from icrouting.cli import reading
+
+    reading.check_out(out)
+    if config.settings.router is not None:
+        reading.check_router(config.settings.router)
+    names = (*config.tasks, *(config.sources or ()))
+    tasks = dict(zip(dict.fromkeys(names), reading.read_first(names, config.data), strict=True))
+    # Here, once the rows are known to fit: this room imports torch.
     from icrouting.cli import evaluate as room
 
-    room.evaluate(out, config)
+    room.evaluate(out, config, tasks)
 
 
 def report(
@@ -189,10 +203,10 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
         out: The run's folder; the router is written to its subfolder "router".
         quick: About three minutes: fewer prompts, queries and test items, and so a weaker router.
     """
-    from icrouting.cli import evaluate as evaluating
-    from icrouting.cli import fit as fitting
-    from icrouting.cli.loading import console
+    from icrouting.cli import reading
+    from icrouting.cli.reading import console
 
+    reading.check_out(out)
     # Few enough that two cores are done while someone waits.
     n_prompts, n_queries, n_test = (6, 60, 24) if quick else (40, 400, 120)
     model = Backbone("pinned:smollm2-135m")
@@ -202,7 +216,11 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     tasks = (*sources, "sst5", "mr", "subj", "emotion")
     console.print(f"ICR on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks")
     config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
-    fitting.fit(router, model, data, sources, config)
+    loaded = dict(zip(tasks, reading.read_first(tasks, data), strict=True))
+    from icrouting.cli import evaluate as evaluating
+    from icrouting.cli import fit as fitting
+
+    fitting.fit(router, model, [loaded[name] for name in sources], config)
     evaluation = EvalConfig(
         data=data,
         tasks=tasks,
@@ -213,7 +231,7 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
         model=model,
         settings=Settings(router=str(router)),
     )
-    evaluating.evaluate(out, evaluation)
+    evaluating.evaluate(out, evaluation, loaded)
     console.print(f"router: {router}", soft_wrap=True)
 
 

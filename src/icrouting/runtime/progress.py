@@ -8,7 +8,7 @@ from typing import TypeVar
 from rich.console import Console
 from tqdm import tqdm
 
-from icrouting.runtime.processes import is_first
+from icrouting.runtime.launch import is_first
 
 T = TypeVar("T")
 

@@ -1,5 +1,6 @@
 """Frames: rows that are in memory, as a list, a data frame or a dataset, and parquet files."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,12 +28,11 @@ def memory_lines(rows: Any, needed: Sequence[str], name: str) -> list[tuple[str,
     Raises:
         ValueError: these are no rows, or two columns have one needed name.
     """
-    # Here and not above: pandas takes a third of a second.
-    import pandas
-
     if isinstance(rows, HasPandas):
         rows = rows.to_pandas()
-    if isinstance(rows, pandas.DataFrame):
+    # Pandas takes a third of a second: who has a frame has imported it.
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(rows, pandas.DataFrame):
         headings = [str(heading) for heading in rows.columns]
         check_headings(headings, needed, name)
         rows = rows.set_axis(headings, axis=1).to_dict("records")
@@ -59,6 +59,7 @@ def parquet_lines(path: Path, needed: Sequence[str]) -> list[tuple[str, object]]
         OSError: the file cannot be read.
         ValueError: it is no parquet file, or what reads one is not installed.
     """
+    # Here and not above: pandas takes a third of a second.
     import pandas
 
     try:

@@ -1,0 +1,111 @@
+"""What every command reads before it loads a model; light, so that a mistake is said at once."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
+
+from rich.console import Console
+
+from icrouting.runtime.files import load_json
+from icrouting.runtime.launch import first_one_first, is_first
+from icrouting.runtime.progress import spinner
+from icrouting.tasks.load import load_task
+from icrouting.tasks.task import Example, Task
+
+console = Console()
+
+
+@contextmanager
+def stoppable(kept: Callable[[], str]) -> Iterator[None]:
+    """Inside, ctrl-C says what is kept; asked for then, since nobody knows it before."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept()) from None
+
+
+def read_first(names: Sequence[str], data: str) -> list[Task]:
+    """Returns what `load_tasks` does; of several processes the first reads before the others."""
+    console.quiet = not is_first()
+    with first_one_first():  # which may have to download
+        return load_tasks(names, data)
+
+
+def check_out(folder: Path) -> None:
+    """Checks that a command can write to a folder, before it computes anything for it.
+
+    Raises:
+        ValueError: it is a file, or lies where nothing can be written.
+    """
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"cannot write to {folder}: {place} is a file, and no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"cannot write to {folder}: you may not write in {place}: choose another folder"
+        )
+
+
+def check_router(name: str) -> None:
+    """Checks that a folder holds a router, as far as its config.json says so at once.
+
+    Of what may be a hub id nothing is asked here.
+
+    Raises:
+        ValueError: the folder is missing, or holds no router.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        file = folder / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{folder} is no router: {file.name} is missing")
+        if load_json(file).get("method") != "icr":
+            raise ValueError(
+                f'{file}: this does not describe an icrouting artifact: expected "method": "icr"'
+            )
+        return
+    may_be_id = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    if folder.exists() or not may_be_id:
+        raise ValueError(f"no router at {name!r}: expected a folder or a hub id")
+
+
+def load_tasks(names: Sequence[str], data: str) -> list[Task]:
+    """Returns tasks by name, in their order and each once; says which rows were left out."""
+    with spinner("reading tasks"):
+        tasks = [load_task(name, data) for name in dict.fromkeys(names)]
+    check_names(tasks, names)
+    dropped = [f"{task.name} {task.n_dropped}" for task in tasks if task.n_dropped]
+    if dropped:
+        heading = "training rows left out, as they repeat each other or held-back rows"
+        console.print(f"{heading}: {', '.join(dropped)}", markup=False)
+        console.print(_example_of_dropped(tasks), markup=False)
+    return tasks
+
+
+def check_names(tasks: Sequence[Task], asked: Sequence[str]) -> None:
+    """ValueError where two tasks have one name: records know a task by its name alone."""
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ValueError(
+            f"two of the tasks {', '.join(asked)} have one name: set `name` in a task file"
+        )
+
+
+def _example_of_dropped(tasks: Sequence[Task]) -> str:
+    """Says what counts as a repeat, with the first one."""
+    for task in tasks:
+        if task.dropped_example is not None:
+            row, other = (_start(each) for each in task.dropped_example)
+            return (
+                f"such as {row} for {other} of {task.name}: case, spacing and punctuation make no "
+                "difference, but between rows of different labels only spacing makes none"
+            )
+    return ""
+
+
+def _start(row: Example) -> str:
+    """The beginning of a row's texts, in quotes."""
+    return repr(shorten(" / ".join(row.fields.values()), 70, placeholder=" ..."))
