@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from icrouting.tasks.load import load_task
     from icrouting.tasks.task import Example, Task, TaskSpec
 
+    __version__: str
+
 # Which room each public name is imported from.
 _ROOMS = {
     "PAPER": "config",
@@ -40,7 +42,16 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names, which are not imported yet when a notebook asks what there is."""
+    return sorted([*__all__, *globals()])
+
+
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("icrouting")
     if name not in __all__:
         raise AttributeError(f"module 'icrouting' has no attribute {name!r}")
     # Here and not above: torch and transformers alone take seconds.

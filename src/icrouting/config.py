@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import PositiveFloat, PositiveInt
 
 from icrouting.runtime.checks import check
+from icrouting.runtime.showing import changed
 
 Basis = Literal["pca", "whitened", "random"]
 # In place of a sentence encoder: the backbone's own hidden state entering the first routed layer.
@@ -85,6 +86,9 @@ class FitConfig:
 
     def __post_init__(self):
         check(self)
+
+    def __repr__(self) -> str:
+        return changed(self)
 
 
 # The paper's own settings (sections 2 to 4), but for AG News, of which it takes 10,000 prompts.

@@ -77,6 +77,13 @@ class Method:
         # By name, as it is kept with what was learned.
         self.settings = replace(settings, encoder=settings.encoder or DEFAULT_ENCODER)
 
+    def __repr__(self) -> str:
+        decoder = vars(self).get("decoder")
+        where = "not fitted"
+        if decoder is not None:
+            where = f"on {decoder.model.config.name_or_path!r}"
+        return f"{type(self).__name__}({self.name!r}, {where})"
+
     @classmethod
     def cuts(cls, settings: Settings) -> list[str]:
         """Returns sentences on what the settings make it take less of than was published."""

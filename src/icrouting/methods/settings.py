@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pydantic import PositiveInt
 
 from icrouting.runtime.checks import check
+from icrouting.runtime.showing import changed
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,6 @@ class Settings:
 
     def __post_init__(self):
         check(self)
+
+    def __repr__(self) -> str:
+        return changed(self)

@@ -10,6 +10,7 @@ from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.routing.features import Features
 from icrouting.routing.sources import Source, sources_of
+from icrouting.runtime.showing import in_short
 from icrouting.tasks.task import Task, rows_digest
 
 
@@ -54,6 +55,10 @@ class Description:
     fit: FitConfig
     versions: dict[str, str]
     base_weights: dict[str, str]
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(self.tasks)
+        return f"Description({self.base_model!r}, fitted on {in_short(tasks)}, {self.fit!r})"
 
     def n_taken(self, task: str) -> tuple[int, int]:
         """Returns the numbers of few-shot prompts and queries that a source task gave, at most.

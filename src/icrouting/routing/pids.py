@@ -14,6 +14,7 @@ from torch import Tensor
 
 from icrouting.config import Basis
 from icrouting.runtime.equality import are_equal
+from icrouting.runtime.showing import ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,11 @@ class PIDs:
     query_explained: Float[Tensor, "n_layers rank"]
     key_explained: Float[Tensor, "n_layers rank"]
     basis: Basis
+
+    def __repr__(self) -> str:
+        widths = f"{self.query_pids.shape[1]} query, {self.key_pids.shape[1]} key numbers"
+        rank = self.query_pids.shape[2]
+        return f"PIDs({self.basis!r}, layers {ranges(self.layers)}, rank {rank}, {widths})"
 
     def __eq__(self, other: object) -> bool:
         return are_equal(self, other)

@@ -14,6 +14,7 @@ from icrouting.decoder.texts import prompts_of
 from icrouting.routing.effect import Passes, describe, run_both, warn_if_nothing
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
+from icrouting.runtime.showing import ranges
 from icrouting.tasks.task import Task
 
 
@@ -35,6 +36,11 @@ class Routed:
     strength: float
     last: list[list[int]]
     hold: Hold
+
+    def __repr__(self) -> str:
+        name = self.reader.decoder.model.config.name_or_path
+        layers = ranges(self.layers)
+        return f"Routed({name!r}, layers {layers}, strength {self.strength:g})"
 
     def score(
         self, prompts: Sequence[str], options: Sequence[str] | Sequence[Sequence[str]]

@@ -27,6 +27,11 @@ class Routing:
     routing_vector: Float[Tensor, "batch n_layers rank"]
     head_gates: Float[Tensor, "batch n_layers n_heads"]
 
+    def __repr__(self) -> str:
+        n_queries, n_layers, rank = self.routing_vector.shape
+        shape = f"{n_layers} layers, rank {rank}, {self.head_gates.shape[2]} heads"
+        return f"Routing(queries: {n_queries}, {shape})"
+
     def __eq__(self, other: object) -> bool:
         return are_equal(self, other)
 

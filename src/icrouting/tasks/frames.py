@@ -87,6 +87,9 @@ def _plain(value: object) -> object:
     """Returns a value as JSON has it: a whole number is an integer, an array a list."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
+    # What pandas has for a cell without a value; neither is equal to anything, nor to itself.
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
     # A frame's column of integers in which one is missing is of floats.
     if isinstance(value, float) and value.is_integer():
         return int(value)

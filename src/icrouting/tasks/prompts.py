@@ -6,6 +6,7 @@ from itertools import cycle, islice
 
 import numpy as np
 
+from icrouting.runtime.showing import in_short
 from icrouting.tasks.task import Example, Task
 
 
@@ -20,6 +21,10 @@ class Prompt:
 
     context: str
     query: str
+
+    def __repr__(self) -> str:
+        context = f"{len(self.context):,} characters of context, " if self.context else ""
+        return f"Prompt({context}{in_short(self.query)!r})"
 
     @property
     def text(self) -> str:

@@ -5,10 +5,12 @@ import io
 import json
 import string
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from icrouting.tasks import frames
+from icrouting.tasks import columns, frames
+from icrouting.tasks.columns import Line
 from icrouting.tasks.task import Example, TaskSpec
 
 # What a label that is a number stands for: an option by its place, or the option of that text.
@@ -16,8 +18,9 @@ Labels = Literal["index", "text"]
 # What may stand between the cells of a table, and how messages call it.
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
-# A row as it was read, after its place: "train.csv:3" or "rows[3]".
-Line = tuple[str, object]
+
+class _NoOption(ValueError):
+    """A label that is none of the options."""
 
 
 def parse_row(
@@ -61,7 +64,7 @@ def parse_row(
     try:
         index = _label(row[label], names, labels)
     except ValueError as error:
-        raise ValueError(f"field {label!r} {error}") from error
+        raise type(error)(f"field {label!r} {error}") from error
     return Example(fields, choices, index)
 
 
@@ -94,9 +97,12 @@ def _label(label: object, names: Sequence[str], labels: Labels | None) -> int:
     if by_index is not None and by_text is not None and by_index != by_text:
         raise ValueError(_two_readings(label, by_index, by_text, names))
     index = by_text if by_index is None else by_index
+    if index is None and columns.is_empty(label):
+        raise _NoOption("is empty: give the row a label, or leave the row out")
     if index is None:
         integer = "" if labels == "text" else f"an integer in 0..{len(names) - 1} or "
-        raise ValueError(f"must be {integer}one of {', '.join(names)}, got {label!r}")
+        options = columns.listed(names)
+        raise _NoOption(f"must be {integer}one of {options}, got {label!r}")
     return index
 
 
@@ -197,12 +203,23 @@ def parse_rows(
     # Where rows bring their choices, options are letters, which no number spells.
     if labels is None and spec.options:
         labels = _meaning_of_numbers(lines, spec.options, label)
+    lines = columns.with_texts(lines, spec.slots)
     examples = []
+    unknown: list[object] = []
+    first_unknown = ""
     for place, row in lines:
         try:
             examples.append(parse_row(row, spec, labels, label))
+        except _NoOption as error:
+            # Read on: whoever mends a label wants to know of all of them.
+            assert isinstance(row, dict), "a row with a label has fields"
+            unknown.append(row[label])
+            first_unknown = first_unknown or f"{place}: {error}"
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
+            raise ValueError(first_unknown or f"{place}: {error}") from error
+    if unknown:
+        counted = columns.unknown_labels(unknown, spec.options, len(lines))
+        raise ValueError(f"{first_unknown}; {counted}")
     return tuple(examples)
 
 
@@ -229,7 +246,8 @@ def read_rows(
             # Some editors put a byte order mark before UTF-8.
             text = path.read_text(encoding="utf-8-sig")
             if kind in (".csv", ".tsv"):
-                lines = list(_table_lines(text, path, spec, label))
+                with _cells_as_long_as(text):
+                    lines = list(_table_lines(text, path, spec, label))
             else:
                 lines = list(_json_lines(text, path))
     except OSError as error:
@@ -237,7 +255,7 @@ def read_rows(
         raise ValueError(f"task {spec.name!r}: cannot read {path}: {reason}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"task {spec.name!r}: {path} is not UTF-8 text ({error.reason})"
+            f"task {spec.name!r}: {path} is not UTF-8 text ({error.reason}): save it as UTF-8"
         ) from error
     examples = parse_rows(lines, spec, labels, label)
     if not examples:
@@ -259,6 +277,18 @@ def _json_lines(text: str, path: Path) -> Iterator[Line]:
                 "a table is read from a file that is called .csv or .tsv"
             ) from error
         yield f"{path}:{number}", row
+
+
+@contextmanager
+def _cells_as_long_as(text: str) -> Iterator[None]:
+    """Inside, a cell may be as long as a text; else the reader takes 131,072 characters."""
+    limit = csv.field_size_limit()
+    # More than this a C long need not hold.
+    csv.field_size_limit(min(max(limit, len(text)), 2**31 - 1))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _table_lines(text: str, path: Path, spec: TaskSpec, label: str) -> Iterator[Line]:
@@ -285,12 +315,17 @@ def _table_lines(text: str, path: Path, spec: TaskSpec, label: str) -> Iterator[
 
 
 def _delimiter(text: str, label: str) -> str:
-    """Returns what stands between a CSV's cells: that which sets the label's in its heading."""
+    """Returns what stands between a CSV's cells: that which sets the label's in its heading.
+
+    Where none does, that which makes most headings, so that these can be named.
+    """
+    n_headings = {}
     for delimiter in _DELIMITERS:
         heading = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
         if label in heading:
             return delimiter
-    return ","
+        n_headings[delimiter] = len(heading)
+    return max(n_headings, key=n_headings.__getitem__)
 
 
 def _label_cell(cell: str) -> str | int:

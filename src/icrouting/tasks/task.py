@@ -3,12 +3,14 @@
 import hashlib
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
+
+from icrouting.runtime.showing import in_short
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Example:
         if isinstance(self.choices, str):
             raise TypeError(f"choices must be a tuple of texts, got {self.choices!r}")
 
+    def __repr__(self) -> str:
+        texts = {name: in_short(text) for name, text in self.fields.items()}
+        choices = f", choices={in_short(self.choices)}" if self.choices else ""
+        return f"Example({texts}{choices}, label={self.label})"
+
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -41,7 +48,8 @@ class TaskSpec:
 
     Attributes:
         name: unique name.
-        group: "in-domain", "near" or "far", as the paper groups its tasks.
+        group: "in-domain", "near" or "far", as the paper groups its tasks: under which heading a
+            report's table lists it, and nothing else.
         template: prompt text with `{field}` slots; `{choices}` becomes one "A. text" line per
             choice and `{letters}` becomes "A/B/...". The label follows after one space.
         options: the answer words in label order; empty means letters, one per choice.
@@ -65,6 +73,10 @@ class TaskSpec:
         # A word would be read as one option a letter.
         if isinstance(self.options, str):
             raise TypeError(f"options must be a tuple of texts, got {self.options!r}")
+
+    def __repr__(self) -> str:
+        options = f", options={in_short(self.options)}" if self.options else ""
+        return f"TaskSpec({self.name!r}, {self.group!r}, {in_short(self.template)!r}{options})"
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -113,7 +125,7 @@ class Task:
         *,
         label: str = "label",
         name: str = "my task",
-        group: str = "near",
+        group: str = "far",
         test: Any = None,
         split: float = 0.3,
         seed: int = 0,
@@ -134,7 +146,8 @@ class Task:
             options: the answer words; empty where each row brings its `choices`.
             label: the column that holds the labels, each one of the options or its index.
             name: of the task.
-            group: "in-domain", "near" or "far": the section of a report's table to stand in.
+            group: "in-domain", "near" or "far": under which heading a report's table lists the
+                task. It changes nothing of what is computed, but is a part of the rows' digest.
             test: rows to test on, of any kind that `rows` may be; None to draw them from `rows`.
             split: the share of each label's rows to test on, where `test` is None; a label of two
                 rows or more has one on either side.
@@ -178,6 +191,11 @@ class Task:
             words=words or {},
         )
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.train)} train, {len(self.validation)} validation"
+        dropped = f", {self.n_dropped} left out" if self.n_dropped else ""
+        return f"Task({self.spec!r}, rows: {counts}, {len(self.test)} test{dropped})"
+
     @property
     def name(self) -> str:
         """The spec's name."""
@@ -218,5 +236,17 @@ def rows_digest(tasks: Sequence[Task]) -> str:
     digest = hashlib.sha256()
     for task in tasks:
         content = (task.spec, task.train, task.validation, task.test)
-        digest.update(repr(content).encode())
+        digest.update(_hashed_text(content).encode())
     return digest.hexdigest()[:16]
+
+
+def _hashed_text(value: object) -> str:
+    """Returns a value as a dataclass without a `__repr__` of its own would show it."""
+    if isinstance(value, Example | TaskSpec):
+        parts = [f"{each.name}={_hashed_text(getattr(value, each.name))}" for each in fields(value)]
+        return f"{type(value).__qualname__}({', '.join(parts)})"
+    if type(value) is tuple:
+        parts = [_hashed_text(each) for each in value]
+        ending = "," if len(parts) == 1 else ""
+        return f"({', '.join(parts)}{ending})"
+    return repr(value)
