@@ -294,7 +294,7 @@ def test_a_model_may_be_spread_by_a_map(world, encoder_folder, capsys, monkeypat
     )
     # Where memory is too small, "auto" comes to this.
     monkeypatch.setattr(
-        loading, "load_model", lambda name, device_map: load_model(name, device_map={"": "disk"})
+        loading, "load_model", lambda name, **asked: load_model(name, device_map={"": "disk"})
     )
     main.main(["generate", *where, "--max-new-tokens", "5"])
     assert "routed, strength 1" in capsys.readouterr().out

@@ -8,7 +8,6 @@ import pytest
 from icrouting.cli import reading
 from icrouting.runtime import launch
 
-
 ROWS = "text,label\n" + "\n".join(f"ticket {i},{i % 2}" for i in range(20))
 TASK = 'template = "Ticket: {text}"\noptions = ["no", "yes"]\n[splits]\nrows = "rows.csv"\n'
 # By name, what takes long to import.

@@ -26,6 +26,7 @@ from icrouting.routing.rerouting import rerouted, unrouted
 from icrouting.routing.routed import Routed
 from icrouting.routing.router import Router
 from icrouting.routing.sources import FormWatch
+from icrouting.runtime.showing import in_short, ranges
 from icrouting.tasks.task import Task
 
 
@@ -76,6 +77,14 @@ class InContextRouter(ModelHubMixin):
     # Where this is empty, the mixin would set it on every new object, which is frozen.
     _hub_mixin_config: ClassVar[dict] = {"method": "icr"}
 
+    def __repr__(self) -> str:
+        fitted = self.description
+        tasks = ", ".join(fitted.tasks) or "unnamed tasks"
+        return (
+            f"InContextRouter({fitted.base_model!r}, fitted on {in_short(tasks)}, "
+            f"layers {ranges(fitted.layers)}, rank {fitted.fit.rank}, digest {self.digest()})"
+        )
+
     def __eq__(self, other: object) -> bool:
         """Whether another router is the same one, wherever it was loaded from."""
         if not isinstance(other, InContextRouter):
@@ -94,6 +103,7 @@ class InContextRouter(ModelHubMixin):
         config: FitConfig | None = None,
         *,
         folder: str | Path | None = None,
+        token_budget: int | None = None,
     ) -> "InContextRouter":
         """Returns a router fitted on source tasks: extraction, PIDs, training (sections 2 to 4).
 
@@ -105,12 +115,14 @@ class InContextRouter(ModelHubMixin):
             folder: keeps the stages' results, so that a fit that was stopped goes on from there;
                 its trunk.bin, as large as the tokens are many, can be deleted once the router is
                 saved.
+            token_budget: padded tokens of a forward pass; fewer take less memory, and move numbers
+                by rounding alone. None takes 4,096.
 
         Raises:
             ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
         """
         config = config or FitConfig()
-        decoder = Decoder.of(model, tokenizer).unwrapped()
+        decoder = Decoder.of(model, tokenizer, token_budget).unwrapped()
         fit_folder = None if folder is None else Path(folder)
         pids, router, features = stages.fit(decoder, tasks, config, fit_folder)
         description = describe(decoder, tasks, config, pids.layers, features)

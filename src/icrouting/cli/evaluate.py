@@ -93,7 +93,7 @@ def _evaluate(out: Path, config: EvalConfig, read_tasks: Mapping[str, Task]) -> 
     )
     with runs.claimed(folder, run_config):
         evaluation = Evaluation(
-            Decoder.of(model, tokenizer),
+            Decoder.of(model, tokenizer, config.token_budget),
             methods,
             sources,
             folder.records,

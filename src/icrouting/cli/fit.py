@@ -10,7 +10,7 @@ from icrouting.cli.loading import console, load, stoppable
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.decoder import Decoder
-from icrouting.decoder.loading import default_dtype, load_skeleton
+from icrouting.decoder.loading import default_dtype, dtype_of, load_skeleton
 from icrouting.fitting import plan, stages
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.icr import InContextRouter
@@ -19,10 +19,16 @@ from icrouting.runtime.processes import first_one_first, is_first, wait
 from icrouting.tasks.task import Task, rows_digest
 
 
-def fit(out: Path, model: Backbone, sources: Sequence[Task], config: FitConfig) -> InContextRouter:
+def fit(
+    out: Path,
+    model: Backbone,
+    sources: Sequence[Task],
+    config: FitConfig,
+    token_budget: int | None = None,
+) -> InContextRouter:
     """Returns a router that is fitted and saved to `out`, or was finished there already."""
     with stoppable(lambda: _kept(out)):
-        return _fit(out, model, sources, config)
+        return _fit(out, model, sources, config, token_budget)
 
 
 def _kept(out: Path) -> str:
@@ -35,14 +41,21 @@ def _kept(out: Path) -> str:
     return f"{out} keeps {', '.join(phrases)}; the same command goes on from there"
 
 
-def _fit(out: Path, model: Backbone, sources: Sequence[Task], config: FitConfig) -> InContextRouter:
+def _fit(
+    out: Path,
+    model: Backbone,
+    sources: Sequence[Task],
+    config: FitConfig,
+    token_budget: int | None,
+) -> InContextRouter:
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
         if not _is_saved(out):
             check_place(out)
             # Reckoned before the weights are loaded, which may take long.
             skeleton, tokenizer = load_skeleton(model.name)
-            planned = plan.plan_fit(skeleton, tokenizer, sources, config, default_dtype())
+            dtype = dtype_of(model.dtype) or default_dtype()
+            planned = plan.plan_fit(skeleton, tokenizer, sources, config, dtype)
             planned.check(*plan.room_of(out), is_spread=model.device_map is not None)
         base, tokenizer = load(model)
     if _is_saved(out):
@@ -54,7 +67,9 @@ def _fit(out: Path, model: Backbone, sources: Sequence[Task], config: FitConfig)
         icr.check_fitted_on(Decoder.of(base, tokenizer), f"the router in {out}")
         message = f"{out} holds this router already"
     else:
-        icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit")
+        icr = InContextRouter.fit(
+            base, tokenizer, sources, config, folder=out / "fit", token_budget=token_budget
+        )
         # All processes hold the same router by now.
         if is_first():
             icr.save_pretrained(out)
@@ -74,7 +89,9 @@ def show_plan(model: Backbone, sources: Sequence[Task], config: FitConfig, tflop
     """Prints what a fit would take; no weights are read."""
     skeleton, tokenizer = load_skeleton(model.name)
     # A fit to be planned is a large one, and those run on accelerators.
-    planned = plan.plan_fit(skeleton, tokenizer, sources, config, torch.bfloat16)
+    dtype = dtype_of(model.dtype)
+    planned = plan.plan_fit(skeleton, tokenizer, sources, config, dtype or torch.bfloat16)
+    dtype_name = "bfloat16 as on accelerators" if dtype is None else model.dtype
     console.print(_texts_by_task(planned, f"fit on {model}"))
     counted = "by the model's tokenizer"
     if tokenizer is None:
@@ -89,7 +106,7 @@ def show_plan(model: Backbone, sources: Sequence[Task], config: FitConfig, tflop
         "tokens": counted,
         "parameters": f"base model {planned.n_parameters:,}, router {planned.n_router:,}",
         "routed layers": f"{n_layers} from layer {planned.layers[0]} on, rank {config.rank}",
-        "memory, in bfloat16 as on accelerators": memory,
+        f"memory, in {dtype_name}": memory,
         "disk": plan.listed(planned.disk, plan.size),
         f"time at {tflops:g} TFLOP/s": f"{total_time}: {plan.listed(seconds, plan.hours)}",
     }

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import PositiveInt
 
+import icrouting
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
@@ -24,6 +26,7 @@ def fit(
     model: Base = BACKBONE,
     data: str = "hub",
     tasks: Names = HUB_TASKS[:5],
+    token_budget: PositiveInt | None = None,
     dry_run: bool = False,
     tflops: float = 100.0,
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
@@ -42,6 +45,8 @@ def fit(
         model: The model below.
         data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
         tasks: Source tasks: names, or task files of your own (my-task.toml).
+        token_budget: Padded tokens of a forward pass: fewer take less memory, and move numbers by
+            rounding alone. None takes 4,096.
         dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and
             end. Nothing is run, no weights are read: of the model, a folder with its config.json is
             enough.
@@ -58,7 +63,7 @@ def fit(
 
     if dry_run:
         return room.show_plan(model, sources, config, tflops)
-    room.fit(out, model, sources, config)
+    room.fit(out, model, sources, config, token_budget)
 
 
 def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:
@@ -256,7 +261,13 @@ def main(arguments: list[str] | None = None) -> None:
         "inspect": inspect,
         "demo": demo,
     }
-    about = "In-Context Routing: the few-shot effect at zero-shot cost."
+    about = (
+        "In-Context Routing: the few-shot effect at zero-shot cost. "
+        "`icr --version` says which version this is."
+    )
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(f"icr {icrouting.__version__}")
+        return
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="icr", description=about, args=arguments

@@ -25,28 +25,41 @@ class Decoder:
         model: what is called: the model as the user has it, perhaps compiled or in a peft wrapper,
             whose own forward may do more than that of the model inside.
         tokenizer: its tokenizer.
+        token_budget: padded tokens of a pass; None takes what each kind of pass takes by itself.
+            Another budget moves numbers by rounding alone.
     """
 
     # A wrapper hands on what a transformers model has, without being one.
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    token_budget: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Decoder({self.model.config.name_or_path!r}, {type(self.model).__name__})"
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> "Decoder":
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        token_budget: int | None = None,
+    ) -> "Decoder":
         """Returns the decoder of a model as users have it, perhaps inside a peft wrapper.
 
         Raises:
             TypeError: it is no transformers model.
             ValueError: its peft wrapper changes the prompt, or the tokenizer is another model's or
-                none.
+                none, or the budget is less than a token.
         """
         base_of(model)
+        if token_budget is not None and token_budget < 1:
+            raise ValueError(f"token_budget must be a token or more, got {token_budget}")
         if not knows_words(tokenizer):
             raise ValueError(
                 f"this tokenizer knows none but special tokens {tokenizer.all_special_tokens}: "
                 "load it from a folder with its files, where `tokenizer.save_pretrained` puts them"
             )
-        decoder = cls(model, tokenizer)
+        decoder = cls(model, tokenizer, token_budget)
         # Without what was added to the vocabulary, which a model need not know.
         n_tokens = tokenizer.vocab_size
         n_known = decoder.n_known_tokens
@@ -64,7 +77,7 @@ class Decoder:
 
     def unwrapped(self) -> "Decoder":
         """Returns the decoder of the transformers model itself."""
-        return Decoder(self.base, self.tokenizer)
+        return Decoder(self.base, self.tokenizer, self.token_budget)
 
     @cached_property
     def family(self) -> Family:

@@ -55,6 +55,36 @@ def default_dtype() -> torch.dtype:
     return torch.float32
 
 
+def dtype_of(name: str) -> torch.dtype | None:
+    """Returns the dtype of a name such as "bfloat16"; None for "auto", which asks the hardware."""
+    return None if name == "auto" else getattr(torch, name)
+
+
+def devices_here() -> list[str]:
+    """Returns the names of the devices that a model can be put on."""
+    devices = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and torch.accelerator.is_available():
+        for index in range(torch.accelerator.device_count()):
+            devices.append(f"{accelerator.type}:{index}")
+    return devices
+
+
+def _check_device(device: str | torch.device) -> None:
+    """ValueError for a device that is not here; those that are, are named."""
+    devices = devices_here()
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        asked = None
+    # Without a number it is the first of its kind.
+    kinds = {"cpu:0", "meta", *devices, *(name.partition(":")[0] for name in devices)}
+    if asked is None or str(asked) not in kinds:
+        raise ValueError(
+            f"there is no device {str(device)!r} here: expected one of {', '.join(devices)}"
+        )
+
+
 def load_model(
     name: str | Path,
     *,
@@ -74,7 +104,7 @@ def load_model(
             model lives.
 
     Raises:
-        ValueError: nothing of that name can be loaded, or not to there.
+        ValueError: nothing of that name can be loaded, or not to there, or there is no such device.
 
     Example:
         >>> from icrouting import load_model
@@ -101,6 +131,9 @@ def load_model(
             f"expected a device or a device_map, got both ({device!r}, {device_map!r}): "
             "leave one out"
         )
+    if device is not None:
+        # Before the weights are read, which may take minutes.
+        _check_device(device)
     folder = folder_of(str(name))
     # A folder of its own: two models of one name may be off-loaded at the same time.
     offload_folder = wheels.cache_folder() / "off-loaded" / uuid.uuid4().hex

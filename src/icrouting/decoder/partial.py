@@ -36,7 +36,7 @@ def entering_states(
     """Returns what enters layer `first` for every prompt; no layer from there on runs."""
     states_by_row: list[Tensor] = [torch.empty(0)] * len(token_lists)
     with watch_entering(decoder.model, first, stop=True) as entered:
-        for group in by_length(token_lists, TRUNK_TOKEN_BUDGET):
+        for group in by_length(token_lists, decoder.token_budget or TRUNK_TOKEN_BUDGET):
             group_lists = [token_lists[row] for row in group]
             batch = pad(group_lists, decoder.pad_id).to(decoder.device)
             with suppress(_Reached):

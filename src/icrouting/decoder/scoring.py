@@ -140,13 +140,14 @@ def score(
     prompts: Sequence[str | Prompt],
     options: Sequence[str] | Sequence[Sequence[str]],
     *,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     kept: dict[str, KeptContext] | None = None,
     finite_only: bool = True,
 ) -> Float[Tensor, "n_prompts n_options"]:
     """Returns what `score_options` does, for whoever holds a decoder.
 
-    Without `finite_only` scores may be NaN or infinite, which the caller has to look for.
+    Without `finite_only` scores may be NaN or infinite, which the caller has to look for. The
+    budget of tokens is the decoder's, where none is given.
     """
     whole_prompts = whole_prompts_of(prompts)
     options_by_prompt, most_options = _options_by_prompt(options, len(whole_prompts))
@@ -157,7 +158,8 @@ def score(
         ids_by_prompt.append(option_ids(decoder.tokenizer, prompt.query, prompt_options))
     decoder.check_known(ids_by_prompt)
     scores = torch.full((len(whole_prompts), most_options), -torch.inf)
-    for cache, batch in by_context(decoder, whole_prompts, token_lists, token_budget, kept):
+    budget = token_budget or decoder.token_budget or TOKEN_BUDGET
+    for cache, batch in by_context(decoder, whole_prompts, token_lists, budget, kept):
         _fill(scores, decoder, cache, batch, ids_by_prompt)
         is_finite = have_finite_scores(
             scores[batch.rows], scores[batch.rows], [options_by_prompt[row] for row in batch.rows]

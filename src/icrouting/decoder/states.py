@@ -51,7 +51,7 @@ def last_outputs(
     likeliest = torch.zeros(len(texts)).long()
     states_by_module: list[list[Tensor]] = [[torch.empty(0)] * len(texts) for _ in modules]
     with recorded(modules, editor) as outputs:
-        for group in by_length(token_lists, TOKEN_BUDGET):
+        for group in by_length(token_lists, decoder.token_budget or TOKEN_BUDGET):
             group_lists = [token_lists[row] for row in group]
             batch = pad(group_lists, decoder.pad_id, group).to(decoder.device)
             likeliest[group] = next_token_logits(decoder.model, batch).argmax(-1).cpu()

@@ -35,6 +35,9 @@ class EvalConfig:
         seeds: Each draws demonstrations and fits anew.
         skip_nan: Leave test items out on which a method's scores are not finite, and say how many,
             instead of leaving out the method's whole task.
+        token_budget: Padded tokens of a forward pass: fewer take less memory. None takes what each
+            kind of pass takes by itself (2,048 for scores). Another budget moves scores by
+            rounding alone, so a run may go on with one.
         model: The model below.
         settings: The methods' settings below.
     """
@@ -46,6 +49,7 @@ class EvalConfig:
     n_test: PositiveInt = 500
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
     skip_nan: bool = False
+    token_budget: PositiveInt | None = None
     model: Base = field(default_factory=Backbone)
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
 

@@ -24,7 +24,7 @@ from icrouting.runtime.processes import agree, first_one_first, is_first
 from icrouting.tasks.task import Task
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
-_GROWING = ("methods", "seeds", "n_test", "router", "notes", "skip_nan")
+_GROWING = ("methods", "seeds", "n_test", "router", "notes", "skip_nan", "token_budget")
 # What every run writes, those of the first version too.
 _WRITTEN = ("command", "methods", "seeds", "n_test", "router", "notes")
 # What the paper takes; a run of less says so.
@@ -80,6 +80,7 @@ class RunConfig:
             "seeds": _unique(asked.seeds),
             "n_test": asked.n_test,
             "skip_nan": asked.skip_nan,
+            "token_budget": asked.token_budget,
             "notes": self.notes,
         }
 
@@ -151,6 +152,7 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
         "n_test": wanted["n_test"],
         "router": begun["router"] or wanted["router"],  # the same, or one of them None
         "skip_nan": begun.get("skip_nan", False) or wanted["skip_nan"],
+        "token_budget": wanted["token_budget"],
         "rows": begun["rows"] if _reads_sources(begun) else wanted["rows"],
     }
     if command() not in begun["command"]:

@@ -47,7 +47,7 @@ def capture_last_tokens(
     layers: Sequence[int],
     *,
     skip_nan: bool = False,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
 ) -> Iterator[QueriesAndKeys]:
     """Yields the last token's queries and keys of a batch of prompts at a time.
 
@@ -60,14 +60,15 @@ def capture_last_tokens(
         prompts: what is read.
         layers: the routed layers.
         skip_nan: leave out a prompt whose queries or keys are not finite.
-        token_budget: tokens of a batch, padded.
+        token_budget: tokens of a batch, padded; None takes the decoder's.
 
     Raises:
         ValueError: a prompt's queries or keys are not finite, and it is not to be left out.
     """
     token_lists = decoder.tokenize([prompt.text for prompt in prompts])
+    budget = token_budget or decoder.token_budget or TOKEN_BUDGET
     with captured(decoder.model, layers) as stores:
-        for cache, batch in by_context(decoder, prompts, token_lists, token_budget):
+        for cache, batch in by_context(decoder, prompts, token_lists, budget):
             if cache is not None:
                 after_prefix(decoder.model, cache, batch)
             else:

@@ -53,7 +53,7 @@ def run_trunk(
     first: int,
     folder: Path | None = None,
     *,
-    token_budget: int = TRUNK_TOKEN_BUDGET,
+    token_budget: int | None = None,
 ) -> list[TrunkState]:
     """Returns the trunk state of every prompt, from one plain pass each.
 
@@ -66,7 +66,7 @@ def run_trunk(
         first: the first routed layer.
         folder: where the file goes; None makes one without a name. Several processes share the
             work, and need a folder that all of them see.
-        token_budget: tokens of a batch, padded.
+        token_budget: tokens of a batch, padded; None takes the decoder's.
 
     Raises:
         OSError: the disk does not hold the states.
@@ -81,7 +81,8 @@ def run_trunk(
         # The first process alone looks: it may change both files before another one would.
         is_finished = is_first() and files.are_finished()
         if not decided(is_finished):
-            _write(files, decoder, token_lists, token_budget)
+            budget = token_budget or decoder.token_budget or TRUNK_TOKEN_BUDGET
+            _write(files, decoder, token_lists, budget)
         entropies = load_tensors(files.entropies)[0]["entropies"].tolist()
         hidden = files.mapped_states()
         # The folder is not deleted before all processes have mapped the file.

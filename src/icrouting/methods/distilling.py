@@ -121,7 +121,7 @@ def teacher_log_probs(decoder: Decoder, texts: Sequence[str], n_draws: int) -> l
     one pass.
     """
     token_lists = decoder.tokenize(texts)
-    groups = list(by_length(token_lists, TOKEN_BUDGET))
+    groups = list(by_length(token_lists, decoder.token_budget or TOKEN_BUDGET))
     sizes = [len(group) for group in groups]
     # The log of nought, to which probabilities are added.
     mean_log_probs = [torch.tensor(-torch.inf)] * (len(texts) // n_draws)
