@@ -29,6 +29,7 @@ from icrouting.report.run import Run
 from icrouting.routing.card import with_results
 from icrouting.routing.features import sentence_encoder
 from icrouting.routing.routed import routing_summary
+from icrouting.routing.sources import read_otherwise
 from icrouting.runtime.processes import first_one_first, is_first
 from icrouting.runtime.progress import spinner
 from icrouting.runtime.storage import save_json, save_text
@@ -70,6 +71,7 @@ def _evaluate(out: Path, config: EvalConfig, read_tasks: Mapping[str, Task]) -> 
     with first_one_first():  # which may have to download
         tasks, sources = _load_tasks(config, read_tasks, icr, reads_sources)
         source_names = _source_names(config, icr, sources)
+        _say_what_reads_otherwise(icr, tasks)
         model, tokenizer = load(config.model)
     tasks_by_name: dict[str, Task] = {}
     notes = []
@@ -173,6 +175,15 @@ def _source_names(
             f"{', '.join(asked) or 'none'}: leave --sources out, or name the router's own"
         )
     return asked
+
+
+def _say_what_reads_otherwise(icr: InContextRouter | None, tasks: Sequence[Task]) -> None:
+    """Prints which tasks the router was fitted on by another template or other options."""
+    if icr is None or icr.description.sources is None:
+        return
+    for line in read_otherwise(icr.description.sources, tasks):
+        advice = "what routing does to another prompt was not learned and may do harm"
+        console.print(f"{line}: {advice}", markup=False)
 
 
 def _named(config: EvalConfig, icr: InContextRouter | None, folder: RunFolder) -> EvalConfig:

@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
+from icrouting.cli.filling import filled
 from icrouting.cli.loading import base_of_router, console, load
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.decoder import Decoder
@@ -21,12 +22,19 @@ from icrouting.runtime.storage import save_text
 
 
 def generate(
-    prompt: str, router: str, model: Backbone, strength: float, max_new_tokens: int
+    router: str,
+    prompt: str | None,
+    task: str | None,
+    fields: Sequence[str],
+    model: Backbone,
+    strength: float,
+    max_new_tokens: int,
 ) -> None:
     """Prints a prompt's continuation with and without routing."""
     icr = InContextRouter.from_pretrained(router)
+    text = filled(prompt, task, fields, icr.description.sources).prompt
     base, tokenizer = load(base_of_router(model, icr))
-    (tokens,) = Decoder.of(base, tokenizer).tokenize(prompts_of([prompt]))
+    (tokens,) = Decoder.of(base, tokenizer).tokenize(prompts_of([text]))
     input_ids = torch.tensor([tokens], device=device_of(base))
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
@@ -41,8 +49,10 @@ def generate(
         output = continued(max_new_tokens)
         seconds = time.monotonic() - started
         new_tokens = output[0, len(tokens) :]
-        text = Text(str(tokenizer.decode(new_tokens, skip_special_tokens=True)))
-        return Panel(text, title=f"{title}: {counted(len(new_tokens), 'token')} in {seconds:.1f} s")
+        words = Text(str(tokenizer.decode(new_tokens, skip_special_tokens=True)))
+        return Panel(
+            words, title=f"{title}: {counted(len(new_tokens), 'token')} in {seconds:.1f} s"
+        )
 
     # Before the router is attached, which would route this one too.
     plain = panel("zero-shot")
@@ -50,22 +60,25 @@ def generate(
         beside = Table.grid(Column(ratio=1), Column(ratio=1), expand=True)
         beside.add_row(plain, panel(f"routed, strength {strength:g}"))
         console.print(beside)
-        console.print(routed.effect([prompt]), markup=False, highlight=False)
+        console.print(routed.effect([text]), markup=False, highlight=False)
 
 
 def inspect(
-    prompt: str,
     router: str,
+    prompt: str | None,
+    task: str | None,
+    fields: Sequence[str],
     model: Backbone,
-    options: Sequence[str] | None,
+    options: Sequence[str],
     strength: float,
     out: Path,
 ) -> None:
     """Prints what a router does to one prompt and writes it as a page."""
     icr = InContextRouter.from_pretrained(router)
+    asked = filled(prompt, task, fields, icr.description.sources)
     model = base_of_router(model, icr)
     with icr.attached(*load(model), strength=strength) as routed:
-        seen = inspection.inspect_prompt(routed, prompt, options)
+        seen = inspection.inspect_prompt(routed, asked.prompt, options or asked.options or None)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_text(out, inspection.html(seen, f"{model}, router {router} ({icr.digest()})"))
     text = inspection.text(seen)

@@ -19,6 +19,7 @@ from icrouting.methods.settings import Settings
 BACKBONE = Backbone()
 FITTING = FitConfig()
 EVALUATION = EvalConfig()
+Fields = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=TEXT ...")]
 
 
 def fit(
@@ -146,8 +147,10 @@ def report(
 
 
 def generate(
-    prompt: str,
     router: str,
+    prompt: str | None = None,
+    task: str | None = None,
+    fields: Fields = (),
     model: Base = BACKBONE,
     strength: float = 1.0,
     max_new_tokens: int = 64,
@@ -157,21 +160,33 @@ def generate(
     Example: icr generate --model pinned:smollm2-135m --router my-router
     --prompt "Review: a joy .\nSentiment:"
 
+    Or in the words of a task of the router: icr generate --router my-router --task sst2
+    --fields text="a joy ."
+
     Args:
-        prompt: The text to go on from; \n stands for a new line.
         router: Folder or hub id of a fitted router.
+        prompt: The text to go on from; \n stands for a new line.
+        task: In its place, a task that the router was fitted on, whose template is filled with
+            fields; not needed where it was fitted on one alone.
+        fields: NAME=TEXT for each slot of its template; a template of one takes the bare text.
         model: The base model that the router was fitted on.
         strength: Factor on the routing; 0 is the untouched model.
         max_new_tokens: Tokens to generate.
     """
+    from icrouting.cli import reading
+
+    prompt = reading.check_asked(prompt, task, fields)
+    reading.check_router(router)
     from icrouting.cli import look
 
-    look.generate(prompt.replace("\\n", "\n"), router, model, strength, max_new_tokens)
+    look.generate(router, prompt, task, fields, model, strength, max_new_tokens)
 
 
 def inspect(
-    prompt: str,
     router: str,
+    prompt: str | None = None,
+    task: str | None = None,
+    fields: Fields = (),
     model: Base = BACKBONE,
     options: Names = (),
     strength: float = 1.0,
@@ -184,17 +199,29 @@ def inspect(
     Example: icr inspect --model pinned:smollm2-135m --router my-router
     --prompt "Review: a joy .\nSentiment:" --options negative positive
 
+    Or in the words of a task of the router: icr inspect --router my-router --task sst2
+    --fields text="a joy ."
+
     Args:
-        prompt: The text to look at; \n stands for a new line.
         router: Folder or hub id of a fitted router.
+        prompt: The text to look at; \n stands for a new line.
+        task: In its place, a task that the router was fitted on, whose template is filled with
+            fields; not needed where it was fitted on one alone.
+        fields: NAME=TEXT for each slot of its template; a template of one takes the bare text.
         model: The base model that the router was fitted on.
-        options: Answers to compare, at least two; none: only the likeliest next tokens.
+        options: Answers to compare, at least two; none: those of the task, and with --prompt only
+            the likeliest next tokens.
         strength: Factor on the routing; 0 is the untouched model.
         out: The page; it needs nothing beside it.
     """
+    from icrouting.cli import reading
+
+    prompt = reading.check_asked(prompt, task, fields)
+    reading.check_router(router)
+    reading.check_out(out.parent)
     from icrouting.cli import look
 
-    look.inspect(prompt.replace("\\n", "\n"), router, model, options or None, strength, out)
+    look.inspect(router, prompt, task, fields, model, options, strength, out)
 
 
 def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:

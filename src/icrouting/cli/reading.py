@@ -50,6 +50,20 @@ def check_out(folder: Path) -> None:
         )
 
 
+def check_asked(prompt: str | None, task: str | None, fields: Sequence[str]) -> str | None:
+    r"""Returns a typed prompt, in which \n stood for a new line, or None where fields are given.
+
+    Raises:
+        ValueError: both are given, or neither.
+    """
+    if (prompt is None) == (not fields) or (prompt is not None and task is not None):
+        raise ValueError(
+            "expected --prompt, or --fields (with --task where the router has several): "
+            "give one of the two"
+        )
+    return None if prompt is None else prompt.replace("\\n", "\n")
+
+
 def check_router(name: str) -> None:
     """Checks that a folder holds a router, as far as its config.json says so at once.
 

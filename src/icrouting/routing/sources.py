@@ -117,6 +117,29 @@ def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
     return tuple(sources)
 
 
+def read_otherwise(sources: Sequence[Source], tasks: Sequence[Task]) -> list[str]:
+    """Returns a line for each task that reads otherwise than the source of its name did.
+
+    To route a task by another prompt than it was fitted on is a loss that no score shows.
+    """
+    source_by_name = {source.name: source for source in sources}
+    lines = []
+    for task in tasks:
+        source = source_by_name.get(task.name)
+        if source is None:
+            continue
+        differences = []
+        if source.template != task.spec.template:
+            differences.append(f"{source.template!r}, and reads {task.spec.template!r} here")
+        # Where each row brings its choices, the source's options are those of one row.
+        if task.spec.options and source.options != task.spec.options:
+            options_then = ", ".join(source.options)
+            differences.append(f"the options {options_then}, not {', '.join(task.spec.options)}")
+        if differences:
+            lines.append(f"{task.name} was fitted on {'; on '.join(differences)}")
+    return lines
+
+
 class FormWatch:
     """Warns, once, of a prompt that has the form of none of a router's sources.
 

@@ -53,7 +53,7 @@ def parse_row(
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"field {name!r} must be a text that is not empty, got {text!r}")
         fields[name] = text
-    choices = () if spec.options else _choices(row["choices"])
+    choices = () if spec.options else parse_choices(row["choices"])
     n_options = len(spec.options or choices)
     # The answers to choices are letters, of which there are 26.
     if n_options < 2 or len(choices) > 26:
@@ -76,7 +76,7 @@ def needed_fields(spec: TaskSpec, label: str) -> list[str]:
     return needed
 
 
-def _choices(value: object) -> tuple[str, ...]:
+def parse_choices(value: object) -> tuple[str, ...]:
     """Returns the choices of a row, which a CSV can only give as one text."""
     if isinstance(value, str):
         return tuple(choice.strip() for choice in value.split("|"))
