@@ -245,7 +245,7 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     data = "pinned:staicc"
     router = out / "router"
     sources = ("agnews", "sst2", "trec")
-    tasks = (*sources, "sst5", "mr", "subj", "emotion")
+    tasks: tuple[str, ...] = (*sources, "sst5", "mr", "subj", "emotion")
     console.print(f"ICR on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks")
     config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
     loaded = dict(zip(tasks, reading.read_first(tasks, data), strict=True))

@@ -37,8 +37,9 @@ def with_texts(lines: Sequence[Line], names: Sequence[str]) -> list[Line]:
 
 def _is_number(value: object) -> bool:
     """Whether a value is a finite number; in Python true and false are integers too."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
 
 
 def is_empty(label: object) -> bool:
