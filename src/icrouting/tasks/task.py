@@ -6,9 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+
+# How an option of several tokens is scored: by its first, or by all of them.
+LabelScoring = Literal["first", "sum", "mean"]
+
+
+def check_label_scoring(value: object) -> None:
+    """ValueError for a way to score labels that there is not."""
+    ways = get_args(LabelScoring)
+    if value not in ways:
+        raise ValueError(f"label_scoring must be one of {', '.join(ways)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class TaskSpec:
         options: the answer words in label order; empty means letters, one per choice.
         words: replacements of field values, `{field: {value: text}}`, done before the template is
             filled.
+        label_scoring: what is compared between options: the logit of each one's "first" token, the
+            "sum" of the log-probabilities of all its tokens, or their "mean".
 
     Example:
         >>> from icrouting import TaskSpec
@@ -60,11 +72,14 @@ class TaskSpec:
     template: str
     options: tuple[str, ...] = ()
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    # Not shown, since digests of rows are made of what is.
+    label_scoring: LabelScoring = field(default="first", repr=False)
 
     def __post_init__(self):
         # A word would be read as one option a letter.
         if isinstance(self.options, str):
             raise TypeError(f"options must be a tuple of texts, got {self.options!r}")
+        check_label_scoring(self.label_scoring)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -119,6 +134,7 @@ class Task:
         seed: int = 0,
         labels: Literal["index", "text"] | None = None,
         words: Mapping[str, Mapping[str, str]] | None = None,
+        label_scoring: LabelScoring = "first",
     ) -> "Task":
         r"""Returns a task made of rows as they are: a table in memory, or a file of one.
 
@@ -142,6 +158,8 @@ class Task:
             labels: what a label that is a number stands for, an option's "index" or its "text";
                 None where the numbers say so themselves.
             words: replacements of columns' values, `{column: {value: text}}`.
+            label_scoring: what is compared between options, see `TaskSpec`; "sum" where labels
+                share their beginnings.
 
         Raises:
             ValueError: a column is missing, a row does not fit (its place is named), or there are
@@ -176,6 +194,7 @@ class Task:
             seed=seed,
             labels=labels,
             words=words or {},
+            label_scoring=label_scoring,
         )
 
     @property
@@ -219,4 +238,6 @@ def rows_digest(tasks: Sequence[Task]) -> str:
     for task in tasks:
         content = (task.spec, task.train, task.validation, task.test)
         digest.update(repr(content).encode())
+        if task.spec.label_scoring != "first":
+            digest.update(task.spec.label_scoring.encode())
     return digest.hexdigest()[:16]
