@@ -25,6 +25,44 @@ Tokens = Sequence[int]
 Beginning = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Parting:
+    """A place in a label where other labels go on otherwise.
+
+    Attributes:
+        beginning: the label's tokens before it.
+        following: the tokens with which some label goes on from there.
+        chosen: the place of this label's among them.
+    """
+
+    beginning: list[int]
+    following: list[int]
+    chosen: int
+
+    @property
+    def token(self) -> int:
+        """The token with which this label goes on."""
+        return self.following[self.chosen]
+
+
+def partings(labels: Sequence[Tokens], place: int) -> list[Parting]:
+    """Returns where other labels part from the one at a place, in its order.
+
+    It is the first token alone where all labels differ there, or where none parts from this one.
+    """
+    label = list(labels[place])
+    parted = []
+    for n_read in range(len(label)):
+        beginning = label[:n_read]
+        alike = [tokens for tokens in labels if list(tokens[:n_read]) == beginning]
+        following = list(dict.fromkeys(tokens[n_read] for tokens in alike if len(tokens) > n_read))
+        # A label that ends here is another way to go on.
+        n_ways = len(following) + any(len(tokens) == n_read for tokens in alike)
+        if n_ways > 1:
+            parted.append(Parting(beginning, following, following.index(label[n_read])))
+    return parted or [Parting([], [label[0]], 0)]
+
+
 @dataclass
 class _Rows:
     """What a model has read in every row, and where that is in the cache.
