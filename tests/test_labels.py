@@ -5,8 +5,6 @@ import pytest
 import torch
 
 import tiny
-from icrouting.decoder.decoder import Decoder
-from icrouting.decoder.labels import label_log_probs
 from icrouting.decoder.scoring import option_tokens, score_options
 from icrouting.tasks.prompts import Prompt, balanced_demos, few_shot
 from icrouting.tasks.task import TaskSpec
@@ -135,9 +133,7 @@ def test_what_labels_begin_with_in_common_is_read_once(tokenizer):
 
 def test_the_rows_of_a_step_are_few_enough_for_their_cache(tokenizer):
     for budget in (40, 90, 300):
-        shapes = seen_shapes(
-            tiny.model("llama"), tokenizer, PROMPTS, LABELS, token_budget=budget
-        )
+        shapes = seen_shapes(tiny.model("llama"), tokenizer, PROMPTS, LABELS, token_budget=budget)
         steps = [(rows, kv_len) for rows, read, kv_len in shapes if read == 1]
         assert all(rows == 1 or rows * kv_len <= budget for rows, kv_len in steps)
 

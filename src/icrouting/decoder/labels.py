@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -255,7 +255,9 @@ def _add(
     for prompt, (before, labels, places) in enumerate(
         zip(beginnings, labels_by_row, chosen, strict=True)
     ):
-        row_of = {beginning: start + place for place, beginning in reversed(list(enumerate(before)))}
+        row_of = {
+            beginning: start + place for place, beginning in reversed(list(enumerate(before)))
+        }
         for place in places:
             if len(labels[place]) > n_read:
                 rows.append(row_of[tuple(labels[place][:n_read])])

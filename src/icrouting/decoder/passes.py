@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.modeling_outputs import ModelOutput
 
 from icrouting.decoder.batches import Batch, by_length, pad
 from icrouting.decoder.decoder import Decoder
@@ -76,7 +76,7 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "batch vo
     return _read_alone(model, batch, use_cache=False).logits.float()
 
 
-def _read_alone(model: nn.Module, batch: Batch, *, use_cache: bool) -> ModelOutput:
+def _read_alone(model: nn.Module, batch: Batch, *, use_cache: bool) -> Any:
     with last_position_only(model, batch.attention_mask):
         return model(
             input_ids=batch.input_ids,
@@ -197,7 +197,7 @@ def after_prefix(
     return _read_behind(model, prefix_cache, batch).logits.float()
 
 
-def _read_behind(model: nn.Module, prefix_cache: Cache, batch: Batch) -> ModelOutput:
+def _read_behind(model: nn.Module, prefix_cache: Cache, batch: Batch) -> Any:
     n_rows, n_new = batch.input_ids.shape
     device = batch.input_ids.device
     n_seen = prefix_cache.get_seq_length()

@@ -193,7 +193,9 @@ def score(
     answers: list[list[list[int]]] = []
     for prompt, prompt_options in zip(whole_prompts, options_by_prompt, strict=True):
         # The query is enough: it ends as the whole text does, and is shorter.
-        answers.append(counted_tokens(decoder.tokenizer, prompt.query, prompt_options, label_scoring))
+        answers.append(
+            counted_tokens(decoder.tokenizer, prompt.query, prompt_options, label_scoring)
+        )
     for tokens, prompt_answers in zip(token_lists, answers, strict=True):
         decoder.check_room(tokens, prompt_answers)
     fill = _fill_first if label_scoring == "first" else _fill_whole

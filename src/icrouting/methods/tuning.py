@@ -46,9 +46,7 @@ def answered(
     return rows
 
 
-def answer_partings(
-    decoder: Decoder, pairs: Sequence[tuple[Task, Example]]
-) -> list[list[Parting]]:
+def answer_partings(decoder: Decoder, pairs: Sequence[tuple[Task, Example]]) -> list[list[Parting]]:
     """Returns where each row's answer parts from the other options behind its prompt."""
     parted = []
     for task, example in pairs:

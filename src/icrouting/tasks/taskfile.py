@@ -176,7 +176,7 @@ def _mistake_among_keys(error: ValidationError, values: dict[str, Any]) -> _Mist
             return _Mistake(key, "is missing")
         case "literal_error":
             # pydantic puts the values in single quotes, a TOML file in double ones.
-            expected = first["ctx"]["expected"].replace("'", '"')
+            expected = first.get("ctx", {})["expected"].replace("'", '"')
             return _Mistake(key, f"must be {expected}, got {first['input']!r}")
         case kind:
             return _Mistake(key, f"must be a {_KINDS[kind]}, got {first['input']!r}")
