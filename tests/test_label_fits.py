@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,13 +16,15 @@ from icrouting.evaluation.predictor import Predictor
 from icrouting.fitting.losses import option_loss
 from icrouting.fitting.queries import training_queries
 from icrouting.icr import InContextRouter
-from icrouting.methods import Settings, make
+from icrouting.methods import Settings, distilling, make
+from icrouting.methods.live import Live
 from icrouting.methods.registry import LEARNING
 from icrouting.methods.task_vectors import TaskVectors, sweep
 from icrouting.methods.tuning import answered
 from icrouting.routing.features import features_of
 from icrouting.tasks.task import rows_digest
 
+FEW_SHOT = ["good: good team\nfilm:", "dull: good ball\na film:"]
 OPTIONS = ("good ball", "good team", "dull vote joy")
 
 
@@ -194,3 +197,21 @@ def test_label_scoring_changes_a_digest_of_rows_only_where_it_is_no_default():
         spec = dataclasses.replace(tiny.task().spec, label_scoring=way)
         other.add(rows_digest([dataclasses.replace(tiny.task(), spec=spec)]))
     assert len(other) == 3
+
+
+def test_a_teacher_reads_as_much_of_the_answer_as_its_student(tokenizer, monkeypatch):
+    monkeypatch.setattr(distilling, "N_DRAWS", 1)
+    monkeypatch.setattr(distilling, "_few_shot_texts", lambda task, n, rng: FEW_SHOT)
+    decoder = Decoder.of(tiny.model("llama"), tokenizer)
+    method = Live(Settings(demos_per_class=1, train_rows=2))
+    method.decoder = decoder
+    method.sources = [dataclasses.replace(TASK, train=TASK.train[:2])]
+    lessons = distilling.lessons_of(method, np.random.default_rng(0))
+    # Two labels that begin alike, and one place further on where they part.
+    assert len(lessons.teacher) == len(lessons.token_lists) == 4
+    (answer, *_) = option_tokens(tokenizer, "a:", OPTIONS)
+    for place, teacher in enumerate(lessons.teacher):
+        beginning = answer[:1] if place % 2 else []
+        tokens = [*tokenizer(FEW_SHOT[place // 2]).input_ids, *beginning]
+        expected = decoder.model(torch.tensor([tokens])).logits[0, -1].softmax(-1)
+        assert torch.allclose(teacher.float().exp(), expected, atol=1e-3)
