@@ -287,9 +287,9 @@ def test_demonstrations_are_drawn_anew_for_every_row_among_the_training_rows_in_
     teacher_texts = []
     teacher = d.teacher_log_probs
 
-    def noted(decoder, texts, n_draws):
+    def noted(decoder, texts, n_draws, beginnings):
         teacher_texts.extend(texts)
-        return teacher(decoder, texts, n_draws)
+        return teacher(decoder, texts, n_draws, beginnings)
 
     monkeypatch.setattr(d, "teacher_log_probs", noted)
     method = Live(Settings(demos_per_class=2, train_rows=10))
@@ -393,7 +393,7 @@ def test_synergy_reads_both_branches_at_the_label_position_over_64_rows(tokenize
     monkeypatch.setattr(
         d,
         "teacher_log_probs",
-        lambda decoder, texts, n: [torch.zeros(tiny.VOCAB)] * (len(texts) // n),
+        lambda decoder, texts, n, beginnings: [torch.zeros(tiny.VOCAB)] * (len(texts) // n),
     )
     method = fitted(M2IV, model, tokenizer, train_rows=32, train_epochs=3)
     assert [len(attention) for attention, _ in seen] == [16, 32, 48, 64, 64, 64]

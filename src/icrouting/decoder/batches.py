@@ -35,10 +35,14 @@ class Batch:
 
     def alone(self, place: int) -> "Batch":
         """Returns one row as a batch of its own, without padding."""
-        n_tokens = int(self.attention_mask[place].sum())
-        row = slice(place, place + 1)
-        input_ids = self.input_ids[row, :n_tokens]
-        return Batch([self.rows[place]], input_ids, self.attention_mask[row, :n_tokens])
+        return self.picked([place])
+
+    def picked(self, places: list[int]) -> "Batch":
+        """Returns some rows as a batch, without padding that none of them needs."""
+        n_tokens = int(self.attention_mask[places].sum(1).max())
+        rows = [self.rows[place] for place in places]
+        input_ids = self.input_ids[places, :n_tokens]
+        return Batch(rows, input_ids, self.attention_mask[places, :n_tokens])
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the same batch on another device."""

@@ -172,6 +172,22 @@ class Decoder:
                 "to it (`resize_token_embeddings`)"
             )
 
+    def check_room(self, tokens: Sequence[int], answers: Sequence[Sequence[int]]) -> None:
+        """Checks that the model knows a prompt's answers, and has room for the longest behind it.
+
+        Raises:
+            ValueError: it does not.
+        """
+        self.check_known(answers)
+        # The last token of an answer is not read.
+        n_tokens = len(tokens) + max(len(answer) for answer in answers) - 1
+        limit = self.context_length
+        if limit is not None and n_tokens > limit:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens and its longest answer are more than the "
+                f"model's context of {limit}: shorten one of them"
+            )
+
     def check_fitted_on(
         self, what: str, name: str | None, expected: str, weights: Mapping[str, str]
     ) -> None:

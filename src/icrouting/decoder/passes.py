@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -72,11 +73,34 @@ def last_position_only(
 
 def next_token_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "batch vocab"]:
     """Returns the logits after each row's last token, in float32."""
+    return _read_alone(model, batch, use_cache=False).logits.float()
+
+
+def _read_alone(model: nn.Module, batch: Batch, *, use_cache: bool) -> Any:
     with last_position_only(model, batch.attention_mask):
-        output = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+        return model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask.long(),
+            use_cache=use_cache,
         )
-    return output.logits.float()
+
+
+def read_batch(
+    model: nn.Module, batch: Batch, prefix_cache: Cache | None, *, use_cache: bool
+) -> tuple[Float[Tensor, "batch vocab"], Cache | None]:
+    """Returns the logits after each row, in float32, and the cache that the rows leave.
+
+    Args:
+        model: the model.
+        batch: the rows.
+        prefix_cache: what all of them go on from, which stays as it is; None for nothing.
+        use_cache: whether a cache is wanted where nothing is gone on from; else it is None.
+    """
+    if prefix_cache is None:
+        output = _read_alone(model, batch, use_cache=use_cache)
+    else:
+        output = _read_behind(model, prefix_cache, batch)
+    return output.logits.float(), output.get(CACHE)
 
 
 def by_context(
@@ -170,6 +194,10 @@ def after_prefix(
     model: nn.Module, prefix_cache: Cache, batch: Batch
 ) -> Float[Tensor, "batch vocab"]:
     """Returns the logits after each row, where all rows go on from one prefix."""
+    return _read_behind(model, prefix_cache, batch).logits.float()
+
+
+def _read_behind(model: nn.Module, prefix_cache: Cache, batch: Batch) -> Any:
     n_rows, n_new = batch.input_ids.shape
     device = batch.input_ids.device
     n_seen = prefix_cache.get_seq_length()
@@ -180,11 +208,10 @@ def after_prefix(
     attention_mask = torch.cat([is_seen, batch.attention_mask], dim=1)
     positions = torch.arange(n_seen, n_seen + n_new, device=device)
     with last_position_only(model, batch.attention_mask):
-        output = model(
+        return model(
             input_ids=batch.input_ids,
             attention_mask=attention_mask.long(),
             position_ids=positions.expand(n_rows, -1),
             use_cache=True,
             **{CACHE: cache},
         )
-    return output.logits.float()

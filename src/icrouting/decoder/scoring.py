@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.decoder.batches import Batch, finite_rows
 from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.labels import label_log_probs
 from icrouting.decoder.passes import (
     TOKEN_BUDGET,
     KeptContext,
@@ -21,29 +22,28 @@ from icrouting.decoder.passes import (
 from icrouting.decoder.texts import check_ending, listed, texts_of, whole_prompts_of
 from icrouting.runtime.defaults import usual_defaults
 from icrouting.tasks.prompts import Prompt
+from icrouting.tasks.task import LabelScoring, check_label_scoring
 
 # Once a message: an evaluation scores the same options on every prompt.
 _warn_once = lru_cache(None)(logging.getLogger(__name__).warning)
 
 
-def option_ids(
+def option_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]
-) -> list[int]:
-    """Returns the token with which each option, after a space, goes on from this very prompt.
-
-    An option of several tokens is known by its first.
+) -> list[list[int]]:
+    """Returns the tokens with which each option, after a space, goes on from this very prompt.
 
     Raises:
         TypeError: `options` is no list of texts.
-        ValueError: the prompt ends in a space, or an option merges with the prompt, or cannot be
-            told from another by its token.
+        ValueError: the prompt ends in a space, or an option merges with the prompt, or is the same
+            tokens as another.
     """
     options = texts_of(options, "options")
     check_ending(prompt)
     continued = [f"{prompt} {option}" for option in options]
     prompt_ids, *token_lists = tokenizer([prompt, *continued]).input_ids
     n_prompt = len(prompt_ids)
-    ids: list[int] = []
+    option_by_tokens: dict[tuple[int, ...], str] = {}
     for option, tokens in zip(options, token_lists, strict=True):
         if tokens[:n_prompt] != prompt_ids or len(tokens) == n_prompt:
             raise ValueError(
@@ -51,12 +51,34 @@ def option_ids(
                 "end the prompt with a character such as ':' and without a space "
                 f"(it ends {prompt[-20:]!r})"
             )
-        first = tokens[n_prompt]
-        ids.append(first)
-        if len(tokens) > n_prompt + 1:
+        answer = tuple(tokens[n_prompt:])
+        if answer in option_by_tokens:
+            raise ValueError(
+                f"options {option_by_tokens[answer]!r} and {option!r} are the same tokens: "
+                "let them differ"
+            )
+        option_by_tokens[answer] = option
+    return [list(answer) for answer in option_by_tokens]
+
+
+def option_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]
+) -> list[int]:
+    """Returns the first of each option's `option_tokens`, by which an option of several is known.
+
+    Raises:
+        TypeError: `options` is no list of texts.
+        ValueError: what `option_tokens` says, or an option cannot be told from another by its
+            first token.
+    """
+    options = texts_of(options, "options")
+    ids: list[int] = []
+    for option, tokens in zip(options, option_tokens(tokenizer, prompt, options), strict=True):
+        ids.append(tokens[0])
+        if len(tokens) > 1:
             _warn_once(
                 f"option {option!r} is several tokens, and known by its first, "
-                f"{tokenizer.decode([first])!r}"
+                f'{tokenizer.decode([tokens[0]])!r}: label_scoring = "sum" reads all of them'
             )
     _check_told_apart(tokenizer, options, ids)
     return ids
@@ -71,12 +93,13 @@ def _check_told_apart(
         if not word.strip():
             raise ValueError(
                 f"option {option!r} begins with a token that is a bare space: "
-                "choose another word for it"
+                'choose another word for it, or label_scoring = "sum", which reads all its tokens'
             )
         if token in option_by_id:
             raise ValueError(
                 f"options {option_by_id[token]!r} and {option!r} share their first token "
-                f"{word!r}: let them differ there"
+                f'{word!r}: let them differ there, or choose label_scoring = "sum", which reads '
+                "all their tokens"
             )
         option_by_id[token] = option
 
@@ -87,10 +110,15 @@ def score_options(
     prompts: Sequence[str | Prompt],
     options: Sequence[str] | Sequence[Sequence[str]],
     *,
+    label_scoring: LabelScoring = "first",
     token_budget: int = TOKEN_BUDGET,
     kept: dict[str, KeptContext] | None = None,
 ) -> Float[Tensor, "n_prompts n_options"]:
-    """Returns each option's logit at the position after each prompt.
+    """Returns each option's score behind each prompt: the logit of its first token.
+
+    With `label_scoring` all of an option's tokens count, by the sum or the mean of their
+    log-probabilities. Where every option is one token, these differ from the logits by a constant
+    for each prompt. An option that another one begins with has the larger sum of the two.
 
     Rows with fewer options than others end in -inf. Prompts that share a non-empty `Prompt.context`
     have it computed once; the scores are the same.
@@ -101,6 +129,8 @@ def score_options(
         tokenizer: its tokenizer.
         prompts: texts, or `Prompt`s, each ending right before the space and the answer.
         options: the answers to choose from, for all prompts or one list per prompt.
+        label_scoring: "first" for the first token's logit, "sum" for the summed log-probability of
+            all tokens, in nats, or "mean" for that by their number.
         token_budget: padded tokens per forward pass, and as many cached ones.
         kept: contexts that earlier calls computed with this very model; those computed now join
             them.
@@ -108,7 +138,7 @@ def score_options(
     Raises:
         TypeError: `prompts` or `options` are no lists of texts.
         ValueError: a prompt is empty, too long or ends in a space, or its options cannot be told
-            apart by their first tokens, or the tokenizer is another model's, or a score is not
+            apart by the tokens that count, or the tokenizer is another model's, or a score is not
             finite.
 
     Example:
@@ -130,7 +160,14 @@ def score_options(
         torch.Size([2, 2])
     """
     decoder = Decoder.of(model, tokenizer)
-    return score(decoder, prompts, options, token_budget=token_budget, kept=kept)
+    return score(
+        decoder,
+        prompts,
+        options,
+        label_scoring=label_scoring,
+        token_budget=token_budget,
+        kept=kept,
+    )
 
 
 @usual_defaults()
@@ -140,6 +177,7 @@ def score(
     prompts: Sequence[str | Prompt],
     options: Sequence[str] | Sequence[Sequence[str]],
     *,
+    label_scoring: LabelScoring = "first",
     token_budget: int | None = None,
     kept: dict[str, KeptContext] | None = None,
     finite_only: bool = True,
@@ -149,48 +187,84 @@ def score(
     Without `finite_only` scores may be NaN or infinite, which the caller has to look for. The
     budget of tokens is the decoder's, where none is given.
     """
+    check_label_scoring(label_scoring)
     whole_prompts = whole_prompts_of(prompts)
     options_by_prompt, most_options = _options_by_prompt(options, len(whole_prompts))
     token_lists = decoder.tokenize([prompt.text for prompt in whole_prompts])
-    ids_by_prompt: list[list[int]] = []
+    answers: list[list[list[int]]] = []
     for prompt, prompt_options in zip(whole_prompts, options_by_prompt, strict=True):
         # The query is enough: it ends as the whole text does, and is shorter.
-        ids_by_prompt.append(option_ids(decoder.tokenizer, prompt.query, prompt_options))
-    decoder.check_known(ids_by_prompt)
+        answers.append(
+            counted_tokens(decoder.tokenizer, prompt.query, prompt_options, label_scoring)
+        )
+    for tokens, prompt_answers in zip(token_lists, answers, strict=True):
+        decoder.check_room(tokens, prompt_answers)
+    fill = _fill_first if label_scoring == "first" else _fill_whole
     scores = torch.full((len(whole_prompts), most_options), -torch.inf)
     budget = token_budget or decoder.token_budget or TOKEN_BUDGET
     for cache, batch in by_context(decoder, whole_prompts, token_lists, budget, kept):
-        _fill(scores, decoder, cache, batch, ids_by_prompt)
+        fill(scores, decoder, cache, batch, answers, budget)
         is_finite = have_finite_scores(
             scores[batch.rows], scores[batch.rows], [options_by_prompt[row] for row in batch.rows]
         )
         # Some kernels carry one row's NaN into others: which rows are not finite, each says alone.
         if len(batch.rows) > 1 and not is_finite.all():
             for place in (~is_finite).nonzero()[:, 0].tolist():
-                _fill(scores, decoder, cache, batch.alone(place), ids_by_prompt)
+                fill(scores, decoder, cache, batch.alone(place), answers, budget)
     if finite_only:
         texts = [prompt.text for prompt in whole_prompts]
         is_finite = have_finite_scores(scores, scores, options_by_prompt)
         finite_rows(is_finite, texts, "option scores", skip=None)
+    if label_scoring == "mean":
+        for row, prompt_answers in enumerate(answers):
+            n_tokens = torch.tensor([len(tokens) for tokens in prompt_answers])
+            scores[row, : len(n_tokens)] /= n_tokens
     return scores
 
 
-def _fill(
+def counted_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: Sequence[str],
+    label_scoring: LabelScoring,
+) -> list[list[int]]:
+    """Returns those tokens of each option that count: the first alone, or all."""
+    if label_scoring == "first":
+        return [[token] for token in option_ids(tokenizer, prompt, options)]
+    return option_tokens(tokenizer, prompt, options)
+
+
+def _fill_first(
     scores: Float[Tensor, "n_prompts n_options"],
     decoder: Decoder,
     cache: Cache | None,
     batch: Batch,
-    ids_by_prompt: Sequence[list[int]],
+    answers: Sequence[list[list[int]]],
+    token_budget: int,
 ) -> None:
-    """Fills in the scores of a batch, from one pass behind what the cache holds."""
+    """Fills in the logits of a batch's first answer tokens, from one pass behind the cache."""
     if cache is None:
         logits = next_token_logits(decoder.model, batch)
     else:
         logits = after_prefix(decoder.model, cache, batch)
     # One copy a batch: each row's options differ, and picking them there would cost one each.
     for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
-        ids = ids_by_prompt[row]
+        ids = [tokens[0] for tokens in answers[row]]
         scores[row, : len(ids)] = row_logits[ids]
+
+
+def _fill_whole(
+    scores: Float[Tensor, "n_prompts n_options"],
+    decoder: Decoder,
+    cache: Cache | None,
+    batch: Batch,
+    answers: Sequence[list[list[int]]],
+    token_budget: int,
+) -> None:
+    """Fills in the summed log-probabilities of a batch's answers."""
+    batch_answers = [answers[row] for row in batch.rows]
+    sums = label_log_probs(decoder.model, cache, batch, batch_answers, token_budget)
+    scores[batch.rows, : sums.shape[1]] = sums
 
 
 def have_finite_scores(

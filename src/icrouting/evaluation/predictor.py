@@ -13,7 +13,7 @@ from icrouting.decoder.scoring import have_finite_scores, score
 from icrouting.evaluation.records import Record
 from icrouting.methods import Method
 from icrouting.tasks.prompts import Prompt
-from icrouting.tasks.task import Task
+from icrouting.tasks.task import LabelScoring, Task
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class _PlainScores:
 
     prompts: list[Prompt]
     options: list[tuple[str, ...]]
+    label_scoring: LabelScoring
     scores: Tensor
     seconds: float
 
@@ -92,20 +93,29 @@ class Predictor:
 
         The untouched model reads equal prompts only once.
         """
+        label_scoring = task.spec.label_scoring
+        asked = (prompts, options, label_scoring)
         plain = self._plain
         if (
             not method.edits_model
             and plain
-            and (plain.prompts, plain.options) == (prompts, options)
+            and (plain.prompts, plain.options, plain.label_scoring) == asked
         ):
             return plain.scores, plain.seconds
         contexts = self._contexts(method, task, prompts[0].context)
         with method.applied(task):  # entered once for many prompts, so not in their time
             started = time.monotonic()
-            scores = score(self.decoder, prompts, options, kept=contexts, finite_only=False)
+            scores = score(
+                self.decoder,
+                prompts,
+                options,
+                label_scoring=label_scoring,
+                kept=contexts,
+                finite_only=False,
+            )
             seconds = (time.monotonic() - started) / len(prompts)
         if not method.edits_model:
-            self._plain = _PlainScores(prompts, options, scores, seconds)
+            self._plain = _PlainScores(*asked, scores, seconds)
         return scores, seconds
 
     def _contexts(self, method: Method, task: Task, context: str) -> dict[str, KeptContext]:

@@ -27,7 +27,8 @@ class Record:
         index: the item's position in the task's test split.
         label: the right option.
         prediction: the option with the highest of `option_logits`.
-        option_logits: the options' logits at the next position.
+        option_logits: the options' logits at the next position or, where a task scores whole
+            labels, the sums or means of their tokens' log-probabilities.
         n_tokens: the prompt's, demonstrations included.
         seconds: wall time of this item's share of its batch.
     """

@@ -65,7 +65,14 @@ def time_ratios(
         for way in ways:
             with way.method.applied(task):
                 started = time.monotonic()
-                scores = score(decoder, way.prompts, options, kept=way.kept, finite_only=False)
+                scores = score(
+                    decoder,
+                    way.prompts,
+                    options,
+                    label_scoring=task.spec.label_scoring,
+                    kept=way.kept,
+                    finite_only=False,
+                )
                 way.method.adjusted(task, examples, scores)
                 seconds[way.name].append(time.monotonic() - started)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import finite_rows, tokenize
 from icrouting.decoder.decoder import Decoder
-from icrouting.decoder.scoring import option_ids
+from icrouting.decoder.labels import Parting, partings
+from icrouting.decoder.scoring import counted_tokens
 from icrouting.fitting.training import Query
 from icrouting.fitting.trunk import TrunkState, run_trunk
 from icrouting.routing.features import Features, Scale
@@ -33,7 +34,9 @@ def training_queries(
 ) -> tuple[list[Query], Scale]:
     """Returns the training queries of all source tasks, and the scale of their features.
 
-    Their trunk is run and their features are computed, (features - mean) / std.
+    Their trunk is run and their features are computed, (features - mean) / std. Where a task scores
+    whole labels, a row is a query more for every further place where its answer parts from other
+    options: what is routed are the prompt and the answer up to there, by the prompt alone.
 
     Args:
         decoder: the model that is routed.
@@ -48,14 +51,21 @@ def training_queries(
         ValueError: the states of a query, or with `skip_nan` of all queries, are not finite.
     """
     examples = _drawn(tasks, config)
-    texts = [task.prompt(example) for task, example in examples]
-    options = []
+    texts: list[str] = []
+    places: list[Parting] = []
     # Which tokens an option begins with depends on the text before it.
-    for text, (task, example) in zip(texts, examples, strict=True):
-        options.append(option_ids(decoder.tokenizer, text, task.options(example)))
-    decoder.check_known(options)
-    states = run_trunk(decoder, _shortened(decoder, texts, config), first_layer, folder)
-    vectors = _vectors(features, states)
+    for task, example in examples:
+        text = task.prompt(example)
+        label_scoring = task.spec.label_scoring
+        answers = counted_tokens(decoder.tokenizer, text, task.options(example), label_scoring)
+        decoder.check_known(answers)
+        parted = partings(answers, example.label)
+        texts += [text] * len(parted)
+        places += parted
+    beginnings = [parting.beginning for parting in places]
+    token_lists = _shortened(decoder, texts, beginnings, config)
+    states = run_trunk(decoder, token_lists, first_layer, folder)
+    vectors = _vectors(features, states, [len(tokens) for tokens in beginnings])
     entropies = torch.tensor([state.entropy for state in states])
     is_finite = vectors.isfinite().all(1) & entropies.isfinite()
     finite = finite_rows(is_finite, texts, "states", config.skip_nan)
@@ -68,8 +78,9 @@ def training_queries(
     scaled = (vectors - mean) / std
     queries = []
     for row in finite:
-        _, example = examples[row]
-        queries.append(Query(states[row], scaled[row], options[row], example.label, texts[row]))
+        parting = places[row]
+        query = Query(states[row], scaled[row], parting.following, parting.chosen, texts[row])
+        queries.append(query)
     return queries, (mean, std)
 
 
@@ -85,13 +96,21 @@ def _drawn(tasks: Sequence[Task], config: FitConfig) -> list[tuple[Task, Example
     return examples
 
 
-def _shortened(decoder: Decoder, texts: Sequence[str], config: FitConfig) -> list[list[int]]:
-    """Returns the tokens of texts; long ones lose their beginning."""
+def _shortened(
+    decoder: Decoder,
+    texts: Sequence[str],
+    beginnings: Sequence[Sequence[int]],
+    config: FitConfig,
+) -> list[list[int]]:
+    """Returns the tokens of texts and of the answers behind them; long texts lose their start."""
     limit = min(config.max_tokens, decoder.context_length or config.max_tokens)
     bos = decoder.tokenizer.bos_token_id
     token_lists = tokenize(decoder.tokenizer, texts)
     decoder.check_known(token_lists)
-    return [_tail(tokens, limit, bos) for tokens in token_lists]
+    shortened = []
+    for tokens, beginning in zip(token_lists, beginnings, strict=True):
+        shortened.append([*_tail(tokens, limit - len(beginning), bos), *beginning])
+    return shortened
 
 
 def _tail(tokens: list[int], limit: int, bos: object) -> list[int]:
@@ -105,16 +124,23 @@ def _tail(tokens: list[int], limit: int, bos: object) -> list[int]:
 
 
 def _vectors(
-    features: Features, states: Sequence[TrunkState]
+    features: Features, states: Sequence[TrunkState], n_answer_tokens: Sequence[int]
 ) -> Float[Tensor, "n_queries n_features"]:
-    """Returns the features of all queries, of which every process computes a share."""
+    """Returns the features of all queries' prompts, of which every process computes a share.
+
+    The last `n_answer_tokens` of a query are no part of its prompt.
+    """
     starts = mine(range(0, len(states), READ_AT_ONCE))
     sizes = [READ_AT_ONCE] * len(starts)
     # Zero where another process computes, so that the sum over the processes is the whole.
     vectors = torch.zeros(len(states), features.n_features)
     for start in track(starts, "features", sizes, "queries"):
         rows = slice(start, start + READ_AT_ONCE)
-        tokens = [state.tokens for state in states[rows]]
-        hidden = [state.hidden for state in states[rows]]
+        tokens = []
+        hidden = []
+        for state, n_tokens in zip(states[rows], n_answer_tokens[rows], strict=True):
+            n_prompt = len(state.tokens) - n_tokens
+            tokens.append(state.tokens[:n_prompt])
+            hidden.append(state.hidden[:n_prompt])
         vectors[rows] = features.read(tokens, hidden).cpu()
     return total(vectors)

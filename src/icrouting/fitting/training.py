@@ -37,10 +37,10 @@ class Query:
     """One training query.
 
     Attributes:
-        state: what the trunk left of its zero-shot prompt.
-        features: E(x), what the router reads, [n_features].
-        option_ids: first token of each option.
-        label: place of the answer among the options.
+        state: what the trunk left of its zero-shot prompt, perhaps with an answer's beginning.
+        features: E(x), what the router reads of the prompt, [n_features].
+        option_ids: the tokens with which an option begins, or goes on from there.
+        label: place of the answer's among them.
         text: the prompt, to be named in errors.
     """
 

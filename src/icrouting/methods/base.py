@@ -306,7 +306,13 @@ class Method:
             prompts = [self.prompt(task, row) for row in rows]
             options = [task.options(row) for row in rows]
             with self.applied(task):
-                plain_scores = score(self.decoder, prompts, options, finite_only=False)
+                plain_scores = score(
+                    self.decoder,
+                    prompts,
+                    options,
+                    label_scoring=task.spec.label_scoring,
+                    finite_only=False,
+                )
             scores = self.adjusted(task, rows, plain_scores)
             labels = torch.tensor([row.label for row in rows])
             # What is not finite is no answer, so it cannot be right.

@@ -52,6 +52,6 @@ class Calibration(Method):
             # Behind a field at the template's end, the empty one leaves a bare space.
             prompts = [task.prompt(blank).rstrip() for blank in blanks]
             options = [task.options(blank) for blank in blanks]
-            scores = score(self.decoder, prompts, options)
+            scores = score(self.decoder, prompts, options, label_scoring=task.spec.label_scoring)
             self._levels[key] = scores.softmax(-1).mean(0).log()
         return self._levels[key]

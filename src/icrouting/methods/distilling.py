@@ -17,7 +17,7 @@ from icrouting.decoder.hold import frozen
 from icrouting.decoder.passes import TOKEN_BUDGET, next_token_logits
 from icrouting.methods.base import Context, Method
 from icrouting.methods.descent import descend, in_batches
-from icrouting.methods.tuning import answered
+from icrouting.methods.tuning import answer_partings, answered
 from icrouting.runtime.progress import track
 from icrouting.tasks.prompts import balanced_demos, few_shot
 from icrouting.tasks.task import Example, Task
@@ -45,7 +45,7 @@ class Lessons:
 
     Attributes:
         token_lists: the zero-shot prompts.
-        labels: the tokens that the right answers begin with.
+        labels: the tokens that the right answers begin or go on with, see `answered`.
         teacher: log-probabilities of the next token behind demonstrations, [vocab] each, in float16
             and off the accelerator: 100 MB for 1000 rows and a vocabulary of 50,000.
     """
@@ -73,7 +73,8 @@ class Distilled(Method, ABC):
         return self._edited(self.vectors.to(device), self.strengths.to(device))
 
     def _count(self, lessons: Lessons) -> None:
-        self.n_labelled = len(lessons.labels) + self.n_validation
+        n_rows = [min(len(task.train), self.settings.train_rows) for task in self.sources]
+        self.n_labelled = sum(n_rows) + self.n_validation
         self.n_trained = self.vectors.numel() + self.strengths.numel()
 
 
@@ -92,10 +93,17 @@ def lessons_of(method: Method, rng: np.random.Generator) -> Lessons:
             f"{method.name} learns from training rows: give at least one source task that has some"
         )
     rows = answered(method.decoder, pairs)
+    texts: list[str] = []
+    beginnings: list[list[int]] = []
+    # The teacher reads as much of an answer as the student does.
+    for row, places in enumerate(answer_partings(method.decoder, pairs)):
+        for parting in places:
+            texts += few_shot_texts[N_DRAWS * row : N_DRAWS * (row + 1)]
+            beginnings += [parting.beginning] * N_DRAWS
     return Lessons(
         token_lists=[tokens for tokens, _ in rows],
         labels=[label for _, label in rows],
-        teacher=teacher_log_probs(method.decoder, few_shot_texts, N_DRAWS),
+        teacher=teacher_log_probs(method.decoder, texts, N_DRAWS, beginnings),
     )
 
 
@@ -112,15 +120,23 @@ def _few_shot_texts(task: Task, per_class: int, rng: np.random.Generator) -> lis
 
 
 @torch.no_grad()
-def teacher_log_probs(decoder: Decoder, texts: Sequence[str], n_draws: int) -> list[Tensor]:
+def teacher_log_probs(
+    decoder: Decoder,
+    texts: Sequence[str],
+    n_draws: int,
+    beginnings: Sequence[Sequence[int]] | None = None,
+) -> list[Tensor]:
     """Returns log-probabilities of the next token, [vocab] each, in float16.
 
-    Each is the log of a mean over `n_draws` texts that stand side by side. Differs: LIVE draws
+    Each is the log of a mean over `n_draws` texts that stand side by side; `beginnings` are tokens
+    of answers that follow the texts. Differs: LIVE draws
     demonstrations anew in every epoch. The mean over draws of KL(teacher || student) has the
     gradient of the KL from the mean teacher, so that one is kept: the same descent, less noise, and
     one pass.
     """
     token_lists = decoder.tokenize(texts)
+    if beginnings is not None:
+        token_lists = [[*pair[0], *pair[1]] for pair in zip(token_lists, beginnings, strict=True)]
     groups = list(by_length(token_lists, decoder.token_budget or TOKEN_BUDGET))
     sizes = [len(group) for group in groups]
     # The log of nought, to which probabilities are added.

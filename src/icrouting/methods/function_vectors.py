@@ -21,7 +21,7 @@ from icrouting.decoder.families import (
     stack_of,
 )
 from icrouting.decoder.hooks import edited_inputs, edited_last
-from icrouting.decoder.scoring import option_ids
+from icrouting.decoder.scoring import counted_tokens
 from icrouting.decoder.states import last_outputs, last_token_variants
 from icrouting.methods.base import Context, Method
 from icrouting.runtime.progress import track
@@ -99,11 +99,12 @@ class FunctionVectors(Method):
         return edited_last(self.model, [block], add)
 
     def _answer_token(self, trial: Trial) -> int:
-        """Returns the token by which the right answer to a trial's query is known."""
+        """Returns the token that the right answer to a trial's query begins with."""
         prompt = trial.task.prompt(trial.query)
         options = trial.task.options(trial.query)
-        tokens = option_ids(self.tokenizer, prompt, options)
-        return tokens[trial.query.label]
+        label_scoring = trial.task.spec.label_scoring
+        tokens = counted_tokens(self.tokenizer, prompt, options, label_scoring)
+        return tokens[trial.query.label][0]
 
     def _used_trials(self) -> list[int]:
         """Returns which trials count: those answered rightly, or all if they are few."""

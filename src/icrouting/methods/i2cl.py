@@ -116,7 +116,7 @@ class I2CL(Method):
         rows = answered(decoder, demos)
         first = [[FIRST_LAMBDA, FIRST_BETA]] * len(self.vectors)
         scalars = torch.tensor(first, device=decoder.device, requires_grad=True)
-        n_steps = self.settings.i2cl_epochs * max(1, len(demos) // BATCH_SIZE)
+        n_steps = self.settings.i2cl_epochs * max(1, len(rows) // BATCH_SIZE)
         n_warm_up = max(1, round(WARM_UP * n_steps))
         optimizer = torch.optim.AdamW([scalars], lr=lr, weight_decay=WEIGHT_DECAY)
         schedule = get_cosine_schedule_with_warmup(optimizer, n_warm_up, n_steps)
@@ -124,7 +124,7 @@ class I2CL(Method):
         # As published, every step draws its rows anew instead of going through all of them.
         batches = []
         for _ in range(n_steps):
-            order = rng.permutation(len(demos))
+            order = rng.permutation(len(rows))
             batches.append(order[:BATCH_SIZE].tolist())
 
         def loss_of(batch_rows: list[int]) -> Tensor:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hooks import edited_last
-from icrouting.decoder.scoring import option_ids
+from icrouting.decoder.scoring import option_ids, score
 from icrouting.decoder.states import last_token_variants, mean_last_outputs
 from icrouting.methods.base import Context, Method
 from icrouting.tasks.prompts import balanced_demos, few_shot
@@ -108,7 +108,8 @@ def sweep(
     """Returns the accuracy on labelled items with each layer's vector in force.
 
     Exact at the price of one pass per item and one token per layer, since the tokens before the
-    last do not depend on the vector.
+    last do not depend on the vector. Where a task scores whole labels, items are scored anew under
+    each layer's vector.
 
     Args:
         decoder: the frozen model and its tokenizer.
@@ -130,6 +131,9 @@ def sweep(
         return replaced
 
     for task, example in items:
+        if task.spec.label_scoring != "first":
+            hits += _right_by_layer(decoder, task, example, vectors, kept)
+            continue
         prompt = task.prompt(example)
         ids = option_ids(decoder.tokenizer, prompt, task.options(example))
         (tokens,) = decoder.tokenize([prompt])
@@ -141,3 +145,31 @@ def sweep(
             right.append(((option_logits.argmax(1) == example.label) & is_answer).cpu())
         hits += torch.cat(right)
     return hits / max(1, len(items))
+
+
+def _right_by_layer(
+    decoder: Decoder,
+    task: Task,
+    example: Example,
+    vectors: Float[Tensor, "n_layers hidden_size"],
+    kept: float,
+) -> Bool[Tensor, "n_layers"]:
+    """Returns under which layers' vectors the best whole label is the right one."""
+    right = []
+    for block, vector in zip(decoder.layers, vectors, strict=True):
+
+        def mix(place: int, states: Tensor, vector: Tensor = vector) -> Tensor:
+            mixed = kept * states.float() + vector.to(states.device)
+            return mixed.to(states.dtype)
+
+        with edited_last(decoder.model, [block], mix, in_steps=False):
+            scores = score(
+                decoder,
+                [task.prompt(example)],
+                task.options(example),
+                label_scoring=task.spec.label_scoring,
+                finite_only=False,
+            )
+        is_answer = bool(scores.isfinite().all())
+        right.append(is_answer and int(scores.argmax()) == example.label)
+    return torch.tensor(right)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from icrouting.decoder.decoder import Decoder
-from icrouting.decoder.scoring import option_ids
+from icrouting.decoder.labels import Parting, partings
+from icrouting.decoder.scoring import counted_tokens
 from icrouting.methods.descent import descend, in_batches
 from icrouting.runtime.progress import track
 from icrouting.tasks.task import Example, Task
@@ -19,7 +20,7 @@ from icrouting.tasks.task import Example, Task
 T = TypeVar("T")
 # Returns the logits at rows' last position, of what it reads of each row.
 LogitsOf = Callable[[list[T]], Float[Tensor, "batch vocab"]]
-# What that reads of a row, and the token that the row's answer begins with.
+# What that reads of a row, and the token with which the row's answer begins or goes on.
 AnsweredRow = tuple[T, int]
 
 BATCH_SIZE = 4
@@ -31,14 +32,32 @@ PATIENCE = 3
 def answered(
     decoder: Decoder, pairs: Sequence[tuple[Task, Example]]
 ) -> list[AnsweredRow[list[int]]]:
-    """Returns each row's zero-shot prompt as tokens, with its answer's first token."""
+    """Returns each row's zero-shot prompt as tokens, with the token that the answer begins with.
+
+    Where a task scores whole labels, and the answer parts from other options further on, there is
+    one more for every such place: the prompt and the answer up to there, with the token behind.
+    """
     texts = [task.prompt(example) for task, example in pairs]
     token_lists = decoder.tokenize(texts)
     rows = []
-    for text, tokens, (task, example) in zip(texts, token_lists, pairs, strict=True):
-        ids = option_ids(decoder.tokenizer, text, task.options(example))
-        rows.append((tokens, ids[example.label]))
+    for tokens, places in zip(token_lists, answer_partings(decoder, pairs), strict=True):
+        for parting in places:
+            rows.append(([*tokens, *parting.beginning], parting.token))
     return rows
+
+
+def answer_partings(decoder: Decoder, pairs: Sequence[tuple[Task, Example]]) -> list[list[Parting]]:
+    """Returns where each row's answer parts from the other options behind its prompt."""
+    parted = []
+    for task, example in pairs:
+        tokens = counted_tokens(
+            decoder.tokenizer,
+            task.prompt(example),
+            task.options(example),
+            task.spec.label_scoring,
+        )
+        parted.append(partings(tokens, example.label))
+    return parted
 
 
 def tune(

@@ -15,7 +15,7 @@ from icrouting.routing.effect import Passes, describe, run_both, warn_if_nothing
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
 from icrouting.runtime.showing import ranges
-from icrouting.tasks.task import Task
+from icrouting.tasks.task import LabelScoring, Task
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,26 @@ class Routed:
         return f"Routed({name!r}, layers {layers}, strength {self.strength:g})"
 
     def score(
-        self, prompts: Sequence[str], options: Sequence[str] | Sequence[Sequence[str]]
+        self,
+        prompts: Sequence[str],
+        options: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        label_scoring: LabelScoring = "first",
     ) -> Float[Tensor, "n_prompts n_options"]:
-        """Returns each option's logit at the position after each prompt.
+        """Returns each option's score behind each prompt, as `score_options` does.
+
+        The tokens of an option are routed by its prompt, as those that are generated are.
 
         Args:
             prompts: zero-shot prompts, ending right before the space and the answer ("Sentiment:").
             options: the answers to choose from, for all prompts or a list each.
+            label_scoring: "first" for the logit of an option's first token, "sum" or "mean" for the
+                log-probabilities of all.
         """
         decoder = self.reader.decoder
         prompts = prompts_of(prompts)
         with self.hold.turn():
-            scores = score(decoder, prompts, options)
+            scores = score(decoder, prompts, options, label_scoring=label_scoring)
             # Batches may have come in another order, and the last of them alone would be
             # remembered.
             self.last[:] = tokenize(decoder.tokenizer, prompts)

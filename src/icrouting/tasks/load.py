@@ -6,7 +6,7 @@ from typing import Any
 
 from icrouting.runtime.checks import known
 from icrouting.tasks import catalogue, cut, frames, hub, rows, splits, staicc, taskfile
-from icrouting.tasks.task import Example, Task, TaskSpec
+from icrouting.tasks.task import Example, LabelScoring, Task, TaskSpec
 
 
 def load_task(name: str | TaskSpec, data: str | Path) -> Task:
@@ -81,12 +81,19 @@ def task_from_rows(
     seed: int,
     labels: rows.Labels | None,
     words: Mapping[str, Mapping[str, str]],
+    label_scoring: LabelScoring,
 ) -> Task:
     """Returns the task of rows as people have them; the arguments are those of `Task.from_rows`."""
     if labels not in (None, "index", "text"):
         raise ValueError(f'labels must be None, "index" or "text", got {labels!r}')
     spec = taskfile.checked_spec(
-        template, options, name=name, group=group, words=words, label=label
+        template,
+        options,
+        name=name,
+        group=group,
+        words=words,
+        label=label,
+        label_scoring=label_scoring,
     )
     train = _examples(table, spec, labels, label, "rows")
     if test is None:

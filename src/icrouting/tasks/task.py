@@ -6,11 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from icrouting.runtime.showing import in_short
+
+# How an option of several tokens is scored: by its first, or by all of them.
+LabelScoring = Literal["first", "sum", "mean"]
+
+
+def check_label_scoring(value: object) -> None:
+    """ValueError for a way to score labels that there is not."""
+    ways = get_args(LabelScoring)
+    if value not in ways:
+        raise ValueError(f"label_scoring must be one of {', '.join(ways)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ class TaskSpec:
         options: the answer words in label order; empty means letters, one per choice.
         words: replacements of field values, `{field: {value: text}}`, done before the template is
             filled.
+        label_scoring: what is compared between options: the logit of each one's "first" token, the
+            "sum" of the log-probabilities of all its tokens, or their "mean".
 
     Example:
         >>> from icrouting import TaskSpec
@@ -68,11 +80,14 @@ class TaskSpec:
     template: str
     options: tuple[str, ...] = ()
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    # Not shown, since digests of rows are made of what is.
+    label_scoring: LabelScoring = field(default="first", repr=False)
 
     def __post_init__(self):
         # A word would be read as one option a letter.
         if isinstance(self.options, str):
             raise TypeError(f"options must be a tuple of texts, got {self.options!r}")
+        check_label_scoring(self.label_scoring)
 
     def __repr__(self) -> str:
         options = f", options={in_short(self.options)}" if self.options else ""
@@ -131,6 +146,7 @@ class Task:
         seed: int = 0,
         labels: Literal["index", "text"] | None = None,
         words: Mapping[str, Mapping[str, str]] | None = None,
+        label_scoring: LabelScoring = "first",
     ) -> "Task":
         r"""Returns a task made of rows as they are: a table in memory, or a file of one.
 
@@ -155,6 +171,8 @@ class Task:
             labels: what a label that is a number stands for, an option's "index" or its "text";
                 None where the numbers say so themselves.
             words: replacements of columns' values, `{column: {value: text}}`.
+            label_scoring: what is compared between options, see `TaskSpec`; "sum" where labels
+                share their beginnings.
 
         Raises:
             ValueError: a column is missing, a row does not fit (its place is named), or there are
@@ -189,6 +207,7 @@ class Task:
             seed=seed,
             labels=labels,
             words=words or {},
+            label_scoring=label_scoring,
         )
 
     def __repr__(self) -> str:
@@ -237,13 +256,19 @@ def rows_digest(tasks: Sequence[Task]) -> str:
     for task in tasks:
         content = (task.spec, task.train, task.validation, task.test)
         digest.update(_hashed_text(content).encode())
+        if task.spec.label_scoring != "first":
+            digest.update(task.spec.label_scoring.encode())
     return digest.hexdigest()[:16]
 
 
 def _hashed_text(value: object) -> str:
     """Returns a value as a dataclass without a `__repr__` of its own would show it."""
     if isinstance(value, Example | TaskSpec):
-        parts = [f"{each.name}={_hashed_text(getattr(value, each.name))}" for each in fields(value)]
+        parts = []
+        for each in fields(value):
+            # What came later than the digests of earlier versions is hashed where it is not usual.
+            if each.repr:
+                parts.append(f"{each.name}={_hashed_text(getattr(value, each.name))}")
         return f"{type(value).__qualname__}({', '.join(parts)})"
     if type(value) is tuple:
         parts = [_hashed_text(each) for each in value]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from icrouting.tasks.cut import SEED, SHARE, check_draw, cut_rows
 from icrouting.tasks.rows import Labels, read_rows
 from icrouting.tasks.splits import make_task
-from icrouting.tasks.task import Task, TaskSpec
+from icrouting.tasks.task import LabelScoring, Task, TaskSpec
 
 _GROUPS = ("in-domain", "near", "far")
 # Slots that show a row's own choices.
@@ -31,6 +31,7 @@ class _SpecKeys(BaseModel):
     label: str = "label"
     labels: Labels | None = None
     words: dict[str, Any] = {}
+    label_scoring: LabelScoring = "first"
 
 
 class _TaskFile(_SpecKeys):
@@ -51,8 +52,8 @@ def read_task_file(path: Path) -> Task:
     and `splits.test` (JSONL, CSV, TSV or parquet, relative to the file) or else `splits.rows`, one
     file that is cut in two (`splits.split`, the share to test on, and `splits.seed`), and
     optionally `name` (default: the file's), `group` (default: "far"), `label` (the labels' column,
-    default: "label"), `words` (replacements of field values) and `labels` (whether labels that are
-    numbers are an "index" or an option's "text").
+    default: "label"), `words` (replacements of field values), `labels` (whether labels that are
+    numbers are an "index" or an option's "text") and `label_scoring` (see `TaskSpec`).
 
     Raises:
         ValueError: it is malformed (key and line are named), or a row does not fit.
@@ -70,7 +71,9 @@ def read_task_file(path: Path) -> Task:
         line = _line_of(mistake.key, text)
         raise ValueError(f"{path}:{line}: key {mistake.key!r} {mistake}") from mistake
     name = path.stem if file.name is None else file.name
-    spec = TaskSpec(name, file.group, file.template, tuple(file.options), file.words)
+    spec = TaskSpec(
+        name, file.group, file.template, tuple(file.options), file.words, file.label_scoring
+    )
     splits = file.splits
     if "rows" in splits:
         rows = read_rows(path.parent / splits["rows"], spec, file.labels, file.label)
@@ -90,6 +93,7 @@ def checked_spec(
     group: str,
     words: Mapping[str, Mapping[str, str]],
     label: str,
+    label_scoring: LabelScoring,
 ) -> TaskSpec:
     """Returns the spec that these arguments make, checked like the keys of a task file.
 
@@ -105,6 +109,7 @@ def checked_spec(
         "options": list(options) if has_many and not isinstance(options, str) else options,
         "label": label,
         "words": dict(words),
+        "label_scoring": label_scoring,
     }
     try:
         # A task file may do without a name, which it has itself.
@@ -115,7 +120,7 @@ def checked_spec(
         _check_label_is_hidden(keys)
     except _Mistake as mistake:
         raise ValueError(f"{mistake.key} {mistake}") from mistake
-    return TaskSpec(name, group, template, tuple(keys.options), keys.words)
+    return TaskSpec(name, group, template, tuple(keys.options), keys.words, keys.label_scoring)
 
 
 class _Mistake(Exception):
@@ -170,7 +175,9 @@ def _mistake_among_keys(error: ValidationError, values: dict[str, Any]) -> _Mist
         case "missing":
             return _Mistake(key, "is missing")
         case "literal_error":
-            return _Mistake(key, f'must be "index" or "text", got {first["input"]!r}')
+            # pydantic puts the values in single quotes, a TOML file in double ones.
+            expected = first.get("ctx", {})["expected"].replace("'", '"')
+            return _Mistake(key, f"must be {expected}, got {first['input']!r}")
         case kind:
             return _Mistake(key, f"must be a {_KINDS[kind]}, got {first['input']!r}")
 
