@@ -20,6 +20,7 @@ from icrouting.decoder.passes import (
 )
 from icrouting.decoder.texts import check_ending, listed, texts_of, whole_prompts_of
 from icrouting.runtime.defaults import usual_defaults
+from icrouting.tasks.chat import Messages
 from icrouting.tasks.prompts import Prompt
 
 # Once a message: an evaluation scores the same options on every prompt.
@@ -27,9 +28,9 @@ _warn_once = lru_cache(None)(logging.getLogger(__name__).warning)
 
 
 def option_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str], joint: str = " "
 ) -> list[int]:
-    """Returns the token with which each option, after a space, goes on from this very prompt.
+    """Returns the token with which each option, after the joint, goes on from this very prompt.
 
     An option of several tokens is known by its first.
 
@@ -40,7 +41,7 @@ def option_ids(
     """
     options = texts_of(options, "options")
     check_ending(prompt)
-    continued = [f"{prompt} {option}" for option in options]
+    continued = [f"{prompt}{joint}{option}" for option in options]
     prompt_ids, *token_lists = tokenizer([prompt, *continued]).input_ids
     n_prompt = len(prompt_ids)
     ids: list[int] = []
@@ -84,7 +85,7 @@ def _check_told_apart(
 def score_options(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Prompt],
+    prompts: Sequence[str | Prompt | Messages],
     options: Sequence[str] | Sequence[Sequence[str]],
     *,
     token_budget: int = TOKEN_BUDGET,
@@ -99,7 +100,9 @@ def score_options(
         model: the decoder; routed only where no context is shared, since a routed cache cannot be
             copied.
         tokenizer: its tokenizer.
-        prompts: texts, or `Prompt`s, each ending right before the space and the answer.
+        prompts: texts, or `Prompt`s, each ending right before the space and the answer; or
+            conversations, lists of {"role": "user", "content": "..."}, which the tokenizer's chat
+            template renders, and which options answer without a space.
         options: the answers to choose from, for all prompts or one list per prompt.
         token_budget: padded tokens per forward pass, and as many cached ones.
         kept: contexts that earlier calls computed with this very model; those computed now join
@@ -137,7 +140,7 @@ def score_options(
 @torch.no_grad()
 def score(
     decoder: Decoder,
-    prompts: Sequence[str | Prompt],
+    prompts: Sequence[str | Prompt | Messages],
     options: Sequence[str] | Sequence[Sequence[str]],
     *,
     token_budget: int = TOKEN_BUDGET,
@@ -148,13 +151,14 @@ def score(
 
     Without `finite_only` scores may be NaN or infinite, which the caller has to look for.
     """
-    whole_prompts = whole_prompts_of(prompts)
+    whole_prompts = whole_prompts_of(prompts, decoder.tokenizer)
     options_by_prompt, most_options = _options_by_prompt(options, len(whole_prompts))
     token_lists = decoder.tokenize([prompt.text for prompt in whole_prompts])
     ids_by_prompt: list[list[int]] = []
     for prompt, prompt_options in zip(whole_prompts, options_by_prompt, strict=True):
         # The query is enough: it ends as the whole text does, and is shorter.
-        ids_by_prompt.append(option_ids(decoder.tokenizer, prompt.query, prompt_options))
+        ids = option_ids(decoder.tokenizer, prompt.query, prompt_options, prompt.joint)
+        ids_by_prompt.append(ids)
     decoder.check_known(ids_by_prompt)
     scores = torch.full((len(whole_prompts), most_options), -torch.inf)
     for cache, batch in by_context(decoder, whole_prompts, token_lists, token_budget, kept):

@@ -52,7 +52,8 @@ def training_queries(
     options = []
     # Which tokens an option begins with depends on the text before it.
     for text, (task, example) in zip(texts, examples, strict=True):
-        options.append(option_ids(decoder.tokenizer, text, task.options(example)))
+        ids = option_ids(decoder.tokenizer, text, task.options(example), task.joint)
+        options.append(ids)
     decoder.check_known(options)
     states = run_trunk(decoder, _shortened(decoder, texts, config), first_layer, folder)
     vectors = _vectors(features, states)

@@ -131,7 +131,7 @@ def sweep(
 
     for task, example in items:
         prompt = task.prompt(example)
-        ids = option_ids(decoder.tokenizer, prompt, task.options(example))
+        ids = option_ids(decoder.tokenizer, prompt, task.options(example), task.joint)
         (tokens,) = decoder.tokenize([prompt])
         right = []
         for logits in last_token_variants(decoder.model, tokens, n_layers, blocks, replace):

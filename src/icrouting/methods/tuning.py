@@ -36,7 +36,7 @@ def answered(
     token_lists = decoder.tokenize(texts)
     rows = []
     for text, tokens, (task, example) in zip(texts, token_lists, pairs, strict=True):
-        ids = option_ids(decoder.tokenizer, text, task.options(example))
+        ids = option_ids(decoder.tokenizer, text, task.options(example), task.joint)
         rows.append((tokens, ids[example.label]))
     return rows
 

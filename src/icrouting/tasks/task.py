@@ -3,12 +3,14 @@
 import hashlib
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
+
+from icrouting.tasks.chat import Chat
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,24 @@ class Example:
 
 
 @dataclass(frozen=True)
+class NamedPrompt:
+    """A prompt of the user's own for a task, to be compared with what the library does.
+
+    Attributes:
+        name: the method `prompt:NAME` asks with it.
+        template: prompt text with slots that the task's template has too, perhaps with
+            demonstrations written in.
+        chat: whether it is a user's turn of a chat; None for as the task is.
+        system: the system turn; None for the task's.
+    """
+
+    name: str
+    template: str
+    chat: bool | None = None
+    system: str | None = None
+
+
+@dataclass(frozen=True)
 class TaskSpec:
     r"""How a task reads: everything but its rows (paper, table 6).
 
@@ -47,6 +67,9 @@ class TaskSpec:
         options: the answer words in label order; empty means letters, one per choice.
         words: replacements of field values, `{field: {value: text}}`, done before the template is
             filled.
+        chat: whether a prompt is a user's turn, in the words of the model's own chat template.
+        system: the system turn of a chat; empty for none.
+        prompts: prompts of the user's own, which stand beside the template as methods.
 
     Example:
         >>> from icrouting import TaskSpec
@@ -60,11 +83,24 @@ class TaskSpec:
     template: str
     options: tuple[str, ...] = ()
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    chat: bool = False
+    system: str = ""
+    prompts: tuple[NamedPrompt, ...] = ()
 
     def __post_init__(self):
         # A word would be read as one option a letter.
         if isinstance(self.options, str):
             raise TypeError(f"options must be a tuple of texts, got {self.options!r}")
+        if self.system and not self.chat:
+            raise ValueError(f"system is a turn of a chat, and this is none: {self.system!r}")
+
+    def __repr__(self) -> str:
+        # `rows_digest` hashes it: what came later stands here only where it is used, and the
+        # user's other prompts change nothing of what was computed without them.
+        names = ["name", "group", "template", "options", "words"]
+        names += [name for name in ("chat", "system") if getattr(self, name)]
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"TaskSpec({shown})"
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -103,6 +139,8 @@ class Task:
     validation: tuple[Example, ...] = ()
     n_dropped: int = 0
     dropped_example: tuple[Example, Example] | None = None
+    # What renders the prompts of a chat, from `bound_to` on.
+    rendering: Chat | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_rows(
@@ -119,6 +157,9 @@ class Task:
         seed: int = 0,
         labels: Literal["index", "text"] | None = None,
         words: Mapping[str, Mapping[str, str]] | None = None,
+        chat: bool = False,
+        system: str = "",
+        prompts: Mapping[str, str] | None = None,
     ) -> "Task":
         r"""Returns a task made of rows as they are: a table in memory, or a file of one.
 
@@ -142,6 +183,11 @@ class Task:
             labels: what a label that is a number stands for, an option's "index" or its "text";
                 None where the numbers say so themselves.
             words: replacements of columns' values, `{column: {value: text}}`.
+            chat: whether a prompt is a user's turn, in the words of the model's chat template; the
+                label then follows as the assistant's turn.
+            system: the system turn of a chat.
+            prompts: templates of your own by name, such as the prompt that is in production; the
+                method `prompt:NAME` asks with it.
 
         Raises:
             ValueError: a column is missing, a row does not fit (its place is named), or there are
@@ -176,6 +222,9 @@ class Task:
             seed=seed,
             labels=labels,
             words=words or {},
+            chat=chat,
+            system=system,
+            prompts=prompts or {},
         )
 
     @property
@@ -192,8 +241,42 @@ class Task:
         """The answers an example chooses from, in label order."""
         return self.spec.options or tuple(string.ascii_uppercase[: len(example.choices)])
 
-    def prompt(self, example: Example) -> str:
-        """The zero-shot prompt of an example, ending right before the space and the answer."""
+    def bound_to(self, tokenizer: Any) -> "Task":
+        """Returns this task for one model's tokenizer, whose chat template its prompts are made by.
+
+        A task without chats is returned as it is.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or it refuses the system turn.
+        """
+        if not self.spec.chat:
+            return self
+        if self.rendering is not None and self.rendering.tokenizer is tokenizer:
+            return self
+        rendering = Chat(tokenizer, self.spec.system)
+        # What does not fit is said here, before anything is computed.
+        _ = rendering.frame()
+        return replace(self, rendering=rendering)
+
+    def in_chat(self) -> "Task":
+        """Returns this task with its prompts as chats."""
+        return replace(self, spec=replace(self.spec, chat=True))
+
+    def asked_by(self, prompt: NamedPrompt) -> "Task":
+        """Returns this task with another prompt in its template's place."""
+        chat = self.spec.chat if prompt.chat is None else prompt.chat
+        system = ""
+        if chat:
+            system = self.spec.system if prompt.system is None else prompt.system
+        spec = replace(self.spec, template=prompt.template, chat=chat, system=system)
+        rendering = self.rendering
+        # Another system turn, other renderings.
+        if spec.system != self.spec.system:
+            rendering = None
+        return replace(self, spec=spec, rendering=rendering)
+
+    def question(self, example: Example) -> str:
+        """The filled template of an example: its prompt, or in a chat the user's turn."""
         values = {}
         for name, text in example.fields.items():
             words = self.spec.words.get(name, {})
@@ -206,6 +289,30 @@ class Task:
         return self.spec.template.format(
             **values, choices="\n".join(lines), letters="/".join(letters)
         )
+
+    def prompt(self, example: Example) -> str:
+        """The zero-shot prompt of an example, ending right before the `joint` and the answer."""
+        question = self.question(example)
+        return self.chat.prompt(question) if self.spec.chat else question
+
+    @property
+    def joint(self) -> str:
+        """What stands between a prompt and its answer: a space, or nothing in most chats."""
+        return self.chat.joint if self.spec.chat else " "
+
+    @property
+    def chat(self) -> Chat:
+        """What renders the prompts of a chat.
+
+        Raises:
+            ValueError: the task is not bound to a tokenizer, or has no chats.
+        """
+        if self.rendering is None:
+            raise ValueError(
+                f"the prompts of task {self.name!r} are chats, which a tokenizer's chat template "
+                "words: ask `task.bound_to(tokenizer)` for them"
+            )
+        return self.rendering
 
     def answer(self, example: Example) -> str:
         """The right option of an example."""
@@ -220,3 +327,15 @@ def rows_digest(tasks: Sequence[Task]) -> str:
         content = (task.spec, task.train, task.validation, task.test)
         digest.update(repr(content).encode())
     return digest.hexdigest()[:16]
+
+
+def template_digest(tasks: Sequence[Task]) -> str | None:
+    """Returns 16 hex digits that identify the chat template of tasks; None where none is a chat.
+
+    The tasks are bound to one tokenizer.
+    """
+    for task in tasks:
+        if task.spec.chat:
+            template = repr(task.chat.tokenizer.chat_template)
+            return hashlib.sha256(template.encode()).hexdigest()[:16]
+    return None
