@@ -20,11 +20,17 @@ from icrouting.tasks.task import rows_digest
 
 
 def fit(
-    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
+    out: Path,
+    model: Backbone,
+    data: str,
+    tasks: Sequence[str],
+    config: FitConfig,
+    *,
+    chat: bool = False,
 ) -> InContextRouter:
     """Returns a router that is fitted and saved to `out`, or was finished there already."""
     with stoppable(lambda: _kept(out)):
-        return _fit(out, model, data, tasks, config)
+        return _fit(out, model, data, tasks, config, chat=chat)
 
 
 def _kept(out: Path) -> str:
@@ -38,11 +44,17 @@ def _kept(out: Path) -> str:
 
 
 def _fit(
-    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
+    out: Path,
+    model: Backbone,
+    data: str,
+    tasks: Sequence[str],
+    config: FitConfig,
+    *,
+    chat: bool,
 ) -> InContextRouter:
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
-        sources = load_tasks(tasks, data)
+        sources = load_tasks(tasks, data, chat=chat)
         if not _is_saved(out):
             check_place(out)
             # Reckoned before the weights are loaded, which may take long.
@@ -76,10 +88,16 @@ def _is_saved(out: Path) -> bool:
 
 
 def show_plan(
-    model: Backbone, data: str, tasks: Sequence[str], config: FitConfig, tflops: float
+    model: Backbone,
+    data: str,
+    tasks: Sequence[str],
+    config: FitConfig,
+    tflops: float,
+    *,
+    chat: bool = False,
 ) -> None:
     """Prints what a fit would take; no weights are read."""
-    sources = load_tasks(tasks, data)
+    sources = load_tasks(tasks, data, chat=chat)
     skeleton, tokenizer = load_skeleton(model.name)
     # A fit to be planned is a large one, and those run on accelerators.
     planned = plan.plan_fit(skeleton, tokenizer, sources, config, torch.bfloat16)

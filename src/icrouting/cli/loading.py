@@ -42,10 +42,15 @@ def base_of_router(model: Backbone, icr: InContextRouter) -> Backbone:
     return model if model.model else model.or_else(icr.base_model)
 
 
-def load_tasks(names: Sequence[str], data: str) -> list[Task]:
-    """Returns tasks by name, in their order and each once; says which rows were left out."""
+def load_tasks(names: Sequence[str], data: str, *, chat: bool = False) -> list[Task]:
+    """Returns tasks by name, in their order and each once; says which rows were left out.
+
+    With `chat` all of them are asked by the model's chat template.
+    """
     with spinner("reading tasks"):
         tasks = [load_task(name, data) for name in dict.fromkeys(names)]
+    if chat:
+        tasks = [task.in_chat() for task in tasks]
     # Records know a task by its name alone.
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(

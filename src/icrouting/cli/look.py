@@ -18,15 +18,36 @@ from icrouting.icr import InContextRouter
 from icrouting.routing import inspection
 from icrouting.runtime.pages import counted
 from icrouting.runtime.storage import save_text
+from icrouting.tasks.chat import Messages, conversation
+
+
+def asked(prompt: str, *, chat: bool, system: str) -> str | Messages:
+    """Returns what a prompt of the command line asks: its text, or a chat in which it is a turn.
+
+    Args:
+        prompt: the text, in which a backslash and an n stand for a new line.
+        chat: whether it is a user's turn.
+        system: the system turn of the chat; empty for none.
+
+    Raises:
+        ValueError: there is a system turn and no chat.
+    """
+    prompt = prompt.replace("\\n", "\n")
+    if chat:
+        return conversation(prompt, system.replace("\\n", "\n"))
+    if system:
+        raise ValueError("--system is a turn of a chat: give --chat with it")
+    return prompt
 
 
 def generate(
-    prompt: str, router: str, model: Backbone, strength: float, max_new_tokens: int
+    prompt: str | Messages, router: str, model: Backbone, strength: float, max_new_tokens: int
 ) -> None:
     """Prints a prompt's continuation with and without routing."""
     icr = InContextRouter.from_pretrained(router)
     base, tokenizer = load(base_of_router(model, icr))
-    (tokens,) = Decoder.of(base, tokenizer).tokenize(prompts_of([prompt]))
+    (whole_prompt,) = prompts_of([prompt], tokenizer)
+    (tokens,) = Decoder.of(base, tokenizer).tokenize([whole_prompt.text])
     input_ids = torch.tensor([tokens], device=device_of(base))
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
@@ -54,7 +75,7 @@ def generate(
 
 
 def inspect(
-    prompt: str,
+    prompt: str | Messages,
     router: str,
     model: Backbone,
     options: Sequence[str] | None,

@@ -24,6 +24,7 @@ def fit(
     model: Base = BACKBONE,
     data: str = "hub",
     tasks: Names = HUB_TASKS[:5],
+    chat: bool = False,
     dry_run: bool = False,
     tflops: float = 100.0,
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
@@ -42,6 +43,8 @@ def fit(
         model: The model below.
         data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
         tasks: Source tasks: names, or task files of your own (my-task.toml).
+        chat: Fit on chats: every task's prompt is a user's turn in the model's own chat template,
+            as `chat = true` in a task file makes it.
         dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and
             end. Nothing is run, no weights are read: of the model, a folder with its config.json is
             enough.
@@ -51,8 +54,8 @@ def fit(
     from icrouting.cli import fit as room
 
     if dry_run:
-        return room.show_plan(model, data, tasks, config, tflops)
-    room.fit(out, model, data, tasks, config)
+        return room.show_plan(model, data, tasks, config, tflops, chat=chat)
+    room.fit(out, model, data, tasks, config, chat=chat)
 
 
 def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:
@@ -60,7 +63,8 @@ def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = 
 
     Killed and started again with the same --out, it goes on where it was; methods and seeds may be
     added. The methods: zero-shot, few-shot (the task's own demonstrations), multi-task-few-shot
-    (the sources'), calibration, icr, icr-gated (not on prompts unlike the sources'); fitted on each
+    (the sources'), calibration, prompt:NAME (your own, under [[prompts]] in a task file; prompts
+    for all of them), icr, icr-gated (not on prompts unlike the sources'); fitted on each
     task, or as NAME-once on the sources: task-vectors, function-vectors, icv, elicit,
     iterative-vectors, i2cl, live, m2iv, lora-block, lora-head, lora-block-more, prefix-tuning,
     prompt-tuning, and controls of ICR: icr-refit, icr-random-basis, icr-learned-directions,
@@ -132,6 +136,8 @@ def generate(
     model: Base = BACKBONE,
     strength: float = 1.0,
     max_new_tokens: int = 64,
+    chat: bool = False,
+    system: str = "",
 ) -> None:
     r"""Continue a prompt with and without routing, side by side.
 
@@ -144,10 +150,13 @@ def generate(
         model: The base model that the router was fitted on.
         strength: Factor on the routing; 0 is the untouched model.
         max_new_tokens: Tokens to generate.
+        chat: The prompt is a user's turn in the model's own chat template.
+        system: The system turn of that chat.
     """
     from icrouting.cli import look
 
-    look.generate(prompt.replace("\\n", "\n"), router, model, strength, max_new_tokens)
+    asked = look.asked(prompt, chat=chat, system=system)
+    look.generate(asked, router, model, strength, max_new_tokens)
 
 
 def inspect(
@@ -157,6 +166,8 @@ def inspect(
     options: Names = (),
     strength: float = 1.0,
     out: Path = Path("inspect.html"),
+    chat: bool = False,
+    system: str = "",
 ) -> None:
     r"""Show what the router does to one prompt, as text and as an HTML page.
 
@@ -172,10 +183,13 @@ def inspect(
         options: Answers to compare, at least two; none: only the likeliest next tokens.
         strength: Factor on the routing; 0 is the untouched model.
         out: The page; it needs nothing beside it.
+        chat: The prompt is a user's turn in the model's own chat template.
+        system: The system turn of that chat.
     """
     from icrouting.cli import look
 
-    look.inspect(prompt.replace("\\n", "\n"), router, model, options or None, strength, out)
+    asked = look.asked(prompt, chat=chat, system=system)
+    look.inspect(asked, router, model, options or None, strength, out)
 
 
 def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:

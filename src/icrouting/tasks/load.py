@@ -81,12 +81,23 @@ def task_from_rows(
     seed: int,
     labels: rows.Labels | None,
     words: Mapping[str, Mapping[str, str]],
+    chat: bool = False,
+    system: str = "",
+    prompts: Mapping[str, str] | None = None,
 ) -> Task:
     """Returns the task of rows as people have them; the arguments are those of `Task.from_rows`."""
     if labels not in (None, "index", "text"):
         raise ValueError(f'labels must be None, "index" or "text", got {labels!r}')
     spec = taskfile.checked_spec(
-        template, options, name=name, group=group, words=words, label=label
+        template,
+        options,
+        name=name,
+        group=group,
+        words=words,
+        label=label,
+        chat=chat,
+        system=system,
+        prompts=prompts,
     )
     train = _examples(table, spec, labels, label, "rows")
     if test is None:
