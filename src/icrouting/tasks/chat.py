@@ -16,6 +16,7 @@ _ANSWER = "ANSWER0STANDS0HERE"
 # Some templates name the day. Prompts must not change overnight, so it is the day that the
 # templates of Llama 3 name themselves where no clock is to be had.
 _DAY = datetime(2024, 7, 26)
+_CLOCK = "strftime_now"
 
 
 def rendered(
@@ -43,14 +44,15 @@ def rendered(
             "this tokenizer has no chat template: take the tokenizer of a model that was trained "
             "on chats, set `tokenizer.chat_template`, or leave `chat` out"
         )
-    # A name given here goes before the clock that transformers gives templates.
-    clock = {} if today else {"strftime_now": _DAY.strftime}
+    template = tokenizer.get_chat_template()
+    if _CLOCK in template and not today:
+        template = _stopped_clock() + template
     try:
         return tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,
             add_generation_prompt=opens_answer,
-            **clock,
+            chat_template=template,
         )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -58,6 +60,16 @@ def rendered(
             f"this tokenizer's chat template refuses a conversation of {roles} ({error}): "
             "if it takes no system turn, leave `system` out"
         ) from error
+
+
+def _stopped_clock() -> str:
+    """Returns the beginning of a template for which it is always the same day."""
+    # A macro of the template's own goes before the function that transformers gives it.
+    spelled = "format"
+    for code in ("%d", "%b", "%Y", "%B", "%m", "%y", "%A", "%a", "%H", "%M", "%S"):
+        spelled += f" | replace('{code}', '{_DAY.strftime(code)}')"
+    # Behind an expression, unlike a block, no line break is trimmed.
+    return f"{{%- macro {_CLOCK}(format) %}}{{{{ {spelled} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 
 def _check(messages: Messages, opens_answer: bool) -> None:
