@@ -417,21 +417,37 @@ def answers_of(name, model, tokenizer, task, encoder_folder, **settings):
 
 @pytest.mark.parametrize("name", PROMPTING)
 def test_methods_that_prompt_score_the_rendered_chat(name, llama, encoder_folder):
-    tokenizer = speaking()
+    tokenizer = strict(speaking())
     task = tiny.task().in_chat()
     records = answers_of(name, llama, tokenizer, task, encoder_folder)
-    plain = answers_of(name, llama, tokenizer, tiny.task(), encoder_folder)
+    plain = answers_of(name, llama, tiny.tokenizer(), tiny.task(), encoder_folder)
     assert all(np.isfinite(record.option_logits).all() for record in records)
     for chat, bare in zip(records, plain, strict=True):
         assert chat.n_tokens > bare.n_tokens
         assert chat.option_logits != bare.option_logits
 
 
+def strict(tokenizer):
+    """The tokenizer, which refuses a text with an answer behind a space."""
+
+    class Strict(type(tokenizer)):
+        def __call__(self, text, *args, **kwargs):
+            for each in [text] if isinstance(text, str) else text:
+                assert "<|assistant|>\n " not in each
+                assert "Sentiment: " not in each
+            return super().__call__(text, *args, **kwargs)
+
+    tokenizer.__class__ = Strict
+    return tokenizer
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(PROMPTING)))
-def test_every_method_answers_chats(name, llama, icr, encoder_folder, tmp_path):
+def test_every_method_answers_chats_and_reads_no_answer_behind_a_space(
+    name, llama, icr, encoder_folder, tmp_path
+):
     icr.save_pretrained(tmp_path / "router")
-    tokenizer = speaking()
+    tokenizer = strict(speaking())
     task = chat_task(tokenizer)
     records = answers_of(
         name, llama, tokenizer, task, encoder_folder, router=str(tmp_path / "router")
