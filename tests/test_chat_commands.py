@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import torch
 
+import tiny
 from commands import FIT, make_world, on
 from icrouting.cli import main
+from icrouting.cli.evaluate import _other_chats
+from icrouting.decoder.decoder import Decoder
+from icrouting.evaluation import runs
 from icrouting.icr import InContextRouter
 from test_chat import CHATML, speaking
 
@@ -27,9 +32,9 @@ def fit(folder, encoder_folder, *more, out="chat-router"):
     main.main(["fit", "--out", str(folder / out), *where, *FIT.split(), "--chat", *more])
 
 
-def evaluate(folder, out, *more, router="chat-router"):
-    where = [*on(folder), "--router", str(folder / router), "--tasks", "sst2", "--seeds", "0"]
-    methods = ["--methods", "zero-shot", "few-shot", "calibration", "icr"]
+def evaluate(folder, out, *more):
+    where = [*on(folder), *router(folder), "--tasks", "sst2", "--seeds", "0"]
+    methods = ["--methods", "zero-shot", "few-shot", "icr"]
     few = ["--n-test", "3", "--demos-per-class", "1"]
     main.main(["eval", "--out", str(out), *where, *methods, *few, *more])
     return json.loads((out / "config.json").read_text())
@@ -67,44 +72,63 @@ def test_eval_chat_is_a_run_of_its_own_and_goes_on(chat_world, tmp_path, capsys)
     with pytest.raises(SystemExit):
         evaluate(chat_world, tmp_path / "run")
     assert "chat was true, is null" in capsys.readouterr().err
+    # And a run of earlier versions, which had no chats, does not become one.
+    plain = {name: value for name, value in config.items() if "chat" not in name}
+    changes = runs._changes(plain, config)
+    assert changes[0] == "chat was null, is true"
 
 
-def test_a_plain_run_is_not_gone_on_with_in_chats(chat_world, tmp_path, capsys):
-    config = evaluate(chat_world, tmp_path / "run", router="router")
-    assert "chat" not in config
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        evaluate(chat_world, tmp_path / "run", "--chat", router="router")
-    assert "chat was null, is true" in capsys.readouterr().err
-
-
-def test_a_router_that_is_asked_otherwise_than_it_learned_is_noted(chat_world, tmp_path):
-    (note,) = [
-        note
-        for note in evaluate(chat_world, tmp_path / "run")["notes"]
-        if "asked otherwise" in note
-    ]
-    assert note == "ICR learned from chats, and is asked otherwise: sst2."
+def test_a_router_that_is_asked_otherwise_than_it_learned_is_noted(chat_world):
+    icr = InContextRouter.from_pretrained(chat_world / "chat-router")
+    (note,) = _other_chats(icr, [tiny.task()])
+    assert note == "ICR learned from chats, and is asked otherwise: toy."
+    assert _other_chats(icr, [tiny.task().in_chat()]) == []
+    plain = InContextRouter.from_pretrained(chat_world / "router")
+    (note,) = _other_chats(plain, [tiny.task().in_chat()])
+    assert note == "ICR learned from plain prompts, and is asked otherwise: toy."
+    assert _other_chats(plain, [tiny.task()]) == _other_chats(None, [tiny.task()]) == []
 
 
 PROMPT = r"Review: a joy .\nSentiment:"
+TURN = "<|user|>\nReview: a joy .\nSentiment:<|end|>\n<|assistant|>\n"
 
 
-@pytest.mark.parametrize("more", [[], ["--system", "Judge."]])
-def test_generate_and_inspect_take_the_prompt_as_a_turn(more, chat_world, tmp_path, capsys):
-    router = ["--model", str(chat_world / "model"), "--router", str(chat_world / "chat-router")]
-    main.main(["generate", *router, "--prompt", PROMPT, "--max-new-tokens", "2", "--chat", *more])
+@pytest.fixture
+def seen(monkeypatch):
+    """The prompts that the router is asked about, as texts."""
+    monkeypatch.setattr("icrouting.decoder.loading.default_dtype", lambda: torch.float32)
+    texts = []
+    tokenize = Decoder.tokenize
+
+    def noted(self, asked):
+        texts.extend(asked)
+        return tokenize(self, asked)
+
+    monkeypatch.setattr(Decoder, "tokenize", noted)
+    return texts
+
+
+def router(folder):
+    return ["--model", str(folder / "model"), "--router", str(folder / "chat-router")]
+
+
+def test_generate_takes_the_prompt_as_a_turn(chat_world, seen, capsys):
+    command = ["generate", *router(chat_world), "--prompt", PROMPT, "--max-new-tokens", "2"]
+    main.main([*command, "--chat"])
     assert "effect on 1 prompt" in capsys.readouterr().out
-    page = tmp_path / "page.html"
-    options = ["--options", "negative", "positive", "--out", str(page)]
-    main.main(["inspect", *router, "--prompt", PROMPT, *options, "--chat", *more])
-    tokens = page.read_text()
-    assert "sys" in tokens
-    assert ("Judge" in tokens.replace("</span>", "")) or more == [] or "J" in tokens
+    assert set(seen) == {f"<|system|>\nBe good.<|end|>\n{TURN}"}
+
+
+def test_inspect_takes_the_prompt_as_a_turn_behind_a_system_turn(chat_world, seen, tmp_path):
+    options = ["--options", "negative", "positive", "--out", str(tmp_path / "page.html")]
+    command = ["inspect", *router(chat_world), "--prompt", PROMPT, *options]
+    # The router learned from chats without this turn.
+    with pytest.warns(UserWarning, match="form of none"):
+        main.main([*command, "--chat", "--system", "Judge."])
+    assert set(seen) == {f"<|system|>\nJudge.<|end|>\n{TURN}"}
 
 
 def test_a_system_turn_without_a_chat_is_refused(chat_world, capsys):
-    router = ["--model", str(chat_world / "model"), "--router", str(chat_world / "chat-router")]
     with pytest.raises(SystemExit):
-        main.main(["generate", *router, "--prompt", PROMPT, "--system", "Judge."])
+        main.main(["generate", *router(chat_world), "--prompt", PROMPT, "--system", "Judge."])
     assert "--system is a turn of a chat: give --chat" in capsys.readouterr().err
