@@ -8,9 +8,10 @@ import torch
 import tiny
 from commands import FIT, make_world, on
 from icrouting.cli import main
-from icrouting.cli.evaluate import _other_chats
+from icrouting.cli.evaluate import _load_tasks, _other_chats
 from icrouting.decoder.decoder import Decoder
 from icrouting.evaluation import runs
+from icrouting.evaluation.config import EvalConfig
 from icrouting.icr import InContextRouter
 from test_chat import CHATML, speaking
 
@@ -87,6 +88,14 @@ def test_a_router_that_is_asked_otherwise_than_it_learned_is_noted(chat_world):
     (note,) = _other_chats(plain, [tiny.task().in_chat()])
     assert note == "ICR learned from plain prompts, and is asked otherwise: toy."
     assert _other_chats(plain, [tiny.task()]) == _other_chats(None, [tiny.task()]) == []
+
+
+def test_a_router_s_sources_are_read_as_it_learned_from_them(chat_world):
+    for folder, is_chat in (("chat-router", True), ("router", False)):
+        icr = InContextRouter.from_pretrained(chat_world / folder)
+        config = EvalConfig(data=str(chat_world / "data"), tasks=("mr",))
+        tasks, (source,) = _load_tasks(config, icr, reads_sources=True)
+        assert (tasks[0].spec.chat, source.spec.chat) == (False, is_chat)
 
 
 PROMPT = r"Review: a joy .\nSentiment:"

@@ -157,6 +157,7 @@ def _sources_of_router(
     others = [name for name in names if name not in tasks_by_name]
     try:
         loaded = load_tasks(others, config.data, chat=config.chat)
+        loaded = [_as_learned(task, icr) for task in loaded]
     except ValueError as error:
         raise ValueError(
             f"the router was fitted on {', '.join(names)}, and a method here reads their rows "
@@ -164,6 +165,15 @@ def _sources_of_router(
         ) from error
     tasks_by_name |= {task.name: task for task in loaded}
     return [tasks_by_name[name] for name in names]
+
+
+def _as_learned(task: Task, icr: InContextRouter) -> Task:
+    """Returns a source task as a chat or not, as the router learned from it."""
+    for source in icr.description.sources or ():
+        if source.name == task.name:
+            spec = replace(task.spec, chat=source.chat, system=source.system)
+            return replace(task, spec=spec)
+    return task
 
 
 def _source_names(

@@ -1,7 +1,7 @@
 """Texts as users hand them in: lists of prompts and of options, checked before anything runs."""
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -77,7 +77,7 @@ def whole_prompts_of(
     return whole_prompts
 
 
-def _prompt_of(value: str | Messages, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def _prompt_of(value: Any, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Returns a text or a conversation as a prompt."""
     if isinstance(value, Mapping) and "role" in value:
         raise TypeError(
