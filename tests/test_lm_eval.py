@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 
 import tiny
 from icrouting.config import HIDDEN, FitConfig
+from icrouting.decoder.batches import tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import dims_of
 from icrouting.decoder.loading import load_model
@@ -21,8 +23,10 @@ from icrouting.routing.features import features_of
 from icrouting.routing.reader import Reader
 from icrouting.routing.rerouting import rerouted
 from icrouting.routing.router import Router
+from icrouting.tasks.chat import conversation, rendered
 from pinned import fetch_or_skip
 from test_beginnings import BOS, beginning
+from test_chat import CHATML
 
 pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is heavy: pip install 'icrouting[lm-eval]' to test it"
@@ -92,7 +96,7 @@ def world(tmp_path_factory, encoder_folder):
     return folder
 
 
-def ask(world, task, kind="icr", batch_size=1, **settings):
+def ask(world, task, kind="icr", batch_size=1, apply_template=False, **settings):
     """The harness's answers to a task, one list per document."""
     settings = {"pretrained": str(world / "model"), "device": "cpu", **settings}
     if kind == "icr":
@@ -105,6 +109,7 @@ def ask(world, task, kind="icr", batch_size=1, **settings):
         batch_size=batch_size,
         task_manager=manager,
         bootstrap_iters=0,
+        apply_chat_template=apply_template,
     )
     return [
         sample["filtered_resps"]
@@ -167,6 +172,54 @@ def test_a_beginning_that_the_prompt_brings_is_read_once_as_by_our_own_scoring(w
     answers = lm.loglikelihood(requests(*((text, f" {word}") for text in texts for word in WORDS)))
     theirs = torch.tensor([answer[0] for answer in answers]).view(2, 2)
     assert ((theirs[:, 1] - theirs[:, 0]) - (ours[:, 1] - ours[:, 0])).abs().max() < CLOSE
+
+
+@pytest.fixture(scope="module")
+def chat_world(world, tmp_path_factory):
+    """The same with a tokenizer that puts a beginning before texts, as its chat template does."""
+    folder = tmp_path_factory.mktemp("chats")
+    shutil.copytree(world, folder, dirs_exist_ok=True)
+    tokenizer = beginning(f"{BOS} $A")
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    tokenizer.save_pretrained(folder / "model")
+    model, _ = load_model(folder / "model", dtype=torch.float32)
+    small = {"rank": 3, "n_prompts": 6, "n_queries": 6, "epochs": 1, "demos_per_class": 1}
+    config = FitConfig(**small, encoder=HIDDEN)
+    icr = InContextRouter.fit(model, tokenizer, [tiny.task().in_chat()], config)
+    icr.save_pretrained(folder / "router")
+    return folder
+
+
+def test_in_chats_options_are_scored_as_by_our_own_scoring_and_nothing_is_warned_of(chat_world):
+    model, tokenizer = load_model(chat_world / "model", dtype=torch.float32)
+    asked = [conversation(prompt) for prompt in prompts()]
+    icr = InContextRouter.from_pretrained(chat_world / "router")
+    with icr.attached(model, tokenizer) as routed:
+        ours = routed.score(asked, WORDS)
+    lm = lm_eval.RoutedLM(str(chat_world / "model"), str(chat_world / "router"), device="cpu")
+    asked_tokens = []
+    for messages in asked:
+        context = lm.apply_chat_template(list(messages))
+        for word in WORDS:
+            tokens, continuation = lm._encode_pair(context, word)
+            assert tokens == tokenize(tokenizer, [context])[0]
+            # Our scores know an option by its first token.
+            asked_tokens.append(((context, word), tokens, continuation[:1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answers = lm._loglikelihood_tokens(asked_tokens)
+    theirs = torch.tensor([answer[0] for answer in answers]).view(-1, 2)
+    assert ((theirs[:, 1] - theirs[:, 0]) - (ours[:, 1] - ours[:, 0])).abs().max() < CLOSE
+
+
+def test_the_harness_own_chats_are_routed(chat_world):
+    routed = likelihoods(chat_world, "words", apply_template=True)
+    assert (routed - likelihoods(chat_world, "words")).abs().max() > 100 * CLOSE
+    _, tokenizer = load_model(chat_world / "model", dtype=torch.float32)
+    prompt = rendered(tokenizer, conversation(prompts()[0]))
+    lm = lm_eval.RoutedLM(str(chat_world / "model"), str(chat_world / "router"), device="cpu")
+    expected = [lm.loglikelihood(requests((prompt, word)))[0][0] for word in WORDS]
+    assert routed[0].tolist() == pytest.approx(expected, abs=CLOSE)
 
 
 @pytest.mark.parametrize("strength", [1, 0])

@@ -123,6 +123,7 @@ class InContextRouter(ModelHubMixin):
         """
         config = config or FitConfig()
         decoder = Decoder.of(model, tokenizer, token_budget).unwrapped()
+        tasks = [task.bound_to(tokenizer) for task in tasks]
         fit_folder = None if folder is None else Path(folder)
         pids, router, features = stages.fit(decoder, tasks, config, fit_folder)
         description = describe(decoder, tasks, config, pids.layers, features)

@@ -73,6 +73,23 @@ class RoutedLM(huggingface.HFLM):
         with self._attached():
             pass
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Returns the tokens of a context and of what follows it, parted where they meet.
+
+        The harness moves white space at a context's end over to what follows. A line break, in
+        which chat templates end, belongs to the prompt that is routed.
+        """
+        is_opened = context.endswith("\n") and not continuation[:1].isspace()
+        if self._strength == 0 or not is_opened:
+            return super()._encode_pair(context, continuation)
+        context_tokens = self.tok_encode(context)
+        tokens = self.tok_encode(context + continuation)
+        n_context = len(context_tokens)
+        # Where the two merge in tokens, the harness parts them before the line break.
+        if tokens[:n_context] != context_tokens:
+            return super()._encode_pair(context, continuation)
+        return context_tokens, tokens[n_context:]
+
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Returns generated texts, each routed by its prompt."""
         with self._attached():

@@ -24,6 +24,8 @@ from icrouting.evaluation.items import within
 from icrouting.evaluation.outcome import outcome_of
 from icrouting.evaluation.runs import RunConfig
 from icrouting.icr import InContextRouter
+from icrouting.methods import Method
+from icrouting.methods.named_prompts import ALL, named_prompts, prompt_digests
 from icrouting.report import page, table
 from icrouting.report.run import Run
 from icrouting.routing.card import with_results
@@ -33,7 +35,7 @@ from icrouting.routing.sources import read_otherwise
 from icrouting.runtime.processes import first_one_first, is_first
 from icrouting.runtime.progress import spinner
 from icrouting.runtime.storage import save_json, save_text
-from icrouting.tasks.task import Task, rows_digest
+from icrouting.tasks.task import Task, rows_digest, template_digest
 
 PAPER_FIT = 5000  # prompts and queries a task
 
@@ -66,19 +68,23 @@ def _evaluate(out: Path, config: EvalConfig, read_tasks: Mapping[str, Task]) -> 
     router = config.settings.router
     icr = InContextRouter.from_pretrained(router) if router else None
     config = _named(config, icr, folder)
-    methods = registry.make(config.methods, config.settings)
+    # Those that are known before the tasks are: a mistake in a name stops the command at once.
+    methods = registry.make([name for name in config.methods if name != ALL], config.settings)
     reads_sources = any(method.reads_sources for method in methods)
     with first_one_first():  # which may have to download
         tasks, sources = _load_tasks(config, read_tasks, icr, reads_sources)
         source_names = _source_names(config, icr, sources)
         _say_what_reads_otherwise(icr, tasks)
+        config = replace(config, methods=_with_prompts(config.methods, tasks))
         model, tokenizer = load(config.model)
+    methods = _in_order(methods, config)
     tasks_by_name: dict[str, Task] = {}
     notes = []
     # A task may be tested on and a source too.
     for task in (*tasks, *sources):
         if task.name not in tasks_by_name:
-            tasks_by_name[task.name], note = within(task, tokenizer, context_length(model))
+            bound_task = task.bound_to(tokenizer)
+            tasks_by_name[task.name], note = within(bound_task, tokenizer, context_length(model))
             notes.append(note)
     tasks = [tasks_by_name[task.name] for task in tasks]
     sources = [tasks_by_name[task.name] for task in sources]
@@ -89,9 +95,11 @@ def _evaluate(out: Path, config: EvalConfig, read_tasks: Mapping[str, Task]) -> 
         rows=rows_digest(list(tasks_by_name.values())),
         task_rows=rows_digest(tasks),
         router=icr.digest() if icr else None,
+        chat_template=template_digest(list(tasks_by_name.values())),
+        prompts=prompt_digests(config.methods, tasks),
         tasks=runs.task_entries(tasks, source_names),
         sources=source_names,
-        notes=[*_router_cuts(icr), *filter(None, notes)],
+        notes=[*_router_cuts(icr), *_other_chats(icr, tasks), *filter(None, notes)],
     )
     with runs.claimed(folder, run_config):
         evaluation = Evaluation(
@@ -126,22 +134,45 @@ def _load_tasks(
     task_of = dict(read_tasks)
     others = [name for name in source_names if name not in task_of]
     if others:
-        task_of |= dict(zip(others, load_tasks(others, config.data), strict=True))
+        loaded = load_tasks(others, config.data, chat=config.chat)
+        task_of |= dict(zip(others, loaded, strict=True))
         check_names(list(task_of.values()), list(task_of))
     tasks = [task_of[name] for name in task_names]
     sources = [task_of[name] for name in source_names]
     if config.sources is None and icr is not None and reads_sources:
-        sources = _sources_of_router(icr, tasks, config.data)
+        sources = _sources_of_router(icr, tasks, config)
     return tasks, sources
 
 
-def _sources_of_router(icr: InContextRouter, tasks: Sequence[Task], data: str) -> list[Task]:
+def _with_prompts(methods: Sequence[str], tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Returns names of methods, with the tasks' own prompts in the place of "prompts"."""
+    names = tuple(named_prompts(methods, tasks))
+    if not names:
+        raise ValueError(
+            f"none of the tasks {', '.join(task.name for task in tasks)} has prompts of its own: "
+            "write them under [[prompts]] in a task file"
+        )
+    return names
+
+
+def _in_order(methods: Sequence[Method], config: EvalConfig) -> list[Method]:
+    """Returns the methods that a run asks for, those among them that were made already."""
+    made = {method.name: method for method in methods}
+    new_names = [name for name in config.methods if name not in made]
+    made |= {method.name: method for method in registry.make(new_names, config.settings)}
+    return [made[name] for name in dict.fromkeys(config.methods)]
+
+
+def _sources_of_router(
+    icr: InContextRouter, tasks: Sequence[Task], config: EvalConfig
+) -> list[Task]:
     """Returns the tasks that a router was fitted on, those that are loaded already as they are."""
     tasks_by_name = {task.name: task for task in tasks}
     names = list(icr.description.tasks)
     others = [name for name in names if name not in tasks_by_name]
     try:
-        loaded = load_tasks(others, data)
+        loaded = load_tasks(others, config.data, chat=config.chat)
+        loaded = [_as_learned(task, icr) for task in loaded]
     except ValueError as error:
         raise ValueError(
             f"the router was fitted on {', '.join(names)}, and a method here reads their rows "
@@ -149,6 +180,15 @@ def _sources_of_router(icr: InContextRouter, tasks: Sequence[Task], data: str) -
         ) from error
     tasks_by_name |= {task.name: task for task in loaded}
     return [tasks_by_name[name] for name in names]
+
+
+def _as_learned(task: Task, icr: InContextRouter) -> Task:
+    """Returns a source task as a chat or not, as the router learned from it."""
+    for source in icr.description.sources or ():
+        if source.name == task.name:
+            spec = replace(task.spec, chat=source.chat, system=source.system)
+            return replace(task, spec=spec)
+    return task
 
 
 def _source_names(
@@ -216,6 +256,18 @@ def _router_cuts(icr: InContextRouter | None) -> list[str]:
         return []
     learned = f"{n_prompts} prompts, {n_queries} queries a task at most"
     return [f"ICR learned once, from {learned} (paper: {PAPER_FIT:,})."]
+
+
+def _other_chats(icr: InContextRouter | None, tasks: Sequence[Task]) -> list[str]:
+    """Says where tasks are asked in chats and a router learned from none, or the other way."""
+    if icr is None or not icr.description.sources:
+        return []
+    learned = {source.chat for source in icr.description.sources}
+    names = [task.name for task in tasks if task.spec.chat not in learned]
+    if not names:
+        return []
+    kind = "plain prompts" if learned == {False} else "chats"
+    return [f"ICR learned from {kind}, and is asked otherwise: {', '.join(names)}."]
 
 
 def finish(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from icrouting.routing.sources import Source
 from icrouting.runtime.checks import known
 from icrouting.tasks.catalogue import SPECS
+from icrouting.tasks.chat import Messages, conversation
 from icrouting.tasks.rows import parse_choices
 from icrouting.tasks.task import Example, Task, TaskSpec
 
@@ -14,12 +15,18 @@ from icrouting.tasks.task import Example, Task, TaskSpec
 class Filled:
     """A prompt, and the answers that its task chooses from: none where the prompt was typed."""
 
-    prompt: str
+    prompt: str | Messages
     options: tuple[str, ...]
 
 
 def filled(
-    prompt: str | None, task: str | None, fields: Sequence[str], sources: Sequence[Source] | None
+    prompt: str | None,
+    task: str | None,
+    fields: Sequence[str],
+    sources: Sequence[Source] | None,
+    *,
+    chat: bool = False,
+    system: str = "",
 ) -> Filled:
     """Returns the prompt that was typed, or that of a router's task with fields in its slots.
 
@@ -29,13 +36,23 @@ def filled(
         fields: "name=text" for each slot of the task's template, and "choices=A|B" where each row
             brings its own; a template of one slot takes the bare text.
         sources: what the router knows of its tasks; None in routers of version 0.1.
+        chat: whether what was typed is a user's turn; a router's task says so itself.
+        system: the system turn of that chat, in which a backslash and an n are a new line.
 
     Raises:
-        ValueError: the router does not know the task, or the fields are not those of its template.
+        ValueError: the router does not know the task, or the fields are not those of its template,
+            or there is a system turn and no chat.
     """
+    if system and not chat:
+        raise ValueError("--system is a turn of a chat: give --chat with it")
     if prompt is not None:
-        return Filled(prompt, ())
+        whole_prompt = conversation(prompt, system.replace("\\n", "\n")) if chat else prompt
+        return Filled(whole_prompt, ())
     source = _source_of(task, sources)
+    if chat and not source.chat:
+        raise ValueError(
+            f"{source.name} was fitted on plain prompts: leave --chat out, or type the prompt"
+        )
     spec = _spec_of(source)
     needs_choices = not spec.options
     texts = _texts_by_slot(fields, spec, needs_choices)
@@ -43,7 +60,10 @@ def filled(
     # Any label will do, since nobody asks for the answer.
     example = Example(texts, choices, 0)
     whole = Task(spec, (), ())
-    return Filled(whole.prompt(example), whole.options(example))
+    question = whole.question(example)
+    if source.chat:
+        return Filled(conversation(question, source.system), whole.options(example))
+    return Filled(question, whole.options(example))
 
 
 def _source_of(name: str | None, sources: Sequence[Source] | None) -> Source:

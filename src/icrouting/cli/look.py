@@ -29,12 +29,16 @@ def generate(
     model: Backbone,
     strength: float,
     max_new_tokens: int,
+    *,
+    chat: bool = False,
+    system: str = "",
 ) -> None:
     """Prints a prompt's continuation with and without routing."""
     icr = InContextRouter.from_pretrained(router)
-    text = filled(prompt, task, fields, icr.description.sources).prompt
+    asked = filled(prompt, task, fields, icr.description.sources, chat=chat, system=system).prompt
     base, tokenizer = load(base_of_router(model, icr))
-    (tokens,) = Decoder.of(base, tokenizer).tokenize(prompts_of([text]))
+    (whole_prompt,) = prompts_of([asked], tokenizer)
+    (tokens,) = Decoder.of(base, tokenizer).tokenize([whole_prompt.text])
     input_ids = torch.tensor([tokens], device=device_of(base))
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
@@ -60,7 +64,7 @@ def generate(
         beside = Table.grid(Column(ratio=1), Column(ratio=1), expand=True)
         beside.add_row(plain, panel(f"routed, strength {strength:g}"))
         console.print(beside)
-        console.print(routed.effect([text]), markup=False, highlight=False)
+        console.print(routed.effect([asked]), markup=False, highlight=False)
 
 
 def inspect(
@@ -72,10 +76,13 @@ def inspect(
     options: Sequence[str],
     strength: float,
     out: Path,
+    *,
+    chat: bool = False,
+    system: str = "",
 ) -> None:
     """Prints what a router does to one prompt and writes it as a page."""
     icr = InContextRouter.from_pretrained(router)
-    asked = filled(prompt, task, fields, icr.description.sources)
+    asked = filled(prompt, task, fields, icr.description.sources, chat=chat, system=system)
     model = base_of_router(model, icr)
     with icr.attached(*load(model), strength=strength) as routed:
         seen = inspection.inspect_prompt(routed, asked.prompt, options or asked.options or None)

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ def fit(
     data: str = "hub",
     tasks: Names = HUB_TASKS[:5],
     token_budget: PositiveInt | None = None,
+    chat: bool = False,
     dry_run: bool = False,
     tflops: float = 100.0,
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
@@ -48,6 +50,8 @@ def fit(
         tasks: Source tasks: names, or task files of your own (my-task.toml).
         token_budget: Padded tokens of a forward pass: fewer take less memory, and move numbers by
             rounding alone. None takes 4,096.
+        chat: Fit on chats: every task's prompt is a user's turn in the model's own chat template,
+            as `chat = true` in a task file makes it.
         dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and
             end. Nothing is run, no weights are read: of the model, a folder with its config.json is
             enough.
@@ -58,7 +62,7 @@ def fit(
 
     if not dry_run:
         reading.check_out(out)
-    sources = reading.read_first(tasks, data)
+    sources = reading.read_first(tasks, data, chat=chat)
     # Here, once the rows are known to fit: this room imports torch.
     from icrouting.cli import fit as room
 
@@ -72,7 +76,8 @@ def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = 
 
     Killed and started again with the same --out, it goes on where it was; methods and seeds may be
     added. The methods: zero-shot, few-shot (the task's own demonstrations), multi-task-few-shot
-    (the sources'), calibration, icr, icr-gated (not on prompts unlike the sources'); fitted on each
+    (the sources'), calibration, prompt:NAME (your own, under [[prompts]] in a task file; prompts
+    for all of them), icr, icr-gated (not on prompts unlike the sources'); fitted on each
     task, or as NAME-once on the sources: task-vectors, function-vectors, icv, elicit,
     iterative-vectors, i2cl, live, m2iv, lora-block, lora-head, lora-block-more, prefix-tuning,
     prompt-tuning, and controls of ICR: icr-refit, icr-random-basis, icr-learned-directions,
@@ -92,7 +97,8 @@ def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = 
     if config.settings.router is not None:
         reading.check_router(config.settings.router)
     names = (*config.tasks, *(config.sources or ()))
-    tasks = dict(zip(dict.fromkeys(names), reading.read_first(names, config.data), strict=True))
+    loaded = reading.read_first(names, config.data, chat=config.chat)
+    tasks = dict(zip(dict.fromkeys(names), loaded, strict=True))
     # Here, once the rows are known to fit: this room imports torch.
     from icrouting.cli import evaluate as room
 
@@ -154,6 +160,8 @@ def generate(
     model: Base = BACKBONE,
     strength: float = 1.0,
     max_new_tokens: int = 64,
+    chat: bool = False,
+    system: str = "",
 ) -> None:
     r"""Continue a prompt with and without routing, side by side.
 
@@ -172,6 +180,9 @@ def generate(
         model: The base model that the router was fitted on.
         strength: Factor on the routing; 0 is the untouched model.
         max_new_tokens: Tokens to generate.
+        chat: The prompt is a user's turn in the model's own chat template, as it is with --task for
+            a task that was fitted so.
+        system: The system turn of that chat.
     """
     from icrouting.cli import reading
 
@@ -179,7 +190,17 @@ def generate(
     reading.check_router(router)
     from icrouting.cli import look
 
-    look.generate(router, prompt, task, fields, model, strength, max_new_tokens)
+    look.generate(
+        router,
+        prompt,
+        task,
+        fields,
+        model,
+        strength,
+        max_new_tokens,
+        chat=chat,
+        system=system,
+    )
 
 
 def inspect(
@@ -191,6 +212,8 @@ def inspect(
     options: Names = (),
     strength: float = 1.0,
     out: Path = Path("inspect.html"),
+    chat: bool = False,
+    system: str = "",
 ) -> None:
     r"""Show what the router does to one prompt, as text and as an HTML page.
 
@@ -213,6 +236,9 @@ def inspect(
             the likeliest next tokens.
         strength: Factor on the routing; 0 is the untouched model.
         out: The page; it needs nothing beside it.
+        chat: The prompt is a user's turn in the model's own chat template, as it is with --task for
+            a task that was fitted so.
+        system: The system turn of that chat.
     """
     from icrouting.cli import reading
 
@@ -221,7 +247,18 @@ def inspect(
     reading.check_out(out.parent)
     from icrouting.cli import look
 
-    look.inspect(router, prompt, task, fields, model, options, strength, out)
+    look.inspect(
+        router,
+        prompt,
+        task,
+        fields,
+        model,
+        options,
+        strength,
+        out,
+        chat=chat,
+        system=system,
+    )
 
 
 def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
@@ -248,7 +285,8 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     tasks: tuple[str, ...] = (*sources, "sst5", "mr", "subj", "emotion")
     console.print(f"ICR on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks")
     config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
-    loaded = dict(zip(tasks, reading.read_first(tasks, data), strict=True))
+    names: Sequence[str] = tasks
+    loaded = dict(zip(names, reading.read_first(names, data), strict=True))
     from icrouting.cli import evaluate as evaluating
     from icrouting.cli import fit as fitting
 

@@ -26,11 +26,11 @@ def stoppable(kept: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(kept()) from None
 
 
-def read_first(names: Sequence[str], data: str) -> list[Task]:
+def read_first(names: Sequence[str], data: str, *, chat: bool = False) -> list[Task]:
     """Returns what `load_tasks` does; of several processes the first reads before the others."""
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
-        return load_tasks(names, data)
+        return load_tasks(names, data, chat=chat)
 
 
 def check_out(folder: Path) -> None:
@@ -87,10 +87,15 @@ def check_router(name: str) -> None:
         raise ValueError(f"no router at {name!r}: expected a folder or a hub id")
 
 
-def load_tasks(names: Sequence[str], data: str) -> list[Task]:
-    """Returns tasks by name, in their order and each once; says which rows were left out."""
+def load_tasks(names: Sequence[str], data: str, *, chat: bool = False) -> list[Task]:
+    """Returns tasks by name, in their order and each once; says which rows were left out.
+
+    With `chat` all of them are asked by the model's chat template.
+    """
     with spinner("reading tasks"):
         tasks = [load_task(name, data) for name in dict.fromkeys(names)]
+    if chat:
+        tasks = [task.in_chat() for task in tasks]
     check_names(tasks, names)
     dropped = [f"{task.name} {task.n_dropped}" for task in tasks if task.n_dropped]
     if dropped:

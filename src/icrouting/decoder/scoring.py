@@ -21,6 +21,7 @@ from icrouting.decoder.passes import (
 )
 from icrouting.decoder.texts import check_ending, listed, texts_of, whole_prompts_of
 from icrouting.runtime.defaults import usual_defaults
+from icrouting.tasks.chat import Messages
 from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import LabelScoring, check_label_scoring
 
@@ -29,9 +30,9 @@ _warn_once = lru_cache(None)(logging.getLogger(__name__).warning)
 
 
 def option_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str], joint: str = " "
 ) -> list[list[int]]:
-    """Returns the tokens with which each option, after a space, goes on from this very prompt.
+    """Returns the tokens with which each option, after the joint, goes on from this very prompt.
 
     Raises:
         TypeError: `options` is no list of texts.
@@ -40,7 +41,7 @@ def option_tokens(
     """
     options = texts_of(options, "options")
     check_ending(prompt)
-    continued = [f"{prompt} {option}" for option in options]
+    continued = [f"{prompt}{joint}{option}" for option in options]
     prompt_ids, *token_lists = tokenizer([prompt, *continued]).input_ids
     n_prompt = len(prompt_ids)
     option_by_tokens: dict[tuple[int, ...], str] = {}
@@ -62,7 +63,7 @@ def option_tokens(
 
 
 def option_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str], joint: str = " "
 ) -> list[int]:
     """Returns the first of each option's `option_tokens`, by which an option of several is known.
 
@@ -73,7 +74,8 @@ def option_ids(
     """
     options = texts_of(options, "options")
     ids: list[int] = []
-    for option, tokens in zip(options, option_tokens(tokenizer, prompt, options), strict=True):
+    token_lists = option_tokens(tokenizer, prompt, options, joint)
+    for option, tokens in zip(options, token_lists, strict=True):
         ids.append(tokens[0])
         if len(tokens) > 1:
             _warn_once(
@@ -107,7 +109,7 @@ def _check_told_apart(
 def score_options(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Prompt],
+    prompts: Sequence[str | Prompt | Messages],
     options: Sequence[str] | Sequence[Sequence[str]],
     *,
     label_scoring: LabelScoring = "first",
@@ -127,7 +129,9 @@ def score_options(
         model: the decoder; routed only where no context is shared, since a routed cache cannot be
             copied.
         tokenizer: its tokenizer.
-        prompts: texts, or `Prompt`s, each ending right before the space and the answer.
+        prompts: texts, or `Prompt`s, each ending right before the space and the answer; or
+            conversations, lists of {"role": "user", "content": "..."}, which the tokenizer's chat
+            template renders, and which options answer without a space.
         options: the answers to choose from, for all prompts or one list per prompt.
         label_scoring: "first" for the first token's logit, "sum" for the summed log-probability of
             all tokens, in nats, or "mean" for that by their number.
@@ -174,7 +178,7 @@ def score_options(
 @torch.no_grad()
 def score(
     decoder: Decoder,
-    prompts: Sequence[str | Prompt],
+    prompts: Sequence[str | Prompt | Messages],
     options: Sequence[str] | Sequence[Sequence[str]],
     *,
     label_scoring: LabelScoring = "first",
@@ -188,15 +192,16 @@ def score(
     budget of tokens is the decoder's, where none is given.
     """
     check_label_scoring(label_scoring)
-    whole_prompts = whole_prompts_of(prompts)
+    whole_prompts = whole_prompts_of(prompts, decoder.tokenizer)
     options_by_prompt, most_options = _options_by_prompt(options, len(whole_prompts))
     token_lists = decoder.tokenize([prompt.text for prompt in whole_prompts])
     answers: list[list[list[int]]] = []
     for prompt, prompt_options in zip(whole_prompts, options_by_prompt, strict=True):
         # The query is enough: it ends as the whole text does, and is shorter.
-        answers.append(
-            counted_tokens(decoder.tokenizer, prompt.query, prompt_options, label_scoring)
+        prompt_answers = counted_tokens(
+            decoder.tokenizer, prompt.query, prompt_options, label_scoring, prompt.joint
         )
+        answers.append(prompt_answers)
     for tokens, prompt_answers in zip(token_lists, answers, strict=True):
         decoder.check_room(tokens, prompt_answers)
     fill = _fill_first if label_scoring == "first" else _fill_whole
@@ -227,11 +232,12 @@ def counted_tokens(
     prompt: str,
     options: Sequence[str],
     label_scoring: LabelScoring,
+    joint: str = " ",
 ) -> list[list[int]]:
     """Returns those tokens of each option that count: the first alone, or all."""
     if label_scoring == "first":
-        return [[token] for token in option_ids(tokenizer, prompt, options)]
-    return option_tokens(tokenizer, prompt, options)
+        return [[token] for token in option_ids(tokenizer, prompt, options, joint)]
+    return option_tokens(tokenizer, prompt, options, joint)
 
 
 def _fill_first(

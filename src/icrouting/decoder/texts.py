@@ -1,8 +1,11 @@
 """Texts as users hand them in: lists of prompts and of options, checked before anything runs."""
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
+from icrouting.tasks.chat import Messages, opened
 from icrouting.tasks.prompts import Prompt
 
 T = TypeVar("T")
@@ -41,33 +44,51 @@ def texts_of(values: Iterable[str], what: str = "prompts") -> list[str]:
     return texts
 
 
-def prompts_of(values: Iterable[str]) -> list[str]:
-    """Returns zero-shot prompts as a list.
-
-    Raises:
-        TypeError: it is no list of texts.
-        ValueError: a prompt ends in a space.
-    """
-    prompts = texts_of(values)
-    for prompt in prompts:
-        check_ending(prompt)
-    return prompts
-
-
-def whole_prompts_of(values: Iterable[str | Prompt]) -> list[Prompt]:
-    """Returns texts and prompts as a list of prompts.
+def prompts_of(
+    values: Iterable[str | Messages], tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
+    """Returns zero-shot prompts, texts or conversations, as a list.
 
     Raises:
         TypeError: it is no list of them.
+        ValueError: a prompt ends in a space, or the tokenizer cannot render a conversation.
+    """
+    prompts = []
+    for value in listed(values, "prompts"):
+        prompt = _prompt_of(value, tokenizer)
+        check_ending(prompt.text)
+        prompts.append(prompt)
+    return prompts
+
+
+def whole_prompts_of(
+    values: Iterable[str | Prompt | Messages], tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
+    """Returns texts, conversations and prompts as a list of prompts.
+
+    Raises:
+        TypeError: it is no list of them.
+        ValueError: the tokenizer cannot render a conversation.
     """
     whole_prompts = []
     for value in listed(values, "prompts"):
-        if isinstance(value, Prompt):
-            whole_prompts.append(value)
-        else:
-            (text,) = texts_of([value])
-            whole_prompts.append(Prompt("", text))
+        is_whole = isinstance(value, Prompt)
+        whole_prompts.append(value if is_whole else _prompt_of(value, tokenizer))
     return whole_prompts
+
+
+def _prompt_of(value: Any, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Returns a text or a conversation as a prompt."""
+    if isinstance(value, Mapping) and "role" in value:
+        raise TypeError(
+            "expected a list of prompts, got one conversation: put it into a list, [messages]"
+        )
+    is_list = isinstance(value, list | tuple) and bool(value)
+    if is_list and all(isinstance(message, Mapping) for message in value):
+        messages: Any = value
+        return Prompt("", *opened(tokenizer, messages))
+    (text,) = texts_of([value])
+    return Prompt("", text)
 
 
 def check_ending(prompt: str) -> None:

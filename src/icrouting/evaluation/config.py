@@ -31,6 +31,7 @@ class EvalConfig:
         sources: The tasks that were learned from; the others, by name, count as unseen. None: those
             that the router was fitted on or, without one, the paper's five in-domain tasks.
         methods: What to compare; zero-shot is the baseline.
+        chat: Ask every task in the model's own chat template, as `chat = true` in a task file does.
         n_test: Test items per task (all, where a task has fewer), the same for every seed.
         seeds: Each draws demonstrations and fits anew.
         skip_nan: Leave test items out on which a method's scores are not finite, and say how many,
@@ -46,6 +47,7 @@ class EvalConfig:
     tasks: Names = HUB_TASKS
     sources: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[NAME ...]")] = None
     methods: Names = ("zero-shot", "few-shot", "multi-task-few-shot", "calibration", "icr")
+    chat: bool = False
     n_test: PositiveInt = 500
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
     skip_nan: bool = False

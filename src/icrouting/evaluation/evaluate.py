@@ -67,6 +67,7 @@ class Evaluation:
         them. A method that refuses a task (ValueError) is left out there, and `refused` says why.
         So is one that has a finite score on no item; `skipped` has the items that lack one.
         """
+        tasks = [task.bound_to(self.decoder.tokenizer) for task in tasks]
         jobs: list[Job] = []
         for task in tasks:
             items = draw_items(task, n_test)
@@ -150,7 +151,8 @@ class Evaluation:
         self, method: Method, task: Task, indices: Sequence[int], seed: int
     ) -> list[Record]:
         """Returns the records of one method on some test items of one task."""
-        return self._predictor.predict(method, task, indices, seed)
+        bound_task = task.bound_to(self.decoder.tokenizer)
+        return self._predictor.predict(method, bound_task, indices, seed)
 
     def _n_missing(self, job: Job, seed: int) -> int:
         """How many answers a job lacks, over all methods."""

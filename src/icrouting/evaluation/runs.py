@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +24,11 @@ from icrouting.runtime.processes import agree, first_one_first, is_first
 from icrouting.tasks.task import Task
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
-_GROWING = ("methods", "seeds", "n_test", "router", "notes", "skip_nan", "token_budget")
+_GROWING = ("methods", "seeds", "n_test", "router", "notes", "skip_nan", "token_budget", "prompts")
 # What every run writes, those of the first version too.
 _WRITTEN = ("command", "methods", "seeds", "n_test", "router", "notes")
+# What is written of chats alone, so that a run without the words had none.
+_UNLESS_CHAT = ("chat", "chat_template")
 # What the paper takes; a run of less says so.
 PAPER_SEEDS = 3
 PAPER_TEST_ITEMS = 500
@@ -46,6 +48,8 @@ class RunConfig:
         tasks: name, group, role ("source" or "unseen"), options and number of test rows of each.
         sources: names of the source tasks.
         notes: what was cut short, beside what the settings say.
+        chat_template: the digest of the tokenizer's chat template; None where no task is a chat.
+        prompts: the digests of the tasks' own prompts that are asked, by task and method.
     """
 
     asked: EvalConfig
@@ -57,6 +61,8 @@ class RunConfig:
     tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
     sources: list[str]
     notes: list[str]
+    chat_template: str | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         check(self)
@@ -82,7 +88,19 @@ class RunConfig:
             "skip_nan": asked.skip_nan,
             "token_budget": asked.token_budget,
             "notes": self.notes,
+            **self._of_chats_and_prompts(),
         }
+
+    def _of_chats_and_prompts(self) -> dict[str, Any]:
+        """What runs of earlier versions lack, where it is not as theirs was."""
+        content: dict[str, Any] = {}
+        if self.asked.chat:
+            content["chat"] = True
+        if self.chat_template is not None:
+            content["chat_template"] = self.chat_template
+        if self.prompts:
+            content["prompts"] = self.prompts
+        return content
 
 
 def task_entries(tasks: Sequence[Task], sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -155,6 +173,9 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
         "token_budget": wanted["token_budget"],
         "rows": begun["rows"] if _reads_sources(begun) else wanted["rows"],
     }
+    prompts = _prompts_of(begun) | _prompts_of(wanted)
+    if prompts:
+        grown["prompts"] = prompts
     if command() not in begun["command"]:
         grown["command"] = f"{begun['command']} && {command()}"
     content = {**wanted, **begun, **grown}
@@ -193,8 +214,22 @@ def _changes(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         del held["rows"]
     if wanted["n_test"] < begun["n_test"]:
         held["n_test"] = wanted["n_test"]
+    for name in _UNLESS_CHAT:
+        held[name] = wanted.get(name)
+        begun = {name: None, **begun}
+    # A prompt may join the others, but not change under its name.
+    begun_prompts = _prompts_of(begun)
+    changed_prompts = []
+    for name, digest in _prompts_of(wanted).items():
+        if begun_prompts.get(name, digest) != digest:
+            changed_prompts.append(f"the text of {name} was another")
     # What an earlier version did not write down is taken to be as it is.
-    return differences({**held, **begun}, held, _short)
+    return differences({**held, **begun}, held, _short) + changed_prompts
+
+
+def _prompts_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The digests of the tasks' own prompts in a run's configuration."""
+    return dict(config.get("prompts", {}))
 
 
 def _reads_sources(config: Mapping[str, Any]) -> bool:

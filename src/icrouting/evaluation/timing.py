@@ -96,8 +96,9 @@ def _untouched(settings: Settings) -> Method:
 
 
 def _ways(method: Method, prompts: Sequence[Prompt]) -> list[_Way]:
-    # As plain texts, prompts that have a context in common do not share the reading of it.
-    ways = [_Way(method.name, method, [prompt.text for prompt in prompts], None)]
+    # Without a context, prompts that have a context in common do not share the reading of it.
+    alone = [Prompt("", prompt.text, prompt.joint) for prompt in prompts]
+    ways = [_Way(method.name, method, alone, None)]
     if prompts[0].context:
         ways.append(_Way(f"{method.name}, context kept", method, prompts, {}))
     return ways

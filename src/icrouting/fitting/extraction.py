@@ -189,11 +189,13 @@ def _drawn(decoder: Decoder, tasks: Sequence[Task], config: FitConfig) -> Iterat
 
 def _longest_rows(decoder: Decoder, task: Task, prompts: Sequence[Prompt]) -> str:
     """Returns the training rows that make prompts long, in words; of many, the first few."""
-    texts = [task.prompt(row) for row in task.train]
+    # In a chat, demonstrations are turns without what its template puts around all of them.
+    texts = [task.question(row) for row in task.train]
     longest_first = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
     places: list[int] = []
     for prompt in prompts:
-        place = next(place for place in longest_first if texts[place] in prompt.text)
+        # Some chat templates trim turns.
+        place = next(place for place in longest_first if texts[place].strip() in prompt.text)
         if place not in places:
             places.append(place)
     names = []

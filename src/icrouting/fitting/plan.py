@@ -156,6 +156,7 @@ def plan_fit(
         ValueError: the model cannot be routed, or not in these layers, or a task's prompts are all
             longer than its context.
     """
+    tasks = [task.bound_to(tokenizer) for task in tasks]
     sizes = Sizes.of(model)
     layers = check_layers(config.layers or late_third(sizes.n_layers), sizes.n_layers)
     token_counts = _token_counts(tokenizer)

@@ -56,8 +56,9 @@ def training_queries(
     # Which tokens an option begins with depends on the text before it.
     for task, example in examples:
         text = task.prompt(example)
-        label_scoring = task.spec.label_scoring
-        answers = counted_tokens(decoder.tokenizer, text, task.options(example), label_scoring)
+        answers = counted_tokens(
+            decoder.tokenizer, text, task.options(example), task.spec.label_scoring, task.joint
+        )
         decoder.check_known(answers)
         parted = partings(answers, example.label)
         texts += [text] * len(parted)

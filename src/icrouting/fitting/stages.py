@@ -24,7 +24,7 @@ from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, first_one_first
 from icrouting.runtime.storage import load_json, load_metadata, save_json
-from icrouting.tasks.task import Task, rows_digest
+from icrouting.tasks.task import Task, rows_digest, template_digest
 
 
 @usual_defaults()
@@ -53,6 +53,7 @@ def fit(
     if not tasks:
         raise ValueError("a fit needs at least one source task, got none")
     check_alone(decoder.model, "icr")
+    tasks = [task.bound_to(decoder.tokenizer) for task in tasks]
     # A model that cannot be routed is refused before anything is computed.
     _ = decoder.family
     n_layers = decoder.dims.n_layers
@@ -64,7 +65,7 @@ def fit(
         )
     # So is an encoder that is not there, before a folder is made.
     features = features_of(config.encoder, decoder, str(decoder.device))
-    with claimed(folder, config, tasks, decoder.fingerprint):
+    with claimed(folder, config, tasks, decoder.fingerprint, template_digest(tasks)):
         router = kind(
             features.n_features,
             len(layers),
@@ -99,7 +100,11 @@ def extract_pids(
 
 @contextmanager
 def claimed(
-    folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str
+    folder: Path | None,
+    config: FitConfig,
+    tasks: Sequence[Task],
+    fingerprint: str,
+    chat_template: str | None = None,
 ) -> Iterator[None]:
     """Inside, a folder is one fit's alone, and the same fit for all processes.
 
@@ -115,6 +120,8 @@ def claimed(
         "model": fingerprint,
         "rows": rows_digest(tasks),
     }
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
     # As a file gives them back, so that tuples compare as lists.
     settings = json.loads(json.dumps(settings))
     agree(**settings)

@@ -23,7 +23,7 @@ from icrouting.methods.fits import Fit, load_fit, save_fit
 from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same
 from icrouting.runtime.defaults import usual_defaults
-from icrouting.tasks.prompts import Prompt
+from icrouting.tasks.prompts import Prompt, zero_shot
 from icrouting.tasks.task import Example, Task
 
 Scores = Float[Tensor, "n_examples n_options"]
@@ -122,6 +122,7 @@ class Method:
     ) -> None:
         """Does what `fit` does, for whoever holds a decoder."""
         check_alone(decoder.model, self.name)
+        sources = [task.bound_to(decoder.tokenizer) for task in sources]
         self.file = file
         # Drawn before the file is looked for, so that a resumed run's draws are the same.
         self.entropy = int(rng.integers(2**32))
@@ -219,7 +220,7 @@ class Method:
 
     def prompt(self, task: Task, example: Example) -> Prompt:
         """Returns what the model reads for a test example."""
-        return Prompt("", task.prompt(example))
+        return zero_shot(task, example)
 
     def applied(self, task: Task) -> Context:
         """Inside, the model is under the method's influence, for prompts of one task."""
@@ -334,6 +335,7 @@ class Method:
                 none of them says.
         """
         check_alone(model, self.name)
+        task = task.bound_to(tokenizer)
         method = self.on(task)._moved_to(Decoder.of(model, tokenizer))
         with hooked(method.decoder.base, method.name, method.applied(task)) as hold:
             hold.check = hold.hooked_modules.check

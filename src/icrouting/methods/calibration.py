@@ -1,6 +1,7 @@
 """Contextual calibration: option probabilities divided by those on content-free inputs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from icrouting.decoder.scoring import score
 from icrouting.methods.base import Method, Scores
+from icrouting.tasks.prompts import zero_shot
 from icrouting.tasks.task import Example, Task
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
@@ -49,8 +51,14 @@ class Calibration(Method):
             for text in CONTENT_FREE:
                 fields = dict.fromkeys(example.fields, text)
                 blanks.append(Example(fields, (text,) * n_choices, label=0))
-            # Behind a field at the template's end, the empty one leaves a bare space.
-            prompts = [task.prompt(blank).rstrip() for blank in blanks]
+            prompts = []
+            for blank in blanks:
+                prompt = zero_shot(task, blank)
+                # Behind a field at the template's end, the empty one leaves a bare space; a chat's
+                # prompt ends as its template does.
+                if not task.spec.chat:
+                    prompt = replace(prompt, query=prompt.query.rstrip())
+                prompts.append(prompt)
             options = [task.options(blank) for blank in blanks]
             scores = score(self.decoder, prompts, options, label_scoring=task.spec.label_scoring)
             self._levels[key] = scores.softmax(-1).mean(0).log()

@@ -221,6 +221,9 @@ class Elicit(Method):
         held_queries = []
         for task in self.sources:
             held_queries.append([task.prompt(row) for row in task.validation])
+        prompts = self._as_read(prompts)
+        queries = [self._as_read(texts) for texts in queries]
+        held_queries = [self._as_read(texts) for texts in held_queries]
         owners = torch.arange(len(self.sources)).repeat_interleave(N_PROMPTS)
         prompt_features = encoder(prompts)
         query_features, same = _read(encoder, queries, owners)
@@ -231,6 +234,12 @@ class Elicit(Method):
         self.n_trained = len(head)
         likelihoods = same_task(head, held_features, prompt_features)
         return {"features": prompt_features, "head": head}, likelihoods[held_same]
+
+    def _as_read(self, texts: Sequence[str]) -> list[str]:
+        """Returns texts as the encoder reads them in use: chats without their special tokens."""
+        if not any(task.spec.chat for task in self.sources):
+            return list(texts)
+        return query_texts(self.tokenizer, self.decoder.tokenize(texts))
 
 
 def _read(

@@ -25,7 +25,7 @@ from icrouting.decoder.scoring import counted_tokens
 from icrouting.decoder.states import last_outputs, last_token_variants
 from icrouting.methods.base import Context, Method
 from icrouting.runtime.progress import track
-from icrouting.tasks.prompts import episodes, few_shot
+from icrouting.tasks.prompts import behind, episodes, few_shot
 from icrouting.tasks.task import Example, Task
 
 log = logging.getLogger(__name__)
@@ -102,8 +102,9 @@ class FunctionVectors(Method):
         """Returns the token that the right answer to a trial's query begins with."""
         prompt = trial.task.prompt(trial.query)
         options = trial.task.options(trial.query)
-        label_scoring = trial.task.spec.label_scoring
-        tokens = counted_tokens(self.tokenizer, prompt, options, label_scoring)
+        tokens = counted_tokens(
+            self.tokenizer, prompt, options, trial.task.spec.label_scoring, trial.task.joint
+        )
         return tokens[trial.query.label][0]
 
     def _used_trials(self) -> list[int]:
@@ -170,10 +171,10 @@ def _shuffled(trial: Trial, rng: np.random.Generator) -> str:
     """
     task = trial.task
     answers = rng.permutation([task.answer(demo) for _, demo in trial.demos])
-    lines = []
+    turns = []
     for (_, demo), answer in zip(trial.demos, answers, strict=True):
-        lines.append(f"{task.prompt(demo)} {answer}\n")
-    return "".join(lines) + task.prompt(trial.query)
+        turns.append((task.question(demo), str(answer)))
+    return behind(task, trial.query, turns).text
 
 
 def _projections(model: PreTrainedModel) -> list[torch.nn.Module]:

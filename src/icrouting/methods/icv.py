@@ -13,7 +13,7 @@ from icrouting.decoder.families import branches_of
 from icrouting.decoder.hooks import edited
 from icrouting.decoder.states import last_outputs
 from icrouting.methods.base import Context, Method
-from icrouting.tasks.prompts import balanced_demos, demonstration, few_shot
+from icrouting.tasks.prompts import answered, balanced_demos, few_shot
 from icrouting.tasks.task import Example, Task
 
 # The published README's first.
@@ -30,8 +30,7 @@ def _pair(task: Task, demos: Sequence[Example]) -> list[TextPair]:
     pairs = []
     for demo in demos:
         # The direction is read at the answer's last token, not at the newline behind it.
-        answered = demonstration(task, demo).removesuffix("\n")
-        pairs.append((task.prompt(demo), answered))
+        pairs.append((task.prompt(demo), answered(task, demo)))
     return pairs
 
 

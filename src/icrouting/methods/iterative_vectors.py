@@ -18,7 +18,7 @@ from icrouting.decoder.hooks import added, edited, edited_last, recorded
 from icrouting.decoder.passes import next_token_logits
 from icrouting.methods.base import Context, Method
 from icrouting.runtime.progress import track
-from icrouting.tasks.prompts import demonstration, episodes
+from icrouting.tasks.prompts import episodes, few_shot
 from icrouting.tasks.task import Example, Task
 
 N_EPISODES = 200
@@ -158,11 +158,10 @@ def _episode(
     """Returns an episode of a task whose first class has row `first_row`."""
     # Each text ends where an io position stands, and the last one is the whole episode.
     texts = []
-    context = ""
-    for demo in demos:
-        texts.append(context + task.prompt(demo))
-        context += demonstration(task, demo)
-    texts.append(context + task.prompt(query))
+    context: list[tuple[Task, Example]] = []
+    for example in (*demos, query):
+        texts.append(few_shot(task, example, context).text)
+        context.append((task, example))
 
     # Only where every text's tokens begin the whole one's do their lengths say the positions.
     token_lists = decoder.tokenize(texts)

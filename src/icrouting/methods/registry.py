@@ -4,6 +4,7 @@ A new one is a file and a line here.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from icrouting.methods import controls
 from icrouting.methods.base import Method
@@ -17,6 +18,7 @@ from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.live import Live
 from icrouting.methods.lora import LoraBlock, LoraBlockMore, LoraHead
 from icrouting.methods.m2iv import M2IV
+from icrouting.methods.named_prompts import PREFIX, UserPrompt
 from icrouting.methods.probes import ProbeEncoder, ProbeHidden
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
 from icrouting.methods.regimes import ONCE, regimes
@@ -55,8 +57,16 @@ def make(names: Sequence[str], settings: Settings) -> list[Method]:
     for name in names:
         if name in reasons:
             raise ValueError(f"there is no {name!r}: {reasons[name]}")
-    kinds = [known("method", name, METHODS) for name in dict.fromkeys(names)]
+    kinds = [_maker(name) for name in dict.fromkeys(names)]
     return [kind(settings) for kind in kinds]
+
+
+def _maker(name: str) -> Callable[[Settings], Method]:
+    """Returns what makes the method of a name; ValueError for an unknown one."""
+    # These are each task's own: whether it has one of the name, the method says.
+    if name.startswith(PREFIX):
+        return partial(UserPrompt, name=name)
+    return known("method", name, METHODS)
 
 
 def cuts_of(names: Sequence[str], settings: Settings) -> list[str]:

@@ -135,7 +135,7 @@ def sweep(
             hits += _right_by_layer(decoder, task, example, vectors, kept)
             continue
         prompt = task.prompt(example)
-        ids = option_ids(decoder.tokenizer, prompt, task.options(example))
+        ids = option_ids(decoder.tokenizer, prompt, task.options(example), task.joint)
         (tokens,) = decoder.tokenize([prompt])
         right = []
         for logits in last_token_variants(decoder.model, tokens, n_layers, blocks, replace):

@@ -55,6 +55,7 @@ def answer_partings(decoder: Decoder, pairs: Sequence[tuple[Task, Example]]) -> 
             task.prompt(example),
             task.options(example),
             task.spec.label_scoring,
+            task.joint,
         )
         parted.append(partings(tokens, example.label))
     return parted

@@ -63,6 +63,10 @@ def save(
     # What an earlier version wrote is written as it was.
     if description.sources is None:
         del config["sources"]
+    for entry in config.get("sources", ()):
+        for name in ("chat", "system"):
+            if not entry[name]:
+                del entry[name]
     if not description.base_weights:
         del config["base_weights"]
     short_digest = sha256[:N_DIGITS]

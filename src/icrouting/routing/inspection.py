@@ -14,6 +14,7 @@ from icrouting.routing.routed import Routed
 from icrouting.routing.router import Routing
 from icrouting.runtime.equality import are_equal
 from icrouting.runtime.pages import points, render
+from icrouting.tasks.chat import Messages
 
 N_TOP = 10
 _FILTERS = {"points": points}
@@ -63,20 +64,26 @@ class Inspection:
         return describe([self.passes], self.routing)
 
 
-def inspect_prompt(routed: Routed, prompt: str, options: Sequence[str] | None = None) -> Inspection:
+def inspect_prompt(
+    routed: Routed, prompt: str | Messages, options: Sequence[str] | None = None
+) -> Inspection:
     """Returns what a router does to one prompt, inside `InContextRouter.attached`.
 
     Args:
         routed: the attached model.
-        prompt: ends right before the space and the answer ("Sentiment:").
+        prompt: ends right before the space and the answer ("Sentiment:"), or is a conversation.
         options: two answers to choose from or more; None looks at the likeliest tokens alone.
     """
     decoder = routed.reader.decoder
     # Everything that a user may get wrong is found out before the model runs.
     if options is not None and len(texts_of(options, "options")) < 2:
         raise ValueError(f"expected at least two options or none, got {list(options)}")
-    (token_ids,) = decoder.tokenize(prompts_of([prompt]))
-    options_ids = option_ids(decoder.tokenizer, prompt, options) if options else []
+    (whole_prompt,) = prompts_of([prompt], decoder.tokenizer)
+    (token_ids,) = decoder.tokenize([whole_prompt.text])
+    options_ids: list[int] = []
+    if options:
+        text = whole_prompt.text
+        options_ids = option_ids(decoder.tokenizer, text, options, whole_prompt.joint)
     decoder.check_known([options_ids])
     passes = run_both(decoder.model, token_ids, routed.layers)
     routing = routed.routing([prompt])

@@ -15,6 +15,7 @@ from icrouting.routing.effect import Passes, describe, run_both, warn_if_nothing
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
 from icrouting.runtime.showing import ranges
+from icrouting.tasks.chat import Messages
 from icrouting.tasks.task import LabelScoring, Task
 
 
@@ -44,7 +45,7 @@ class Routed:
 
     def score(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Messages],
         options: Sequence[str] | Sequence[Sequence[str]],
         *,
         label_scoring: LabelScoring = "first",
@@ -54,26 +55,28 @@ class Routed:
         The tokens of an option are routed by its prompt, as those that are generated are.
 
         Args:
-            prompts: zero-shot prompts, ending right before the space and the answer ("Sentiment:").
+            prompts: zero-shot prompts, ending right before the space and the answer ("Sentiment:");
+                or conversations, lists of {"role": "user", "content": "..."}, which the tokenizer's
+                chat template renders, and which options answer without a space.
             options: the answers to choose from, for all prompts or a list each.
             label_scoring: "first" for the logit of an option's first token, "sum" or "mean" for the
                 log-probabilities of all.
         """
         decoder = self.reader.decoder
-        prompts = prompts_of(prompts)
+        whole_prompts = prompts_of(prompts, decoder.tokenizer)
         with self.hold.turn():
-            scores = score(decoder, prompts, options, label_scoring=label_scoring)
+            scores = score(decoder, whole_prompts, options, label_scoring=label_scoring)
             # Batches may have come in another order, and the last of them alone would be
             # remembered.
-            self.last[:] = tokenize(decoder.tokenizer, prompts)
+            self.last[:] = tokenize(decoder.tokenizer, [prompt.text for prompt in whole_prompts])
         return scores
 
-    def routing(self, prompts: Sequence[str]) -> Routing:
+    def routing(self, prompts: Sequence[str | Messages]) -> Routing:
         """Returns what the router decides for prompts; no routed layer runs."""
         with self.hold.turn():
-            return self.reader.of_tokens(self.reader.decoder.tokenize(prompts_of(prompts)))
+            return self.reader.of_tokens(self._tokens_of(prompts))
 
-    def effect(self, prompts: Sequence[str] | None = None) -> str:
+    def effect(self, prompts: Sequence[str | Messages] | None = None) -> str:
         """Returns in one line of numbers what routing does to prompts.
 
         Warns when that is numerically nothing. Each prompt is run twice, alone, on the `eager`
@@ -88,9 +91,14 @@ class Routed:
         warn_if_nothing(passes)
         return describe(passes, routing)
 
-    def _compared(self, prompts: Sequence[str] | None) -> tuple[list[Passes], Routing]:
+    def _tokens_of(self, prompts: Sequence[str | Messages]) -> list[list[int]]:
         decoder = self.reader.decoder
-        token_lists = self.last if prompts is None else decoder.tokenize(prompts_of(prompts))
+        whole_prompts = prompts_of(prompts, decoder.tokenizer)
+        return decoder.tokenize([prompt.text for prompt in whole_prompts])
+
+    def _compared(self, prompts: Sequence[str | Messages] | None) -> tuple[list[Passes], Routing]:
+        decoder = self.reader.decoder
+        token_lists = self.last if prompts is None else self._tokens_of(prompts)
         # Beams repeat their prompt.
         distinct = [list(tokens) for tokens in dict.fromkeys(map(tuple, token_lists))]
         if not distinct:

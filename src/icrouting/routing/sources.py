@@ -10,7 +10,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from icrouting.config import FitConfig
+from icrouting.decoder.batches import tokenize
 from icrouting.routing.encoder import query_texts
+from icrouting.tasks.chat import Chat, Messages, conversation
 from icrouting.tasks.task import Task
 
 # Training rows whose prompts are looked at for their lines, and for an example that is short.
@@ -38,6 +40,8 @@ class Source:
         n_prompts: few-shot prompts that the directions were drawn from.
         n_demos: demonstrations in front of each of them, at most.
         n_queries: zero-shot prompts that the router was trained on.
+        chat: whether its prompts are chats; template, example and lines are then the user's turn.
+        system: the system turn of its chats; empty for none.
     """
 
     name: str
@@ -48,6 +52,13 @@ class Source:
     n_prompts: PositiveInt
     n_demos: NonNegativeInt
     n_queries: PositiveInt
+    chat: bool = False
+    system: str = ""
+
+    @property
+    def prompt(self) -> str | Messages:
+        """The example as `Routed.score` takes it."""
+        return conversation(self.example, self.system) if self.chat else self.example
 
     @property
     def fixed_texts(self) -> list[str]:
@@ -85,20 +96,13 @@ class Source:
             start = place + len(text)
         return True
 
-    def has_ends(self, beginning: str, end: str) -> bool:
-        """Returns whether a prompt may have this form, of which the two ends are known."""
-        # So few characters are in any N_TOKENS / 2 tokens.
-        head = self.fixed_texts[0][:N_SHOWN]
-        cue = self.cue[-N_SHOWN:]
-        return beginning.startswith(head) and end.endswith(cue)
-
 
 def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
     """Returns what a router is to know of the tasks that it is fitted on."""
     sources = []
     for task in tasks:
         rows = task.train[:N_ROWS]
-        prompts = [task.prompt(row) for row in rows]
+        prompts = [task.question(row) for row in rows]
         # An example is to be read: of these, the shortest.
         shortest = min(range(len(rows)), key=lambda place: len(prompts[place]))
         line_counts = {prompt.count("\n") + 1 for prompt in prompts}
@@ -112,6 +116,8 @@ def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
             n_prompts=min(fit.n_prompts, len(task.train)),
             n_demos=int(np.minimum(class_sizes, fit.demos_per_class).sum()),
             n_queries=min(fit.n_queries, len(task.train)),
+            chat=task.spec.chat,
+            system=task.spec.system,
         )
         sources.append(source)
     return tuple(sources)
@@ -140,6 +146,67 @@ def read_otherwise(sources: Sequence[Source], tasks: Sequence[Task]) -> list[str
     return lines
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a source's prompts read when they are decoded from tokens, as encoders read them.
+
+    Attributes:
+        source: the source.
+        before: what a chat template puts before the user's turn; empty where there is no chat.
+        after: what it puts behind it.
+    """
+
+    source: Source
+    before: str = ""
+    after: str = ""
+
+    def has_form(self, prompt: str) -> bool:
+        """Returns whether a prompt is of this form."""
+        start = len(self.before)
+        end = len(prompt) - len(self.after)
+        if not (prompt.startswith(self.before) and prompt.endswith(self.after) and start <= end):
+            return False
+        return self.source.has_form(prompt[start:end])
+
+    def has_ends(self, beginning: str, end: str) -> bool:
+        """Returns whether a prompt may have this form, of which the two ends are known."""
+        # So few characters are in any N_TOKENS / 2 tokens.
+        head = (self.before + self.source.fixed_texts[0])[:N_SHOWN]
+        cue = (self.source.cue + self.after)[-N_SHOWN:]
+        return beginning.startswith(head) and end.endswith(cue)
+
+
+def forms_of(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[Form]:
+    """Returns the forms of a source's prompts; none where this tokenizer cannot render its chats.
+
+    A chat template that names the day makes two: as the library renders it, and as others do.
+    """
+    if not source.chat:
+        return [Form(source)]
+    chat = Chat(tokenizer, source.system)
+    # Some templates trim turns.
+    question = source.example.strip()
+    forms = []
+    for today in (False, True):
+        try:
+            before, after = chat.frame(today=today)
+        except ValueError:
+            return []
+        token_lists = tokenize(tokenizer, [before + question + after])
+        (text,) = query_texts(tokenizer, token_lists)
+        before, _, after = text.rpartition(question)
+        form = Form(source, before, after)
+        if form not in forms:
+            forms.append(form)
+    return forms
+
+
+def _changes_texts(tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> bool:
+    """Returns whether the texts of tokens are others than those that they were made of."""
+    examples = [source.example for source in sources]
+    return query_texts(tokenizer, tokenizer(examples).input_ids) != examples
+
+
 class FormWatch:
     """Warns, once, of a prompt that has the form of none of a router's sources.
 
@@ -153,10 +220,11 @@ class FormWatch:
     def __init__(self, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase):
         self._sources = sources
         self._tokenizer = tokenizer
-        # A tokenizer that changes a text says nothing of its form.
-        examples = [source.example for source in sources]
-        token_lists = tokenizer(examples).input_ids
-        self._is_over = query_texts(tokenizer, token_lists) != examples
+        self._forms: list[Form] = []
+        for source in sources:
+            self._forms += forms_of(source, tokenizer)
+        # A tokenizer that changes texts says nothing of their form.
+        self._is_over = _changes_texts(tokenizer, sources)
         self._n_calls = 0
 
     def look_at(self, token_lists: Sequence[Sequence[int]]) -> None:
@@ -177,10 +245,10 @@ class FormWatch:
             half = N_TOKENS // 2
             parts = [tokens[:half], tokens[-half:]]
             beginning, end = query_texts(self._tokenizer, parts)
-            is_known = any(source.has_ends(beginning, end) for source in self._sources)
+            is_known = any(form.has_ends(beginning, end) for form in self._forms)
             return beginning[:N_SHOWN], end[-N_SHOWN:], is_known
         (prompt,) = query_texts(self._tokenizer, [tokens])
-        is_known = any(source.has_form(prompt) for source in self._sources)
+        is_known = any(form.has_form(prompt) for form in self._forms)
         if len(prompt) <= 2 * N_SHOWN:
             return prompt, "", is_known
         return prompt[:N_SHOWN], prompt[-N_SHOWN:], is_known
@@ -193,9 +261,12 @@ def _unlike(beginning: str, end: str, sources: Sequence[Source]) -> str:
     # What is likeliest meant is the task whose cue it ends with.
     nearest = next((source for source in sources if closing.endswith(source.cue)), sources[0])
     shown = f"{beginning!r} ... {end!r}" if end else repr(beginning)
+    kind = " as a user's turn of a chat" if nearest.chat else ""
+    if nearest.system:
+        kind += f" behind the system turn {nearest.system!r}"
     return (
         "this prompt has the form of none of the tasks that the router was fitted on "
-        f"({names}): it reads {shown}, where {nearest.name} reads {nearest.template!r}. "
+        f"({names}): it reads {shown}, where {nearest.name} reads {nearest.template!r}{kind}. "
         "What routing does to it was not learned and may do harm: for one of these tasks, give "
         "the template's own text and nothing around it; for another task, measure with `icr eval`"
     )

@@ -82,6 +82,9 @@ def task_from_rows(
     labels: rows.Labels | None,
     words: Mapping[str, Mapping[str, str]],
     label_scoring: LabelScoring,
+    chat: bool,
+    system: str,
+    prompts: Mapping[str, str],
 ) -> Task:
     """Returns the task of rows as people have them; the arguments are those of `Task.from_rows`."""
     if labels not in (None, "index", "text"):
@@ -94,6 +97,9 @@ def task_from_rows(
         words=words,
         label=label,
         label_scoring=label_scoring,
+        chat=chat,
+        system=system,
+        prompts=prompts,
     )
     train = _examples(table, spec, labels, label, "rows")
     if test is None:

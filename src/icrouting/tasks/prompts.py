@@ -12,15 +12,17 @@ from icrouting.tasks.task import Example, Task
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model reads: `context + query`, ending right before the space and the answer.
+    """What a model reads: `context + query`, ending right before the joint and the answer.
 
     `context` holds demonstrations, each followed by a newline, and is empty for zero-shot; `query`
     is the zero-shot prompt. They are kept apart because many prompts share one context, which then
-    needs computing only once.
+    needs computing only once. `joint` stands between the prompt and an answer: a space, or nothing
+    in most chats (`Task.joint`).
     """
 
     context: str
     query: str
+    joint: str = " "
 
     def __repr__(self) -> str:
         context = f"{len(self.context):,} characters of context, " if self.context else ""
@@ -33,8 +35,23 @@ class Prompt:
 
 
 def demonstration(task: Task, example: Example) -> str:
-    """Returns an example with its answer and a newline, as it stands in a few-shot context."""
-    return f"{task.prompt(example)} {task.answer(example)}\n"
+    """Returns an example with its answer and a newline, as it stands in a few-shot context.
+
+    In a chat it is a conversation of its own, as the template ends it.
+    """
+    if task.spec.chat:
+        return task.chat.demonstration(task.question(example), task.answer(example))
+    return f"{answered(task, example)}\n"
+
+
+def answered(task: Task, example: Example) -> str:
+    """Returns an example's prompt with its answer, which ends the text."""
+    return f"{task.prompt(example)}{task.joint}{task.answer(example)}"
+
+
+def zero_shot(task: Task, example: Example) -> Prompt:
+    """Returns an example's prompt alone."""
+    return Prompt("", task.prompt(example), task.joint)
 
 
 def balanced_demos(
@@ -72,8 +89,21 @@ def balanced_demos(
 
 def few_shot(task: Task, example: Example, demos: Sequence[tuple[Task, Example]]) -> Prompt:
     """Returns an example's prompt behind demonstrations, which may be of other tasks."""
-    context = "".join(demonstration(demo_task, demo) for demo_task, demo in demos)
-    return Prompt(context, task.prompt(example))
+    turns = [(demo_task.question(demo), demo_task.answer(demo)) for demo_task, demo in demos]
+    return behind(task, example, turns)
+
+
+def behind(task: Task, example: Example, turns: Sequence[tuple[str, str]]) -> Prompt:
+    """Returns an example's prompt behind questions, each with the answer that is shown for it.
+
+    In a chat they are earlier turns of the user and the assistant.
+    """
+    question = task.question(example)
+    if task.spec.chat:
+        context, query = task.chat.behind(turns, question)
+        return Prompt(context, query, task.joint)
+    lines = [f"{shown_question} {answer}\n" for shown_question, answer in turns]
+    return Prompt("".join(lines), question)
 
 
 def episodes(

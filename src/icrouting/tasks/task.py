@@ -3,7 +3,7 @@
 import hashlib
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -11,7 +11,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from icrouting.runtime.showing import in_short
+from icrouting.tasks.chat import Chat
 
+# What a `TaskSpec` had not at first: it is hashed where it is not as usual.
+_LATER = ("label_scoring", "chat", "system", "prompts")
 # How an option of several tokens is scored: by its first, or by all of them.
 LabelScoring = Literal["first", "sum", "mean"]
 
@@ -53,6 +56,24 @@ class Example:
 
 
 @dataclass(frozen=True)
+class NamedPrompt:
+    """A prompt of the user's own for a task, to be compared with what the library does.
+
+    Attributes:
+        name: the method `prompt:NAME` asks with it.
+        template: prompt text with slots that the task's template has too, perhaps with
+            demonstrations written in.
+        chat: whether it is a user's turn of a chat; None for as the task is.
+        system: the system turn; None for the task's.
+    """
+
+    name: str
+    template: str
+    chat: bool | None = None
+    system: str | None = None
+
+
+@dataclass(frozen=True)
 class TaskSpec:
     r"""How a task reads: everything but its rows (paper, table 6).
 
@@ -67,6 +88,9 @@ class TaskSpec:
             filled.
         label_scoring: what is compared between options: the logit of each one's "first" token, the
             "sum" of the log-probabilities of all its tokens, or their "mean".
+        chat: whether a prompt is a user's turn, in the words of the model's own chat template.
+        system: the system turn of a chat; empty for none.
+        prompts: prompts of the user's own, which stand beside the template as methods.
 
     Example:
         >>> from icrouting import TaskSpec
@@ -80,18 +104,28 @@ class TaskSpec:
     template: str
     options: tuple[str, ...] = ()
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    # Not shown, since digests of rows are made of what is.
-    label_scoring: LabelScoring = field(default="first", repr=False)
+    label_scoring: LabelScoring = "first"
+    chat: bool = False
+    system: str = ""
+    prompts: tuple[NamedPrompt, ...] = ()
 
     def __post_init__(self):
         # A word would be read as one option a letter.
         if isinstance(self.options, str):
             raise TypeError(f"options must be a tuple of texts, got {self.options!r}")
         check_label_scoring(self.label_scoring)
+        if self.system and not self.chat:
+            raise ValueError(f"system is a turn of a chat, and this is none: {self.system!r}")
 
     def __repr__(self) -> str:
-        options = f", options={in_short(self.options)}" if self.options else ""
-        return f"TaskSpec({self.name!r}, {self.group!r}, {in_short(self.template)!r}{options})"
+        parts = [repr(self.name), repr(self.group), repr(in_short(self.template))]
+        if self.options:
+            parts.append(f"options={in_short(self.options)}")
+        if self.label_scoring != "first":
+            parts.append(f"label_scoring={self.label_scoring!r}")
+        if self.chat:
+            parts.append("chat=True")
+        return f"TaskSpec({', '.join(parts)})"
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -130,6 +164,8 @@ class Task:
     validation: tuple[Example, ...] = ()
     n_dropped: int = 0
     dropped_example: tuple[Example, Example] | None = None
+    # What renders the prompts of a chat, from `bound_to` on.
+    rendering: Chat | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_rows(
@@ -147,6 +183,9 @@ class Task:
         labels: Literal["index", "text"] | None = None,
         words: Mapping[str, Mapping[str, str]] | None = None,
         label_scoring: LabelScoring = "first",
+        chat: bool = False,
+        system: str = "",
+        prompts: Mapping[str, str] | None = None,
     ) -> "Task":
         r"""Returns a task made of rows as they are: a table in memory, or a file of one.
 
@@ -173,6 +212,11 @@ class Task:
             words: replacements of columns' values, `{column: {value: text}}`.
             label_scoring: what is compared between options, see `TaskSpec`; "sum" where labels
                 share their beginnings.
+            chat: whether a prompt is a user's turn, in the words of the model's chat template; the
+                label then follows as the assistant's turn.
+            system: the system turn of a chat.
+            prompts: templates of your own by name, such as the prompt that is in production; the
+                method `prompt:NAME` asks with it.
 
         Raises:
             ValueError: a column is missing, a row does not fit (its place is named), or there are
@@ -208,6 +252,9 @@ class Task:
             labels=labels,
             words=words or {},
             label_scoring=label_scoring,
+            chat=chat,
+            system=system,
+            prompts=prompts or {},
         )
 
     def __repr__(self) -> str:
@@ -229,8 +276,42 @@ class Task:
         """The answers an example chooses from, in label order."""
         return self.spec.options or tuple(string.ascii_uppercase[: len(example.choices)])
 
-    def prompt(self, example: Example) -> str:
-        """The zero-shot prompt of an example, ending right before the space and the answer."""
+    def bound_to(self, tokenizer: Any) -> "Task":
+        """Returns this task for one model's tokenizer, whose chat template its prompts are made by.
+
+        A task without chats is returned as it is.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or it refuses the system turn.
+        """
+        if not self.spec.chat:
+            return self
+        if self.rendering is not None and self.rendering.tokenizer is tokenizer:
+            return self
+        rendering = Chat(tokenizer, self.spec.system)
+        # What does not fit is said here, before anything is computed.
+        _ = rendering.frame()
+        return replace(self, rendering=rendering)
+
+    def in_chat(self) -> "Task":
+        """Returns this task with its prompts as chats."""
+        return replace(self, spec=replace(self.spec, chat=True))
+
+    def asked_by(self, prompt: NamedPrompt) -> "Task":
+        """Returns this task with another prompt in its template's place."""
+        chat = self.spec.chat if prompt.chat is None else prompt.chat
+        system = ""
+        if chat:
+            system = self.spec.system if prompt.system is None else prompt.system
+        spec = replace(self.spec, template=prompt.template, chat=chat, system=system)
+        rendering = self.rendering
+        # Another system turn, other renderings.
+        if spec.system != self.spec.system:
+            rendering = None
+        return replace(self, spec=spec, rendering=rendering)
+
+    def question(self, example: Example) -> str:
+        """The filled template of an example: its prompt, or in a chat the user's turn."""
         values = {}
         for name, text in example.fields.items():
             words = self.spec.words.get(name, {})
@@ -244,6 +325,30 @@ class Task:
             **values, choices="\n".join(lines), letters="/".join(letters)
         )
 
+    def prompt(self, example: Example) -> str:
+        """The zero-shot prompt of an example, ending right before the `joint` and the answer."""
+        question = self.question(example)
+        return self.chat.prompt(question) if self.spec.chat else question
+
+    @property
+    def joint(self) -> str:
+        """What stands between a prompt and its answer: a space, or nothing in most chats."""
+        return self.chat.joint if self.spec.chat else " "
+
+    @property
+    def chat(self) -> Chat:
+        """What renders the prompts of a chat.
+
+        Raises:
+            ValueError: the task is not bound to a tokenizer, or has no chats.
+        """
+        if self.rendering is None:
+            raise ValueError(
+                f"the prompts of task {self.name!r} are chats, which a tokenizer's chat template "
+                "words: ask `task.bound_to(tokenizer)` for them"
+            )
+        return self.rendering
+
     def answer(self, example: Example) -> str:
         """The right option of an example."""
         return self.options(example)[example.label]
@@ -254,10 +359,10 @@ def rows_digest(tasks: Sequence[Task]) -> str:
     # Run folders and routers keep these digits: what is hashed, and its order, must stay.
     digest = hashlib.sha256()
     for task in tasks:
-        content = (task.spec, task.train, task.validation, task.test)
+        # The user's other prompts change nothing of what was computed without them.
+        spec = replace(task.spec, prompts=())
+        content = (spec, task.train, task.validation, task.test)
         digest.update(_hashed_text(content).encode())
-        if task.spec.label_scoring != "first":
-            digest.update(task.spec.label_scoring.encode())
     return digest.hexdigest()[:16]
 
 
@@ -266,8 +371,7 @@ def _hashed_text(value: object) -> str:
     if isinstance(value, Example | TaskSpec):
         parts = []
         for each in fields(value):
-            # What came later than the digests of earlier versions is hashed where it is not usual.
-            if each.repr:
+            if each.name not in _LATER or getattr(value, each.name) != each.default:
                 parts.append(f"{each.name}={_hashed_text(getattr(value, each.name))}")
         return f"{type(value).__qualname__}({', '.join(parts)})"
     if type(value) is tuple:
@@ -275,3 +379,15 @@ def _hashed_text(value: object) -> str:
         ending = "," if len(parts) == 1 else ""
         return f"({', '.join(parts)}{ending})"
     return repr(value)
+
+
+def template_digest(tasks: Sequence[Task]) -> str | None:
+    """Returns 16 hex digits that identify the chat template of tasks; None where none is a chat.
+
+    The tasks are bound to one tokenizer.
+    """
+    for task in tasks:
+        if task.spec.chat:
+            template = repr(task.chat.tokenizer.chat_template)
+            return hashlib.sha256(template.encode()).hexdigest()[:16]
+    return None

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from icrouting.tasks.cut import SEED, SHARE, check_draw, cut_rows
 from icrouting.tasks.rows import Labels, read_rows
 from icrouting.tasks.splits import make_task
-from icrouting.tasks.task import LabelScoring, Task, TaskSpec
+from icrouting.tasks.task import LabelScoring, NamedPrompt, Task, TaskSpec
 
 _GROUPS = ("in-domain", "near", "far")
 # Slots that show a row's own choices.
@@ -32,6 +32,9 @@ class _SpecKeys(BaseModel):
     labels: Labels | None = None
     words: dict[str, Any] = {}
     label_scoring: LabelScoring = "first"
+    chat: bool = False
+    system: str = ""
+    prompts: list[Any] = []
 
 
 class _TaskFile(_SpecKeys):
@@ -42,7 +45,9 @@ class _TaskFile(_SpecKeys):
 
 _Keys = TypeVar("_Keys", bound=_SpecKeys)
 # How a refusal calls the kind of value that pydantic expected.
-_KINDS = {"string_type": "str", "list_type": "list", "dict_type": "dict"}
+_KINDS = {"string_type": "str", "list_type": "list", "dict_type": "dict", "bool_type": "bool"}
+# The keys of a prompt of the user's own, and their types; those without a default come first.
+_PROMPT_KEYS = {"name": str, "template": str, "chat": bool, "system": str}
 
 
 def read_task_file(path: Path) -> Task:
@@ -53,7 +58,10 @@ def read_task_file(path: Path) -> Task:
     file that is cut in two (`splits.split`, the share to test on, and `splits.seed`), and
     optionally `name` (default: the file's), `group` (default: "far"), `label` (the labels' column,
     default: "label"), `words` (replacements of field values), `labels` (whether labels that are
-    numbers are an "index" or an option's "text") and `label_scoring` (see `TaskSpec`).
+    numbers are an "index" or an option's "text"), `label_scoring` (see `TaskSpec`), `chat` (whether
+    prompts are the user's turn of a chat), `system` (its system turn) and any number of
+    `[[prompts]]`, prompts of the user's own, with `name`, `template` and, where they are not the
+    task's, `chat` and `system`.
 
     Raises:
         ValueError: it is malformed (key and line are named), or a row does not fit.
@@ -71,9 +79,7 @@ def read_task_file(path: Path) -> Task:
         line = _line_of(mistake.key, text)
         raise ValueError(f"{path}:{line}: key {mistake.key!r} {mistake}") from mistake
     name = path.stem if file.name is None else file.name
-    spec = TaskSpec(
-        name, file.group, file.template, tuple(file.options), file.words, file.label_scoring
-    )
+    spec = _spec_of(file, name, file.group)
     splits = file.splits
     if "rows" in splits:
         rows = read_rows(path.parent / splits["rows"], spec, file.labels, file.label)
@@ -93,7 +99,10 @@ def checked_spec(
     group: str,
     words: Mapping[str, Mapping[str, str]],
     label: str,
-    label_scoring: LabelScoring,
+    label_scoring: LabelScoring = "first",
+    chat: bool = False,
+    system: str = "",
+    prompts: Mapping[str, str] | None = None,
 ) -> TaskSpec:
     """Returns the spec that these arguments make, checked like the keys of a task file.
 
@@ -110,6 +119,9 @@ def checked_spec(
         "label": label,
         "words": dict(words),
         "label_scoring": label_scoring,
+        "chat": chat,
+        "system": system,
+        "prompts": [{"name": prompt, "template": text} for prompt, text in (prompts or {}).items()],
     }
     try:
         # A task file may do without a name, which it has itself.
@@ -120,7 +132,21 @@ def checked_spec(
         _check_label_is_hidden(keys)
     except _Mistake as mistake:
         raise ValueError(f"{mistake.key} {mistake}") from mistake
-    return TaskSpec(name, group, template, tuple(keys.options), keys.words, keys.label_scoring)
+    return _spec_of(keys, name, group)
+
+
+def _spec_of(keys: _SpecKeys, name: str, group: str) -> TaskSpec:
+    return TaskSpec(
+        name,
+        group,
+        keys.template,
+        tuple(keys.options),
+        keys.words,
+        label_scoring=keys.label_scoring,
+        chat=keys.chat,
+        system=keys.system,
+        prompts=tuple(NamedPrompt(**prompt) for prompt in keys.prompts),
+    )
 
 
 class _Mistake(Exception):
@@ -133,7 +159,7 @@ class _Mistake(Exception):
 
 def _line_of(key: str, text: str) -> int:
     """Returns the number of the first line that begins with a key, or 1 where none does."""
-    begins_with_key = re.compile(rf"\s*\[?{re.escape(key)}\b").match
+    begins_with_key = re.compile(rf"\s*\[*{re.escape(key)}\b").match
     for number, line in enumerate(text.split("\n"), start=1):
         if begins_with_key(line):
             return number
@@ -159,6 +185,11 @@ def _check_how_it_reads(keys: _SpecKeys) -> None:
     _check_template(keys)
     _check_group(keys)
     _check_words(keys)
+    if keys.system and not keys.chat:
+        raise _Mistake("system", "is a turn of a chat: write chat = true beside it")
+    for prompt in keys.prompts:
+        _check_prompt(prompt, keys)
+    _check_names([prompt["name"] for prompt in keys.prompts])
 
 
 def _mistake_among_keys(error: ValidationError, values: dict[str, Any]) -> _Mistake:
@@ -246,9 +277,45 @@ def _check_template(file: _SpecKeys) -> None:
         raise _Mistake("options", "must be left out where the template has {choices} or {letters}")
 
 
+def _check_prompt(prompt: Any, keys: _SpecKeys) -> None:
+    """Checks a prompt of the user's own; its slots are among those of the task's template."""
+    is_known = isinstance(prompt, dict) and {"name", "template"} <= set(prompt) <= set(_PROMPT_KEYS)
+    if not is_known or any(type(prompt[key]) is not _PROMPT_KEYS[key] for key in prompt):
+        raise _Mistake(
+            "prompts",
+            'must have name = "a word" and template = "a text", and may have chat = true and '
+            f'system = "a text", got {prompt!r}',
+        )
+    name = prompt["name"]
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise _Mistake("prompts", f"needs names of letters, digits, '-', '.' or '_', got {name!r}")
+    if prompt.get("system") and not prompt.get("chat", keys.chat):
+        raise _Mistake("prompts", f"{name!r}: system is a turn of a chat: write chat = true")
+    try:
+        _check_template(keys.model_copy(update={"template": prompt["template"]}))
+    except _Mistake as mistake:
+        raise _Mistake("prompts", f"{name!r}: {mistake.key} {mistake}") from mistake
+    # Rows are read by the task's own template.
+    unknown = _slots(prompt["template"]) - _slots(keys.template) - _CHOICE_SLOTS
+    if unknown:
+        raise _Mistake(
+            "prompts",
+            f"{name!r} has slots that the task's template lacks: {', '.join(sorted(unknown))}; "
+            f"it has {', '.join(sorted(_slots(keys.template)))}",
+        )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise _Mistake("prompts", f"needs a name of its own for each, got {', '.join(names)}")
+
+
+def _slots(template: str) -> set[str]:
+    return {slot for _, slot, _, _ in Formatter().parse(template) if slot is not None}
+
+
 def _check_label_is_hidden(keys: _SpecKeys) -> None:
-    slots = {slot for _, slot, _, _ in Formatter().parse(keys.template)}
-    if keys.label in slots:
+    if keys.label in _slots(keys.template):
         raise _Mistake(
             "template",
             f"has a slot {{{keys.label}}}, which is the column of the labels: leave the answer out",
