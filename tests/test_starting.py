@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from icrouting.cli import reading
+from commands import on
+from icrouting.cli import main, reading
 from icrouting.runtime import launch
 
 ROWS = "text,label\n" + "\n".join(f"ticket {i},{i % 2}" for i in range(20))
@@ -105,3 +106,27 @@ def test_a_folder_that_may_not_be_written_is_said_with_its_place(tmp_path, monke
     monkeypatch.setattr("os.access", lambda *asked: False)
     with pytest.raises(ValueError, match=f"you may not write in {tmp_path}: choose another"):
         reading.check_out(tmp_path / "a" / "b")
+
+
+def test_a_pinned_encoder_that_is_unknown_is_said_before_the_model_is_loaded(
+    world, tmp_path, capsys, monkeypatch
+):
+    from icrouting.cli import fit as room
+
+    monkeypatch.setattr(room, "load", lambda model: pytest.fail("loaded"))
+    where = [*on(world), "--tasks", "sst2", "--out", str(tmp_path / "r")]
+    with pytest.raises(SystemExit):
+        main.main(["fit", *where, "--encoder", "constant:pinned:minilmm"])
+    assert "unknown pinned encoder 'pinned:minilmm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", ["--task none --fields a", "--fields none=a b"])
+def test_fields_that_do_not_fit_are_said_before_the_model_is_loaded(
+    asked, world, capsys, monkeypatch
+):
+    from icrouting.cli import look
+
+    monkeypatch.setattr(look, "load", lambda model: pytest.fail("loaded"))
+    with pytest.raises(SystemExit):
+        main.main(["generate", "--router", str(world / "router"), *asked.split()])
+    assert "error: " in capsys.readouterr().err

@@ -14,6 +14,8 @@ from icrouting.decoder.loading import default_dtype, dtype_of, load_skeleton
 from icrouting.fitting import plan, stages
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.icr import InContextRouter
+from icrouting.routing.encoder import check_name
+from icrouting.routing.features import sentence_encoder
 from icrouting.routing.ownership import check_place
 from icrouting.runtime.processes import first_one_first, is_first, wait
 from icrouting.tasks.task import Task, rows_digest
@@ -52,6 +54,7 @@ def _fit(
     with first_one_first():  # which may have to download
         if not _is_saved(out):
             check_place(out)
+            check_name(sentence_encoder(config.encoder) or "")
             # Reckoned before the weights are loaded, which may take long.
             skeleton, tokenizer = load_skeleton(model.name)
             dtype = dtype_of(model.dtype) or default_dtype()

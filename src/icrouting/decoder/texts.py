@@ -79,15 +79,16 @@ def whole_prompts_of(
 
 def _prompt_of(value: Any, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Returns a text or a conversation as a prompt."""
+    # Narrowed below, a value would be no text any more to who checks types.
+    unchecked: Any = value
     if isinstance(value, Mapping) and "role" in value:
         raise TypeError(
             "expected a list of prompts, got one conversation: put it into a list, [messages]"
         )
     is_list = isinstance(value, list | tuple) and bool(value)
     if is_list and all(isinstance(message, Mapping) for message in value):
-        messages: Any = value
-        return Prompt("", *opened(tokenizer, messages))
-    (text,) = texts_of([value])
+        return Prompt("", *opened(tokenizer, unchecked))
+    (text,) = texts_of([unchecked])
     return Prompt("", text)
 
 

