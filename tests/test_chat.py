@@ -273,8 +273,16 @@ def test_the_rows_digest_of_a_plain_task_is_what_it_was_before_there_were_chats(
         f"TaskSpec(name={spec.name!r}, group={spec.group!r}, template={spec.template!r}, "
         f"options={spec.options!r}, words={spec.words!r})"
     )
-    assert repr(spec) == old
-    content = f"({old}, {task.train!r}, {task.validation!r}, {task.test!r})"
+
+    def old_rows(rows):
+        texts = [
+            f"Example(fields={row.fields!r}, choices={row.choices!r}, label={row.label!r})"
+            for row in rows
+        ]
+        return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
+
+    rows = [old_rows(part) for part in (task.train, task.validation, task.test)]
+    content = f"({', '.join([old, *rows])})"
     assert rows_digest([task]) == hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

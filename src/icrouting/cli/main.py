@@ -3,7 +3,6 @@
 import io
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
 from icrouting.methods.settings import Settings
+from icrouting.tasks.task import Task
 
 # What a command runs is imported inside it: torch takes seconds, and `--help` needs none of it.
 BACKBONE = Backbone()
@@ -285,8 +285,8 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     tasks: tuple[str, ...] = (*sources, "sst5", "mr", "subj", "emotion")
     console.print(f"ICR on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks")
     config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
-    names: Sequence[str] = tasks
-    loaded = dict(zip(names, reading.read_first(names, data), strict=True))
+    loaded: dict[str, Task] = {}
+    loaded |= zip(tasks, reading.read_first(tasks, data), strict=True)
     from icrouting.cli import evaluate as evaluating
     from icrouting.cli import fit as fitting
 
