@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
-from icrouting.fitting import stages
+from icrouting.fitting import stages as fitting
 from icrouting.routing import artifact
 from icrouting.routing.card import model_card
 from icrouting.routing.description import Description, describe
@@ -94,6 +94,7 @@ class InContextRouter(ModelHubMixin):
         config: FitConfig | None = None,
         *,
         folder: str | Path | None = None,
+        stages: str | Path | None = None,
     ) -> "InContextRouter":
         """Returns a router fitted on source tasks: extraction, PIDs, training (sections 2 to 4).
 
@@ -103,16 +104,24 @@ class InContextRouter(ModelHubMixin):
             tasks: the source tasks.
             config: settings; None takes the defaults.
             folder: keeps the stages' results, so that a fit that was stopped goes on from there;
-                its trunk.bin, as large as the tokens are many, can be deleted once the router is
+                what fits with other settings left in it is taken up as far as it is the same. Each
+                trunk.bin in it, as large as the tokens are many, can be deleted once the router is
                 saved.
+            stages: another folder for the results of extraction, PCA and trunk, which many fits
+                can share, also at once: each is kept by what it depends on, so that another
+                learning rate or rank does not extract again. None keeps them in `folder`.
 
         Raises:
-            ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
+            ValueError: the model cannot be routed, or the settings, tasks, folder do not
+                fit.
         """
         config = config or FitConfig()
         decoder = Decoder.of(model, tokenizer).unwrapped()
         fit_folder = None if folder is None else Path(folder)
-        pids, router, features = stages.fit(decoder, tasks, config, fit_folder)
+        stages_folder = None if stages is None else Path(stages)
+        pids, router, features = fitting.fit(
+            decoder, tasks, config, fit_folder, stages=stages_folder
+        )
         description = describe(decoder, tasks, config, pids.layers, features)
         return cls(description, pids, router)
 

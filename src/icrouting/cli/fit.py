@@ -12,7 +12,7 @@ from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.loading import default_dtype, load_skeleton
 from icrouting.fitting import plan, stages
-from icrouting.fitting.trunk import TRUNK_FILE
+from icrouting.fitting.shelf import delete_trunks
 from icrouting.icr import InContextRouter
 from icrouting.routing.ownership import check_place
 from icrouting.runtime.processes import first_one_first, is_first, wait
@@ -20,11 +20,16 @@ from icrouting.tasks.task import rows_digest
 
 
 def fit(
-    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
+    out: Path,
+    model: Backbone,
+    data: str,
+    tasks: Sequence[str],
+    config: FitConfig,
+    stages_folder: Path | None = None,
 ) -> InContextRouter:
     """Returns a router that is fitted and saved to `out`, or was finished there already."""
     with stoppable(lambda: _kept(out)):
-        return _fit(out, model, data, tasks, config)
+        return _fit(out, model, data, tasks, config, stages_folder)
 
 
 def _kept(out: Path) -> str:
@@ -38,8 +43,14 @@ def _kept(out: Path) -> str:
 
 
 def _fit(
-    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
+    out: Path,
+    model: Backbone,
+    data: str,
+    tasks: Sequence[str],
+    config: FitConfig,
+    stages_folder: Path | None,
 ) -> InContextRouter:
+    shared = stages_folder or out / "fit"
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
         sources = load_tasks(tasks, data)
@@ -48,24 +59,34 @@ def _fit(
             # Reckoned before the weights are loaded, which may take long.
             skeleton, tokenizer = load_skeleton(model.name)
             planned = plan.plan_fit(skeleton, tokenizer, sources, config, default_dtype())
-            planned.check(*plan.room_of(out), is_spread=model.device_map is not None)
+            planned.check(*plan.room_of(shared), is_spread=model.device_map is not None)
         base, tokenizer = load(model)
     if _is_saved(out):
         icr = InContextRouter.from_pretrained(out)
         description = icr.description
         if (description.fit, description.rows) != (config, rows_digest(sources)):
             other = "a router of other settings or data"
-            raise ValueError(f"{out} holds {other}: choose another folder with --out")
+            raise ValueError(
+                f"{out} holds {other}: choose another folder with --out; with --stages {shared} it "
+                "takes up what they have in common"
+            )
         icr.check_fitted_on(Decoder.of(base, tokenizer), f"the router in {out}")
         message = f"{out} holds this router already"
     else:
-        icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit")
+        decoder = Decoder.of(base, tokenizer).unwrapped()
+        for phrase in stages.kept_stages(decoder, sources, config, shared):
+            console.print(phrase, markup=False)
+        icr = InContextRouter.fit(
+            base, tokenizer, sources, config, folder=out / "fit", stages=stages_folder
+        )
         # All processes hold the same router by now.
         if is_first():
             icr.save_pretrained(out)
         wait()
         message = f"router saved to {out}"
-    (out / "fit" / TRUNK_FILE).unlink(missing_ok=True)  # as large as the tokens are many
+    # As large as the tokens are many, and of use only where a folder was named for more fits.
+    if stages_folder is None:
+        delete_trunks(shared)
     console.print(message, markup=False)
     return icr
 

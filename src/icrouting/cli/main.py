@@ -24,6 +24,7 @@ def fit(
     model: Base = BACKBONE,
     data: str = "hub",
     tasks: Names = HUB_TASKS[:5],
+    stages: Path | None = None,
     dry_run: bool = False,
     tflops: float = 100.0,
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
@@ -32,7 +33,8 @@ def fit(
 
     Three stages, each with a progress bar: few-shot prompts are run and their queries and keys
     pooled; PIDs are computed; the router is trained. Stopped and started again with the same
-    settings, it goes on.
+    settings, it goes on; with others, it takes up the stages that they do not change. A router that
+    is finished is never overwritten.
 
     Example: icr fit --model pinned:smollm2-135m --encoder pinned:minilm --data pinned:staicc
     --tasks agnews sst2 --out my-router
@@ -42,6 +44,9 @@ def fit(
         model: The model below.
         data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
         tasks: Source tasks: names, or task files of your own (my-task.toml).
+        stages: Folder for extraction, PIDs and the queries' states in place of OUT/fit, for many
+            fits to share: each is kept by what it depends on, so that another learning rate, rank
+            or number of epochs does not compute it again. Several fits may use it at once.
         dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and
             end. Nothing is run, no weights are read: of the model, a folder with its config.json is
             enough.
@@ -52,7 +57,7 @@ def fit(
 
     if dry_run:
         return room.show_plan(model, data, tasks, config, tflops)
-    room.fit(out, model, data, tasks, config)
+    room.fit(out, model, data, tasks, config, stages)
 
 
 def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:

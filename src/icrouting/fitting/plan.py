@@ -120,15 +120,15 @@ def listed(amounts: dict[str, Any], in_words: Callable[[Any], str]) -> str:
     return ", ".join(f"{name} {in_words(amount)}" for name, amount in amounts.items())
 
 
-def room_of(out: Path) -> tuple[int, int, int | None]:
+def room_of(stages: Path) -> tuple[int, int, int | None]:
     """Returns the free bytes of memory, disk and accelerator, if there is one.
 
-    What a fit begun in `out` has written counts as free disk.
+    What fits have written to `stages`, the folder of their stages, counts as free disk.
     """
-    folders = (out.absolute(), *out.absolute().parents)
+    folders = (stages.absolute(), *stages.absolute().parents)
     nearest = next(folder for folder in folders if folder.exists())
     # Blocks rather than sizes, since a file may have holes.
-    written = sum(file.stat().st_blocks * 512 for file in (out / "fit").glob("*"))
+    written = sum(file.stat().st_blocks * 512 for file in stages.rglob("*"))
     disk = shutil.disk_usage(nearest).free + written
     device = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     return psutil.virtual_memory().available, disk, device

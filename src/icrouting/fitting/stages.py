@@ -12,18 +12,26 @@ from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, frozen
 from icrouting.fitting.extraction import MOMENTS_FILE, extract
+from icrouting.fitting.former import places_of, take_up
 from icrouting.fitting.pca import fit_pids
 from icrouting.fitting.queries import training_queries
+from icrouting.fitting.shelf import (
+    EXTRACTION,
+    TRUNK,
+    Shelf,
+    load_moments,
+    load_pids,
+    save_pids,
+)
 from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
 from icrouting.fitting.trunk import ENTROPIES_FILE
 from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs, check_layers, late_third
 from icrouting.routing.router import Router
-from icrouting.runtime.checks import differences
 from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.locks import locked
-from icrouting.runtime.processes import agree, first_one_first
-from icrouting.runtime.storage import load_json, load_metadata, save_json
+from icrouting.runtime.processes import agree, first_one_first, is_first
+from icrouting.runtime.storage import load_metadata
 from icrouting.tasks.task import Task, rows_digest
 
 
@@ -34,6 +42,7 @@ def fit(
     config: FitConfig,
     folder: Path | None = None,
     kind: type[Router] = Router,
+    stages: Path | None = None,
 ) -> tuple[PIDs, Router, Features]:
     """Returns the PIDs, a router trained on them, and the features that it reads.
 
@@ -46,6 +55,8 @@ def fit(
         folder: keeps what the stages computed, so that a fit that was stopped goes on from there.
         kind: which router is trained: the paper's, or a subclass of it that has other parts, or
             that trains the directions along (`Router.adopt`).
+        stages: keeps the stages before the training by what they depend on, for other fits to take
+            up; None keeps them in `folder`.
 
     Raises:
         ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
@@ -64,7 +75,8 @@ def fit(
         )
     # So is an encoder that is not there, before a folder is made.
     features = features_of(config.encoder, decoder, str(decoder.device))
-    with claimed(folder, config, tasks, decoder.fingerprint):
+    shelf = Shelf.of(stages or folder, decoder, tasks, layers, config)
+    with claimed(folder, config, tasks, decoder.fingerprint, shelf):
         router = kind(
             features.n_features,
             len(layers),
@@ -76,8 +88,11 @@ def fit(
         router.to(decoder.device)
         # The model's weights take no gradient: what is trained is the router.
         with frozen(decoder.model):
-            pids = router.adopt(extract_pids(decoder, tasks, layers, config, folder))
-            queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
+            pids = router.adopt(extract_pids(decoder, tasks, layers, config, shelf))
+            with shelf.opened(TRUNK) as place:
+                queries, scale = training_queries(
+                    decoder, tasks, features, layers[0], config, place
+                )
             Trainer(decoder, pids, router, queries, config, folder).run()
     # From here on the router reads features as they are.
     router.absorb(*scale)
@@ -89,25 +104,33 @@ def extract_pids(
     tasks: Sequence[Task],
     layers: tuple[int, ...],
     config: FitConfig,
-    folder: Path | None,
+    shelf: Shelf | None,
 ) -> PIDs:
     """Returns the PIDs of few-shot prompts of all source tasks, pooled (stages 1 and 2)."""
-    moments = extract(decoder, tasks, layers, config, folder)
-    generator = torch.Generator().manual_seed(config.seed)
-    return fit_pids(moments, layers, config.rank, config.basis, generator)
+    shelf = shelf or Shelf(None, None, {})
+    with shelf.opened(EXTRACTION) as place:
+        pids = load_pids(place, layers, config)
+        if pids is None:
+            moments = load_moments(place)
+            if moments is None:
+                moments = extract(decoder, tasks, layers, config, place)
+            generator = torch.Generator().manual_seed(config.seed)
+            pids = fit_pids(moments, layers, config.rank, config.basis, generator)
+            save_pids(place, pids, config)
+    return pids
 
 
 @contextmanager
 def claimed(
-    folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str
+    folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str, shelf: Shelf
 ) -> Iterator[None]:
     """Inside, a folder is one fit's alone, and the same fit for all processes.
 
-    It is made, or taken up where it was left.
+    It is made, or taken up where it was left; what a fit with other settings left is set aside.
 
     Raises:
-        ValueError: the folder holds another fit or the processes were started with different ones;
-            what differs is named.
+        ValueError: another run is writing to the folder, or the processes were started with
+            different fits; what differs is named.
     """
     settings = {
         **dataclasses.asdict(config),
@@ -123,36 +146,35 @@ def claimed(
         return
     with locked(folder):
         with first_one_first():
-            _check_settings(folder, settings)
+            # The others would write over each other.
+            if is_first():
+                take_up(folder, settings, shelf)
         yield
+
+
+def kept_stages(
+    decoder: Decoder,
+    tasks: Sequence[Task],
+    config: FitConfig,
+    stages: Path,
+) -> list[str]:
+    """Returns what a fit will find of its stages in a folder, a phrase each."""
+    n_layers = decoder.dims.n_layers
+    layers = check_layers(config.layers or late_third(n_layers), n_layers)
+    n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
+    return Shelf.of(stages, decoder, tasks, layers, config).kept(n_prompts)
 
 
 def progress_in(folder: Path) -> list[str]:
     """Returns what a fit that was stopped has kept in its folder, a phrase a stage."""
     phrases = []
-    moments = load_metadata(folder / MOMENTS_FILE)
+    places = places_of(folder)
+    moments = load_metadata(places[EXTRACTION] / MOMENTS_FILE)
     if moments is not None:
         phrases.append(f"{int(moments['n_done']):,} prompts of the extraction")
-    if load_metadata(folder / ENTROPIES_FILE) is not None:
+    if load_metadata(places[TRUNK] / ENTROPIES_FILE) is not None:
         phrases.append("the trunk's states")
     training = load_metadata(folder / CHECKPOINT_FILE)
     if training is not None and training["step"] != "0":
         phrases.append(f"training up to step {int(training['step']):,}")
     return phrases
-
-
-def _check_settings(folder: Path, settings: dict[str, object]) -> None:
-    """ValueError if a folder holds a fit with other settings; an empty one keeps these."""
-    file = folder / "fit.json"
-    # So for the first process alone: others would write over each other.
-    if not file.exists():
-        save_json(file, settings)
-    phrases = differences(load_json(file), settings)
-    # Where nothing was computed, nothing binds.
-    if phrases and not progress_in(folder):
-        save_json(file, settings)
-    elif phrases:
-        raise ValueError(
-            f"{folder} holds a fit with other settings ({', '.join(phrases)}): "
-            "choose another folder"
-        )
