@@ -6,17 +6,21 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from icrouting.cli.loading import console, load, load_tasks, stoppable
+from icrouting.cli.loading import console, load, stoppable
+from icrouting.cli.warm import Beginning
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.loading import default_dtype, load_skeleton
 from icrouting.fitting import plan, stages
+from icrouting.fitting.lengths import Texts
 from icrouting.fitting.shelf import delete_trunks
 from icrouting.icr import InContextRouter
 from icrouting.routing.ownership import check_place
 from icrouting.runtime.processes import first_one_first, is_first, wait
-from icrouting.tasks.task import rows_digest
+
+# Without a router to go on from.
+ANEW = Beginning()
 
 
 def fit(
@@ -26,10 +30,11 @@ def fit(
     tasks: Sequence[str],
     config: FitConfig,
     stages_folder: Path | None = None,
+    beginning: Beginning = ANEW,
 ) -> InContextRouter:
     """Returns a router that is fitted and saved to `out`, or was finished there already."""
     with stoppable(lambda: _kept(out)):
-        return _fit(out, model, data, tasks, config, stages_folder)
+        return _fit(out, model, data, tasks, config, stages_folder, beginning)
 
 
 def _kept(out: Path) -> str:
@@ -49,22 +54,32 @@ def _fit(
     tasks: Sequence[str],
     config: FitConfig,
     stages_folder: Path | None,
+    beginning: Beginning,
 ) -> InContextRouter:
     shared = stages_folder or out / "fit"
     console.quiet = not is_first()
+    model = beginning.model(model)
+    config = beginning.settings(config)
     with first_one_first():  # which may have to download
-        sources = load_tasks(tasks, data)
+        sources = beginning.load_tasks(tasks, data)
+        trained = beginning.trained_tasks(sources, config.seed)
         if not _is_saved(out):
             check_place(out)
             # Reckoned before the weights are loaded, which may take long.
             skeleton, tokenizer = load_skeleton(model.name)
-            planned = plan.plan_fit(skeleton, tokenizer, sources, config, default_dtype())
+            planned = plan.plan_fit(
+                skeleton,
+                tokenizer,
+                trained,
+                config,
+                default_dtype(),
+                is_extracted=beginning.start is None,
+            )
             planned.check(*plan.room_of(shared), is_spread=model.device_map is not None)
         base, tokenizer = load(model)
     if _is_saved(out):
         icr = InContextRouter.from_pretrained(out)
-        description = icr.description
-        if (description.fit, description.rows) != (config, rows_digest(sources)):
+        if icr.description.fit != config or not beginning.is_of(icr, trained):
             other = "a router of other settings or data"
             raise ValueError(
                 f"{out} holds {other}: choose another folder with --out; with --stages {shared} it "
@@ -74,10 +89,18 @@ def _fit(
         message = f"{out} holds this router already"
     else:
         decoder = Decoder.of(base, tokenizer).unwrapped()
-        for phrase in stages.kept_stages(decoder, sources, config, shared):
-            console.print(phrase, markup=False)
+        phrases = stages.kept_stages(decoder, trained, config, shared, beginning.start)
+        for line in (*beginning.words(trained), *phrases):
+            console.print(line, markup=False)
         icr = InContextRouter.fit(
-            base, tokenizer, sources, config, folder=out / "fit", stages=stages_folder
+            base,
+            tokenizer,
+            sources,
+            config,
+            folder=out / "fit",
+            stages=stages_folder,
+            start=beginning.icr,
+            keep=beginning.keep,
         )
         # All processes hold the same router by now.
         if is_first():
@@ -97,13 +120,26 @@ def _is_saved(out: Path) -> bool:
 
 
 def show_plan(
-    model: Backbone, data: str, tasks: Sequence[str], config: FitConfig, tflops: float
+    model: Backbone,
+    data: str,
+    tasks: Sequence[str],
+    config: FitConfig,
+    tflops: float,
+    beginning: Beginning = ANEW,
 ) -> None:
     """Prints what a fit would take; no weights are read."""
-    sources = load_tasks(tasks, data)
+    model = beginning.model(model)
+    config = beginning.settings(config)
+    sources = beginning.load_tasks(tasks, data)
+    trained = beginning.trained_tasks(sources, config.seed)
+    for line in beginning.words(trained):
+        console.print(line, markup=False)
     skeleton, tokenizer = load_skeleton(model.name)
     # A fit to be planned is a large one, and those run on accelerators.
-    planned = plan.plan_fit(skeleton, tokenizer, sources, config, torch.bfloat16)
+    is_extracted = beginning.start is None
+    planned = plan.plan_fit(
+        skeleton, tokenizer, trained, config, torch.bfloat16, is_extracted=is_extracted
+    )
     console.print(_texts_by_task(planned, f"fit on {model}"))
     counted = "by the model's tokenizer"
     if tokenizer is None:
@@ -130,8 +166,9 @@ def _texts_by_task(planned: plan.Plan, title: str) -> Table:
     """How much text of each task a fit would read."""
     columns = ("task", "prompts", "their tokens", "queries", "their tokens")
     by_task = Table(*columns, title=title)
-    for task, prompts in planned.prompts.items():
-        queries = planned.queries[task]
+    for task, queries in planned.queries.items():
+        # A fit that goes on from a router has no prompts.
+        prompts = planned.prompts.get(task, Texts(0, 0, 0, 0))
         counts = (prompts.count, prompts.tokens, queries.count, queries.tokens)
         by_task.add_row(task, *(f"{count:,}" for count in counts))
     return by_task

@@ -25,6 +25,8 @@ def fit(
     data: str = "hub",
     tasks: Names = HUB_TASKS[:5],
     stages: Path | None = None,
+    start: Annotated[str | None, tyro.conf.arg(name="from", metavar="ROUTER")] = None,
+    keep: int = 0,
     dry_run: bool = False,
     tflops: float = 100.0,
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
@@ -47,6 +49,12 @@ def fit(
         stages: Folder for extraction, PIDs and the queries' states in place of OUT/fit, for many
             fits to share: each is kept by what it depends on, so that another learning rate, rank
             or number of epochs does not compute it again. Several fits may use it at once.
+        start: Folder or hub id of a router to go on from, with new tasks beside those that it
+            knows. Its PIDs are kept, so nothing is extracted, and its weights are where training
+            begins. What shapes a router (layers, rank, basis, encoder, hidden width and what was
+            extracted) is ROUTER's, as is the model where none is named.
+        keep: With --from: rows of each task that ROUTER knows to train on again, so that it is not
+            forgotten; read by the tasks' names from --data.
         dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and
             end. Nothing is run, no weights are read: of the model, a folder with its config.json is
             enough.
@@ -55,9 +63,10 @@ def fit(
     """
     from icrouting.cli import fit as room
 
+    beginning = room.Beginning.of(start, keep)
     if dry_run:
-        return room.show_plan(model, data, tasks, config, tflops)
-    room.fit(out, model, data, tasks, config, stages)
+        return room.show_plan(model, data, tasks, config, tflops, beginning)
+    room.fit(out, model, data, tasks, config, stages, beginning)
 
 
 def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:

@@ -71,7 +71,7 @@ class Plan:
         """
         weights = 0 if is_spread else self.memory.get("weights", 0)
         # Without an accelerator the weights lie where the moments do.
-        in_memory = self.memory["moments"]
+        in_memory = self.memory.get("moments", 0)
         if device is None:
             in_memory += weights
         _check_room(
@@ -141,6 +141,8 @@ def plan_fit(
     config: FitConfig,
     dtype: torch.dtype,
     sample: int = 50,
+    *,
+    is_extracted: bool = True,
 ) -> Plan:
     """Returns the plan of a fit.
 
@@ -151,6 +153,8 @@ def plan_fit(
         config: settings.
         dtype: what the weights will be loaded in.
         sample: prompts and queries of every task that are read; their mean length stands for all.
+        is_extracted: whether few-shot prompts are run; a fit that goes on from a router has its
+            directions.
 
     Raises:
         ValueError: the model cannot be routed, or not in these layers, or a task's prompts are all
@@ -160,7 +164,9 @@ def plan_fit(
     layers = check_layers(config.layers or late_third(sizes.n_layers), sizes.n_layers)
     token_counts = _token_counts(tokenizer)
     limit = context_length(model)
-    prompts = prompts_by_task(tasks, config, token_counts, sample, limit)
+    prompts = {}
+    if is_extracted:
+        prompts = prompts_by_task(tasks, config, token_counts, sample, limit)
     queries = queries_by_task(tasks, config, token_counts, sample, limit)
     reckoning = Reckoning(
         sizes=sizes,
@@ -170,13 +176,14 @@ def plan_fit(
         config=config,
         itemsize=dtype.itemsize,
     )
-    memory = {
-        "weights": reckoning.weights_bytes,
-        "moments": reckoning.moments_bytes,
-        "extraction batch": reckoning.extraction_batch_bytes,
-        "PCA of one layer": reckoning.pca_bytes,
-        "training batch": reckoning.training_batch_bytes,
-    }
+    memory = {"weights": reckoning.weights_bytes}
+    if is_extracted:
+        memory |= {
+            "moments": reckoning.moments_bytes,
+            "extraction batch": reckoning.extraction_batch_bytes,
+            "PCA of one layer": reckoning.pca_bytes,
+        }
+    memory["training batch"] = reckoning.training_batch_bytes
     # A quantised model's weights are smaller than `dtype`, by how much is not known here.
     if getattr(model.config, "quantization_config", None) is not None:
         del memory["weights"]
@@ -185,6 +192,8 @@ def plan_fit(
         "moments": reckoning.moments_bytes,
         "router": reckoning.artifact_bytes,
     }
+    if not is_extracted:
+        del disk["moments"]
     flops = {
         "extraction": reckoning.extraction_flops,
         "trunk": reckoning.trunk_flops,
@@ -199,7 +208,7 @@ def plan_fit(
         memory=memory,
         disk=disk,
         flops=flops,
-        processor=reckoning.processor_seconds,
+        processor=reckoning.processor_seconds if is_extracted else 0.0,
     )
 
 

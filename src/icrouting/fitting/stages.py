@@ -25,6 +25,7 @@ from icrouting.fitting.shelf import (
 )
 from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
 from icrouting.fitting.trunk import ENTROPIES_FILE
+from icrouting.fitting.warm import Start
 from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs, check_layers, late_third
 from icrouting.routing.router import Router
@@ -43,6 +44,7 @@ def fit(
     folder: Path | None = None,
     kind: type[Router] = Router,
     stages: Path | None = None,
+    start: Start | None = None,
 ) -> tuple[PIDs, Router, Features]:
     """Returns the PIDs, a router trained on them, and the features that it reads.
 
@@ -57,6 +59,8 @@ def fit(
             that trains the directions along (`Router.adopt`).
         stages: keeps the stages before the training by what they depend on, for other fits to take
             up; None keeps them in `folder`.
+        start: the router to go on from, whose directions are taken; `tasks` and `config` are those
+            that it gives for them.
 
     Raises:
         ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
@@ -75,8 +79,10 @@ def fit(
         )
     # So is an encoder that is not there, before a folder is made.
     features = features_of(config.encoder, decoder, str(decoder.device))
+    if start is not None:
+        start.check_features(features)
     shelf = Shelf.of(stages or folder, decoder, tasks, layers, config)
-    with claimed(folder, config, tasks, decoder.fingerprint, shelf):
+    with claimed(folder, config, tasks, decoder.fingerprint, shelf, start):
         router = kind(
             features.n_features,
             len(layers),
@@ -88,12 +94,20 @@ def fit(
         router.to(decoder.device)
         # The model's weights take no gradient: what is trained is the router.
         with frozen(decoder.model):
-            pids = router.adopt(extract_pids(decoder, tasks, layers, config, shelf))
+            if start is None:
+                pids = router.adopt(extract_pids(decoder, tasks, layers, config, shelf))
+            else:
+                pids = start.pids
             with shelf.opened(TRUNK) as place:
                 queries, scale = training_queries(
                     decoder, tasks, features, layers[0], config, place
                 )
-            Trainer(decoder, pids, router, queries, config, folder).run()
+            first_scale = 1.0
+            if start is not None:
+                scale = start.put_into(router, scale)
+                # Where its own training ended, so that nothing changes before the first step.
+                first_scale = config.final_alpha_scale
+            Trainer(decoder, pids, router, queries, config, folder, first_scale).run()
     # From here on the router reads features as they are.
     router.absorb(*scale)
     return pids, router.eval().requires_grad_(False), features
@@ -122,7 +136,12 @@ def extract_pids(
 
 @contextmanager
 def claimed(
-    folder: Path | None, config: FitConfig, tasks: Sequence[Task], fingerprint: str, shelf: Shelf
+    folder: Path | None,
+    config: FitConfig,
+    tasks: Sequence[Task],
+    fingerprint: str,
+    shelf: Shelf,
+    start: Start | None,
 ) -> Iterator[None]:
     """Inside, a folder is one fit's alone, and the same fit for all processes.
 
@@ -137,6 +156,7 @@ def claimed(
         "tasks": [task.name for task in tasks],
         "model": fingerprint,
         "rows": rows_digest(tasks),
+        "start": None if start is None else start.digest,
     }
     # As a file gives them back, so that tuples compare as lists.
     settings = json.loads(json.dumps(settings))
@@ -157,12 +177,17 @@ def kept_stages(
     tasks: Sequence[Task],
     config: FitConfig,
     stages: Path,
+    start: Start | None = None,
 ) -> list[str]:
     """Returns what a fit will find of its stages in a folder, a phrase each."""
     n_layers = decoder.dims.n_layers
     layers = check_layers(config.layers or late_third(n_layers), n_layers)
     n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
-    return Shelf.of(stages, decoder, tasks, layers, config).kept(n_prompts)
+    shelf = Shelf.of(stages, decoder, tasks, layers, config)
+    # The directions are those of the router that it goes on from.
+    if start is not None:
+        shelf = dataclasses.replace(shelf, extraction=None)
+    return shelf.kept(n_prompts)
 
 
 def progress_in(folder: Path) -> list[str]:
