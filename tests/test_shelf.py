@@ -131,6 +131,16 @@ def test_directions_that_are_kept_are_not_computed_again(
     assert ran == ["extraction", "trunk"]
 
 
+def test_moments_that_are_damaged_are_named_where_they_are_needed(model, tokenizer, tmp_path):
+    fit(model, tokenizer, shelf=tmp_path)
+    (file,) = tmp_path.rglob("moments.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"moments\.safetensors is damaged"):
+        fit(model, tokenizer, shelf=tmp_path, rank=2)
+    file.unlink()
+    assert fit(model, tokenizer, shelf=tmp_path, rank=2) == fit(model, tokenizer, rank=2)
+
+
 def test_a_shelf_says_what_is_kept(model, tokenizer, tmp_path, monkeypatch):
     decoder = Decoder.of(model, tokenizer)
     asked = (decoder, [tiny.task()], CONFIG, tmp_path)
@@ -204,7 +214,8 @@ def test_a_setting_aside_that_is_killed_loses_nothing(model, tokenizer, tmp_path
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
 
         def killed(files, folder):
-            files[0].replace(folder / files[0].name)
+            for file in files:
+                file.replace(folder / file.name)
             raise KeyboardInterrupt
 
         patched.setattr(former, "_move", killed)
