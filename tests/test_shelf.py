@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 
 import pytest
@@ -15,6 +16,7 @@ from icrouting.fitting.shelf import EXTRACTION, TRUNK, Shelf, delete_trunks
 from icrouting.fitting.training import Trainer
 from icrouting.icr import InContextRouter
 from icrouting.runtime.locks import locked
+from icrouting.runtime.storage import save_tensors
 
 LAYERS = (3, 4)
 CONFIG = FitConfig(
@@ -150,6 +152,36 @@ def test_a_shelf_says_what_is_kept(model, tokenizer, tmp_path, monkeypatch):
     assert stages.kept_stages(*asked) == ["extraction kept: 12 prompts", "trunk kept"]
     delete_trunks(tmp_path)
     assert stages.kept_stages(*asked) == ["extraction kept: 12 prompts"]
+
+
+def test_a_shelf_says_how_far_an_extraction_came(model, tokenizer, tmp_path):
+    place, _ = places(model, tokenizer, tmp_path)
+    place.mkdir()
+    save_tensors(place / extraction.MOMENTS_FILE, {"count": torch.tensor(5)}, {"n_done": "5"})
+    asked = (Decoder.of(model, tokenizer), [tiny.task()], CONFIG, tmp_path)
+    assert stages.kept_stages(*asked) == ["extraction kept: 5 of 12 prompts"]
+
+
+def test_stages_that_an_earlier_version_left_beside_fit_json_are_taken_up(
+    model, tokenizer, tmp_path, ran
+):
+    """Half a fit: the stages are there, the training is not."""
+    first = fit(model, tokenizer, tmp_path)
+    for place in places(model, tokenizer, tmp_path):
+        for file in place.glob("*.*"):
+            if file.name.startswith(("moments", "trunk")):
+                file.rename(tmp_path / file.name)
+        shutil.rmtree(place)
+    settings = json.loads((tmp_path / "fit.json").read_text())
+    del settings["start"]
+    (tmp_path / "fit.json").write_text(json.dumps(settings))
+    for name in ("training.safetensors", "stages.json"):
+        (tmp_path / name).unlink()
+    ran.clear()
+    assert "12 prompts of the extraction" in stages.progress_in(tmp_path)
+    assert fit(model, tokenizer, tmp_path) == first
+    assert not ran
+    assert not (tmp_path / "moments.safetensors").exists()
 
 
 def test_a_trunk_that_another_run_writes_is_not_deleted(tmp_path):

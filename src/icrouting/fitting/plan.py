@@ -1,8 +1,10 @@
 """What a fit will take, told before it starts: parameters, tokens, memory, disk and time."""
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -128,7 +130,12 @@ def room_of(stages: Path) -> tuple[int, int, int | None]:
     folders = (stages.absolute(), *stages.absolute().parents)
     nearest = next(folder for folder in folders if folder.exists())
     # Blocks rather than sizes, since a file may have holes.
-    written = sum(file.stat().st_blocks * 512 for file in stages.rglob("*"))
+    written = 0
+    for folder, _, names in os.walk(stages):
+        for name in names:
+            # What another fit had under way may be gone by now.
+            with suppress(FileNotFoundError):
+                written += Path(folder, name).stat().st_blocks * 512
     disk = shutil.disk_usage(nearest).free + written
     device = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     return psutil.virtual_memory().available, disk, device
