@@ -66,3 +66,16 @@ def test_a_warm_start_of_two_processes_that_is_killed_goes_on_with_one(
     assert got.description == wanted.description
     for a, b in zip(got.router.parameters(), wanted.router.parameters(), strict=True):
         assert (a - b).abs().max() <= 1e-3
+
+
+def test_what_two_processes_keep_one_takes_up(world_in_float32, encoder_folder, tmp_path):
+    shared = ("--stages", tmp_path / "stages")
+    both = start_fit(world_in_float32, encoder_folder, tmp_path / "both", 2, *shared)
+    assert finish(both) == [0, 0]
+    written = {file: file.stat().st_ino for file in (tmp_path / "stages").rglob("[mt]*.*")}
+    assert {file.name for file in written} >= {"moments.safetensors", "trunk.bin"}
+    one = start_fit(world_in_float32, encoder_folder, tmp_path / "one", 1, *shared, "--lr", "0.02")
+    assert finish(one) == [0]
+    assert {file: file.stat().st_ino for file in written} == written
+    both_pids = InContextRouter.from_pretrained(tmp_path / "both").pids
+    assert InContextRouter.from_pretrained(tmp_path / "one").pids == both_pids
