@@ -177,19 +177,6 @@ def test_a_fit_stopped_in_extraction_keeps_the_prompts_it_ran(
     assert torch.allclose(projector, fitted.pids.query_pids @ fitted.pids.query_pids.mT, atol=1e-4)
 
 
-def test_a_folder_of_another_fit_is_refused_with_the_difference(
-    config, model, tokenizer, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(Trainer, "run", lambda self: None)
-    InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
-    with pytest.raises(
-        ValueError, match=r"other settings \(lr was 0.01, is 0.5\): choose another folder"
-    ):
-        InContextRouter.fit(
-            model, tokenizer, [tiny.task()], dataclasses.replace(config, lr=0.5), folder=tmp_path
-        )
-
-
 def test_a_fit_that_computed_nothing_binds_nobody(config, model, tokenizer, tmp_path, monkeypatch):
     def failing(*args, **kwargs):
         raise ValueError("a prompt that is too long")
@@ -238,9 +225,10 @@ def test_one_process_alone_writes_what_a_fit_is(config, model, tokenizer, tmp_pa
     """
     monkeypatch.setattr(Trainer, "run", lambda self: None)
     InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
-    written = (tmp_path / "fit.json").stat()
+    # A new file is another one, even where it says the same.
+    written = (tmp_path / "fit.json").stat().st_ino
     InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
-    assert (tmp_path / "fit.json").stat() == written
+    assert (tmp_path / "fit.json").stat().st_ino == written
 
 
 def test_saving_and_loading_give_identical_logits(fitted, model, tokenizer, tmp_path):
@@ -371,19 +359,13 @@ def test_a_fit_into_the_folder_of_one_that_goes_on_is_refused(config, model, tok
     InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
 
 
-def test_a_fit_begun_on_other_rows_is_refused(config, model, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "run", lambda self: None)
-    InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
-    with pytest.raises(ValueError, match="rows was"):
-        InContextRouter.fit(model, tokenizer, [tiny.task(n_train=41)], config, folder=tmp_path)
-
-
-@pytest.mark.parametrize("name", ["moments.safetensors", "training.safetensors", "fit.json"])
+@pytest.mark.parametrize("name", ["pids-pca-3.safetensors", "training.safetensors", "fit.json"])
 @pytest.mark.slow
 def test_a_damaged_stage_is_named(name, config, model, tokenizer, tmp_path):
     InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
-    whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    (file,) = tmp_path.rglob(name)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"{name} is damaged"):
         InContextRouter.fit(model, tokenizer, [tiny.task()], config, folder=tmp_path)
 

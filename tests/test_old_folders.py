@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.outcomes import Failed
 
 from icrouting import InContextRouter, load_model, load_task
 from icrouting.cli import main
@@ -63,12 +64,25 @@ def test_a_fit_is_taken_up_at_its_end(folder, nothing_is_computed):
     assert (folder / "router" / "model.safetensors").read_bytes() == written
 
 
-def test_a_fit_with_other_settings_is_refused(folder, capsys):
+def test_a_fit_with_other_settings_takes_up_the_extraction(folder, monkeypatch):
     (folder / "router" / "config.json").unlink()
-    with pytest.raises(SystemExit) as ended:
-        main.main(["fit", "--out", "router", *WHERE, *FIT.replace("--rank 2", "--rank 3").split()])
-    assert ended.value.code == 2
-    assert "holds a fit with other settings (rank was 2, is 3)" in capsys.readouterr().err
+    monkeypatch.setattr(
+        "icrouting.fitting.extraction.capture_last_tokens",
+        lambda *args, **kwargs: pytest.fail("extracted again"),
+    )
+    main.main(["fit", "--out", "router", *WHERE, *FIT.replace("--rank 2", "--rank 3").split()])
+    assert InContextRouter.from_pretrained("router").pids.rank == 3
+
+
+def test_a_fit_that_was_set_aside_is_taken_up_at_its_end(folder, nothing_is_computed):
+    router = folder / "router"
+    written = (router / "model.safetensors").read_bytes()
+    (router / "config.json").unlink()
+    with pytest.raises(Failed, match="trained again"):
+        main.main(["fit", "--out", "router", *WHERE, *FIT.split(), "--lr", "0.5"])
+    assert (router / "fit" / "former-1" / "training.safetensors").exists()
+    main.main(["fit", "--out", "router", *WHERE, *FIT.split()])
+    assert (router / "model.safetensors").read_bytes() == written
 
 
 def test_a_router_routes_its_model(folder):

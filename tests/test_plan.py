@@ -222,13 +222,13 @@ def test_a_quantised_checkpoints_weights_are_left_out_and_that_is_said(
 def test_free_room_is_that_of_the_nearest_folder_with_what_a_fit_has_written(tmp_path):
     memory, disk, _ = plan.room_of(tmp_path / "a" / "b")
     assert memory > 0
-    (tmp_path / "fit").mkdir()
-    (tmp_path / "fit" / "moments.safetensors").write_bytes(bytes(2**24))
+    (tmp_path / "extraction-0").mkdir()
+    (tmp_path / "extraction-0" / "moments.safetensors").write_bytes(bytes(2**24))
     assert plan.room_of(tmp_path)[1] == pytest.approx(disk, abs=2**30)
 
 
 def test_holes_in_a_file_are_no_room_that_it_takes(tmp_path):
-    disk, file = plan.room_of(tmp_path)[1], tmp_path / "fit" / "trunk.bin"
+    disk, file = plan.room_of(tmp_path)[1], tmp_path / "trunk-0" / "trunk.bin"
     file.parent.mkdir()
     file.write_bytes(bytes(2**24))
     os.truncate(file, 2**40)
@@ -254,12 +254,13 @@ def arguments_of(recipe, tmp_path, **environment):
 def test_a_recipe_is_the_papers_fit_of_its_model(recipe, tmp_path, monkeypatch):
     program, arguments = arguments_of(recipe, tmp_path)
     started = []
-    monkeypatch.setattr(reading, "load_tasks", lambda names, data: [data, *names])
-    monkeypatch.setattr(fit_command, "fit", lambda *given: started.append(given))
+    monkeypatch.setattr(reading, "load_tasks", lambda names, data, chat: [data, *names])
+    monkeypatch.setattr(fit_command, "fit", lambda *given, **more: started.append((given, more)))
     main.main(arguments)
     assert program == "icr"
     model = Backbone(HUB[recipe], "auto" if recipe in SPREAD else None)
-    assert started == [(tmp_path / "router", model, ["hub", *main.HUB_TASKS[:5]], PAPER, None)]
+    settings = (tmp_path / "router", model, ["hub", *main.HUB_TASKS[:5]], PAPER, None)
+    assert started == [(settings, {"stages_folder": None, "beginning": fit_command.ANEW})]
 
 
 @pytest.mark.processes

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
-from icrouting.fitting import stages
+from icrouting.fitting import stages as fitting
+from icrouting.fitting.warm import Start
 from icrouting.routing import artifact
 from icrouting.routing.card import model_card
 from icrouting.routing.description import Description, describe
@@ -104,6 +105,9 @@ class InContextRouter(ModelHubMixin):
         *,
         folder: str | Path | None = None,
         token_budget: int | None = None,
+        stages: str | Path | None = None,
+        start: "InContextRouter | None" = None,
+        keep: int = 0,
     ) -> "InContextRouter":
         """Returns a router fitted on source tasks: extraction, PIDs, training (sections 2 to 4).
 
@@ -113,21 +117,51 @@ class InContextRouter(ModelHubMixin):
             tasks: the source tasks.
             config: settings; None takes the defaults.
             folder: keeps the stages' results, so that a fit that was stopped goes on from there;
-                its trunk.bin, as large as the tokens are many, can be deleted once the router is
+                what fits with other settings left in it is taken up as far as it is the same. Each
+                trunk.bin in it, as large as the tokens are many, can be deleted once the router is
                 saved.
             token_budget: padded tokens of a forward pass; fewer take less memory, and move numbers
                 by rounding alone. None takes 4,096.
+            stages: another folder for the results of extraction, PCA and trunk, which many fits
+                can share, also at once: each is kept by what it depends on, so that another
+                learning rate or rank does not extract again. None keeps them in `folder`.
+            start: a router of this model to go on from, with new tasks beside those that it knows:
+                its directions are kept and nothing is extracted; settings that shape a router
+                (`fitting.warm.SHAPING`) are its own, whatever is left at its default.
+            keep: training rows of each task that `start` knows to train on again, so that it is not
+                forgotten; these tasks are to be among `tasks`.
 
         Raises:
-            ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
+            ValueError: the model cannot be routed, or the settings, tasks, folder or start do not
+                fit.
         """
         config = config or FitConfig()
         decoder = Decoder.of(model, tokenizer, token_budget).unwrapped()
         tasks = [task.bound_to(tokenizer) for task in tasks]
         fit_folder = None if folder is None else Path(folder)
-        pids, router, features = stages.fit(decoder, tasks, config, fit_folder)
-        description = describe(decoder, tasks, config, pids.layers, features)
+        stages_folder = None if stages is None else Path(stages)
+        warm = None
+        if start is not None:
+            start.check_fitted_on(decoder, "the router to start from")
+            warm = start.as_start(keep)
+            config = warm.settings(config)
+            tasks = warm.trained_tasks(tasks, config.seed)
+        elif keep:
+            raise ValueError(f"keep={keep} is of the tasks of a router to start from: give `start`")
+        pids, router, features = fitting.fit(
+            decoder, tasks, config, fit_folder, stages=stages_folder, start=warm
+        )
+        new_tasks = tasks
+        if start is not None:
+            new_tasks = [task for task in tasks if task.name not in start.description.tasks]
+        description = describe(decoder, new_tasks, config, pids.layers, features)
+        if warm is not None:
+            description = warm.described(description, tasks)
         return cls(description, pids, router)
+
+    def as_start(self, keep: int = 0) -> Start:
+        """Returns what a fit goes on from; `keep` rows of each known task are trained on again."""
+        return Start(self.description, self.pids, self.router, self.digest(), keep)
 
     @contextmanager
     def attached(

@@ -7,18 +7,23 @@ import torch
 from rich.table import Table
 
 from icrouting.cli.loading import console, load, stoppable
+from icrouting.cli.warm import Beginning
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.loading import default_dtype, dtype_of, load_skeleton
 from icrouting.fitting import plan, stages
-from icrouting.fitting.trunk import TRUNK_FILE
+from icrouting.fitting.lengths import Texts
+from icrouting.fitting.shelf import delete_trunks
 from icrouting.icr import InContextRouter
 from icrouting.routing.encoder import check_name
 from icrouting.routing.features import sentence_encoder
 from icrouting.routing.ownership import check_place
 from icrouting.runtime.processes import first_one_first, is_first, wait
-from icrouting.tasks.task import Task, rows_digest
+from icrouting.tasks.task import Task
+
+# Without a router to go on from.
+ANEW = Beginning()
 
 
 def fit(
@@ -27,10 +32,13 @@ def fit(
     sources: Sequence[Task],
     config: FitConfig,
     token_budget: int | None = None,
+    *,
+    stages_folder: Path | None = None,
+    beginning: Beginning = ANEW,
 ) -> InContextRouter:
     """Returns a router that is fitted and saved to `out`, or was finished there already."""
     with stoppable(lambda: _kept(out)):
-        return _fit(out, model, sources, config, token_budget)
+        return _fit(out, model, sources, config, token_budget, stages_folder, beginning)
 
 
 def _kept(out: Path) -> str:
@@ -49,36 +57,64 @@ def _fit(
     sources: Sequence[Task],
     config: FitConfig,
     token_budget: int | None,
+    stages_folder: Path | None,
+    beginning: Beginning,
 ) -> InContextRouter:
+    shared = stages_folder or out / "fit"
     console.quiet = not is_first()
+    model = beginning.model(model)
+    config = beginning.settings(config)
     with first_one_first():  # which may have to download
+        trained = beginning.trained_tasks(sources, config.seed)
         if not _is_saved(out):
             check_place(out)
             check_name(sentence_encoder(config.encoder) or "")
             # Reckoned before the weights are loaded, which may take long.
             skeleton, tokenizer = load_skeleton(model.name)
-            dtype = dtype_of(model.dtype) or default_dtype()
-            planned = plan.plan_fit(skeleton, tokenizer, sources, config, dtype)
-            planned.check(*plan.room_of(out), is_spread=model.device_map is not None)
+            planned = plan.plan_fit(
+                skeleton,
+                tokenizer,
+                trained,
+                config,
+                dtype_of(model.dtype) or default_dtype(),
+                is_extracted=beginning.start is None,
+            )
+            planned.check(*plan.room_of(shared), is_spread=model.device_map is not None)
         base, tokenizer = load(model)
     if _is_saved(out):
         icr = InContextRouter.from_pretrained(out)
-        description = icr.description
-        if (description.fit, description.rows) != (config, rows_digest(sources)):
+        if icr.description.fit != config or not beginning.is_of(icr, trained):
             other = "a router of other settings or data"
-            raise ValueError(f"{out} holds {other}: choose another folder with --out")
+            raise ValueError(
+                f"{out} holds {other}: choose another folder with --out; with --stages {shared} it "
+                "takes up what they have in common"
+            )
         icr.check_fitted_on(Decoder.of(base, tokenizer), f"the router in {out}")
         message = f"{out} holds this router already"
     else:
+        decoder = Decoder.of(base, tokenizer, token_budget).unwrapped()
+        phrases = stages.kept_stages(decoder, trained, config, shared, beginning.start)
+        for line in (*beginning.words(trained), *phrases):
+            console.print(line, markup=False)
         icr = InContextRouter.fit(
-            base, tokenizer, sources, config, folder=out / "fit", token_budget=token_budget
+            base,
+            tokenizer,
+            sources,
+            config,
+            folder=out / "fit",
+            token_budget=token_budget,
+            stages=stages_folder,
+            start=beginning.icr,
+            keep=beginning.keep,
         )
         # All processes hold the same router by now.
         if is_first():
             icr.save_pretrained(out)
         wait()
         message = f"router saved to {out}"
-    (out / "fit" / TRUNK_FILE).unlink(missing_ok=True)  # as large as the tokens are many
+    # As large as the tokens are many, and of use only where a folder was named for more fits.
+    if stages_folder is None:
+        delete_trunks(shared)
     console.print(message, markup=False)
     return icr
 
@@ -88,12 +124,30 @@ def _is_saved(out: Path) -> bool:
     return (out / "config.json").exists()
 
 
-def show_plan(model: Backbone, sources: Sequence[Task], config: FitConfig, tflops: float) -> None:
+def show_plan(
+    model: Backbone,
+    sources: Sequence[Task],
+    config: FitConfig,
+    tflops: float,
+    beginning: Beginning = ANEW,
+) -> None:
     """Prints what a fit would take; no weights are read."""
+    model = beginning.model(model)
+    config = beginning.settings(config)
+    trained = beginning.trained_tasks(sources, config.seed)
+    for line in beginning.words(trained):
+        console.print(line, markup=False)
     skeleton, tokenizer = load_skeleton(model.name)
     # A fit to be planned is a large one, and those run on accelerators.
     dtype = dtype_of(model.dtype)
-    planned = plan.plan_fit(skeleton, tokenizer, sources, config, dtype or torch.bfloat16)
+    planned = plan.plan_fit(
+        skeleton,
+        tokenizer,
+        trained,
+        config,
+        dtype or torch.bfloat16,
+        is_extracted=beginning.start is None,
+    )
     dtype_name = "bfloat16 as on accelerators" if dtype is None else model.dtype
     console.print(_texts_by_task(planned, f"fit on {model}"))
     counted = "by the model's tokenizer"
@@ -121,8 +175,9 @@ def _texts_by_task(planned: plan.Plan, title: str) -> Table:
     """How much text of each task a fit would read."""
     columns = ("task", "prompts", "their tokens", "queries", "their tokens")
     by_task = Table(*columns, title=title)
-    for task, prompts in planned.prompts.items():
-        queries = planned.queries[task]
+    for task, queries in planned.queries.items():
+        # A fit that goes on from a router has no prompts.
+        prompts = planned.prompts.get(task, Texts(0, 0, 0, 0))
         counts = (prompts.count, prompts.tokens, queries.count, queries.tokens)
         by_task.add_row(task, *(f"{count:,}" for count in counts))
     return by_task

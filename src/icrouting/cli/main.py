@@ -30,6 +30,9 @@ def fit(
     tasks: Names = HUB_TASKS[:5],
     token_budget: PositiveInt | None = None,
     chat: bool = False,
+    stages: Path | None = None,
+    start: Annotated[str | None, tyro.conf.arg(name="from", metavar="ROUTER")] = None,
+    keep: int = 0,
     dry_run: bool = False,
     tflops: float = 100.0,
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
@@ -38,7 +41,8 @@ def fit(
 
     Three stages, each with a progress bar: few-shot prompts are run and their queries and keys
     pooled; PIDs are computed; the router is trained. Stopped and started again with the same
-    settings, it goes on.
+    settings, it goes on; with others, it takes up the stages that they do not change. A router that
+    is finished is never overwritten.
 
     Example: icr fit --model pinned:smollm2-135m --encoder pinned:minilm --data pinned:staicc
     --tasks agnews sst2 --out my-router
@@ -52,6 +56,15 @@ def fit(
             rounding alone. None takes 4,096.
         chat: Fit on chats: every task's prompt is a user's turn in the model's own chat template,
             as `chat = true` in a task file makes it.
+        stages: Folder for extraction, PIDs and the queries' states in place of OUT/fit, for many
+            fits to share: each is kept by what it depends on, so that another learning rate, rank
+            or number of epochs does not compute it again. Several fits may use it at once.
+        start: Folder or hub id of a router to go on from, with new tasks beside those that it
+            knows. Its PIDs are kept, so nothing is extracted, and its weights are where training
+            begins. What shapes a router (layers, rank, basis, encoder, hidden width and what was
+            extracted) is ROUTER's, as is the model where none is named.
+        keep: With --from: rows of each task that ROUTER knows to train on again, so that it is not
+            forgotten; read by the tasks' names from --data.
         dry_run: Print what the fit will take (parameters, prompts, tokens, memory, disk, time) and
             end. Nothing is run, no weights are read: of the model, a folder with its config.json is
             enough.
@@ -60,15 +73,18 @@ def fit(
     """
     from icrouting.cli import reading
 
+    reading.check_start(start, keep)
     if not dry_run:
         reading.check_out(out)
     sources = reading.read_first(tasks, data, chat=chat)
     # Here, once the rows are known to fit: this room imports torch.
     from icrouting.cli import fit as room
 
+    beginning = room.Beginning.of(start, keep)
+    sources = beginning.with_known(sources, data)
     if dry_run:
-        return room.show_plan(model, sources, config, tflops)
-    room.fit(out, model, sources, config, token_budget)
+        return room.show_plan(model, sources, config, tflops, beginning)
+    room.fit(out, model, sources, config, token_budget, stages_folder=stages, beginning=beginning)
 
 
 def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:

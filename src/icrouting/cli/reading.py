@@ -87,6 +87,18 @@ def check_router(name: str) -> None:
         raise ValueError(f"no router at {name!r}: expected a folder or a hub id")
 
 
+def check_start(router: str | None, keep: int) -> None:
+    """Checks what `--from` and `--keep` name, as far as it can be seen at once.
+
+    Raises:
+        ValueError: rows of known tasks are to be kept and no router says which, or none is there.
+    """
+    if router is not None:
+        check_router(router)
+    elif keep:
+        raise ValueError(f"--keep {keep} is of the tasks of a router: name it with --from")
+
+
 def load_tasks(names: Sequence[str], data: str, *, chat: bool = False) -> list[Task]:
     """Returns tasks by name, in their order and each once; says which rows were left out.
 

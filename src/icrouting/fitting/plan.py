@@ -1,8 +1,10 @@
 """What a fit will take, told before it starts: parameters, tokens, memory, disk and time."""
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -71,7 +73,7 @@ class Plan:
         """
         weights = 0 if is_spread else self.memory.get("weights", 0)
         # Without an accelerator the weights lie where the moments do.
-        in_memory = self.memory["moments"]
+        in_memory = self.memory.get("moments", 0)
         if device is None:
             in_memory += weights
         _check_room(
@@ -120,15 +122,20 @@ def listed(amounts: dict[str, Any], in_words: Callable[[Any], str]) -> str:
     return ", ".join(f"{name} {in_words(amount)}" for name, amount in amounts.items())
 
 
-def room_of(out: Path) -> tuple[int, int, int | None]:
+def room_of(stages: Path) -> tuple[int, int, int | None]:
     """Returns the free bytes of memory, disk and accelerator, if there is one.
 
-    What a fit begun in `out` has written counts as free disk.
+    What fits have written to `stages`, the folder of their stages, counts as free disk.
     """
-    folders = (out.absolute(), *out.absolute().parents)
+    folders = (stages.absolute(), *stages.absolute().parents)
     nearest = next(folder for folder in folders if folder.exists())
     # Blocks rather than sizes, since a file may have holes.
-    written = sum(file.stat().st_blocks * 512 for file in (out / "fit").glob("*"))
+    written = 0
+    for folder, _, names in os.walk(stages):
+        for name in names:
+            # What another fit had under way may be gone by now.
+            with suppress(FileNotFoundError):
+                written += Path(folder, name).stat().st_blocks * 512
     disk = shutil.disk_usage(nearest).free + written
     device = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     return psutil.virtual_memory().available, disk, device
@@ -141,6 +148,8 @@ def plan_fit(
     config: FitConfig,
     dtype: torch.dtype,
     sample: int = 50,
+    *,
+    is_extracted: bool = True,
 ) -> Plan:
     """Returns the plan of a fit.
 
@@ -151,6 +160,8 @@ def plan_fit(
         config: settings.
         dtype: what the weights will be loaded in.
         sample: prompts and queries of every task that are read; their mean length stands for all.
+        is_extracted: whether few-shot prompts are run; a fit that goes on from a router has its
+            directions.
 
     Raises:
         ValueError: the model cannot be routed, or not in these layers, or a task's prompts are all
@@ -161,7 +172,9 @@ def plan_fit(
     layers = check_layers(config.layers or late_third(sizes.n_layers), sizes.n_layers)
     token_counts = _token_counts(tokenizer)
     limit = context_length(model)
-    prompts = prompts_by_task(tasks, config, token_counts, sample, limit)
+    prompts = {}
+    if is_extracted:
+        prompts = prompts_by_task(tasks, config, token_counts, sample, limit)
     queries = queries_by_task(tasks, config, token_counts, sample, limit)
     reckoning = Reckoning(
         sizes=sizes,
@@ -171,13 +184,14 @@ def plan_fit(
         config=config,
         itemsize=dtype.itemsize,
     )
-    memory = {
-        "weights": reckoning.weights_bytes,
-        "moments": reckoning.moments_bytes,
-        "extraction batch": reckoning.extraction_batch_bytes,
-        "PCA of one layer": reckoning.pca_bytes,
-        "training batch": reckoning.training_batch_bytes,
-    }
+    memory = {"weights": reckoning.weights_bytes}
+    if is_extracted:
+        memory |= {
+            "moments": reckoning.moments_bytes,
+            "extraction batch": reckoning.extraction_batch_bytes,
+            "PCA of one layer": reckoning.pca_bytes,
+        }
+    memory["training batch"] = reckoning.training_batch_bytes
     # A quantised model's weights are smaller than `dtype`, by how much is not known here.
     if getattr(model.config, "quantization_config", None) is not None:
         del memory["weights"]
@@ -186,6 +200,8 @@ def plan_fit(
         "moments": reckoning.moments_bytes,
         "router": reckoning.artifact_bytes,
     }
+    if not is_extracted:
+        del disk["moments"]
     flops = {
         "extraction": reckoning.extraction_flops,
         "trunk": reckoning.trunk_flops,
@@ -200,7 +216,7 @@ def plan_fit(
         memory=memory,
         disk=disk,
         flops=flops,
-        processor=reckoning.processor_seconds,
+        processor=reckoning.processor_seconds if is_extracted else 0.0,
     )
 
 

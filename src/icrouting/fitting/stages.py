@@ -12,18 +12,27 @@ from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, frozen
 from icrouting.fitting.extraction import MOMENTS_FILE, extract
+from icrouting.fitting.former import places_of, take_up
 from icrouting.fitting.pca import fit_pids
 from icrouting.fitting.queries import training_queries
+from icrouting.fitting.shelf import (
+    EXTRACTION,
+    TRUNK,
+    Shelf,
+    load_moments,
+    load_pids,
+    save_pids,
+)
 from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
 from icrouting.fitting.trunk import ENTROPIES_FILE
+from icrouting.fitting.warm import Start
 from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs, check_layers, late_third
 from icrouting.routing.router import Router
-from icrouting.runtime.checks import differences
 from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.locks import locked
-from icrouting.runtime.processes import agree, first_one_first
-from icrouting.runtime.storage import load_json, load_metadata, save_json
+from icrouting.runtime.processes import agree, first_one_first, is_first
+from icrouting.runtime.storage import load_metadata
 from icrouting.tasks.task import Task, rows_digest, template_digest
 
 
@@ -34,6 +43,8 @@ def fit(
     config: FitConfig,
     folder: Path | None = None,
     kind: type[Router] = Router,
+    stages: Path | None = None,
+    start: Start | None = None,
 ) -> tuple[PIDs, Router, Features]:
     """Returns the PIDs, a router trained on them, and the features that it reads.
 
@@ -46,6 +57,10 @@ def fit(
         folder: keeps what the stages computed, so that a fit that was stopped goes on from there.
         kind: which router is trained: the paper's, or a subclass of it that has other parts, or
             that trains the directions along (`Router.adopt`).
+        stages: keeps the stages before the training by what they depend on, for other fits to take
+            up; None keeps them in `folder`.
+        start: the router to go on from, whose directions are taken; `tasks` and `config` are those
+            that it gives for them.
 
     Raises:
         ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
@@ -67,7 +82,11 @@ def fit(
     features = features_of(config.encoder, decoder, str(decoder.device))
     # Processes share batches by their number, and another budget makes others.
     agree(token_budget=decoder.token_budget)
-    with claimed(folder, config, tasks, decoder.fingerprint, template_digest(tasks)):
+    if start is not None:
+        start.check_features(features)
+    shelf = Shelf.of(stages or folder, decoder, tasks, layers, config)
+    template = template_digest(tasks)
+    with claimed(folder, config, tasks, decoder.fingerprint, shelf, start, template):
         router = kind(
             features.n_features,
             len(layers),
@@ -79,9 +98,20 @@ def fit(
         router.to(decoder.device)
         # The model's weights take no gradient: what is trained is the router.
         with frozen(decoder.model):
-            pids = router.adopt(extract_pids(decoder, tasks, layers, config, folder))
-            queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
-            Trainer(decoder, pids, router, queries, config, folder).run()
+            if start is None:
+                pids = router.adopt(extract_pids(decoder, tasks, layers, config, shelf))
+            else:
+                pids = start.pids
+            with shelf.opened(TRUNK) as place:
+                queries, scale = training_queries(
+                    decoder, tasks, features, layers[0], config, place
+                )
+            first_scale = 1.0
+            if start is not None:
+                scale = start.put_into(router, scale)
+                # Where its own training ended, so that nothing changes before the first step.
+                first_scale = config.final_alpha_scale
+            Trainer(decoder, pids, router, queries, config, folder, first_scale).run()
     # From here on the router reads features as they are.
     router.absorb(*scale)
     return pids, router.eval().requires_grad_(False), features
@@ -92,12 +122,20 @@ def extract_pids(
     tasks: Sequence[Task],
     layers: tuple[int, ...],
     config: FitConfig,
-    folder: Path | None,
+    shelf: Shelf | None,
 ) -> PIDs:
     """Returns the PIDs of few-shot prompts of all source tasks, pooled (stages 1 and 2)."""
-    moments = extract(decoder, tasks, layers, config, folder)
-    generator = torch.Generator().manual_seed(config.seed)
-    return fit_pids(moments, layers, config.rank, config.basis, generator)
+    shelf = shelf or Shelf(None, None, {})
+    with shelf.opened(EXTRACTION) as place:
+        pids = load_pids(place, layers, config)
+        if pids is None:
+            moments = load_moments(place)
+            if moments is None:
+                moments = extract(decoder, tasks, layers, config, place)
+            generator = torch.Generator().manual_seed(config.seed)
+            pids = fit_pids(moments, layers, config.rank, config.basis, generator)
+            save_pids(place, pids, config)
+    return pids
 
 
 @contextmanager
@@ -106,21 +144,24 @@ def claimed(
     config: FitConfig,
     tasks: Sequence[Task],
     fingerprint: str,
+    shelf: Shelf,
+    start: Start | None,
     chat_template: str | None = None,
 ) -> Iterator[None]:
     """Inside, a folder is one fit's alone, and the same fit for all processes.
 
-    It is made, or taken up where it was left.
+    It is made, or taken up where it was left; what a fit with other settings left is set aside.
 
     Raises:
-        ValueError: the folder holds another fit or the processes were started with different ones;
-            what differs is named.
+        ValueError: another run is writing to the folder, or the processes were started with
+            different fits; what differs is named.
     """
     settings = {
         **dataclasses.asdict(config),
         "tasks": [task.name for task in tasks],
         "model": fingerprint,
         "rows": rows_digest(tasks),
+        "start": None if start is None else start.digest,
     }
     if chat_template is not None:
         settings["chat_template"] = chat_template
@@ -132,36 +173,41 @@ def claimed(
         return
     with locked(folder):
         with first_one_first():
-            _check_settings(folder, settings)
+            # The others would write over each other.
+            if is_first():
+                take_up(folder, settings, shelf)
         yield
+
+
+def kept_stages(
+    decoder: Decoder,
+    tasks: Sequence[Task],
+    config: FitConfig,
+    stages: Path,
+    start: Start | None = None,
+) -> list[str]:
+    """Returns what a fit will find of its stages in a folder, a phrase each."""
+    tasks = [task.bound_to(decoder.tokenizer) for task in tasks]
+    n_layers = decoder.dims.n_layers
+    layers = check_layers(config.layers or late_third(n_layers), n_layers)
+    n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
+    shelf = Shelf.of(stages, decoder, tasks, layers, config)
+    # The directions are those of the router that it goes on from.
+    if start is not None:
+        shelf = dataclasses.replace(shelf, extraction=None)
+    return shelf.kept(n_prompts)
 
 
 def progress_in(folder: Path) -> list[str]:
     """Returns what a fit that was stopped has kept in its folder, a phrase a stage."""
     phrases = []
-    moments = load_metadata(folder / MOMENTS_FILE)
+    places = places_of(folder)
+    moments = load_metadata(places[EXTRACTION] / MOMENTS_FILE)
     if moments is not None:
         phrases.append(f"{int(moments['n_done']):,} prompts of the extraction")
-    if load_metadata(folder / ENTROPIES_FILE) is not None:
+    if load_metadata(places[TRUNK] / ENTROPIES_FILE) is not None:
         phrases.append("the trunk's states")
     training = load_metadata(folder / CHECKPOINT_FILE)
     if training is not None and training["step"] != "0":
         phrases.append(f"training up to step {int(training['step']):,}")
     return phrases
-
-
-def _check_settings(folder: Path, settings: dict[str, object]) -> None:
-    """ValueError if a folder holds a fit with other settings; an empty one keeps these."""
-    file = folder / "fit.json"
-    # So for the first process alone: others would write over each other.
-    if not file.exists():
-        save_json(file, settings)
-    phrases = differences(load_json(file), settings)
-    # Where nothing was computed, nothing binds.
-    if phrases and not progress_in(folder):
-        save_json(file, settings)
-    elif phrases:
-        raise ValueError(
-            f"{folder} holds a fit with other settings ({', '.join(phrases)}): "
-            "choose another folder"
-        )

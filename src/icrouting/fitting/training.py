@@ -51,9 +51,9 @@ class Query:
     text: str = ""
 
 
-def alpha_scale(step: int, n_steps: int, final: float) -> float:
-    """Returns the routing vector's scale at a step: a cosine from 1 to `final`."""
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / max(1, n_steps)))
+def alpha_scale(step: int, n_steps: int, final: float, first: float = 1.0) -> float:
+    """Returns the routing vector's scale at a step: a cosine from `first` to `final`."""
+    return final + (first - final) * 0.5 * (1 + math.cos(math.pi * step / max(1, n_steps)))
 
 
 @dataclass(eq=False)
@@ -70,6 +70,7 @@ class Trainer:
         queries: all training queries.
         config: settings.
         folder: where checkpoints and `training.jsonl` go; None keeps nothing.
+        first_scale: the routing vector's scale before the first step.
         step: number of steps taken.
         n_steps: number of steps of the whole training.
         log: the loss and its terms, one entry per step.
@@ -81,6 +82,7 @@ class Trainer:
     queries: Sequence[Query]
     config: FitConfig
     folder: Path | None = None
+    first_scale: float = 1.0
 
     def __post_init__(self):
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=self.config.lr)
@@ -130,7 +132,8 @@ class Trainer:
             return {name: torch.zeros((), device=device) for name in (*_TERMS, "queries")}
         features = torch.stack([query.features for query in queries])
         routing = self.router(features.to(device))
-        scale = alpha_scale(self.step, self.n_steps, self.config.final_alpha_scale)
+        final = self.config.final_alpha_scale
+        scale = alpha_scale(self.step, self.n_steps, final, self.first_scale)
         attachment.routing = routing.scaled(scale)
         batch, hidden = pad_states([query.state for query in queries], self.decoder.pad_id)
         logits = entry(batch.to(device), hidden)

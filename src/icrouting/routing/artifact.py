@@ -69,6 +69,8 @@ def save(
                 del entry[name]
     if not description.base_weights:
         del config["base_weights"]
+    if description.origin is None:
+        del config["origin"]
     short_digest = sha256[:N_DIGITS]
     folders = [folder] if source is None else [source, folder]
     card = _card_that_names(short_digest, folders)
@@ -198,6 +200,7 @@ def _description(config: dict[str, Any]) -> Description:
     fit = read(FitConfig, content.get("fit"))
     # Routers of 0.1 know their sources' names and sizes alone, in `tasks`.
     content.setdefault("sources", None)
+    content.setdefault("origin", None)
     description = read(Description, content)
     check_layers(description.layers, description.n_layers)
     for text in description.base_weights.values():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
@@ -12,6 +12,21 @@ from icrouting.routing.features import Features
 from icrouting.routing.sources import Source, sources_of
 from icrouting.runtime.showing import in_short
 from icrouting.tasks.task import Task, rows_digest
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The router that a fit went on from.
+
+    Attributes:
+        weights: digits that identify it.
+        taken: few-shot prompts and queries that each of its tasks had given, at most.
+        rehearsed: rows of its tasks that were trained on again, by task.
+    """
+
+    weights: str
+    taken: dict[str, tuple[NonNegativeInt, NonNegativeInt]]
+    rehearsed: dict[str, PositiveInt]
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,7 @@ class Description:
         versions: of the packages that it was fitted with.
         base_weights: what the model's weights are like, by name (`decoder.identity`); empty in
             routers of earlier versions.
+        origin: the router that it went on from; None where it began anew.
     """
 
     base_model: str
@@ -55,6 +71,7 @@ class Description:
     fit: FitConfig
     versions: dict[str, str]
     base_weights: dict[str, str]
+    origin: Origin | None = None
 
     def __repr__(self) -> str:
         tasks = ", ".join(self.tasks)
@@ -63,9 +80,12 @@ class Description:
     def n_taken(self, task: str) -> tuple[int, int]:
         """Returns the numbers of few-shot prompts and queries that a source task gave, at most.
 
-        It gives no more of either than it has training rows.
+        It gives no more of either than it has training rows; one that came beside those of another
+        router gives no prompts, as the directions are the other's.
         """
         n_rows = self.tasks[task]
+        if self.origin is not None:
+            return self.origin.taken.get(task, (0, min(self.fit.n_queries, n_rows)))
         return min(self.fit.n_prompts, n_rows), min(self.fit.n_queries, n_rows)
 
 

@@ -109,6 +109,15 @@ class Router(nn.Module):
                 first.weight.div_(std.to(first.weight))
                 first.bias.sub_(first.weight @ mean.to(first.weight))
 
+    @torch.no_grad()
+    def release(self, mean: Float[Tensor, "n_features"], std: Float[Tensor, "n_features"]) -> None:
+        """Undoes `absorb`: makes a router of features as they are read (features - mean) / std."""
+        for perceptron in (self.alpha, self.gamma):
+            first = perceptron[0]
+            if isinstance(first, nn.Linear):
+                first.bias.add_(first.weight @ mean.to(first.weight))
+                first.weight.mul_(std.to(first.weight))
+
     def adopt(self, pids: PIDs) -> PIDs:
         """Returns the directions to route along: the PIDs.
 

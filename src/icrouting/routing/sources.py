@@ -37,7 +37,8 @@ class Source:
             brings its own choices.
         example: the prompt of one of the training rows.
         n_lines: how many lines its prompts have; None where they differ in that.
-        n_prompts: few-shot prompts that the directions were drawn from.
+        n_prompts: few-shot prompts that the directions were drawn from; 0 where they are those of
+            another router, which this one went on from.
         n_demos: demonstrations in front of each of them, at most.
         n_queries: zero-shot prompts that the router was trained on.
         chat: whether its prompts are chats; template, example and lines are then the user's turn.
@@ -49,7 +50,7 @@ class Source:
     options: tuple[str, ...]
     example: str
     n_lines: PositiveInt | None
-    n_prompts: PositiveInt
+    n_prompts: NonNegativeInt
     n_demos: NonNegativeInt
     n_queries: PositiveInt
     chat: bool = False

@@ -1,0 +1,194 @@
+"""The shelf: a folder where stages of fits lie by what they depend on, for many fits to share.
+
+    SHELF/extraction-<digest>/   stage.json, moments.safetensors, pids-<basis>-<rank>.safetensors
+    SHELF/trunk-<digest>/        stage.json, trunk.bin, trunk.safetensors
+
+A digest is that of the settings in stage.json, so that what does not change a stage (a learning
+rate, for the trunk the rank too) finds it again, and what does change it never does. Several
+processes may use a shelf at once: who needs a stage that another one is computing waits for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from icrouting.config import FitConfig
+from icrouting.decoder.decoder import Decoder
+from icrouting.fitting.extraction import MOMENTS_FILE
+from icrouting.fitting.pca import QKMoments
+from icrouting.fitting.trunk import TRUNK_FILE
+from icrouting.routing.pids import PIDs
+from icrouting.runtime.locks import locked
+from icrouting.runtime.processes import decided, is_first, wait
+from icrouting.runtime.storage import load_metadata, load_tensors, save_json, save_tensors
+from icrouting.tasks.task import Task, rows_digest, template_digest
+
+EXTRACTION = "extraction"
+TRUNK = "trunk"
+STAGE_FILE = "stage.json"
+N_DIGITS = 16
+# The settings of a fit that the extraction depends on, beside model, layers and rows.
+EXTRACTION_SETTINGS = ("n_prompts", "demos_per_class", "queries_per_context", "skip_nan", "seed")
+# Those that the trunk depends on.
+TRUNK_SETTINGS = ("n_queries", "max_tokens", "seed")
+_PID_TENSORS = (
+    "query_pids",
+    "key_pids",
+    "query_std",
+    "key_std",
+    "query_explained",
+    "key_explained",
+)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where one fit's stages lie.
+
+    Attributes:
+        extraction: folder of the moments and the PIDs; None keeps none.
+        trunk: folder of the trunk's states; None keeps none.
+        about: what each stage depends on, by its name.
+    """
+
+    extraction: Path | None
+    trunk: Path | None
+    about: dict[str, dict[str, object]]
+
+    @classmethod
+    def of(
+        cls,
+        root: Path | None,
+        decoder: Decoder,
+        tasks: Sequence[Task],
+        layers: tuple[int, ...],
+        config: FitConfig,
+    ) -> "Shelf":
+        """Returns where a fit's stages lie in the folder `root`; None keeps none."""
+        if root is None:
+            return cls(None, None, {})
+        # A fingerprint is the same in every dtype, and what the model computes is not.
+        common = {
+            "model": decoder.fingerprint,
+            "dtype": str(decoder.model.dtype),
+            "context_length": decoder.context_length,
+            "rows": _training_digest(tasks),
+        }
+        values = vars(config)
+        extraction = {**common, "layers": list(layers)}
+        extraction |= {name: values[name] for name in EXTRACTION_SETTINGS}
+        trunk = {**common, "first_layer": layers[0]}
+        trunk |= {name: values[name] for name in TRUNK_SETTINGS}
+        return cls(
+            root / f"{EXTRACTION}-{_digest(extraction)}",
+            root / f"{TRUNK}-{_digest(trunk)}",
+            {EXTRACTION: extraction, TRUNK: trunk},
+        )
+
+    @contextmanager
+    def opened(self, stage: str) -> Iterator[Path | None]:
+        """Inside, a stage's folder is this run's alone; who finds it taken waits."""
+        folder = {EXTRACTION: self.extraction, TRUNK: self.trunk}[stage]
+        if folder is None:
+            yield None
+            return
+        with locked(folder, is_patient=True):
+            if is_first():
+                save_json(folder / STAGE_FILE, {"stage": stage, **self.about[stage]})
+            yield folder
+
+    def kept(self, n_prompts: int) -> list[str]:
+        """Returns what an earlier fit left of these stages, a phrase each.
+
+        Args:
+            n_prompts: of the whole extraction, at most.
+        """
+        phrases = []
+        if self.extraction is not None:
+            metadata = load_metadata(self.extraction / MOMENTS_FILE)
+            if metadata is not None:
+                n_done = int(metadata["n_done"])
+                # Prompts that are too long for the model are left out of the whole, too.
+                is_whole = n_done == n_prompts or _is_whole(self.extraction)
+                of_all = "" if is_whole else f" of {n_prompts:,}"
+                phrases.append(f"extraction kept: {n_done:,}{of_all} prompts")
+        if self.trunk is not None and (self.trunk / TRUNK_FILE).exists():
+            phrases.append("trunk kept")
+        return phrases
+
+
+def delete_trunks(root: Path) -> None:
+    """Deletes the states of all trunks of a shelf, which are as large as their tokens are many.
+
+    One that another run is writing stays.
+    """
+    # An earlier version's lies in the folder itself.
+    (root / TRUNK_FILE).unlink(missing_ok=True)
+    for folder in sorted(root.glob(f"{TRUNK}-*")):
+        try:
+            with locked(folder):
+                (folder / TRUNK_FILE).unlink(missing_ok=True)
+        # Another run's, which goes on.
+        except ValueError:
+            continue
+
+
+def load_pids(folder: Path | None, layers: tuple[int, ...], config: FitConfig) -> PIDs | None:
+    """Returns the PIDs that an extraction's folder keeps, None where it has none of this rank."""
+    if folder is None:
+        return None
+    file = _pids_file(folder, config)
+    # The first process alone looks, since another one may be writing it by now.
+    if not decided(file.exists()):
+        return None
+    tensors, _ = load_tensors(file)
+    return PIDs(layers=layers, basis=config.basis, **tensors)
+
+
+def save_pids(folder: Path | None, pids: PIDs, config: FitConfig) -> None:
+    """Keeps PIDs in the folder of their extraction, which is whole from here on."""
+    if folder is None:
+        return
+    if is_first():
+        tensors = {name: getattr(pids, name).contiguous() for name in _PID_TENSORS}
+        save_tensors(_pids_file(folder, config), tensors)
+    wait()
+
+
+def load_moments(folder: Path | None) -> QKMoments | None:
+    """Returns the moments of an extraction that is whole, None where there is none."""
+    # Whoever goes on with half of one draws its prompts again, of a whole one nobody need.
+    if folder is None or not decided(_is_whole(folder)):
+        return None
+    tensors, _ = load_tensors(folder / MOMENTS_FILE)
+    return QKMoments.from_tensors(tensors)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether an extraction was run to its end, which its first PIDs say."""
+    return any(folder.glob("pids-*.safetensors")) and (folder / MOMENTS_FILE).exists()
+
+
+def _pids_file(folder: Path, config: FitConfig) -> Path:
+    return folder / f"pids-{config.basis}-{config.rank}.safetensors"
+
+
+def _digest(settings: dict[str, object]) -> str:
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:N_DIGITS]
+
+
+def _training_digest(tasks: Sequence[Task]) -> str:
+    """Returns digits that identify what a fit reads of tasks: training rows, and how they read."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        # Whatever it is called, and whatever it is tested on.
+        spec = replace(task.spec, name="", group="")
+        digest.update(rows_digest([replace(task, spec=spec, validation=(), test=())]).encode())
+    template = template_digest(tasks)
+    if template is not None:
+        digest.update(template.encode())
+    return digest.hexdigest()[:N_DIGITS]
