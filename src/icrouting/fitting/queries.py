@@ -68,8 +68,9 @@ def training_queries(
     scaled = (vectors - mean) / std
     queries = []
     for row in finite:
-        _, example = examples[row]
-        queries.append(Query(states[row], scaled[row], options[row], example.label, texts[row]))
+        task, example = examples[row]
+        query = Query(states[row], scaled[row], options[row], example.label, texts[row], task.name)
+        queries.append(query)
     return queries, (mean, std)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from icrouting.decoder.hold import check_alone, frozen
 from icrouting.fitting.extraction import MOMENTS_FILE, extract
 from icrouting.fitting.pca import fit_pids
 from icrouting.fitting.queries import training_queries
-from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
+from icrouting.fitting.training import CHECKPOINT_FILE, Query, Trainer
 from icrouting.fitting.trunk import ENTROPIES_FILE
 from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs, check_layers, late_third
@@ -34,6 +34,7 @@ def fit(
     config: FitConfig,
     folder: Path | None = None,
     kind: type[Router] = Router,
+    read_queries: Callable[[Sequence[Query]], object] | None = None,
 ) -> tuple[PIDs, Router, Features]:
     """Returns the PIDs, a router trained on them, and the features that it reads.
 
@@ -46,6 +47,7 @@ def fit(
         folder: keeps what the stages computed, so that a fit that was stopped goes on from there.
         kind: which router is trained: the paper's, or a subclass of it that has other parts, or
             that trains the directions along (`Router.adopt`).
+        read_queries: is handed the training queries, with what they left in the trunk.
 
     Raises:
         ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
@@ -78,6 +80,8 @@ def fit(
         with frozen(decoder.model):
             pids = router.adopt(extract_pids(decoder, tasks, layers, config, folder))
             queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
+            if read_queries is not None:
+                read_queries(queries)
             Trainer(decoder, pids, router, queries, config, folder).run()
     # From here on the router reads features as they are.
     router.absorb(*scale)

@@ -42,6 +42,7 @@ class Query:
         option_ids: first token of each option.
         label: place of the answer among the options.
         text: the prompt, to be named in errors.
+        task: the name of its task.
     """
 
     state: TrunkState
@@ -49,6 +50,7 @@ class Query:
     option_ids: list[int]
     label: int
     text: str = ""
+    task: str = ""
 
 
 def alpha_scale(step: int, n_steps: int, final: float) -> float:

@@ -14,6 +14,7 @@ from icrouting.decoder.texts import prompts_of
 from icrouting.routing.effect import Passes, describe, run_both, warn_if_nothing
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
+from icrouting.routing.sources import Source
 from icrouting.tasks.task import Task
 
 
@@ -28,6 +29,7 @@ class Routed:
         last: the tokens of the prompts that were routed or scored last.
         hold: the hold on the model; whatever is asked takes its turn, and is an error once the
             model is no longer attached.
+        sources: the tasks that the router was fitted on, as far as it knows them.
     """
 
     reader: Reader
@@ -35,6 +37,7 @@ class Routed:
     strength: float
     last: list[list[int]]
     hold: Hold
+    sources: tuple[Source, ...] = ()
 
     def score(
         self, prompts: Sequence[str], options: Sequence[str] | Sequence[Sequence[str]]

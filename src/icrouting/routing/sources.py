@@ -2,8 +2,9 @@
 
 import string
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from icrouting.config import FitConfig
 from icrouting.routing.encoder import query_texts
-from icrouting.tasks.task import Task
+from icrouting.tasks.task import Task, TaskSpec
 
 # Training rows whose prompts are looked at for their lines, and for an example that is short.
 N_ROWS = 200
@@ -38,6 +39,7 @@ class Source:
         n_prompts: few-shot prompts that the directions were drawn from.
         n_demos: demonstrations in front of each of them, at most.
         n_queries: zero-shot prompts that the router was trained on.
+        words: replacements of columns' values before the template is filled (`TaskSpec.words`).
     """
 
     name: str
@@ -48,6 +50,27 @@ class Source:
     n_prompts: PositiveInt
     n_demos: NonNegativeInt
     n_queries: PositiveInt
+    # What an artifact leaves out where it has the default, so that an older one is saved as it was.
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> TaskSpec:
+        """How rows of the task become prompts."""
+        spec = TaskSpec(self.name, "far", self.template, self.options, self.words)
+        # Rows that bring their choices are shown by letters, which are made of the choices.
+        if spec.shows_choices:
+            spec = replace(spec, options=())
+        return spec
+
+    def as_kept(self) -> dict[str, Any]:
+        """Returns what an artifact's config.json holds of it."""
+        kept = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            has_default = each.default_factory is not MISSING and value == each.default_factory()
+            if not has_default and (each.default is MISSING or value != each.default):
+                kept[each.name] = value
+        return kept
 
     @property
     def fixed_texts(self) -> list[str]:
@@ -112,6 +135,7 @@ def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
             n_prompts=min(fit.n_prompts, len(task.train)),
             n_demos=int(np.minimum(class_sizes, fit.demos_per_class).sum()),
             n_queries=min(fit.n_queries, len(task.train)),
+            words={name: dict(texts) for name, texts in task.spec.words.items()},
         )
         sources.append(source)
     return tuple(sources)

@@ -76,6 +76,12 @@ class TaskSpec:
                 slots.append(name)
         return tuple(slots)
 
+    @property
+    def shows_choices(self) -> bool:
+        """Whether the template shows the choices that each row brings."""
+        names = {name for _, name, _, _ in string.Formatter().parse(self.template)}
+        return not names.isdisjoint({"choices", "letters"})
+
 
 @dataclass(frozen=True)
 class Task:
