@@ -1,4 +1,4 @@
-"""The gate of an artifact: fitted from the states that a fit has, saved and used with the router."""
+"""An artifact's gate: fitted from the states that a fit has, saved and used with the router."""
 
 import json
 import logging

@@ -16,15 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import DEFAULT_ENCODER
 from icrouting.decoder.decoder import Decoder
-from icrouting.decoder.hold import check_alone, hooked
+from icrouting.decoder.hold import Hold, check_alone, hooked
 from icrouting.decoder.hooks import counted_rows
 from icrouting.decoder.scoring import have_finite_scores, score
+from icrouting.decoder.texts import prompts_of
 from icrouting.methods.fits import Fit, load_fit, save_fit
 from icrouting.methods.settings import Settings
+from icrouting.routing.predictions import ANSWERED, Prediction, predicted
 from icrouting.runtime.checks import check_same
 from icrouting.runtime.defaults import usual_defaults
 from icrouting.tasks.prompts import Prompt
-from icrouting.tasks.task import Example, Task
+from icrouting.tasks.streams import rows_of
+from icrouting.tasks.task import Example, Task, TaskSpec
 
 Scores = Float[Tensor, "n_examples n_options"]
 Context = AbstractContextManager[object]
@@ -47,6 +50,7 @@ class Method:
         lacks: why it has no in-domain regime, under "", or no train-once regime, under "-once".
         follows_checkpointing: whether a layer that runs again for its gradients does under the
             method what it did the first time.
+        reads_fields: whether its scores depend on more of a row than its prompt.
         n_labelled: labelled rows that the fit in force looked at; `learn` says.
         n_trained: parameters that it trained; `learn` says.
         tried: the settings that the fit in force tried, see `Fit`; `learn` may add to them.
@@ -65,6 +69,8 @@ class Method:
     reads_sources: bool = True
     lacks: Mapping[str, str] = {}
     follows_checkpointing: bool = False
+    reads_fields: bool = False
+    _attached: tuple[Task, Hold] | None = None
     # What the fit in force leaves.
     n_labelled: int = 0
     n_trained: int = 0
@@ -325,7 +331,78 @@ class Method:
         with hooked(method.decoder.base, method.name, method.applied(task)) as hold:
             hold.check = hold.hooked_modules.check
             hold.follows_checkpointing = method.follows_checkpointing
-            yield method
+            method._attached = (task, hold)
+            try:
+                yield method
+            finally:
+                method._attached = None
+
+    def score(
+        self, prompts: Sequence[str], options: Sequence[str] | Sequence[Sequence[str]]
+    ) -> Scores:
+        """Returns the option scores that count after each prompt, inside `attached`.
+
+        Args:
+            prompts: zero-shot prompts, ending right before the space and the answer.
+            options: the answers to choose from, for all prompts or a list each.
+
+        Raises:
+            ValueError: nothing is attached, or the method reads rows and not prompts alone.
+        """
+        _, hold = self._in_use()
+        kind = type(self)
+        if kind.reads_fields or kind.prompt is not Method.prompt:
+            raise ValueError(f"{self.name} reads a task's rows, not prompts alone: use `predict`")
+        texts = prompts_of(prompts)
+        with hold.turn():
+            plain_scores = score(self.decoder, texts, options)
+            options_by_prompt = [options] * len(texts) if _are_shared(options) else options
+            scores = torch.full_like(plain_scores, -torch.inf)
+            # Each prompt as the row of a task whose options are its own.
+            rows_by_options: dict[tuple[str, ...], list[int]] = {}
+            for row, row_options in enumerate(options_by_prompt):
+                rows_by_options.setdefault(tuple(row_options), []).append(row)
+            for row_options, rows in rows_by_options.items():
+                task = Task(TaskSpec(self.name, "far", "{prompt}", row_options), (), ())
+                examples = [Example({"prompt": texts[row]}, (), 0) for row in rows]
+                n_options = len(row_options)
+                adjusted = self.adjusted(task, examples, plain_scores[rows, :n_options])
+                scores[rows, :n_options] = adjusted
+        return scores
+
+    def predict(self, rows: Any, task: Task | TaskSpec | None = None) -> list[Prediction]:
+        """Returns a prediction for each row, inside `attached`, without a look at any label.
+
+        A row that does not fit, or is too long for the model, says so in its status.
+
+        Args:
+            rows: a list of dicts, a data frame, a `datasets.Dataset` or the path of a file.
+            task: how rows become prompts; None is the task that the method is attached for.
+
+        Raises:
+            ValueError: these are no rows, or nothing is attached.
+        """
+        attached_task, hold = self._in_use()
+        if isinstance(task, TaskSpec):
+            task = replace(attached_task, spec=task)
+        task = task or attached_task
+        with hold.turn():
+            return predicted(
+                self.decoder,
+                task,
+                rows_of(rows, task.spec),
+                prompt=self.prompt,
+                adjusted=self.adjusted,
+                status=lambda token_lists: [ANSWERED] * len(token_lists),
+            )
+
+    def _in_use(self) -> tuple[Task, Hold]:
+        """Returns the task that the method is attached for, and its hold on the model."""
+        if self._attached is None:
+            raise ValueError(
+                f"{self.name} is attached to no model: ask it inside `with method.attached(...)`"
+            )
+        return self._attached
 
     def _moved_to(self, decoder: Decoder) -> "Method":
         """Returns this method on a decoder; ValueError if it was fitted on another model."""
@@ -355,6 +432,11 @@ class Method:
         """
         # By the class: whoever edits a model has a context of its own to do so.
         return type(self).applied is not Method.applied
+
+
+def _are_shared(options: Sequence[str] | Sequence[Sequence[str]]) -> bool:
+    """Whether options are one list for all prompts."""
+    return all(isinstance(option, str) for option in options)
 
 
 def _check_numbers(name: str, tensors: Mapping[str, Tensor]) -> None:
