@@ -20,11 +20,17 @@ from icrouting.tasks.task import rows_digest
 
 
 def fit(
-    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
+    out: Path,
+    model: Backbone,
+    data: str,
+    tasks: Sequence[str],
+    config: FitConfig,
+    *,
+    gate: bool = True,
 ) -> InContextRouter:
     """Returns a router that is fitted and saved to `out`, or was finished there already."""
     with stoppable(lambda: _kept(out)):
-        return _fit(out, model, data, tasks, config)
+        return _fit(out, model, data, tasks, config, gate)
 
 
 def _kept(out: Path) -> str:
@@ -38,7 +44,7 @@ def _kept(out: Path) -> str:
 
 
 def _fit(
-    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
+    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig, gate: bool
 ) -> InContextRouter:
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
@@ -57,17 +63,24 @@ def _fit(
             other = "a router of other settings or data"
             raise ValueError(f"{out} holds {other}: choose another folder with --out")
         icr.check_fitted_on(Decoder.of(base, tokenizer), f"the router in {out}")
-        message = f"{out} holds this router already"
+        message = f"{out} holds this router already, {_gate_of(icr)}"
     else:
-        icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit")
+        icr = InContextRouter.fit(base, tokenizer, sources, config, folder=out / "fit", gate=gate)
         # All processes hold the same router by now.
         if is_first():
             icr.save_pretrained(out)
         wait()
-        message = f"router saved to {out}"
+        message = f"router saved to {out}, {_gate_of(icr)}"
     (out / "fit" / TRUNK_FILE).unlink(missing_ok=True)  # as large as the tokens are many
     console.print(message, markup=False)
     return icr
+
+
+def _gate_of(icr: InContextRouter) -> str:
+    """What a router does with prompts unlike those of its tasks."""
+    if icr.gate is None:
+        return "without a gate: it routes every prompt"
+    return f"with a gate, from {sum(icr.gate.numbers.rows):,} prompts of its tasks"
 
 
 def _is_saved(out: Path) -> bool:

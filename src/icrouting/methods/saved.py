@@ -98,7 +98,7 @@ def load_method(
         ValueError: a damaged folder, another model or another encoder.
     """
     folder = Path(folder)
-    saved = _read_saved(folder)
+    saved = read_saved(folder)
     decoder = Decoder.of(model, tokenizer)
     decoder.check_fitted_on(str(folder), saved.model, saved.fingerprint, saved.base_weights)
     # A gate is fitted on its router's sources alone, so it has no regimes and is not LEARNING's.
@@ -114,7 +114,7 @@ def load_method(
     return method
 
 
-def _read_saved(folder: Path) -> Saved:
+def read_saved(folder: Path) -> Saved:
     """Returns what a folder says of its tensors; ValueError if it is damaged or no method's."""
     if not all((folder / name).exists() for name in (CONFIG, TENSORS)):
         raise ValueError(

@@ -35,10 +35,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV, TSV or JSONL file whose rows are read one after the other.
+    """A CSV, TSV, JSONL or parquet file whose rows are read one after the other.
 
     Attributes:
-        path: the file; its name's ending says what it is, and what is not .csv or .tsv is JSONL.
+        path: the file; its name's ending says what it is, and what is none of the others is
+            JSONL.
         needed: the columns that will be read.
     """
 
@@ -50,29 +51,35 @@ class Table:
         """Whether it has a heading, and cells with something between them."""
         return self.path.suffix.lower() in (".csv", ".tsv")
 
-    def headings(self) -> list[str]:
-        """Returns the columns' names; those of JSONL are its first row's.
+    def survey(self) -> tuple[int, list[str]]:
+        """Returns the number of rows and the names of all columns, from one reading.
 
         Raises:
-            ValueError: a needed column is missing in a table's heading, or stands there twice.
+            ValueError: it cannot be read, has no row, or a needed column is missing or stands there
+                twice.
         """
-        if not self.is_table:
-            first = next(self.rows(), None)
-            return [] if first is None else list(first.cells)
-        with self._opened() as file:
-            headings = next(csv.reader(file, delimiter=self.delimiter()), [])
-        frames.check_headings(headings, self.needed, str(self.path))
-        twice = [name for name in headings if headings.count(name) > 1]
-        if twice:
-            raise ValueError(
-                f"{self.path}: more than one column is called {twice[0]!r}: rename the other"
-            )
-        missing = [name for name in self.needed if name not in headings]
+        headings = self._heading() if self.is_table else []
+        # A dict, for the order in which they come.
+        names = dict.fromkeys(headings)
+        n_rows = 0
+        for row in self.rows():
+            n_rows += 1
+            names |= dict.fromkeys(row.cells)
+        if not n_rows:
+            raise ValueError(f"{self.path} holds no row")
+        missing = [name for name in self.needed if name not in names]
         if missing:
             raise ValueError(
                 f"{self.path} needs the columns {list(self.needed)}, missing: {missing}; "
-                f"its columns are {headings}"
+                f"its columns are {list(names)}"
             )
+        return n_rows, list(names)
+
+    def _heading(self) -> list[str]:
+        """Returns a table's headings; ValueError where two columns have one name."""
+        with self._opened() as file:
+            headings = next(csv.reader(file, delimiter=self.delimiter()), [])
+        frames.check_headings(headings, headings, str(self.path))
         return headings
 
     def delimiter(self) -> str:
@@ -92,6 +99,8 @@ class Table:
         try:
             if self.is_table:
                 yield from self._table_rows()
+            elif self.path.suffix.lower() == ".parquet":
+                yield from self._parquet_rows()
             else:
                 yield from self._json_rows()
         except OSError as error:
@@ -103,8 +112,11 @@ class Table:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _opened(self) -> io.TextIOWrapper:
-        # Bytes that are no UTF-8 come through as they are, and go out again so.
-        return self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+        try:
+            # Bytes that are no UTF-8 come through as they are, and go out again so.
+            return self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+        except OSError as error:
+            raise ValueError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def _json_rows(self) -> Iterator[Row]:
         with self._opened() as file:
@@ -122,6 +134,10 @@ class Table:
                     yield Row(place, cells)
                 else:
                     yield Row(place, {}, f"not a JSON object but a {type(cells).__name__}")
+
+    def _parquet_rows(self) -> Iterator[Row]:
+        for number, cells in enumerate(frames.parquet_records(self.path), start=1):
+            yield Row(f"{self.path.name}:{number}", cells)
 
     def _table_rows(self) -> Iterator[Row]:
         csv.field_size_limit(_LONGEST_CELL)
@@ -175,10 +191,8 @@ def rows_of(rows: Any, spec: TaskSpec) -> list[object]:
     needed = tuple(unlabelled_fields(spec))
     if isinstance(rows, str | Path):
         path = Path(rows)
-        if path.suffix.lower() == ".parquet":
-            return [row for _, row in frames.parquet_lines(path, needed)]
         table = Table(path, needed)
-        table.headings()
+        table.survey()
         return [row.problem or row.cells for row in table.rows()]
     if isinstance(rows, Sequence):
         return [dict(row) if isinstance(row, Mapping) else row for row in rows]
