@@ -258,3 +258,14 @@ def test_what_reads_rows_predicts_but_scores_no_bare_prompts(name, settings, mod
         assert {each.status for each in attached.predict(ROWS)} == {"answered"}
         with pytest.raises(ValueError, match="use `predict`"):
             attached.score(TEXTS, OPTIONS)
+
+
+def test_a_method_scores_prompts_that_bring_options_of_their_own(settings, model, tokenizer):
+    (made,) = make(["probe-hidden"], settings)
+    probe = fit_method(made, model, tokenizer, [TASK]).on(TASK)
+    three = ["dull", "joy", "good"]
+    with probe.attached(model, tokenizer, TASK) as attached:
+        shared = attached.score(TEXTS[:3], OPTIONS)
+        scores = attached.score(TEXTS[:3], [OPTIONS, three, OPTIONS])
+    assert torch.equal(scores[:, :2], shared)
+    assert scores[:, 2].isneginf().all()

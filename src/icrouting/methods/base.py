@@ -19,7 +19,7 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import Hold, check_alone, hooked
 from icrouting.decoder.hooks import counted_rows
 from icrouting.decoder.scoring import have_finite_scores, score
-from icrouting.decoder.texts import prompts_of
+from icrouting.methods.bare import score_texts
 from icrouting.methods.fits import Fit, load_fit, save_fit
 from icrouting.methods.settings import Settings
 from icrouting.routing.predictions import ANSWERED, Prediction, predicted
@@ -353,22 +353,8 @@ class Method:
         kind = type(self)
         if kind.reads_fields or kind.prompt is not Method.prompt:
             raise ValueError(f"{self.name} reads a task's rows, not prompts alone: use `predict`")
-        texts = prompts_of(prompts)
         with hold.turn():
-            plain_scores = score(self.decoder, texts, options)
-            options_by_prompt = [options] * len(texts) if _are_shared(options) else options
-            scores = torch.full_like(plain_scores, -torch.inf)
-            # Each prompt as the row of a task whose options are its own.
-            rows_by_options: dict[tuple[str, ...], list[int]] = {}
-            for row, row_options in enumerate(options_by_prompt):
-                rows_by_options.setdefault(tuple(row_options), []).append(row)
-            for row_options, rows in rows_by_options.items():
-                task = Task(TaskSpec(self.name, "far", "{prompt}", row_options), (), ())
-                examples = [Example({"prompt": texts[row]}, (), 0) for row in rows]
-                n_options = len(row_options)
-                adjusted = self.adjusted(task, examples, plain_scores[rows, :n_options])
-                scores[rows, :n_options] = adjusted
-        return scores
+            return score_texts(self.decoder, prompts, options, self.adjusted)
 
     def predict(self, rows: Any, task: Task | TaskSpec | None = None) -> list[Prediction]:
         """Returns a prediction for each row, inside `attached`, without a look at any label.
@@ -432,11 +418,6 @@ class Method:
         """
         # By the class: whoever edits a model has a context of its own to do so.
         return type(self).applied is not Method.applied
-
-
-def _are_shared(options: Sequence[str] | Sequence[Sequence[str]]) -> bool:
-    """Whether options are one list for all prompts."""
-    return all(isinstance(option, str) for option in options)
 
 
 def _check_numbers(name: str, tensors: Mapping[str, Tensor]) -> None:
