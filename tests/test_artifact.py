@@ -113,7 +113,7 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path, monkeypatch):
 def test_a_router_goes_to_the_hub_and_comes_back_with_its_results(
     saved_router, tmp_path, monkeypatch
 ):
-    fitted = InContextRouter(*artifact.load(saved_router))
+    fitted = InContextRouter(*artifact.load(saved_router)[:3])
     fitted.save_pretrained(tmp_path / "router")
     card = tmp_path / "router" / "README.md"
     card.write_text(with_results(card.read_text(), "It is good.\n"))

@@ -15,11 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import stages as fitting
+from icrouting.fitting.gating import fit_gate
+from icrouting.fitting.training import Query
 from icrouting.fitting.warm import Start
 from icrouting.routing import artifact
 from icrouting.routing.card import model_card
 from icrouting.routing.description import Description, describe
 from icrouting.routing.features import features_of
+from icrouting.routing.gate import PromptGate
 from icrouting.routing.ownership import check_place_on_hub
 from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Gate, Reader
@@ -45,6 +48,7 @@ class InContextRouter(ModelHubMixin):
         pids: the directions.
         router: the trained router.
         folder: where it was loaded from; None if it was fitted here.
+        gate: which prompts it routes; None where it routes all.
 
     Example:
         A model of two layers and a vocabulary of six words stands for a real one (`load_model`).
@@ -74,6 +78,7 @@ class InContextRouter(ModelHubMixin):
     pids: PIDs
     router: Router
     folder: Path | None = None
+    gate: PromptGate | None = None
 
     # Where this is empty, the mixin would set it on every new object, which is frozen.
     _hub_mixin_config: ClassVar[dict] = {"method": "icr"}
@@ -90,7 +95,8 @@ class InContextRouter(ModelHubMixin):
         """Whether another router is the same one, wherever it was loaded from."""
         if not isinstance(other, InContextRouter):
             return NotImplemented
-        return self.description == other.description and self.digest() == other.digest()
+        is_same_router = self.digest() == other.digest() and self.gate == other.gate
+        return self.description == other.description and is_same_router
 
     def __hash__(self) -> int:
         return hash(self.digest())
@@ -108,6 +114,7 @@ class InContextRouter(ModelHubMixin):
         stages: str | Path | None = None,
         start: "InContextRouter | None" = None,
         keep: int = 0,
+        gate: bool = True,
     ) -> "InContextRouter":
         """Returns a router fitted on source tasks: extraction, PIDs, training (sections 2 to 4).
 
@@ -130,6 +137,9 @@ class InContextRouter(ModelHubMixin):
                 (`fitting.warm.SHAPING`) are its own, whatever is left at its default.
             keep: training rows of each task that `start` knows to train on again, so that it is not
                 forgotten; these tasks are to be among `tasks`.
+            gate: whether the router is to know prompts unlike these tasks', and to leave them to
+                the base model (`routing.gate`; not in the paper); a line in the log says where it
+                cannot.
 
         Raises:
             ValueError: the model cannot be routed, or the settings, tasks, folder or start do not
@@ -148,8 +158,15 @@ class InContextRouter(ModelHubMixin):
             tasks = warm.trained_tasks(tasks, config.seed)
         elif keep:
             raise ValueError(f"keep={keep} is of the tasks of a router to start from: give `start`")
+        queries: list[Query] = []
         pids, router, features = fitting.fit(
-            decoder, tasks, config, fit_folder, stages=stages_folder, start=warm
+            decoder,
+            tasks,
+            config,
+            fit_folder,
+            stages=stages_folder,
+            start=warm,
+            read_queries=queries.extend,
         )
         new_tasks = tasks
         if start is not None:
@@ -157,7 +174,8 @@ class InContextRouter(ModelHubMixin):
         description = describe(decoder, new_tasks, config, pids.layers, features)
         if warm is not None:
             description = warm.described(description, tasks)
-        return cls(description, pids, router)
+        prompt_gate = fit_gate(queries, tasks, pids.layers[0]) if gate else None
+        return cls(description, pids, router, gate=prompt_gate)
 
     def as_start(self, keep: int = 0) -> Start:
         """Returns what a fit goes on from; `keep` rows of each known task are trained on again."""
@@ -170,7 +188,7 @@ class InContextRouter(ModelHubMixin):
         tokenizer: PreTrainedTokenizerBase,
         *,
         strength: float = 1.0,
-        gate: Gate | None = None,
+        gate: Gate | bool | None = True,
     ) -> Iterator[Routed]:
         """Inside, every plain `model(...)` and `model.generate(...)` is routed by its prompt.
 
@@ -181,8 +199,10 @@ class InContextRouter(ModelHubMixin):
             model: the base model that the router was fitted on.
             tokenizer: its tokenizer.
             strength: factor on the routing vector; 0 gives the logits of the untouched model.
-            gate: gives each prompt a further factor, [batch], from the states that enter the first
-                routed layer, [q_len, hidden_size] each; the method "icr-gated" has one.
+            gate: True leaves prompts that the router's own gate does not know to the base model, if
+                it has a gate; False and None route every prompt. Or what gives each prompt a
+                further factor, [batch], from the states that enter the first routed layer,
+                [q_len, hidden_size] each; the method "icr-gated" has one.
 
         Raises:
             ValueError: another base model, or one that is attached already.
@@ -193,15 +213,22 @@ class InContextRouter(ModelHubMixin):
 
     @contextmanager
     def attached_to(
-        self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None
+        self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | bool | None = True
     ) -> Iterator[Routed]:
         """Does what `attached` does, for a decoder."""
-        reader = self.reader(decoder, strength=strength, gate=gate)
+        prompt_gate = self._gate_asked_for(gate)
+        reader = self.reader(decoder, strength=strength, gate=prompt_gate)
         sources = self.description.sources
         if sources:
             reader = replace(reader, forms=FormWatch(sources, decoder.tokenizer))
         with self.attached_by(reader, strength=strength) as routed:
             yield routed
+
+    def _gate_asked_for(self, gate: Gate | bool | None) -> Gate | None:
+        """Returns the gate that `attached` was asked for; None for none."""
+        if gate is True:
+            return self.gate
+        return None if gate is False else gate
 
     @contextmanager
     def attached_by(self, reader: Reader, *, strength: float = 1.0) -> Iterator[Routed]:
@@ -211,7 +238,8 @@ class InContextRouter(ModelHubMixin):
         """
         # Exact in every dtype at strength 0: wider heads round differently below float32.
         with rerouted(reader, self.pids) if strength else unrouted(reader) as now:
-            yield Routed(reader, self.pids.layers, strength, now.last, now.hold)
+            sources = self.description.sources or ()
+            yield Routed(reader, self.pids.layers, strength, now.last, now.hold, sources)
 
     def reader(
         self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None
@@ -257,7 +285,7 @@ class InContextRouter(ModelHubMixin):
         decoder.check_fitted_on(what, fitted.base_model, fitted.fingerprint, fitted.base_weights)
 
     def digest(self) -> str:
-        """Returns 16 hex digits that identify the router's weights."""
+        """Returns 16 hex digits that identify the router's weights, without its gate's."""
         return artifact.digest(self.pids, self.router)
 
     def save_pretrained(
@@ -296,7 +324,9 @@ class InContextRouter(ModelHubMixin):
         return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        artifact.save(save_directory, self.description, self.pids, self.router, self.folder)
+        artifact.save(
+            save_directory, self.description, self.pids, self.router, self.folder, self.gate
+        )
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, repo_id: str, **settings: Any
@@ -338,5 +368,5 @@ class InContextRouter(ModelHubMixin):
             ValueError: nothing is there, or it is damaged, of a newer format, or of wrong shapes.
         """
         folder = artifact.locate(str(name), revision, token)
-        description, pids, router = artifact.load(folder)
-        return cls(description, pids, router, folder)
+        description, pids, router, gate = artifact.load(folder)
+        return cls(description, pids, router, folder, gate)

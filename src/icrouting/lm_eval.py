@@ -66,8 +66,9 @@ class RoutedLM(huggingface.HFLM):
         self._strength = float(strength)
         # "hf" rounds log-likelihoods to the model's dtype; in bfloat16 options would tie.
         super().__init__(folder_of(pretrained), **{"softmax_dtype": "float32", **settings})
+        # The paper's method, which has no gate: the harness measures what routing does.
         self._attached = partial(
-            router.attached, self.model, self.tokenizer, strength=self._strength
+            router.attached, self.model, self.tokenizer, strength=self._strength, gate=False
         )
         # A router of another model is refused before any work.
         with self._attached():

@@ -1,7 +1,7 @@
 """Filling: the prompt that `icr generate` and `icr inspect` look at, typed or made of fields."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from icrouting.routing.sources import Source
 from icrouting.runtime.checks import known
@@ -82,15 +82,12 @@ def _source_of(name: str | None, sources: Sequence[Source] | None) -> Source:
 
 
 def _spec_of(source: Source) -> TaskSpec:
-    """Returns how a source reads; where each row brings its choices, its options are no words."""
-    has_choices = any(f"{{{slot}}}" in source.template for slot in ("choices", "letters"))
-    options = () if has_choices else source.options
-    # A router keeps no replacements of fields' values, which a known task has by its name.
+    """Returns how a source reads, with the words of a known task where the router keeps none."""
+    spec = source.spec
     usual = SPECS.get(source.name)
-    words = {}
-    if usual is not None and usual.template == source.template:
-        words = usual.words
-    return TaskSpec(source.name, "far", source.template, options, words)
+    if not spec.words and usual is not None and usual.template == source.template:
+        spec = replace(spec, words=usual.words)
+    return spec
 
 
 def _texts_by_slot(fields: Sequence[str], spec: TaskSpec, needs_choices: bool) -> dict[str, str]:

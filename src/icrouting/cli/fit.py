@@ -35,10 +35,11 @@ def fit(
     *,
     stages_folder: Path | None = None,
     beginning: Beginning = ANEW,
+    gate: bool = True,
 ) -> InContextRouter:
     """Returns a router that is fitted and saved to `out`, or was finished there already."""
     with stoppable(lambda: _kept(out)):
-        return _fit(out, model, sources, config, token_budget, stages_folder, beginning)
+        return _fit(out, model, sources, config, token_budget, stages_folder, beginning, gate)
 
 
 def _kept(out: Path) -> str:
@@ -59,6 +60,7 @@ def _fit(
     token_budget: int | None,
     stages_folder: Path | None,
     beginning: Beginning,
+    gate: bool,
 ) -> InContextRouter:
     shared = stages_folder or out / "fit"
     console.quiet = not is_first()
@@ -90,7 +92,7 @@ def _fit(
                 "takes up what they have in common"
             )
         icr.check_fitted_on(Decoder.of(base, tokenizer), f"the router in {out}")
-        message = f"{out} holds this router already"
+        message = f"{out} holds this router already, {_gate_of(icr)}"
     else:
         decoder = Decoder.of(base, tokenizer, token_budget).unwrapped()
         phrases = stages.kept_stages(decoder, trained, config, shared, beginning.start)
@@ -106,17 +108,25 @@ def _fit(
             stages=stages_folder,
             start=beginning.icr,
             keep=beginning.keep,
+            gate=gate,
         )
         # All processes hold the same router by now.
         if is_first():
             icr.save_pretrained(out)
         wait()
-        message = f"router saved to {out}"
+        message = f"router saved to {out}, {_gate_of(icr)}"
     # As large as the tokens are many, and of use only where a folder was named for more fits.
     if stages_folder is None:
         delete_trunks(shared)
     console.print(message, markup=False)
     return icr
+
+
+def _gate_of(icr: InContextRouter) -> str:
+    """What a router does with prompts unlike those of its tasks."""
+    if icr.gate is None:
+        return "without a gate: it routes every prompt"
+    return f"with a gate, from {sum(icr.gate.numbers.rows):,} prompts of its tasks"
 
 
 def _is_saved(out: Path) -> bool:

@@ -60,7 +60,8 @@ def generate(
 
     # Before the router is attached, which would route this one too.
     plain = panel("zero-shot")
-    with icr.attached(base, tokenizer, strength=strength) as routed:
+    # What is looked at is the router, whether its gate would let the prompt in or not.
+    with icr.attached(base, tokenizer, strength=strength, gate=False) as routed:
         beside = Table.grid(Column(ratio=1), Column(ratio=1), expand=True)
         beside.add_row(plain, panel(f"routed, strength {strength:g}"))
         console.print(beside)
@@ -84,7 +85,7 @@ def inspect(
     icr = InContextRouter.from_pretrained(router)
     asked = filled(prompt, task, fields, icr.description.sources, chat=chat, system=system)
     model = base_of_router(model, icr)
-    with icr.attached(*load(model), strength=strength) as routed:
+    with icr.attached(*load(model), strength=strength, gate=False) as routed:
         seen = inspection.inspect_prompt(routed, asked.prompt, options or asked.options or None)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_text(out, inspection.html(seen, f"{model}, router {router} ({icr.digest()})"))

@@ -35,6 +35,7 @@ def fit(
     keep: int = 0,
     dry_run: bool = False,
     tflops: float = 100.0,
+    gate: bool = True,
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
 ) -> None:
     """Fit a router on a frozen model, from few-shot prompts of a few tasks.
@@ -69,6 +70,8 @@ def fit(
             end. Nothing is run, no weights are read: of the model, a folder with its config.json is
             enough.
         tflops: The model's speed that a dry run reckons times with, in TFLOP/s.
+        gate: Whether the router is to know prompts unlike those of its tasks, and to leave them to
+            the base model.
         config: The settings below.
     """
     from icrouting.cli import reading
@@ -84,7 +87,16 @@ def fit(
     sources = beginning.with_known(sources, data)
     if dry_run:
         return room.show_plan(model, sources, config, tflops, beginning)
-    room.fit(out, model, sources, config, token_budget, stages_folder=stages, beginning=beginning)
+    room.fit(
+        out,
+        model,
+        sources,
+        config,
+        token_budget,
+        stages_folder=stages,
+        beginning=beginning,
+        gate=gate,
+    )
 
 
 def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:
@@ -166,6 +178,42 @@ def report(
         without=without,
         out=out,
     )
+
+
+def predict(
+    artifact: Annotated[str, tyro.conf.Positional],
+    rows: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    model: Base = BACKBONE,
+    task: str | None = None,
+    gate: bool = True,
+    prefix: str = "",
+) -> None:
+    """Answer every row of a file: adds label, probability and status, in the rows' order.
+
+    A row that does not fit is answered by its reason, and ends nothing. Killed and started again,
+    it goes on where it was, to the same file. NAME.state.json beside the answers says what they are
+    of.
+
+    Example: icr predict my-router tickets.csv --out answers.csv
+
+    Args:
+        artifact: Folder or hub id of a fitted router, or folder of a saved method.
+        rows: CSV, TSV, JSONL or parquet file with the template's columns; no label is needed.
+        out: The answers, as .csv, .tsv or .jsonl: all columns of the rows, and three more.
+        model: The model below.
+        task: Which task's template makes prompts of the rows, where there are several.
+        gate: Whether the router's gate may leave prompts to the base model (--no-gate: route all).
+        prefix: Stands before the names of the three columns, where the rows have one of such a
+            name.
+    """
+    from icrouting.cli import reading
+
+    reading.check_out(out.parent)
+    # Here, once the place is known to be one: this room imports torch.
+    from icrouting.cli import predict as room
+
+    room.predict(artifact, rows, out, model, task, gate=gate, prefix=prefix)
 
 
 def generate(
@@ -338,6 +386,7 @@ def main(arguments: list[str] | None = None) -> None:
         "fit": fit,
         "eval": evaluate,
         "report": report,
+        "predict": predict,
         "generate": generate,
         "inspect": inspect,
         "demo": demo,

@@ -52,6 +52,7 @@ def training_queries(
     """
     examples = _drawn(tasks, config)
     texts: list[str] = []
+    task_names: list[str] = []
     places: list[Parting] = []
     # Which tokens an option begins with depends on the text before it.
     for task, example in examples:
@@ -62,6 +63,7 @@ def training_queries(
         decoder.check_known(answers)
         parted = partings(answers, example.label)
         texts += [text] * len(parted)
+        task_names += [task.name] * len(parted)
         places += parted
     beginnings = [parting.beginning for parting in places]
     token_lists = _shortened(decoder, texts, beginnings, config)
@@ -80,7 +82,15 @@ def training_queries(
     queries = []
     for row in finite:
         parting = places[row]
-        query = Query(states[row], scaled[row], parting.following, parting.chosen, texts[row])
+        query = Query(
+            states[row],
+            scaled[row],
+            parting.following,
+            parting.chosen,
+            texts[row],
+            task=task_names[row],
+            n_answer=len(parting.beginning),
+        )
         queries.append(query)
     return queries, (mean, std)
 

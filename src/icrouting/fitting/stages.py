@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from icrouting.fitting.shelf import (
     load_pids,
     save_pids,
 )
-from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
+from icrouting.fitting.training import CHECKPOINT_FILE, Query, Trainer
 from icrouting.fitting.trunk import ENTROPIES_FILE
 from icrouting.fitting.warm import Start
 from icrouting.routing.features import Features, features_of
@@ -45,6 +45,7 @@ def fit(
     kind: type[Router] = Router,
     stages: Path | None = None,
     start: Start | None = None,
+    read_queries: Callable[[Sequence[Query]], object] | None = None,
 ) -> tuple[PIDs, Router, Features]:
     """Returns the PIDs, a router trained on them, and the features that it reads.
 
@@ -61,6 +62,7 @@ def fit(
             up; None keeps them in `folder`.
         start: the router to go on from, whose directions are taken; `tasks` and `config` are those
             that it gives for them.
+        read_queries: is handed the training queries, with what they left in the trunk.
 
     Raises:
         ValueError: the model cannot be routed, or the settings, tasks or folder do not fit.
@@ -106,6 +108,8 @@ def fit(
                 queries, scale = training_queries(
                     decoder, tasks, features, layers[0], config, place
                 )
+            if read_queries is not None:
+                read_queries(queries)
             first_scale = 1.0
             if start is not None:
                 scale = start.put_into(router, scale)

@@ -42,6 +42,8 @@ class Query:
         option_ids: the tokens with which an option begins, or goes on from there.
         label: place of the answer's among them.
         text: the prompt, to be named in errors.
+        task: the name of its task.
+        n_answer: tokens of the answer's beginning behind the prompt.
     """
 
     state: TrunkState
@@ -49,6 +51,8 @@ class Query:
     option_ids: list[int]
     label: int
     text: str = ""
+    task: str = ""
+    n_answer: int = 0
 
 
 def alpha_scale(step: int, n_steps: int, final: float, first: float = 1.0) -> float:

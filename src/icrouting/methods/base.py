@@ -16,15 +16,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import DEFAULT_ENCODER
 from icrouting.decoder.decoder import Decoder
-from icrouting.decoder.hold import check_alone, hooked
+from icrouting.decoder.hold import Hold, check_alone, hooked
 from icrouting.decoder.hooks import counted_rows
 from icrouting.decoder.scoring import have_finite_scores, score
+from icrouting.methods.bare import score_texts
 from icrouting.methods.fits import Fit, load_fit, save_fit
 from icrouting.methods.settings import Settings
+from icrouting.routing.predictions import ANSWERED, Prediction, predicted
 from icrouting.runtime.checks import check_same
 from icrouting.runtime.defaults import usual_defaults
+from icrouting.tasks.chat import Messages
 from icrouting.tasks.prompts import Prompt, zero_shot
-from icrouting.tasks.task import Example, Task
+from icrouting.tasks.streams import rows_of
+from icrouting.tasks.task import Example, Task, TaskSpec
 
 Scores = Float[Tensor, "n_examples n_options"]
 Context = AbstractContextManager[object]
@@ -47,6 +51,7 @@ class Method:
         lacks: why it has no in-domain regime, under "", or no train-once regime, under "-once".
         follows_checkpointing: whether a layer that runs again for its gradients does under the
             method what it did the first time.
+        reads_fields: whether its scores depend on more of a row than its prompt.
         n_labelled: labelled rows that the fit in force looked at; `learn` says.
         n_trained: parameters that it trained; `learn` says.
         tried: the settings that the fit in force tried, see `Fit`; `learn` may add to them.
@@ -65,6 +70,8 @@ class Method:
     reads_sources: bool = True
     lacks: Mapping[str, str] = {}
     follows_checkpointing: bool = False
+    reads_fields: bool = False
+    _attached: tuple[Task, Hold] | None = None
     # What the fit in force leaves.
     n_labelled: int = 0
     n_trained: int = 0
@@ -340,7 +347,67 @@ class Method:
         with hooked(method.decoder.base, method.name, method.applied(task)) as hold:
             hold.check = hold.hooked_modules.check
             hold.follows_checkpointing = method.follows_checkpointing
-            yield method
+            method._attached = (task, hold)
+            try:
+                yield method
+            finally:
+                method._attached = None
+
+    def score(
+        self, prompts: Sequence[str | Messages], options: Sequence[str] | Sequence[Sequence[str]]
+    ) -> Scores:
+        """Returns the option scores that count after each prompt, inside `attached`.
+
+        Args:
+            prompts: zero-shot prompts, ending right before the space and the answer, or
+                conversations.
+            options: the answers to choose from, for all prompts or a list each.
+
+        Raises:
+            ValueError: nothing is attached, or the method reads rows and not prompts alone.
+        """
+        task, hold = self._in_use()
+        kind = type(self)
+        if kind.reads_fields or kind.prompt is not Method.prompt:
+            raise ValueError(f"{self.name} reads a task's rows, not prompts alone: use `predict`")
+        with hold.turn():
+            label_scoring = task.spec.label_scoring
+            return score_texts(self.decoder, prompts, options, self.adjusted, label_scoring)
+
+    def predict(self, rows: Any, task: Task | TaskSpec | None = None) -> list[Prediction]:
+        """Returns a prediction for each row, inside `attached`, without a look at any label.
+
+        A row that does not fit, or is too long for the model, says so in its status.
+
+        Args:
+            rows: a list of dicts, a data frame, a `datasets.Dataset` or the path of a file.
+            task: how rows become prompts; None is the task that the method is attached for.
+
+        Raises:
+            ValueError: these are no rows, or nothing is attached.
+        """
+        attached_task, hold = self._in_use()
+        if isinstance(task, TaskSpec):
+            unbound = replace(attached_task, spec=task, rendering=None)
+            task = unbound.bound_to(self.tokenizer)
+        task = task or attached_task
+        with hold.turn():
+            return predicted(
+                self.decoder,
+                task,
+                rows_of(rows, task.spec),
+                prompt=self.prompt,
+                adjusted=self.adjusted,
+                status=lambda token_lists: [ANSWERED] * len(token_lists),
+            )
+
+    def _in_use(self) -> tuple[Task, Hold]:
+        """Returns the task that the method is attached for, and its hold on the model."""
+        if self._attached is None:
+            raise ValueError(
+                f"{self.name} is attached to no model: ask it inside `with method.attached(...)`"
+            )
+        return self._attached
 
     def _moved_to(self, decoder: Decoder) -> "Method":
         """Returns this method on a decoder; ValueError if it was fitted on another model."""

@@ -27,6 +27,7 @@ class Calibration(Method):
     name = "calibration"
     draws = False
     reads_sources = False
+    reads_fields = True
 
     def learn(self, rng: np.random.Generator) -> None:
         """Learns nothing from the source tasks."""

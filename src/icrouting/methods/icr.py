@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,17 +15,13 @@ from icrouting.decoder.states import last_outputs
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
 from icrouting.methods.settings import Settings
+from icrouting.routing.gate import FEWEST_ROWS, N_KNOWN, SHUT_OUT, gaussians
 from icrouting.routing.reader import Gate, Reader
 from icrouting.tasks.task import Task
 
 # Rows of a source task that a gate reads, and those of them that it knows; the others, whose states
 # it has not seen, say how far from the known ones a row of the same task may lie.
 N_ROWS = 260
-N_KNOWN = 200
-# Of 26 rows 20 are known and 6 are others: with fewer, neither says much.
-FEWEST_ROWS = 26
-SHUT_OUT = 0.01
-SHRINKAGE = 0.1
 
 
 class Icr(Method):
@@ -200,57 +194,6 @@ class IcrGated(Icr):
     def _distances(self, states: Float[Tensor, "n hidden_size"]) -> Float[Tensor, "n"]:
         """Returns the squared distance of states to the nearest task."""
         by_task = []
-        for gaussian in _gaussians(self.known, self.owners):
+        for gaussian in gaussians(self.known, self.owners):
             by_task.append(gaussian.distances(states))
         return torch.stack(by_task).amin(0)
-
-
-@dataclass(frozen=True, eq=False)
-class _Gaussian:
-    """The states of one task's rows, as a mean and a covariance S that is never written out.
-
-        S = a C^T C + b I,    a = (1 - SHRINKAGE) / n,    b = SHRINKAGE * the mean of C^2
-
-    S is hidden_size squared, where the rows are a few hundred. By Woodbury's identity
-
-        b S^-1 = I - a C^T M^-1 C,    M = a C C^T + b I
-
-    so that a matrix of n by n is all that is inverted.
-
-    Attributes:
-        mean: of the states.
-        centred: C, the states less their mean.
-        ball: b.
-        inverse: of M.
-    """
-
-    mean: Float[Tensor, "hidden_size"]
-    centred: Float[Tensor, "n hidden_size"]
-    ball: Float[Tensor, ""]
-    inverse: Float[Tensor, "n n"]
-
-    @classmethod
-    def of(cls, states: Float[Tensor, "n hidden_size"]) -> "_Gaussian":
-        # The inverse loses digits that float32 does not have to spare.
-        states = states.double()
-        mean = states.mean(0)
-        centred = states - mean
-        ball = SHRINKAGE * centred.square().mean()
-        gram = (1 - SHRINKAGE) / len(states) * centred @ centred.T
-        inverse = torch.linalg.inv(gram + ball * torch.eye(len(states)))
-        return cls(mean, centred, ball, inverse)
-
-    def distances(self, states: Float[Tensor, "n_states hidden_size"]) -> Float[Tensor, "n_states"]:
-        """Returns squared Mahalanobis distances to the mean."""
-        gaps = states.double() - self.mean
-        along = gaps @ self.centred.T
-        share = (1 - SHRINKAGE) / len(self.centred)
-        inside = share * ((along @ self.inverse) * along).sum(1)
-        return (gaps.square().sum(1) - inside) / self.ball
-
-
-# A gate is asked for every prompt that runs, and the inverses stay the same until the next fit.
-@lru_cache(maxsize=1)
-def _gaussians(known: Tensor, owners: Tensor) -> list[_Gaussian]:
-    """Returns what each task's states are described by."""
-    return [_Gaussian.of(known[owners == owner]) for owner in owners.unique()]

@@ -17,6 +17,7 @@ from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same, known, read
 from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors, unshared
+from icrouting.tasks.task import Task, TaskSpec
 
 CONFIG = "method.json"
 TENSORS = "method.safetensors"
@@ -39,6 +40,7 @@ class Saved:
     tried: list[dict[str, Any]]
     cost: dict[str, int | float]
     tensors_sha256: str
+    specs: list[TaskSpec]
 
 
 def save_method(method: Method, folder: str | Path) -> None:
@@ -72,8 +74,13 @@ def save_method(method: Method, folder: str | Path) -> None:
         tried=fit.tried,
         cost=fit.cost,
         tensors_sha256=_digest(folder),
+        specs=[task.spec for task in method.sources],
     )
-    save_json(folder / CONFIG, asdict(saved))
+    content = asdict(saved)
+    # What was learned from no task has none to tell of, as in an earlier version.
+    if not saved.specs:
+        del content["specs"]
+    save_json(folder / CONFIG, content)
 
 
 @usual_defaults()
@@ -91,7 +98,7 @@ def load_method(
         ValueError: a damaged folder, another model or another encoder.
     """
     folder = Path(folder)
-    saved = _read_saved(folder)
+    saved = read_saved(folder)
     decoder = Decoder.of(model, tokenizer)
     decoder.check_fitted_on(str(folder), saved.model, saved.fingerprint, saved.base_weights)
     # A gate is fitted on its router's sources alone, so it has no regimes and is not LEARNING's.
@@ -100,13 +107,14 @@ def load_method(
     method = kind(read(Settings, saved.settings))
     tensors, _ = load_tensors(folder / TENSORS)
     # The rows that it was learned from are elsewhere, and answering needs none.
-    method.take(Fit(tensors, saved.tried, saved.cost), decoder, sources=())
+    sources = [Task(spec, (), ()) for spec in saved.specs]
+    method.take(Fit(tensors, saved.tried, saved.cost), decoder, sources)
     # Only with its tensors in place does a method know whether it reads by an encoder.
     check_same(str(folder), saved.depends_on, method.depends_on())
     return method
 
 
-def _read_saved(folder: Path) -> Saved:
+def read_saved(folder: Path) -> Saved:
     """Returns what a folder says of its tensors; ValueError if it is damaged or no method's."""
     if not all((folder / name).exists() for name in (CONFIG, TENSORS)):
         raise ValueError(
@@ -114,8 +122,9 @@ def _read_saved(folder: Path) -> Saved:
         )
     # The two files are written one after the other; a kill in between leaves no pair.
     digest = _digest(folder)
-    # An earlier version kept no digest, and nothing of the model's weights.
-    content = {"tensors_sha256": digest, "base_weights": {}, **load_json(folder / CONFIG)}
+    # An earlier version kept no digest, and nothing of the model's weights or of how tasks read.
+    content = {"tensors_sha256": digest, "base_weights": {}, "specs": []}
+    content |= load_json(folder / CONFIG)
     saved = read(Saved, content)
     if saved.tensors_sha256 != digest:
         raise ValueError(

@@ -21,6 +21,7 @@ from icrouting.config import FitConfig
 from icrouting.decoder.identity import read_weight
 from icrouting.routing.card import model_card
 from icrouting.routing.description import Description
+from icrouting.routing.gate import GateNumbers, PromptGate
 from icrouting.routing.ownership import CARD, CONFIG, METHOD, N_DIGITS, WEIGHTS, check_place
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Router
@@ -44,8 +45,16 @@ _PID_NUMBERS = ("query_std", "key_std", "query_explained", "key_explained")
 _PID_TENSORS = _PID_BASES + _PID_NUMBERS
 
 
+_GATE_TENSOR = "gate.states"
+
+
 def save(
-    folder: Path, description: Description, pids: PIDs, router: Router, source: Path | None = None
+    folder: Path,
+    description: Description,
+    pids: PIDs,
+    router: Router,
+    source: Path | None = None,
+    gate: PromptGate | None = None,
 ) -> None:
     """Writes an artifact; a kill leaves the old router, the new one or none, and no mixture.
 
@@ -58,20 +67,23 @@ def save(
     check_place(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(pids, router)
+    if gate is not None:
+        tensors[_GATE_TENSOR] = gate.states.contiguous()
     sha256 = hashlib.sha256(serialize(tensors)).hexdigest()
     config = {**_MEANING, "weights_sha256": sha256, **dataclasses.asdict(description)}
     # What an earlier version wrote is written as it was.
     if description.sources is None:
         del config["sources"]
-    for entry in config.get("sources", ()):
-        for name in ("chat", "system"):
-            if not entry[name]:
-                del entry[name]
+    else:
+        config["sources"] = [source.as_kept() for source in description.sources]
+    if gate is not None:
+        config["gate"] = dataclasses.asdict(gate.numbers)
     if not description.base_weights:
         del config["base_weights"]
     if description.origin is None:
         del config["origin"]
-    short_digest = sha256[:N_DIGITS]
+    # The gate has no part in what a card records: results are of the router alone.
+    short_digest = digest(pids, router)
     folders = [folder] if source is None else [source, folder]
     card = _card_that_names(short_digest, folders)
     if card is None:
@@ -144,8 +156,8 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
 
 
 @usual_defaults()
-def load(folder: Path) -> tuple[Description, PIDs, Router]:
-    """Returns an artifact's parts.
+def load(folder: Path) -> tuple[Description, PIDs, Router, PromptGate | None]:
+    """Returns an artifact's parts; the last is None where it has no gate.
 
     ValueError if a file is missing or damaged, newer, or its shapes do not match.
     """
@@ -156,6 +168,7 @@ def load(folder: Path) -> tuple[Description, PIDs, Router]:
     config = load_json(config_file)
     try:
         description = _description(config)
+        gate_numbers = _gate_numbers(config, description)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from error
     if not weights_file.is_file():
@@ -168,8 +181,11 @@ def load(folder: Path) -> tuple[Description, PIDs, Router]:
             "fetch it again"
         )
     tensors, _ = load_tensors(weights_file)
-    pids, router = _assemble(tensors, description, weights_file)
-    return description, pids, router
+    _check_tensors(tensors, description, gate_numbers, weights_file)
+    pids, router = _assemble(tensors, description)
+    if gate_numbers is None:
+        return description, pids, router, None
+    return description, pids, router, PromptGate(tensors[_GATE_TENSOR], gate_numbers)
 
 
 def _description(config: dict[str, Any]) -> Description:
@@ -189,7 +205,7 @@ def _description(config: dict[str, Any]) -> Description:
             "this is damaged or was edited: its checksum does not match; fetch it again"
         )
     content = dict(config)
-    for name in ("checksum", "weights_sha256"):
+    for name in ("checksum", "weights_sha256", "gate"):
         content.pop(name, None)
     meaning = {name: content.pop(name, None) for name in _MEANING}
     if meaning != _MEANING:
@@ -210,7 +226,21 @@ def _description(config: dict[str, Any]) -> Description:
     return description
 
 
-def _shapes(description: Description) -> dict[str, tuple[int, ...]]:
+def _gate_numbers(config: dict[str, Any], description: Description) -> GateNumbers | None:
+    """Returns what config.json says of a gate, None where there is none; ValueError if damaged."""
+    if "gate" not in config:
+        return None
+    numbers = read(GateNumbers, config["gate"])
+    n_sources = len(description.tasks)
+    if len(numbers.rows) != n_sources or len(numbers.limits) != n_sources:
+        raise ValueError(
+            f"its gate should have rows and a limit for each of {n_sources} sources, "
+            f"has {len(numbers.rows)} and {len(numbers.limits)}"
+        )
+    return numbers
+
+
+def _shapes(description: Description, gate: GateNumbers | None) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor, from the description alone.
 
     Nothing is allocated for a size that is a lie.
@@ -233,12 +263,20 @@ def _shapes(description: Description) -> dict[str, tuple[int, ...]]:
         shapes[f"router.{part}.0.bias"] = (hidden_width,)
         shapes[f"router.{part}.2.weight"] = (n_out, hidden_width)
         shapes[f"router.{part}.2.bias"] = (n_out,)
+    if gate is not None:
+        shapes[_GATE_TENSOR] = (sum(gate.rows), gate.hidden_size)
     return shapes
 
 
-def _check_tensors(tensors: dict[str, Tensor], description: Description, weights: Path) -> None:
+def _check_tensors(
+    tensors: dict[str, Tensor],
+    description: Description,
+    gate: GateNumbers | None,
+    weights: Path,
+) -> None:
     """Checks that tensors are those that a description promises, and their values possible."""
-    expected = {name: (shape, torch.float32) for name, shape in _shapes(description).items()}
+    shapes = _shapes(description, gate)
+    expected = {name: (shape, torch.float32) for name, shape in shapes.items()}
     stored = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
     # Over both, since a tensor may be missing or too much.
     for name in sorted(stored.keys() | expected.keys()):
@@ -254,11 +292,8 @@ def _check_tensors(tensors: dict[str, Tensor], description: Description, weights
             raise ValueError(f"{weights}: {name} holds a deviation that is not positive")
 
 
-def _assemble(
-    tensors: dict[str, Tensor], description: Description, weights: Path
-) -> tuple[PIDs, Router]:
+def _assemble(tensors: dict[str, Tensor], description: Description) -> tuple[PIDs, Router]:
     """Returns directions and router, ready for use, from checked tensors."""
-    _check_tensors(tensors, description, weights)
     fit = description.fit
     bases_and_numbers = {name: tensors[f"pids.{name}"] for name in _PID_TENSORS}
     pids = PIDs(layers=description.layers, basis=fit.basis, **bases_and_numbers)

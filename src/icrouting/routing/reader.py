@@ -1,7 +1,7 @@
 """The reader: features and router as one, from prompts to routing (section 3)."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import device_of
 from icrouting.decoder.partial import entering_states
 from icrouting.routing.features import Features
+from icrouting.routing.gate import Decisions
 from icrouting.routing.router import Router, Routing
 from icrouting.routing.sources import FormWatch
 from icrouting.runtime.defaults import usual_defaults
@@ -31,6 +32,7 @@ class Reader:
         gate: gives each prompt a further factor, from the states that enter the first routed layer;
             None is 1.
         forms: looks at the form of prompts; None does not.
+        decisions: notes what the gate says, for who asks.
     """
 
     decoder: Decoder
@@ -40,6 +42,7 @@ class Reader:
     scale: float
     gate: Gate | None = None
     forms: FormWatch | None = None
+    decisions: Decisions = field(default_factory=Decisions)
 
     @usual_defaults()
     @torch.no_grad()
@@ -61,7 +64,9 @@ class Reader:
         with torch.autocast(device.type, enabled=False):
             routing = self.router(features.to(device)).scaled(self.scale)
         if self.gate is not None:
-            routing = self._gated(self.gate, routing, states)
+            factors = self._factors(self.gate, routing, states)
+            self.decisions.note([token_lists[row] for row in read_rows], factors)
+            routing = routing.scaled(factors[:, None, None])
         index = torch.tensor(places, device=routing.head_gates.device)
         return Routing(routing.routing_vector[index], routing.head_gates[index])
 
@@ -97,11 +102,11 @@ class Reader:
         return read_rows, places
 
     @staticmethod
-    def _gated(gate: Gate, routing: Routing, states: Sequence[Tensor]) -> Routing:
-        """Returns a routing whose vectors have the gate's factors on them."""
+    def _factors(gate: Gate, routing: Routing, states: Sequence[Tensor]) -> Float[Tensor, "batch"]:
+        """Returns the gate's factors, where and as the routing vectors are."""
         factors = torch.as_tensor(gate(states)).to(routing.routing_vector)
         if factors.shape != (len(states),) or not factors.isfinite().all():
             raise ValueError(
                 f"`gate` must give a finite factor for each of {len(states)} prompts, got {factors}"
             )
-        return routing.scaled(factors[:, None, None])
+        return factors

@@ -12,11 +12,15 @@ from icrouting.decoder.hold import Hold
 from icrouting.decoder.scoring import score
 from icrouting.decoder.texts import prompts_of
 from icrouting.routing.effect import Passes, describe, run_both, warn_if_nothing
+from icrouting.routing.predictions import LEFT_ALONE, ROUTED, Prediction, predicted
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
+from icrouting.routing.sources import Source
 from icrouting.runtime.showing import ranges
 from icrouting.tasks.chat import Messages
-from icrouting.tasks.task import LabelScoring, Task
+from icrouting.tasks.prompts import zero_shot
+from icrouting.tasks.streams import rows_of
+from icrouting.tasks.task import LabelScoring, Task, TaskSpec, spec_among
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Routed:
         last: the tokens of the prompts that were routed or scored last.
         hold: the hold on the model; whatever is asked takes its turn, and is an error once the
             model is no longer attached.
+        sources: the tasks that the router was fitted on, as far as it knows them.
     """
 
     reader: Reader
@@ -37,6 +42,7 @@ class Routed:
     strength: float
     last: list[list[int]]
     hold: Hold
+    sources: tuple[Source, ...] = ()
 
     def __repr__(self) -> str:
         name = self.reader.decoder.model.config.name_or_path
@@ -70,6 +76,39 @@ class Routed:
             # remembered.
             self.last[:] = tokenize(decoder.tokenizer, [prompt.text for prompt in whole_prompts])
         return scores
+
+    def predict(self, rows: Any, task: str | Task | TaskSpec | None = None) -> list[Prediction]:
+        """Returns a prediction for each row, without a look at any label.
+
+        A row that does not fit, or is too long for the model, says so in its status. A prompt that
+        the gate does not know is answered by the base model, and its status is "left alone".
+
+        Args:
+            rows: a list of dicts, a data frame, a `datasets.Dataset` or the path of a file; further
+                columns are of no account.
+            task: how rows become prompts: the name of one of the tasks that the router was fitted
+                on, which None takes where there is but one, or a task or its spec.
+
+        Raises:
+            ValueError: these are no rows, or the task is not known.
+        """
+        spec = spec_among(task, [source.spec for source in self.sources])
+        reader = self.reader
+        with self.hold.turn(), reader.decisions.noted() as is_routed:
+
+            def status(token_lists: Sequence[Sequence[int]]) -> list[str]:
+                # What no gate was asked about was routed.
+                routed = [is_routed.get(tuple(tokens), True) for tokens in token_lists]
+                return [ROUTED if each and self.strength else LEFT_ALONE for each in routed]
+
+            return predicted(
+                reader.decoder,
+                Task(spec, (), ()).bound_to(reader.decoder.tokenizer),
+                rows_of(rows, spec),
+                prompt=zero_shot,
+                adjusted=lambda task, examples, scores: scores,
+                status=status,
+            )
 
     def routing(self, prompts: Sequence[str | Messages]) -> Routing:
         """Returns what the router decides for prompts; no routed layer runs."""

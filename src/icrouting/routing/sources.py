@@ -2,8 +2,9 @@
 
 import string
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
@@ -13,7 +14,7 @@ from icrouting.config import FitConfig
 from icrouting.decoder.batches import tokenize
 from icrouting.routing.encoder import query_texts
 from icrouting.tasks.chat import Chat, Messages, conversation
-from icrouting.tasks.task import Task
+from icrouting.tasks.task import LabelScoring, Task, TaskSpec
 
 # Training rows whose prompts are looked at for their lines, and for an example that is short.
 N_ROWS = 200
@@ -43,6 +44,8 @@ class Source:
         n_queries: zero-shot prompts that the router was trained on.
         chat: whether its prompts are chats; template, example and lines are then the user's turn.
         system: the system turn of its chats; empty for none.
+        words: replacements of columns' values before the template is filled (`TaskSpec.words`).
+        label_scoring: how its options are scored.
     """
 
     name: str
@@ -53,13 +56,44 @@ class Source:
     n_prompts: NonNegativeInt
     n_demos: NonNegativeInt
     n_queries: PositiveInt
+    # What an artifact leaves out where it has the default, so that an older one is saved as it was.
     chat: bool = False
     system: str = ""
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    label_scoring: LabelScoring = "first"
 
     @property
     def prompt(self) -> str | Messages:
         """The example as `Routed.score` takes it."""
         return conversation(self.example, self.system) if self.chat else self.example
+
+    @property
+    def spec(self) -> TaskSpec:
+        """How rows of the task become prompts."""
+        spec = TaskSpec(
+            self.name,
+            "far",
+            self.template,
+            self.options,
+            self.words,
+            label_scoring=self.label_scoring,
+            chat=self.chat,
+            system=self.system,
+        )
+        # Rows that bring their choices are shown by letters, which are made of the choices.
+        if spec.shows_choices:
+            spec = replace(spec, options=())
+        return spec
+
+    def as_kept(self) -> dict[str, Any]:
+        """Returns what an artifact's config.json holds of it."""
+        kept = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            has_default = each.default_factory is not MISSING and value == each.default_factory()
+            if not has_default and (each.default is MISSING or value != each.default):
+                kept[each.name] = value
+        return kept
 
     @property
     def fixed_texts(self) -> list[str]:
@@ -119,6 +153,8 @@ def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
             n_queries=min(fit.n_queries, len(task.train)),
             chat=task.spec.chat,
             system=task.spec.system,
+            words={name: dict(texts) for name, texts in task.spec.words.items()},
+            label_scoring=task.spec.label_scoring,
         )
         sources.append(source)
     return tuple(sources)

@@ -1,7 +1,10 @@
 """Progress bars: shown only where a person watches, and only for work that takes a while."""
 
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from datetime import timedelta
 from threading import Timer
 from typing import TypeVar
 
@@ -14,6 +17,8 @@ T = TypeVar("T")
 
 # Seconds; work that takes less shows no bar.
 DELAY = 2.0
+# Seconds between lines where no terminal shows a bar.
+EVERY = 60.0
 
 
 def track(
@@ -49,6 +54,46 @@ def track(
             yield item
             # Here the caller is done with the item and asks for the next.
             bar.update(size)
+
+
+def track_lines(
+    items: Iterable[T],
+    title: str,
+    size: Callable[[T], int],
+    unit: str,
+    total: int,
+    done: int = 0,
+) -> Iterator[T]:
+    """Yields items, and says how far it has come: by a bar, off a terminal by a line a minute.
+
+    Args:
+        items: what is yielded.
+        title: stands before the bar or the line.
+        size: how far an item takes it, in units.
+        unit: name of what is counted.
+        total: units of the whole work.
+        done: units that an earlier run did.
+    """
+    bar = tqdm(desc=title, total=total, initial=done, unit=f" {unit}", delay=DELAY, disable=None)
+    started = time.monotonic()
+    said = started
+    n_now = 0
+    with bar:
+        for item in items:
+            yield item
+            n_now += size(item)
+            bar.update(size(item))
+            now = time.monotonic()
+            if bar.disable and now - said >= EVERY:
+                said = now
+                rate = n_now / (now - started)
+                left = (total - done - n_now) / rate
+                print(
+                    f"{title}: {done + n_now:,} of {total:,} {unit}, {rate:,.1f} {unit}/s, "
+                    f"{timedelta(seconds=round(left))} left",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def spinner(title: str) -> AbstractContextManager[object]:

@@ -1,7 +1,7 @@
 """Frames: rows that are in memory, as a list, a data frame or a dataset, and parquet files."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,6 +71,26 @@ def parquet_lines(path: Path, needed: Sequence[str]) -> list[tuple[str, object]]
         raise ValueError(f"{path}: not a parquet file: {first_line}") from error
     rows = memory_lines(frame, needed, str(path))
     return [(f"{path}:{number}", row) for number, (_, row) in enumerate(rows, start=1)]
+
+
+def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a parquet file, of which a few are in memory at a time.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no parquet file, or what reads one is not installed.
+    """
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from error
 
 
 def check_headings(headings: Sequence[str], needed: Sequence[str], name: str) -> None:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from icrouting.tasks.task import Example, TaskSpec
 # What a label that is a number stands for: an option by its place, or the option of that text.
 Labels = Literal["index", "text"]
 # What may stand between the cells of a table, and how messages call it.
-_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 class _NoOption(ValueError):
@@ -40,13 +40,45 @@ def parse_row(
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    needed = needed_fields(spec, label)
+    _check_fields(row, spec, needed_fields(spec, label))
+    fields, choices = _texts(row, spec)
+    names = spec.options or tuple(string.ascii_uppercase[: len(choices)])
+    try:
+        index = _label(row[label], names, labels)
+    except ValueError as error:
+        raise type(error)(f"field {label!r} {error}") from error
+    return Example(fields, choices, index)
+
+
+def unlabelled(row: object, spec: TaskSpec) -> Example:
+    """Returns the example in one row without a label; its label is 0, and means nothing.
+
+    Raises:
+        ValueError: a field of the template, or the choices, are missing or do not fit.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a dict of columns, got {row!r:.100}")
+    _check_fields(row, spec, unlabelled_fields(spec))
+    fields, choices = _texts(row, spec)
+    for text in (*fields.values(), *choices):
+        # Bytes that were no UTF-8 stand in a text as halves of pairs, which no tokenizer takes.
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"this row is not UTF-8 text: {text!r:.60}")
+    return Example(fields, choices, label=0)
+
+
+def _check_fields(row: Mapping[str, object], spec: TaskSpec, needed: Sequence[str]) -> None:
+    """ValueError where a row lacks a field."""
     missing = [name for name in needed if name not in row]
     if missing:
         raise ValueError(
-            f"task {spec.name!r} needs the fields {needed}, missing here: {missing}; "
+            f"task {spec.name!r} needs the fields {list(needed)}, missing here: {missing}; "
             f"this row has {list(row)}"
         )
+
+
+def _texts(row: Mapping[str, object], spec: TaskSpec) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Returns the template's fields and the choices of a row that has them."""
     fields = {}
     for name in spec.slots:
         text = row[name]
@@ -60,12 +92,7 @@ def parse_row(
         raise ValueError(
             f"an example needs 2 options or more, and 26 letters at most; got {n_options}"
         )
-    names = spec.options or tuple(string.ascii_uppercase[:n_options])
-    try:
-        index = _label(row[label], names, labels)
-    except ValueError as error:
-        raise type(error)(f"field {label!r} {error}") from error
-    return Example(fields, choices, index)
+    return fields, choices
 
 
 def needed_fields(spec: TaskSpec, label: str) -> list[str]:
@@ -74,6 +101,11 @@ def needed_fields(spec: TaskSpec, label: str) -> list[str]:
     if not spec.options:
         needed.append("choices")
     return needed
+
+
+def unlabelled_fields(spec: TaskSpec) -> list[str]:
+    """Returns the names of the fields that a row without a label has to have."""
+    return list(spec.slots) if spec.options else [*spec.slots, "choices"]
 
 
 def parse_choices(value: object) -> tuple[str, ...]:
@@ -302,7 +334,7 @@ def _table_lines(text: str, path: Path, spec: TaskSpec, label: str) -> Iterator[
             if None in row:
                 raise ValueError(
                     f"{path}:{reader.line_num}: more cells than the heading has: "
-                    f"put a text with {_DELIMITERS[delimiter]} in quotes"
+                    f"put a text with {DELIMITERS[delimiter]} in quotes"
                 )
             cells: dict[str, str | int] = {}
             for name, cell in row.items():
@@ -320,7 +352,7 @@ def _delimiter(text: str, label: str) -> str:
     Where none does, that which makes most headings, so that these can be named.
     """
     n_headings = {}
-    for delimiter in _DELIMITERS:
+    for delimiter in DELIMITERS:
         heading = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
         if label in heading:
             return delimiter

@@ -137,6 +137,12 @@ class TaskSpec:
                 slots.append(name)
         return tuple(slots)
 
+    @property
+    def shows_choices(self) -> bool:
+        """Whether the template shows the choices that each row brings."""
+        names = {name for _, name, _, _ in string.Formatter().parse(self.template)}
+        return not names.isdisjoint({"choices", "letters"})
+
 
 @dataclass(frozen=True)
 class Task:
@@ -352,6 +358,36 @@ class Task:
     def answer(self, example: Example) -> str:
         """The right option of an example."""
         return self.options(example)[example.label]
+
+
+def spec_among(task: "str | Task | TaskSpec | None", specs: Sequence[TaskSpec]) -> TaskSpec:
+    """Returns how a task reads, which may be named as one of some that are known.
+
+    Args:
+        task: a name, or the task itself; None takes the only one that is known.
+        specs: those that are known.
+
+    Raises:
+        ValueError: there is none of that name, or none is named and there are several.
+    """
+    if isinstance(task, Task):
+        return task.spec
+    if isinstance(task, TaskSpec):
+        return task
+    specs_by_name = {spec.name: spec for spec in specs}
+    names = ", ".join(specs_by_name)
+    if not specs:
+        raise ValueError(
+            "it is not known here how rows become prompts, as an earlier version saved this: give "
+            "the task or its spec"
+        )
+    if task is None and len(specs) > 1:
+        raise ValueError(f"say which task's template makes prompts of the rows: one of {names}")
+    if task is None:
+        return specs[0]
+    if task not in specs_by_name:
+        raise ValueError(f"no task {task!r} is known here: expected one of {names}")
+    return specs_by_name[task]
 
 
 def rows_digest(tasks: Sequence[Task]) -> str:

@@ -1,0 +1,205 @@
+"""Predictions: what a model answers to rows without labels, one for each row, whatever it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from textwrap import shorten
+
+import torch
+from torch import Tensor
+
+from icrouting.decoder.batches import tokenize
+from icrouting.decoder.decoder import Decoder
+from icrouting.decoder.scoring import counted_tokens, have_finite_scores, score
+from icrouting.tasks.prompts import Prompt
+from icrouting.tasks.rows import unlabelled
+from icrouting.tasks.task import Example, LabelScoring, Task
+
+ROUTED = "routed"
+LEFT_ALONE = "left alone"
+ANSWERED = "answered"
+TOO_LONG = "too long"
+MALFORMED = "malformed"
+NOT_FINITE = "not finite"
+# Of a reason: a row may hold a book.
+MOST_CHARACTERS = 300
+
+# From the rows that can be asked, the option scores that count.
+Adjust = Callable[[Task, Sequence[Example], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one row; `pandas.DataFrame(predictions)` makes a table of many.
+
+    Attributes:
+        label: the option with the highest score; None where there is no answer.
+        probability: the label's share of the softmax over the options' scores; None without a
+            label.
+        status: how it was answered: "routed" or "left alone" by a router's gate, "answered" by any
+            other method. Or why it was not: "too long" for the model's context, "not finite" scores
+            or, with the reason behind a colon, "malformed".
+        probabilities: that of each option; empty without a label.
+    """
+
+    label: str | None
+    probability: float | None
+    status: str
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        if self.label is None:
+            return f"Prediction({self.status})"
+        return f"Prediction({self.label!r}, {self.probability:.3f}, {self.status})"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A row that can be asked: its place among the rows, and what the model is to read."""
+
+    place: int
+    example: Example
+    prompt: Prompt
+    options: tuple[str, ...]
+
+
+def predicted(
+    decoder: Decoder,
+    task: Task,
+    rows: Sequence[object],
+    *,
+    prompt: Callable[[Task, Example], Prompt],
+    adjusted: Adjust,
+    status: Callable[[Sequence[Sequence[int]]], Sequence[str]],
+) -> list[Prediction]:
+    """Returns a prediction for each row, in their order.
+
+    A row that cannot be answered says why in its status.
+
+    Args:
+        decoder: the model, under the influence of whatever answers.
+        task: how rows become prompts; its own rows are of no account.
+        rows: dicts of columns.
+        prompt: makes the prompt of a row.
+        adjusted: makes of the model's scores those that count.
+        status: says how prompts were answered, given their tokens; called behind the passes.
+    """
+    predictions: list[Prediction | None] = [None] * len(rows)
+    asked = []
+    for place, row in enumerate(rows):
+        try:
+            example = unlabelled(row, task.spec)
+            asked.append(_Asked(place, example, prompt(task, example), task.options(example)))
+        except ValueError as error:
+            predictions[place] = _malformed(error)
+    asked, token_lists, refused = _short_enough(decoder, asked)
+    predictions = _filled(predictions, refused)
+    asked, token_lists, plain_scores, refused = _scored(
+        decoder, asked, token_lists, task.spec.label_scoring
+    )
+    predictions = _filled(predictions, refused)
+    if asked:
+        scores = adjusted(task, [row.example for row in asked], plain_scores)
+        options = [row.options for row in asked]
+        is_finite = have_finite_scores(scores, plain_scores, options).tolist()
+        statuses = status(token_lists)
+        for row, row_scores, fine, how in zip(asked, scores, is_finite, statuses, strict=True):
+            predictions[row.place] = _of_scores(row.options, row_scores, how, fine)
+    return [prediction for prediction in predictions if prediction is not None]
+
+
+def _filled(
+    predictions: list[Prediction | None], further: Mapping[int, Prediction]
+) -> list[Prediction | None]:
+    """Returns predictions with further ones in their places."""
+    return [further.get(place, prediction) for place, prediction in enumerate(predictions)]
+
+
+def _malformed(error: ValueError) -> Prediction:
+    # A status is one line, whatever the row had in it.
+    reason = shorten(str(error), MOST_CHARACTERS)
+    return Prediction(None, None, f"{MALFORMED}: {reason}")
+
+
+def _of_scores(options: Sequence[str], scores: Tensor, status: str, is_finite: bool) -> Prediction:
+    """Returns the prediction that some scores make; those beyond a row's options fill it up."""
+    if not is_finite:
+        return Prediction(None, None, NOT_FINITE)
+    shares = scores[: len(options)].double().softmax(0)
+    best = int(shares.argmax())
+    probabilities = dict(zip(options, shares.tolist(), strict=True))
+    return Prediction(options[best], float(shares[best]), status, probabilities)
+
+
+def _short_enough(
+    decoder: Decoder, asked: Sequence[_Asked]
+) -> tuple[list[_Asked], list[list[int]], dict[int, Prediction]]:
+    """Returns the rows whose prompts the model's context holds, their tokens, and the others."""
+    token_lists = tokenize(decoder.tokenizer, [row.prompt.text for row in asked])
+    limit = decoder.context_length
+    short = []
+    tokens_of_short = []
+    refused = {}
+    for row, tokens in zip(asked, token_lists, strict=True):
+        if limit is not None and len(tokens) > limit:
+            refused[row.place] = Prediction(None, None, TOO_LONG)
+        else:
+            short.append(row)
+            tokens_of_short.append(tokens)
+    return short, tokens_of_short, refused
+
+
+def _scored(
+    decoder: Decoder,
+    asked: list[_Asked],
+    token_lists: list[list[int]],
+    label_scoring: LabelScoring,
+) -> tuple[list[_Asked], list[list[int]], Tensor, dict[int, Prediction]]:
+    """Returns the rows that can be scored, their tokens and scores, and the others.
+
+    Raises:
+        ValueError: they cannot be scored, and it is not for what stands in any row.
+    """
+    try:
+        return asked, token_lists, _scores(decoder, asked, label_scoring), {}
+    except ValueError:
+        # Which row it is of, the message does not say.
+        refused = _unanswerable(decoder, asked, token_lists, label_scoring)
+        # It is not the rows then.
+        if not refused:
+            raise
+    pairs = zip(asked, token_lists, strict=True)
+    good = [(row, tokens) for row, tokens in pairs if row.place not in refused]
+    good_rows = [row for row, _ in good]
+    good_tokens = [tokens for _, tokens in good]
+    return good_rows, good_tokens, _scores(decoder, good_rows, label_scoring), refused
+
+
+def _unanswerable(
+    decoder: Decoder,
+    asked: Sequence[_Asked],
+    token_lists: Sequence[list[int]],
+    label_scoring: LabelScoring,
+) -> dict[int, Prediction]:
+    """Returns the rows behind whose prompts no option can stand, or not all of its tokens."""
+    refused = {}
+    for row, tokens in zip(asked, token_lists, strict=True):
+        try:
+            answers = counted_tokens(
+                decoder.tokenizer, row.prompt.query, row.options, label_scoring, row.prompt.joint
+            )
+        except ValueError as error:
+            refused[row.place] = _malformed(error)
+            continue
+        try:
+            decoder.check_room(tokens, answers)
+        except ValueError:
+            refused[row.place] = Prediction(None, None, TOO_LONG)
+    return refused
+
+
+def _scores(decoder: Decoder, asked: Sequence[_Asked], label_scoring: LabelScoring) -> Tensor:
+    if not asked:
+        return torch.zeros(0, 0)
+    prompts = [row.prompt for row in asked]
+    options = [row.options for row in asked]
+    return score(decoder, prompts, options, label_scoring=label_scoring, finite_only=False)
