@@ -100,6 +100,29 @@ def compare(
     Raises:
         ValueError: the model, the settings, the names or the folder do not fit, or zero-shot
             cannot answer the task.
+
+    Example:
+        A model of two layers and a vocabulary of six words stands for a real one (`load_model`).
+
+        >>> from tempfile import TemporaryDirectory
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from icrouting import Example, Task, TaskSpec, compare
+        >>> vocabulary = dict(a=0, dull=1, nice=2, film=3, bad=4, good=5)
+        >>> words = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=6, num_hidden_layers=2, **sizes))
+        >>> rows = (Example({"text": "dull"}, (), 0), Example({"text": "nice"}, (), 1)) * 20
+        >>> task = Task(TaskSpec("mood", "near", "a {text} film", ("bad", "good")), rows, rows)
+        >>> methods = ["zero-shot", "calibration", "probe-hidden"]
+        >>> with TemporaryDirectory() as folder:
+        ...     found = compare(task, model, tokenizer, folder, methods=methods, say=str)
+        >>> found.board.recommendation.method
+        'probe-hidden'
+        >>> found.predict([{"text": "nice"}, {"text": "dull"}])
+        ['good', 'bad']
     """
     names = asked(task, minutes, methods, settings)
     run = _Run(task, model, tokenizer, RunFolder(Path(out)), settings, fit, seed, data, say)
