@@ -8,6 +8,7 @@ import tiny
 from fitted import SMALL, fit_method
 from icrouting.comparing import winner
 from icrouting.config import FitConfig
+from icrouting.evaluation.predictor import Predictor
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, make
 from icrouting.methods.saved import load_method
@@ -34,15 +35,13 @@ def test_a_saved_winner_answers_as_it_did(model, tokenizer, tmp_path, name):
     assert winner.predict(loaded, TASK, ROWS) == winner.predict(method, TASK, ROWS)
 
 
-def test_a_prediction_is_what_the_method_chooses_on_the_row(model, tokenizer):
-    method = fitted(model, tokenizer, "zero-shot")
-    from icrouting.decoder.scoring import score
-
-    prompts = [TASK.prompt(example) for example in TASK.test]
-    options = [TASK.options(example) for example in TASK.test]
-    chosen = score(method.decoder, prompts, options).argmax(1).tolist()
-    answers = [names[place] for names, place in zip(options, chosen, strict=True)]
-    assert winner.predict(method, TASK, ROWS) == answers
+@pytest.mark.parametrize("name", ["zero-shot", "few-shot", "calibration", "probe-hidden", "i2cl"])
+def test_a_prediction_is_what_the_evaluation_has_of_the_row(model, tokenizer, name):
+    method = fitted(model, tokenizer, name)
+    indices = range(len(TASK.test))
+    answers = Predictor(method.decoder).predict(method, TASK, list(indices), seed=0)
+    options = TASK.spec.options
+    assert winner.predict(method, TASK, ROWS) == [options[answer.prediction] for answer in answers]
     assert winner.predict(method, TASK, []) == []
 
 
