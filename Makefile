@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 EXTRAS ?= dev
 BIN = $(VENV)/bin
-CODE = src tests benchmarks docs
+CODE = src tests benchmarks docs examples
 # Two workers, of one thread each; one takes over what the other would do last.
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 

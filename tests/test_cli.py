@@ -519,7 +519,9 @@ def test_a_run_that_is_stopped_later_says_what_it_keeps(world, tmp_path, monkeyp
     assert f"{tmp_path / 'run'} keeps 12 answers and 0 fits; the same command goes on" in said
 
 
-@pytest.mark.parametrize("command", ["fit", "eval", "report", "generate", "inspect", "demo"])
+@pytest.mark.parametrize(
+    "command", ["fit", "eval", "compare", "report", "generate", "inspect", "demo"]
+)
 def test_help_teaches_every_option(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main.main([command, "--help"])

@@ -8,9 +8,15 @@ import icrouting
 
 # A value has no docstring; its class shows it.
 SHOWN_BY = {"PAPER": "FitConfig"}
+# Its example makes a report, with pictures.
+SLOW = {"compare"}
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in icrouting.__all__
+]
 
 
-@pytest.mark.parametrize("name", icrouting.__all__)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_public_name_has_an_example_that_runs(name, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run_example(getattr(icrouting, SHOWN_BY.get(name, name)), name)

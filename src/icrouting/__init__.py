@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from icrouting.comparing.comparison import compare
     from icrouting.config import PAPER, FitConfig
     from icrouting.decoder.loading import load_model
     from icrouting.decoder.scoring import score_options
@@ -24,6 +25,7 @@ _ROOMS = {
     "InContextRouter": "icr",
     "Task": "tasks.task",
     "TaskSpec": "tasks.task",
+    "compare": "comparing.comparison",
     "load_model": "decoder.loading",
     "load_task": "tasks.load",
     "score_options": "decoder.scoring",
@@ -36,6 +38,7 @@ __all__ = [
     "InContextRouter",
     "Task",
     "TaskSpec",
+    "compare",
     "load_model",
     "load_task",
     "score_options",

@@ -17,11 +17,10 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.identity import fingerprint
 from icrouting.evaluation import records, runs
 from icrouting.evaluation.config import USUAL_SOURCES, EvalConfig
-from icrouting.evaluation.costs import write_tried
 from icrouting.evaluation.evaluate import Evaluation
 from icrouting.evaluation.folder import RunFolder
 from icrouting.evaluation.items import within
-from icrouting.evaluation.outcome import outcome_of
+from icrouting.evaluation.outcome import complete
 from icrouting.evaluation.runs import RunConfig
 from icrouting.icr import InContextRouter
 from icrouting.methods import Method
@@ -30,11 +29,10 @@ from icrouting.report import page, table
 from icrouting.report.run import Run
 from icrouting.routing.card import with_results
 from icrouting.routing.features import sentence_encoder
-from icrouting.routing.routed import routing_summary
 from icrouting.routing.sources import read_otherwise
 from icrouting.runtime.processes import first_one_first, is_first
 from icrouting.runtime.progress import spinner
-from icrouting.runtime.storage import save_json, save_text
+from icrouting.runtime.storage import save_text
 from icrouting.tasks.task import Task, rows_digest, template_digest
 
 PAPER_FIT = 5000  # prompts and queries a task
@@ -277,22 +275,10 @@ def finish(
     seed: int,
     icr: InContextRouter | None,
 ) -> None:
-    """Adds to a run what its report shows beside the records, and shows it.
-
-    That is refusals, times, costs, what the router did on each task, and its training curve.
-    """
-    records.gather(folder.records)
+    """Adds to a run what its report shows beside the records, and shows it."""
     n_cells = len(evaluation.methods) * len(tasks)
     _say_refused(evaluation.refused, n_cells)
-    # The report reads all of this from the folder, so that it can be remade without the model.
-    folder.add(outcome_of(evaluation, tasks, seed, folder))
-    write_tried(folder.fits, folder.read_config()["methods"], folder.tried)
-    if icr is not None:
-        # Prompts of unseen tasks are no surprise here.
-        with icr.attached_by(icr.reader(evaluation.decoder)) as routed:
-            save_json(folder.routing, routing_summary(routed, icr.pids.layers, tasks))
-        if icr.folder is not None:
-            folder.take_training(icr.folder / "fit")
+    complete(folder, evaluation, tasks, seed, icr)
     show(folder.path)
 
 

@@ -13,8 +13,8 @@ import icrouting
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
-from icrouting.methods.settings import Settings
-from icrouting.tasks.task import Task
+from icrouting.methods.settings import COMPARED, Settings
+from icrouting.tasks.task import LabelScoring, Task
 
 # What a command runs is imported inside it: torch takes seconds, and `--help` needs none of it.
 BACKBONE = Backbone()
@@ -131,6 +131,85 @@ def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = 
     from icrouting.cli import evaluate as room
 
     room.evaluate(out, config, tasks)
+
+
+def compare(
+    out: Path,
+    data: Path | None = None,
+    template: str | None = None,
+    label: str = "label",
+    options: Names = (),
+    test: Path | None = None,
+    split: float = 0.3,
+    task: str | None = None,
+    label_scoring: LabelScoring = "first",
+    chat: bool = False,
+    model: Base = BACKBONE,
+    minutes: float = 10.0,
+    methods: Names = (),
+    seed: int = 0,
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = COMPARED,
+) -> None:
+    r"""Say which method to use on your own labelled rows, at what cost, and save it.
+
+    Every method learns from the same rows and answers the same held-back ones, in order of cost:
+    zero-shot, calibration, few-shot, probe-encoder, probe-hidden, task-vectors, i2cl, icr,
+    prefix-tuning, lora-block-more. It ends with a table, a recommendation that does not take noise
+    for a gain, and the winner in OUT/winner. Killed and started again with the same --out, it goes
+    on; `icr report OUT` shows the run.
+
+    Example: icr compare --data tickets.csv --template "Ticket: {text}\nTeam:" --label team
+    --model pinned:smollm2-135m --encoder pinned:minilm --out runs/tickets
+
+    Args:
+        out: The run's folder.
+        data: The rows: a CSV, TSV or parquet file, else JSONL.
+        template: Prompt text with {column} slots, ending right before the space and the label; \n
+            stands for a new line.
+        label: The column that holds the labels.
+        options: The labels to choose from; by default those that the column has, sorted.
+        test: Rows to test on; by default a share of DATA's is held back.
+        split: The share of each label's rows that is held back.
+        task: A task file (my-task.toml) instead of DATA and its options; prompts of your own that
+            it names are compared too.
+        label_scoring: What of a label is scored: its first token, or the sum or mean over all of
+            its tokens, for labels that share their beginnings.
+        chat: Prompts are a user's turn in the model's own chat template.
+        model: The model below.
+        minutes: No method is begun that is expected to end later than this; what was not run is
+            named. The same command, started again, has as many minutes again.
+        methods: What to compare instead of the list above; zero-shot is always among it.
+        seed: Draws the held-back rows, demonstrations and fits.
+        settings: The methods' settings below; --router is none, since one is fitted here.
+    """
+    from icrouting.cli import reading
+
+    reading.check_out(out)
+    rows = reading.read_own_task(
+        data,
+        template,
+        options,
+        label=label,
+        test=test,
+        split=split,
+        seed=seed,
+        file=task,
+        label_scoring=label_scoring,
+        chat=chat,
+    )
+    # Here, once the rows are known to fit: this room imports torch.
+    from icrouting.cli import compare as room
+
+    room.compare(
+        out,
+        rows,
+        model,
+        minutes=minutes,
+        methods=methods,
+        settings=settings,
+        seed=seed,
+        data=str(task or data),
+    )
 
 
 def report(
@@ -385,6 +464,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = {
         "fit": fit,
         "eval": evaluate,
+        "compare": compare,
         "report": report,
         "predict": predict,
         "generate": generate,

@@ -11,8 +11,9 @@ from rich.console import Console
 from icrouting.runtime.files import load_json
 from icrouting.runtime.launch import first_one_first, is_first
 from icrouting.runtime.progress import spinner
+from icrouting.tasks.labels import options_of
 from icrouting.tasks.load import load_task
-from icrouting.tasks.task import Example, Task
+from icrouting.tasks.task import Example, LabelScoring, Task
 
 console = Console()
 
@@ -99,6 +100,62 @@ def check_start(router: str | None, keep: int) -> None:
         raise ValueError(f"--keep {keep} is of the tasks of a router: name it with --from")
 
 
+def read_own_task(
+    data: Path | None,
+    template: str | None,
+    options: Sequence[str],
+    *,
+    label: str,
+    test: Path | None,
+    split: float,
+    seed: int,
+    file: str | None,
+    label_scoring: LabelScoring,
+    chat: bool,
+) -> Task:
+    """Returns the task that arguments describe: a table's, or a task file's.
+
+    Raises:
+        ValueError: neither or both are given, or the rows do not fit.
+    """
+    if file is not None:
+        if data is not None or template is not None or options or test is not None:
+            raise ValueError(
+                "--task names a task file, which says all of it: leave out --data, --template, "
+                "--options and --test"
+            )
+        if label_scoring != "first":
+            raise ValueError("--task names a task file: write label_scoring into it")
+        (task,) = load_tasks([file], "", chat=chat)
+        return task
+    if data is None or template is None:
+        raise ValueError(
+            "give a table with --data and --template, or a task file with --task, as in: "
+            "icr compare --data tickets.csv --template 'Ticket: {text}\\nTeam:' --label team"
+        )
+    template = template.replace("\\n", "\n")
+    # Where rows bring their choices, the options are letters.
+    is_listed = bool(options) or "{choices}" in template
+    if not is_listed:
+        options = options_of(data, template, label)
+    task = Task.from_rows(
+        data,
+        template,
+        options,
+        label=label,
+        name=data.stem,
+        test=test,
+        split=split,
+        seed=seed,
+        # What is read off the column is the labels' text.
+        labels=None if is_listed else "text",
+        label_scoring=label_scoring,
+        chat=chat,
+    )
+    _say_dropped([task])
+    return task
+
+
 def load_tasks(names: Sequence[str], data: str, *, chat: bool = False) -> list[Task]:
     """Returns tasks by name, in their order and each once; says which rows were left out.
 
@@ -109,12 +166,17 @@ def load_tasks(names: Sequence[str], data: str, *, chat: bool = False) -> list[T
     if chat:
         tasks = [task.in_chat() for task in tasks]
     check_names(tasks, names)
+    _say_dropped(tasks)
+    return tasks
+
+
+def _say_dropped(tasks: Sequence[Task]) -> None:
+    """Prints how many rows were left out, and what counts as a repeat."""
     dropped = [f"{task.name} {task.n_dropped}" for task in tasks if task.n_dropped]
     if dropped:
         heading = "training rows left out, as they repeat each other or held-back rows"
         console.print(f"{heading}: {', '.join(dropped)}", markup=False)
         console.print(_example_of_dropped(tasks), markup=False)
-    return tasks
 
 
 def check_names(tasks: Sequence[Task], asked: Sequence[str]) -> None:

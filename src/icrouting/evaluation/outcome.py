@@ -3,13 +3,40 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from icrouting.evaluation.costs import fit_costs
+from icrouting.evaluation import records
+from icrouting.evaluation.costs import fit_costs, write_tried
 from icrouting.evaluation.evaluate import Evaluation
 from icrouting.evaluation.folder import Outcome, RunFolder
 from icrouting.evaluation.records import BASELINE
 from icrouting.evaluation.timing import time_ratios
+from icrouting.icr import InContextRouter
 from icrouting.methods import Method
+from icrouting.routing.routed import routing_summary
+from icrouting.runtime.storage import save_json
 from icrouting.tasks.task import Task
+
+
+def complete(
+    folder: RunFolder,
+    evaluation: Evaluation,
+    tasks: Sequence[Task],
+    seed: int,
+    icr: InContextRouter | None,
+) -> None:
+    """Adds to a run's folder what its report shows beside the records.
+
+    That is refusals, times, costs, what the router did on each task, and its training curve; so
+    the report can be remade without the model.
+    """
+    records.gather(folder.records)
+    folder.add(outcome_of(evaluation, tasks, seed, folder))
+    write_tried(folder.fits, folder.read_config()["methods"], folder.tried)
+    if icr is not None:
+        # Prompts of unseen tasks are no surprise here.
+        with icr.attached_by(icr.reader(evaluation.decoder)) as routed:
+            save_json(folder.routing, routing_summary(routed, icr.pids.layers, tasks))
+        if icr.folder is not None:
+            folder.take_training(icr.folder / "fit")
 
 
 def outcome_of(

@@ -44,3 +44,8 @@ class Settings:
 
     def __repr__(self) -> str:
         return changed(self)
+
+
+# Those of a comparison: one setting of each, since a dozen validation rows choose none and ten
+# minutes are short. I2CL's epochs are those of docs/results.md.
+COMPARED = Settings(i2cl_epochs=20, tries=1)

@@ -164,10 +164,14 @@ def difference(records: pd.DataFrame, baseline: pd.DataFrame) -> Estimate:
     pairs = paired(records, baseline)
     if pairs.empty:
         return NOTHING
-    changes = pairs.change.to_numpy()
+    return difference_of(pairs.change.to_numpy(), _item_numbers(pairs))
+
+
+def difference_of(changes: Float[np.ndarray, "n"], items: Int[np.ndarray, "n"]) -> Estimate:
+    """Returns what `difference` does, of the changes of pairs and the numbers of their items."""
     value = float(changes.mean())
     share_moved = float(np.abs(changes).mean())
-    n_with_added = effective_n(changes, _item_numbers(pairs)) + 2
+    n_with_added = effective_n(changes, items) + 2
     net = value * (n_with_added - 2)
     moved = share_moved * (n_with_added - 2)
     centre = net / n_with_added
@@ -175,7 +179,7 @@ def difference(records: pd.DataFrame, baseline: pd.DataFrame) -> Estimate:
     # The added pairs pull the centre towards 0: the interval is stretched to hold the value.
     low = min(value, max(-1.0, centre - half_width))
     high = max(value, min(1.0, centre + half_width))
-    return Estimate(value, low, high, len(pairs))
+    return Estimate(value, low, high, len(changes))
 
 
 def mcnemar(records: pd.DataFrame, baseline: pd.DataFrame) -> float:

@@ -270,18 +270,34 @@ def read_rows(
     Raises:
         ValueError: the file cannot be read, holds no example, or has a line that does not fit.
     """
+    lines = file_lines(path, spec, label)
+    examples = parse_rows(lines, spec, labels, label)
+    if not examples:
+        raise ValueError(f"task {spec.name!r}: {path} holds no example")
+    return examples
+
+
+def file_lines(path: Path, spec: TaskSpec, label: str = "label") -> list[Line]:
+    """Returns the rows of a file as they stand there, each after its place.
+
+    Args:
+        path: the file, as in `read_rows`.
+        spec: how the task reads.
+        label: the column that holds the label.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            lines = frames.parquet_lines(path, needed_fields(spec, label))
-        else:
-            # Some editors put a byte order mark before UTF-8.
-            text = path.read_text(encoding="utf-8-sig")
-            if kind in (".csv", ".tsv"):
-                with _cells_as_long_as(text):
-                    lines = list(_table_lines(text, path, spec, label))
-            else:
-                lines = list(_json_lines(text, path))
+            return frames.parquet_lines(path, needed_fields(spec, label))
+        # Some editors put a byte order mark before UTF-8.
+        text = path.read_text(encoding="utf-8-sig")
+        if kind in (".csv", ".tsv"):
+            with _cells_as_long_as(text):
+                return list(_table_lines(text, path, spec, label))
+        return list(_json_lines(text, path))
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"task {spec.name!r}: cannot read {path}: {reason}") from error
@@ -289,10 +305,6 @@ def read_rows(
         raise ValueError(
             f"task {spec.name!r}: {path} is not UTF-8 text ({error.reason}): save it as UTF-8"
         ) from error
-    examples = parse_rows(lines, spec, labels, label)
-    if not examples:
-        raise ValueError(f"task {spec.name!r}: {path} holds no example")
-    return examples
 
 
 def _json_lines(text: str, path: Path) -> Iterator[Line]:

@@ -1,0 +1,103 @@
+"""Winner: the recommended method as a folder, and its answers to new rows."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from icrouting.comparing.ladder import ICR
+from icrouting.decoder.scoring import score
+from icrouting.icr import InContextRouter
+from icrouting.methods.base import Method
+from icrouting.methods.saved import save_method
+from icrouting.runtime.storage import save_json
+from icrouting.tasks.task import Example, Task
+
+# Says what lies beside it, and that the folder is ours to replace.
+NOTE = "winner.json"
+_NOTHING_LEARNED = (
+    "nothing was learned: ask the model the template behind the context, and score the options"
+)
+
+
+def save(folder: Path, method: Method, task: Task, icr: InContextRouter | None) -> None:
+    """Writes the recommended method to a folder, in place of an earlier one.
+
+    A router's folder is read by `InContextRouter.from_pretrained`, what another method learned by
+    `load_method`. What learns nothing has its prompt alone. winner.json says which it is.
+
+    Args:
+        folder: where to.
+        method: the method, fitted for the task.
+        task: what it was fitted on.
+        icr: the router, if one was fitted.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / NOTE).exists():
+            raise ValueError(f"{folder} holds no earlier winner: move it, or choose another --out")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # First, so that a folder that was left half written is known for ours.
+    save_json(folder / NOTE, _note(method, task))
+    if method.name == ICR:
+        assert icr is not None, "ICR has answered by a router"
+        icr.save_pretrained(folder)
+    elif method.tensors():
+        save_method(method, folder)
+
+
+def _note(method: Method, task: Task) -> dict[str, Any]:
+    """What winner.json says."""
+    holds = _NOTHING_LEARNED
+    if method.name == ICR:
+        holds = "a router: InContextRouter.from_pretrained(this folder).attached(model, tokenizer)"
+    elif method.tensors():
+        holds = "what was learned: load_method(this folder, model, tokenizer)"
+    spec = task.spec
+    # Prompts of one task and seed have one context.
+    context = method.prompt(task, task.test[0]).context
+    return {
+        "method": method.name,
+        "holds": holds,
+        "model": str(method.model.config.name_or_path),
+        "fingerprint": method.decoder.fingerprint,
+        "task": spec.name,
+        "template": spec.template,
+        "options": list(spec.options),
+        "words": {field: dict(texts) for field, texts in spec.words.items()},
+        "context": context,
+    }
+
+
+def predict(method: Method, task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the option that a fitted method gives each row.
+
+    Args:
+        method: the method, fitted for the task.
+        task: the task.
+        rows: each with the template's fields, and `choices` where options are letters.
+
+    Raises:
+        ValueError: a row lacks a field, or a score is not finite.
+    """
+    examples = []
+    for number, row in enumerate(rows):
+        missing = [name for name in task.spec.slots if name not in row]
+        if missing:
+            raise ValueError(
+                f"rows[{number}]: expected the fields {list(task.spec.slots)}, missing: {missing}"
+            )
+        fields = {name: str(row[name]) for name in task.spec.slots}
+        # An example needs a label; that of a new row is never looked at.
+        examples.append(Example(fields, tuple(row.get("choices", ())), label=0))
+    if not examples:
+        return []
+    prompts = [method.prompt(task, example) for example in examples]
+    options = [task.options(example) for example in examples]
+    with method.applied(task):
+        scores = score(method.decoder, prompts, options, label_scoring=task.spec.label_scoring)
+    chosen = method.adjusted(task, examples, scores).argmax(1).tolist()
+    return [names[place] for names, place in zip(options, chosen, strict=True)]

@@ -1,0 +1,87 @@
+"""What a comparison saves of its winner answers as it did."""
+
+import json
+
+import pytest
+
+import tiny
+from fitted import SMALL, fit_method
+from icrouting.comparing import winner
+from icrouting.config import FitConfig
+from icrouting.evaluation.predictor import Predictor
+from icrouting.icr import InContextRouter
+from icrouting.methods import Settings, make
+from icrouting.methods.saved import load_method
+
+TASK = tiny.task("tickets")
+ROWS = [dict(example.fields) for example in TASK.test]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model("llama")
+
+
+def fitted(model, tokenizer, name, **settings):
+    (method,) = make([name], Settings(**(SMALL | settings)))
+    return fit_method(method, model, tokenizer, [TASK]).on(TASK)
+
+
+@pytest.mark.parametrize("name", ["probe-hidden", "task-vectors", "prefix-tuning"])
+def test_a_saved_winner_answers_as_it_did(model, tokenizer, tmp_path, name):
+    method = fitted(model, tokenizer, name)
+    winner.save(tmp_path / "winner", method, TASK, None)
+    loaded = load_method(tmp_path / "winner", model, tokenizer)
+    assert winner.predict(loaded, TASK, ROWS) == winner.predict(method, TASK, ROWS)
+
+
+@pytest.mark.parametrize("name", ["zero-shot", "few-shot", "calibration", "probe-hidden", "i2cl"])
+def test_a_prediction_is_what_the_evaluation_has_of_the_row(model, tokenizer, name):
+    method = fitted(model, tokenizer, name)
+    indices = range(len(TASK.test))
+    answers = Predictor(method.decoder).predict(method, TASK, list(indices), seed=0)
+    options = TASK.spec.options
+    assert winner.predict(method, TASK, ROWS) == [options[answer.prediction] for answer in answers]
+    assert winner.predict(method, TASK, []) == []
+
+
+def test_a_routers_winner_is_a_router(model, tokenizer, tmp_path):
+    config = FitConfig(
+        n_prompts=4, demos_per_class=1, n_queries=8, epochs=1, rank=2, encoder="hidden"
+    )
+    icr = InContextRouter.fit(model, tokenizer, [TASK], config)
+    icr.save_pretrained(tmp_path / "router")
+    method = fitted(model, tokenizer, "icr", router=str(tmp_path / "router"))
+    winner.save(tmp_path / "winner", method, TASK, icr)
+    loaded = InContextRouter.from_pretrained(tmp_path / "winner")
+    assert loaded == icr
+
+
+def test_what_learns_nothing_leaves_its_prompt(model, tokenizer, tmp_path):
+    method = fitted(model, tokenizer, "few-shot")
+    winner.save(tmp_path / "winner", method, TASK, None)
+    (file,) = (tmp_path / "winner").iterdir()
+    note = json.loads(file.read_text())
+    assert note["template"] == TASK.spec.template
+    assert note["context"] + TASK.prompt(TASK.test[0]) == method.prompt(TASK, TASK.test[0]).text
+    assert note["context"].count("Review:") == 4
+
+
+def test_a_later_winner_takes_the_place_of_an_earlier_one(model, tokenizer, tmp_path):
+    winner.save(tmp_path / "winner", fitted(model, tokenizer, "probe-hidden"), TASK, None)
+    winner.save(tmp_path / "winner", fitted(model, tokenizer, "zero-shot"), TASK, None)
+    assert [file.name for file in (tmp_path / "winner").iterdir()] == ["winner.json"]
+
+
+def test_somebody_elses_folder_is_left_alone(model, tokenizer, tmp_path):
+    (tmp_path / "winner").mkdir()
+    (tmp_path / "winner" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no earlier winner"):
+        winner.save(tmp_path / "winner", fitted(model, tokenizer, "zero-shot"), TASK, None)
+    assert (tmp_path / "winner" / "notes.txt").read_text() == "mine"
+
+
+def test_a_row_without_a_field_is_named(model, tokenizer):
+    method = fitted(model, tokenizer, "zero-shot")
+    with pytest.raises(ValueError, match=r"rows\[1\]: expected the fields \['text'\]"):
+        winner.predict(method, TASK, [{"text": "a"}, {"txt": "b"}])
