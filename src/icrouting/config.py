@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from icrouting.runtime.checks import check
 
@@ -44,6 +44,9 @@ class FitConfig:
         lr: learning rate of AdamW.
         batch_size: queries per step.
         epochs: passes over the queries.
+        min_steps: steps at least, where the passes take fewer [steps].
+        patience: training stops, and the best router is kept, once the loss on validation rows has
+            not fallen for so many looks; 0 keeps the last router.
         grad_clip: largest norm of the gradient.
         skip_nan: leave prompts out whose queries, keys or logits are not finite, instead of
             stopping at the first.
@@ -79,6 +82,8 @@ class FitConfig:
     lr: PositiveFloat = 1e-4
     batch_size: PositiveInt = 8
     epochs: PositiveInt = 2
+    min_steps: NonNegativeInt = 0
+    patience: NonNegativeInt = 0
     grad_clip: PositiveFloat = 1.0
     skip_nan: bool = False
     seed: int = 42
@@ -96,4 +101,6 @@ PAPER = FitConfig(
     lr=1e-4,
     batch_size=4,
     epochs=2,
+    min_steps=0,
+    patience=0,
 )

@@ -13,7 +13,7 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, frozen
 from icrouting.fitting.extraction import MOMENTS_FILE, extract
 from icrouting.fitting.pca import fit_pids
-from icrouting.fitting.queries import training_queries
+from icrouting.fitting.queries import held_queries, training_queries
 from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
 from icrouting.fitting.trunk import ENTROPIES_FILE
 from icrouting.routing.features import Features, features_of
@@ -78,7 +78,8 @@ def fit(
         with frozen(decoder.model):
             pids = router.adopt(extract_pids(decoder, tasks, layers, config, folder))
             queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
-            Trainer(decoder, pids, router, queries, config, folder).run()
+            held = held_queries(decoder, tasks, features, scale, layers[0], config, folder)
+            Trainer(decoder, pids, router, queries, config, folder, held).run()
     # From here on the router reads features as they are.
     router.absorb(*scale)
     return pids, router.eval().requires_grad_(False), features
