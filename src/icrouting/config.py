@@ -1,5 +1,6 @@
 """The settings of a fit, and the paper's own."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,6 +92,18 @@ class FitConfig:
     def __post_init__(self):
         check(self)
 
+    def n_steps(self, n_queries: int) -> int:
+        """Returns how many steps a training on so many queries takes, unless it stops before."""
+        return max(self.min_steps, self.epochs * math.ceil(n_queries / self.batch_size))
+
+    def n_passes(self, n_queries: int) -> float:
+        """Returns how often such a training reads each query, on average."""
+        steps_per_epoch = max(1, math.ceil(n_queries / self.batch_size))
+        return self.n_steps(n_queries) / steps_per_epoch
+
+
+# What fits did before these settings were there; files of earlier versions do without them.
+EARLIER = {"min_steps": 0, "patience": 0}
 
 # The paper's own settings (sections 2 to 4), but for AG News, of which it takes 10,000 prompts.
 PAPER = FitConfig(

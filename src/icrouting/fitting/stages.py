@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from icrouting.config import HIDDEN, FitConfig
+from icrouting.config import EARLIER, HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, frozen
 from icrouting.fitting.extraction import MOMENTS_FILE, extract
@@ -148,7 +148,7 @@ def _check_settings(folder: Path, settings: dict[str, object]) -> None:
     # So for the first process alone: others would write over each other.
     if not file.exists():
         save_json(file, settings)
-    phrases = differences(load_json(file), settings)
+    phrases = differences({**EARLIER, **load_json(file)}, settings)
     # Where nothing was computed, nothing binds.
     if phrases and not progress_in(folder):
         save_json(file, settings)

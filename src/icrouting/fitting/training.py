@@ -74,7 +74,7 @@ class Trainer:
         self._is_between_steps = True
         self.log: list[dict[str, float]] = []
         self.steps_per_epoch = math.ceil(len(self.queries) / self.config.batch_size)
-        self.n_steps = max(self.config.min_steps, self.config.epochs * self.steps_per_epoch)
+        self.n_steps = self.config.n_steps(len(self.queries))
         self.watch = Watch(self.held, self.config.patience, self.n_steps)
         # A checkpoint of an earlier run: training goes on from there.
         if self.folder is not None and (self.folder / CHECKPOINT_FILE).exists():
