@@ -10,7 +10,7 @@ alone, a fifth of which is the validation slice, and asked 200 test rows, the sa
 a task. The ways to fit a cell:
 
     before  as it was: two epochs, whatever the number of rows, and the last router
-    long    LONG steps; the accuracy at every 50th says what a fit of so many steps would have had
+    long    LONG steps; the accuracy at every 100th says what a fit of so many steps would have had
     all     the same, with the validation rows learned from, where they are too few to validate on
     after   the defaults of `FitConfig`
 
@@ -49,7 +49,7 @@ DRAWS = (0, 1, 2)
 WAYS = ("before", "long", "all", "after")
 N_TEST = 200
 LONG = 400
-EVERY = 50
+EVERY = 100
 # Contexts are shared, which makes the extraction ten times shorter and no way better than another.
 BASE = FitConfig(encoder="pinned:minilm", queries_per_context=10)
 N_BOOTSTRAP = 10_000

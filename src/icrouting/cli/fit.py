@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from icrouting.cli import ending
 from icrouting.cli.loading import console, load, load_tasks, stoppable
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
@@ -20,11 +21,21 @@ from icrouting.tasks.task import rows_digest
 
 
 def fit(
-    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
+    out: Path,
+    model: Backbone,
+    data: str,
+    tasks: Sequence[str],
+    config: FitConfig,
+    n_check: int = 0,
 ) -> InContextRouter:
-    """Returns a router that is fitted and saved to `out`, or was finished there already."""
+    """Returns a router that is fitted and saved to `out`, or was finished there already.
+
+    One that was not is asked `n_check` held-back rows of each task.
+    """
+    if n_check < 0:
+        raise ValueError(f"check must be a number of rows, 0 or more, got {n_check}")
     with stoppable(lambda: _kept(out)):
-        return _fit(out, model, data, tasks, config)
+        return _fit(out, model, data, tasks, config, n_check)
 
 
 def _kept(out: Path) -> str:
@@ -38,7 +49,7 @@ def _kept(out: Path) -> str:
 
 
 def _fit(
-    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig
+    out: Path, model: Backbone, data: str, tasks: Sequence[str], config: FitConfig, n_check: int
 ) -> InContextRouter:
     console.quiet = not is_first()
     with first_one_first():  # which may have to download
@@ -50,7 +61,8 @@ def _fit(
             planned = plan.plan_fit(skeleton, tokenizer, sources, config, default_dtype())
             planned.check(*plan.room_of(out), is_spread=model.device_map is not None)
         base, tokenizer = load(model)
-    if _is_saved(out):
+    is_new = not _is_saved(out)
+    if not is_new:
         icr = InContextRouter.from_pretrained(out)
         description = icr.description
         if (description.fit, description.rows) != (config, rows_digest(sources)):
@@ -67,6 +79,10 @@ def _fit(
         message = f"router saved to {out}"
     (out / "fit" / TRUNK_FILE).unlink(missing_ok=True)  # as large as the tokens are many
     console.print(message, markup=False)
+    if is_new:
+        ending.show(out, Decoder.of(base, tokenizer), sources, config, n_check)
+        command = ending.next_command(out, model, data, tasks)
+        console.print(f"next: {command}", markup=False, highlight=False, soft_wrap=True)
     return icr
 
 

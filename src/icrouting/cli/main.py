@@ -26,13 +26,14 @@ def fit(
     tasks: Names = HUB_TASKS[:5],
     dry_run: bool = False,
     tflops: float = 100.0,
+    check: int = 100,
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
 ) -> None:
     """Fit a router on a frozen model, from few-shot prompts of a few tasks.
 
     Three stages, each with a progress bar: few-shot prompts are run and their queries and keys
     pooled; PIDs are computed; the router is trained. Stopped and started again with the same
-    settings, it goes on.
+    settings, it goes on. The last lines say what the router does on held-back rows.
 
     Example: icr fit --model pinned:smollm2-135m --encoder pinned:minilm --data pinned:staicc
     --tasks agnews sst2 --out my-router
@@ -46,13 +47,15 @@ def fit(
             end. Nothing is run, no weights are read: of the model, a folder with its config.json is
             enough.
         tflops: The model's speed that a dry run reckons times with, in TFLOP/s.
+        check: Held-back rows of each task that the model answers at the end, with the router and
+            without; 0 leaves that out.
         config: The settings below.
     """
     from icrouting.cli import fit as room
 
     if dry_run:
         return room.show_plan(model, data, tasks, config, tflops)
-    room.fit(out, model, data, tasks, config)
+    room.fit(out, model, data, tasks, config, check)
 
 
 def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:

@@ -236,6 +236,9 @@ class Trainer:
             "step": str(self.step),
             "log": json.dumps(self.log),
             "looks": json.dumps(looks),
+            "kept": json.dumps(self.watch.kept_step),
+            "n_steps": str(self.n_steps),
+            "n_held": str(len(self.held)),
         }
         save_tensors(self.folder / CHECKPOINT_FILE, tensors, metadata)
         # Whole each time: a checkpoint that is taken up may be older than the last line.

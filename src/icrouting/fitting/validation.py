@@ -73,6 +73,12 @@ class Watch:
         return min(self.looks, key=lambda look: look.loss, default=None)
 
     @property
+    def kept_step(self) -> int | None:
+        """After how many steps the router was that is kept; None where the last one is."""
+        best_look = self.best_look
+        return best_look.step if self.best and best_look else None
+
+    @property
     def is_over(self) -> bool:
         """Whether the loss has not fallen for `patience` looks."""
         best_look = self.best_look
