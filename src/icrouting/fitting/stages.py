@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, frozen
 from icrouting.fitting.extraction import MOMENTS_FILE, extract
 from icrouting.fitting.pca import fit_pids
-from icrouting.fitting.queries import held_queries, training_queries
+from icrouting.fitting.queries import HELD, held_queries, training_queries
 from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
 from icrouting.fitting.trunk import ENTROPIES_FILE
 from icrouting.routing.features import Features, features_of
@@ -22,7 +23,7 @@ from icrouting.routing.router import Router
 from icrouting.runtime.checks import differences
 from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.locks import locked
-from icrouting.runtime.processes import agree, first_one_first
+from icrouting.runtime.processes import agree, first_one_first, is_first
 from icrouting.runtime.storage import load_json, load_metadata, save_json
 from icrouting.tasks.task import Task, rows_digest
 
@@ -80,6 +81,9 @@ def fit(
             queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
             held = held_queries(decoder, tasks, features, scale, layers[0], config, folder)
             Trainer(decoder, pids, router, queries, config, folder, held).run()
+    if folder is not None and is_first():
+        # The states of a hundred rows are soon made again.
+        shutil.rmtree(folder / HELD, ignore_errors=True)
     # From here on the router reads features as they are.
     router.absorb(*scale)
     return pids, router.eval().requires_grad_(False), features

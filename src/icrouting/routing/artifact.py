@@ -61,8 +61,9 @@ def save(
     sha256 = hashlib.sha256(serialize(tensors)).hexdigest()
     config = {**_MEANING, "weights_sha256": sha256, **dataclasses.asdict(description)}
     # What an earlier version wrote is written as it was.
-    fit = config["fit"]
-    config["fit"] = {name: fit[name] for name in fit if fit[name] != EARLIER.get(name)}
+    for name, value in EARLIER.items():
+        if config["fit"][name] == value:
+            del config["fit"][name]
     if description.sources is None:
         del config["sources"]
     if not description.base_weights:
