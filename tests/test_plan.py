@@ -46,6 +46,8 @@ SMALL = FitConfig(
     encoder="hidden",
     max_tokens=11,
     epochs=2,
+    min_steps=0,
+    patience=0,
 )
 TASKS = (tiny.task("toy"), tiny.task("other", n_train=7))
 

@@ -211,20 +211,20 @@ def learned_and_held(n_validation, patience):
 
 
 def test_a_slice_too_small_to_validate_on_is_learned_from():
-    learned, held = learned_and_held(n_validation=19, patience=2)
-    assert len(set(learned)) == 12 + 19
+    learned, held = learned_and_held(n_validation=9, patience=2)
+    assert len(set(learned)) == 12 + 9
     assert held == []
 
 
 def test_a_slice_that_is_validated_on_is_not_learned_from():
-    learned, held = learned_and_held(n_validation=20, patience=2)
+    learned, held = learned_and_held(n_validation=10, patience=2)
     assert len(set(learned)) == 12
-    assert len(set(held)) == 20
+    assert len(set(held)) == 10
     assert not set(learned) & set(held)
 
 
 def test_without_patience_the_slice_stays_apart():
-    learned, _ = learned_and_held(n_validation=19, patience=0)
+    learned, _ = learned_and_held(n_validation=9, patience=0)
     assert len(set(learned)) == 12
 
 

@@ -83,8 +83,8 @@ class FitConfig:
     lr: PositiveFloat = 1e-4
     batch_size: PositiveInt = 8
     epochs: PositiveInt = 2
-    min_steps: NonNegativeInt = 0
-    patience: NonNegativeInt = 0
+    min_steps: NonNegativeInt = 300
+    patience: NonNegativeInt = 5
     grad_clip: PositiveFloat = 1.0
     skip_nan: bool = False
     seed: int = 42

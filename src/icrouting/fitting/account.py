@@ -19,6 +19,9 @@ class Account:
         n_held: validation rows that the router was judged on.
         kept: how the router that was kept did on them; None where nothing chose one.
         last: how the last router did on them.
+        chosen: what cross-validation found at the step where it ended training; None where it was
+            not asked.
+        n_queries: rows that were learned from.
     """
 
     step: int
@@ -26,6 +29,8 @@ class Account:
     n_held: int
     kept: Look | None
     last: Look | None
+    chosen: Look | None = None
+    n_queries: int = 0
 
     @classmethod
     def of(cls, folder: Path) -> "Account | None":
@@ -35,6 +40,7 @@ class Account:
         if metadata is None or "n_steps" not in metadata:
             return None
         looks = [Look(**look) for look in json.loads(metadata["looks"])]
+        chosen = json.loads(metadata["chosen"])
         kept_step = json.loads(metadata["kept"])
         kept = next((look for look in looks if look.step == kept_step), None)
         return cls(
@@ -43,10 +49,18 @@ class Account:
             n_held=int(metadata["n_held"]),
             kept=kept,
             last=looks[-1] if looks else None,
+            chosen=None if chosen is None else Look(**chosen),
+            n_queries=int(metadata["n_queries"]),
         )
 
     def in_words(self) -> str:
         """Returns the steps, why there are no more, and which router was kept, in a line."""
+        if self.chosen is not None:
+            return (
+                f"trained for {self.step:,} of at most {self.n_steps:,} steps, which did best in "
+                f"cross-validation: loss {self.chosen.loss:.3f}, accuracy "
+                f"{self.chosen.accuracy:.0%} of {self.n_queries} rows"
+            )
         if self.step < self.n_steps:
             steps = f"{self.step:,} of at most {self.n_steps:,} steps: the validation loss had "
             steps += "not fallen for a while"

@@ -24,7 +24,7 @@ from icrouting.tasks.task import Example, Task
 READ_AT_ONCE = 64
 # Validation rows of all tasks together: more of them cost time, fewer say nothing.
 MOST_HELD = 100
-FEWEST_HELD = 20
+FEWEST_HELD = 10
 # The subfolder that keeps their trunk.
 HELD = "validation"
 
@@ -97,8 +97,8 @@ def held_queries(
 ) -> list[Query]:
     """Returns queries of the tasks' validation rows, which a training is judged on.
 
-    At most 100 are drawn, as many of each task. There are none where the slices hold fewer than 20
-    rows together: so few say less than they teach.
+    At most 100 are drawn, as many of each task. There are none where the slices hold fewer than 10
+    rows together: so few are learned from, and cross-validated on.
 
     Args:
         decoder: the model that is routed.

@@ -13,6 +13,7 @@ from icrouting.config import EARLIER, HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, frozen
 from icrouting.fitting.extraction import MOMENTS_FILE, extract
+from icrouting.fitting.folds import chosen_by_folds
 from icrouting.fitting.pca import fit_pids
 from icrouting.fitting.queries import HELD, held_queries, training_queries
 from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
@@ -65,7 +66,8 @@ def fit(
         )
     # So is an encoder that is not there, before a folder is made.
     features = features_of(config.encoder, decoder, str(decoder.device))
-    with claimed(folder, config, tasks, decoder.fingerprint):
+
+    def untrained() -> Router:
         router = kind(
             features.n_features,
             len(layers),
@@ -74,13 +76,30 @@ def fit(
             config.hidden_width,
             torch.Generator().manual_seed(config.seed),
         )
-        router.to(decoder.device)
+        return router.to(decoder.device)
+
+    with claimed(folder, config, tasks, decoder.fingerprint):
+        router = untrained()
         # The model's weights take no gradient: what is trained is the router.
         with frozen(decoder.model):
-            pids = router.adopt(extract_pids(decoder, tasks, layers, config, folder))
+            extracted = extract_pids(decoder, tasks, layers, config, folder)
+            pids = router.adopt(extracted)
             queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
             held = held_queries(decoder, tasks, features, scale, layers[0], config, folder)
-            Trainer(decoder, pids, router, queries, config, folder, held).run()
+            chosen = None
+            if config.patience and not held:
+
+                def fold(rest, fold_held, fold_folder):
+                    fold_router = untrained()
+                    fold_pids = fold_router.adopt(extracted)
+                    trainer = Trainer(
+                        decoder, fold_pids, fold_router, rest, config, fold_folder, fold_held
+                    )
+                    trainer.run()
+                    return trainer.watch.looks
+
+                chosen = chosen_by_folds(queries, fold, config.seed, folder)
+            Trainer(decoder, pids, router, queries, config, folder, held, chosen).run()
     if folder is not None and is_first():
         # The states of a hundred rows are soon made again.
         shutil.rmtree(folder / HELD, ignore_errors=True)

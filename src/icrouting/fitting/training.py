@@ -54,6 +54,7 @@ class Trainer:
         config: settings.
         folder: where checkpoints and `training.jsonl` go; None keeps nothing.
         held: validation queries, on which the router is judged as it goes; there may be none.
+        chosen: where cross-validation chose the step to end at, what it found there.
         step: number of steps taken.
         n_steps: number of steps of the whole training, unless it stops before.
         watch: judges the router on `held`; with `patience`, the best one is kept in the end.
@@ -67,6 +68,7 @@ class Trainer:
     config: FitConfig
     folder: Path | None = None
     held: Sequence[Query] = ()
+    chosen: Look | None = None
 
     def __post_init__(self):
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=self.config.lr)
@@ -85,7 +87,9 @@ class Trainer:
 
         Without `patience` the router is the last one, with it the one that did best on `held`.
         """
-        steps = range(self.step, self.n_steps)
+        # The scale of alpha falls as it did where the end was chosen.
+        end = self.n_steps if self.chosen is None else self.chosen.step
+        steps = range(self.step, end)
         sizes = [1] * len(steps)
         with (
             attach(self.decoder.model, self.pids) as attachment,
@@ -239,6 +243,8 @@ class Trainer:
             "kept": json.dumps(self.watch.kept_step),
             "n_steps": str(self.n_steps),
             "n_held": str(len(self.held)),
+            "chosen": json.dumps(asdict(self.chosen) if self.chosen else None),
+            "n_queries": str(len(self.queries)),
         }
         save_tensors(self.folder / CHECKPOINT_FILE, tensors, metadata)
         # Whole each time: a checkpoint that is taken up may be older than the last line.
