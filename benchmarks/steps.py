@@ -34,7 +34,7 @@ from icrouting.decoder.loading import load_model
 from icrouting.decoder.scoring import score
 from icrouting.evaluation.runs import commit
 from icrouting.fitting import queries as reading
-from icrouting.fitting.stages import extract_pids
+from icrouting.fitting import stages
 from icrouting.fitting.training import Trainer
 from icrouting.fitting.validation import answered
 from icrouting.routing.features import features_of
@@ -126,7 +126,7 @@ class Cell:
         self.world = world
         self.task = task
         self.test, self.zero_shot = world.test_of(task)
-        self.pids = extract_pids(self.decoder, [task], self.layers, BASE, None)
+        self.pids = stages.extract_pids(self.decoder, [task], self.layers, BASE, None)
         self.learned = {}
 
     def _queries(self, read, scale):
@@ -147,21 +147,30 @@ class Cell:
         queries, scale = self._learned(config)
         held = []
         # However few they are, a long training is looked at.
-        if way == "long" or (config.patience and len(queries) == len(self.task.train)):
+        is_validated = config.watches(len(queries)) and len(queries) == len(self.task.train)
+        if way == "long" or is_validated:
             held = self._queries(self.world.read(self.task, self.task.validation), scale)
-        router = Router(
-            self.features.n_features,
-            len(self.layers),
-            self.decoder.dims.n_heads,
-            config.rank,
-            config.hidden_width,
-            torch.Generator().manual_seed(config.seed),
-        )
-        trainer = Watched(self.decoder, self.pids, router, queries, config, None, held)
-        trainer.curve = {}
-        trainer.asks = way in ("long", "all")
-        trainer.test = self._queries(self.test, scale)
-        trainer.run()
+        test = self._queries(self.test, scale)
+
+        def untrained():
+            return Router(
+                self.features.n_features,
+                len(self.layers),
+                self.decoder.dims.n_heads,
+                config.rank,
+                config.hidden_width,
+                torch.Generator().manual_seed(config.seed),
+            )
+
+        if way in ("long", "all"):
+            trainer = Watched(self.decoder, self.pids, untrained(), queries, config, None, held)
+            trainer.curve = {}
+            trainer.asks = True
+            trainer.test = test
+            trainer.run()
+        else:
+            trainer = stages.train(self.decoder, self.pids, untrained, queries, held, config)
+        router = trainer.router
         seconds = time.perf_counter() - start
         # The router that was kept, by another way: a training of no step.
         asked = Watched(
@@ -170,7 +179,7 @@ class Cell:
         asked.n_steps = asked.step = 0
         asked.curve = {}
         asked.asks = True
-        asked.test = trainer.test
+        asked.test = test
         asked.run()
         best = trainer.watch.best_look
         return {
@@ -181,7 +190,8 @@ class Cell:
             "n_steps": trainer.step,
             "n_kept": best.step if best and trainer.watch.best else trainer.step,
             "looks": [dataclasses.asdict(look) for look in trainer.watch.looks],
-            "curve": trainer.curve,
+            "curve": getattr(trainer, "curve", {}),
+            "chosen": dataclasses.asdict(trainer.chosen) if trainer.chosen else None,
             "min_steps": config.min_steps,
             "patience": config.patience,
             "seconds": round(seconds, 1),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from icrouting.fitting import queries as reading
 from icrouting.fitting import training
 from icrouting.fitting.training import Trainer
 from icrouting.fitting.validation import Look, Watch
+from icrouting.methods import Settings, controls
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
 from icrouting.runtime.storage import load_json, save_json
@@ -254,3 +256,26 @@ def test_a_fit_that_an_earlier_version_began_is_not_gone_on_with_by_other_steps(
     fit(changed(**EARLIER), folder=tmp_path)
     with pytest.raises(ValueError, match="min_steps was 0, is 30"):
         fit(folder=tmp_path)
+
+
+def test_where_passes_take_steps_enough_the_last_router_is_kept(trainers):
+    fit(changed(min_steps=20, epochs=9))
+    (trainer,) = trainers
+    assert trainer.step == 27
+    assert trainer.watch.looks
+    assert not trainer.watch.best
+
+
+def test_without_min_steps_a_small_slice_stays_apart():
+    of = task(n_validation=9, n_train=12)
+    assert reading.rows_to_learn_from(of, [of], changed(min_steps=0)) == of.train
+
+
+def test_a_control_that_an_earlier_version_saved_is_known_by_the_same_words():
+    control = controls.Refit(Settings(encoder="hidden"))
+    control.config = changed(**EARLIER)
+    control._features = lambda: SimpleNamespace(fingerprint="hidden")
+    assert "min_steps" not in control.depends_on()
+    assert "patience" not in control.depends_on()
+    control.config = changed()
+    assert "min_steps=30, patience=2, " in control.depends_on()

@@ -46,8 +46,9 @@ class FitConfig:
         batch_size: queries per step.
         epochs: passes over the queries.
         min_steps: steps at least, where the passes take fewer [steps].
-        patience: training stops, and the best router is kept, once the loss on validation rows has
-            not fallen for so many looks; 0 keeps the last router.
+        patience: where `min_steps` acts, training stops once the loss on validation rows has not
+            fallen for so many looks, and the best router is kept; where these rows are fewer than
+            ten, cross-validation chooses the steps. 0 keeps the last router.
         grad_clip: largest norm of the gradient.
         skip_nan: leave prompts out whose queries, keys or logits are not finite, instead of
             stopping at the first.
@@ -94,7 +95,18 @@ class FitConfig:
 
     def n_steps(self, n_queries: int) -> int:
         """Returns how many steps a training on so many queries takes, unless it stops before."""
-        return max(self.min_steps, self.epochs * math.ceil(n_queries / self.batch_size))
+        return max(self.min_steps, self.n_steps_of_passes(n_queries))
+
+    def watches(self, n_queries: int) -> bool:
+        """Returns whether `patience` acts: on rows so few that `min_steps` does.
+
+        A training of two passes over many rows has no time to fit them too well.
+        """
+        return self.patience > 0 and self.n_steps(n_queries) > self.n_steps_of_passes(n_queries)
+
+    def n_steps_of_passes(self, n_queries: int) -> int:
+        """Returns how many steps the passes over so many queries take."""
+        return self.epochs * math.ceil(n_queries / self.batch_size)
 
     def n_passes(self, n_queries: int) -> float:
         """Returns how often such a training reads each query, on average."""

@@ -204,7 +204,10 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     sources = ("agnews", "sst2", "trec")
     tasks = (*sources, "sst5", "mr", "subj", "emotion")
     console.print(f"ICR on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks")
-    config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
+    # Of few queries, more steps would take longer than someone waits.
+    config = FitConfig(
+        n_prompts=n_prompts, n_queries=n_queries, min_steps=0, encoder="pinned:minilm"
+    )
     fitting.fit(router, model, data, sources, config)
     evaluation = EvalConfig(
         data=data,

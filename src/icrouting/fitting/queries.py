@@ -183,9 +183,10 @@ def rows_to_learn_from(task: Task, tasks: Sequence[Task], config: FitConfig) -> 
     Args:
         task: one of the source tasks.
         tasks: all of them.
-        config: settings; without `patience` the slice stays apart, as nobody asks it anything.
+        config: settings; without `min_steps` or `patience` the slice stays apart, as it is not
+            asked for anything.
     """
-    if config.patience and not _can_validate(tasks):
+    if config.min_steps and config.patience and not _can_validate(tasks):
         return (*task.train, *task.validation)
     return task.train
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from icrouting.decoder.hold import check_alone, frozen
 from icrouting.fitting.extraction import MOMENTS_FILE, extract
 from icrouting.fitting.folds import chosen_by_folds
 from icrouting.fitting.pca import fit_pids
-from icrouting.fitting.queries import HELD, held_queries, training_queries
+from icrouting.fitting.queries import HELD, Query, held_queries, training_queries
 from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
 from icrouting.fitting.trunk import ENTROPIES_FILE
+from icrouting.fitting.validation import Look
 from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs, check_layers, late_third
 from icrouting.routing.router import Router
@@ -78,34 +79,59 @@ def fit(
         )
         return router.to(decoder.device)
 
-    with claimed(folder, config, tasks, decoder.fingerprint):
-        router = untrained()
-        # The model's weights take no gradient: what is trained is the router.
-        with frozen(decoder.model):
-            extracted = extract_pids(decoder, tasks, layers, config, folder)
-            pids = router.adopt(extracted)
-            queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
-            held = held_queries(decoder, tasks, features, scale, layers[0], config, folder)
-            chosen = None
-            if config.patience and not held:
-
-                def fold(rest, fold_held, fold_folder):
-                    fold_router = untrained()
-                    fold_pids = fold_router.adopt(extracted)
-                    trainer = Trainer(
-                        decoder, fold_pids, fold_router, rest, config, fold_folder, fold_held
-                    )
-                    trainer.run()
-                    return trainer.watch.looks
-
-                chosen = chosen_by_folds(queries, fold, config.seed, folder)
-            Trainer(decoder, pids, router, queries, config, folder, held, chosen).run()
+    # The model's weights take no gradient: what is trained is the router.
+    with claimed(folder, config, tasks, decoder.fingerprint), frozen(decoder.model):
+        extracted = extract_pids(decoder, tasks, layers, config, folder)
+        queries, scale = training_queries(decoder, tasks, features, layers[0], config, folder)
+        held = held_queries(decoder, tasks, features, scale, layers[0], config, folder)
+        trainer = train(decoder, extracted, untrained, queries, held, config, folder)
     if folder is not None and is_first():
         # The states of a hundred rows are soon made again.
         shutil.rmtree(folder / HELD, ignore_errors=True)
+    router = trainer.router
     # From here on the router reads features as they are.
     router.absorb(*scale)
-    return pids, router.eval().requires_grad_(False), features
+    return trainer.pids, router.eval().requires_grad_(False), features
+
+
+def train(
+    decoder: Decoder,
+    extracted: PIDs,
+    untrained: Callable[[], Router],
+    queries: Sequence[Query],
+    held: Sequence[Query],
+    config: FitConfig,
+    folder: Path | None = None,
+) -> Trainer:
+    """Returns a training that has run to its end (stage 3).
+
+    Args:
+        decoder: the frozen model.
+        extracted: the PIDs.
+        untrained: makes a router.
+        queries: the training queries.
+        held: validation queries. Where there are none, cross-validation chooses the steps, if
+            `config` asks for either.
+        config: settings.
+        folder: keeps checkpoints.
+    """
+
+    def trained(
+        rest: Sequence[Query], held: Sequence[Query], folder: Path | None, chosen: Look | None
+    ) -> Trainer:
+        router = untrained()
+        pids = router.adopt(extracted)
+        trainer = Trainer(decoder, pids, router, rest, config, folder, held, chosen)
+        trainer.run()
+        return trainer
+
+    def looks(rest: Sequence[Query], held: Sequence[Query], folder: Path | None) -> Sequence[Look]:
+        return trained(rest, held, folder, None).watch.looks
+
+    chosen = None
+    if config.watches(len(queries)) and not held:
+        chosen = chosen_by_folds(queries, looks, config.seed, folder)
+    return trained(queries, held, folder, chosen)
 
 
 def extract_pids(

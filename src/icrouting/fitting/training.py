@@ -77,7 +77,8 @@ class Trainer:
         self.log: list[dict[str, float]] = []
         self.steps_per_epoch = math.ceil(len(self.queries) / self.config.batch_size)
         self.n_steps = self.config.n_steps(len(self.queries))
-        self.watch = Watch(self.held, self.config.patience, self.n_steps)
+        patience = self.config.patience if self.config.watches(len(self.queries)) else 0
+        self.watch = Watch(self.held, patience, self.n_steps)
         # A checkpoint of an earlier run: training goes on from there.
         if self.folder is not None and (self.folder / CHECKPOINT_FILE).exists():
             self._restore(self.folder)
