@@ -260,7 +260,7 @@ def test_a_recipe_is_the_papers_fit_of_its_model(recipe, tmp_path, monkeypatch):
     main.main(arguments)
     assert program == "icr"
     model = Backbone(HUB[recipe], "auto" if recipe in SPREAD else None)
-    assert started == [(tmp_path / "router", model, "hub", main.HUB_TASKS[:5], PAPER)]
+    assert started == [(tmp_path / "router", model, "hub", main.HUB_TASKS[:5], PAPER, 100)]
 
 
 @pytest.mark.processes

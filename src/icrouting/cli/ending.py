@@ -124,10 +124,8 @@ def _lines(
     answers: dict[str, list[Record]], names: Sequence[str]
 ) -> Iterator[tuple[str, float, float, metrics.Estimate]]:
     """Yields each task's accuracy without and with routing, and the paired difference."""
-    plain = metrics.frame(answers[BASELINE])
-    routed = metrics.frame(answers[ROUTED])
     for name in names:
-        before = plain[plain.task == name]
-        after = routed[routed.task == name]
+        before = metrics.frame(record for record in answers[BASELINE] if record.task == name)
+        after = metrics.frame(record for record in answers[ROUTED] if record.task == name)
         gain = metrics.difference(after, before)
         yield name, float(before.right.mean()), float(after.right.mean()), gain
