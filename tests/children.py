@@ -20,7 +20,7 @@ from icrouting.fitting import extraction
 PATIENCE_SECONDS = 240
 FIT = (
     "--n-prompts 23 --demos-per-class 1 --n-queries 13 --rank 2 --epochs 2 --batch-size 4 "
-    "--lr 0.01 --tasks sst2 mr --hidden-width 5"
+    "--lr 0.01 --tasks sst2 mr --hidden-width 5 --min-steps 0 --patience 0 --check 0"
 )
 EVALUATE = (
     "--tasks sst2 mr --sources sst2 --n-test 14 --demos-per-class 1 --i2cl-epochs 1 --seeds 0 1 "

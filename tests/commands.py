@@ -7,7 +7,7 @@ from icrouting.cli import main
 
 FIT = (
     "--n-prompts 9 --demos-per-class 1 --n-queries 9 --rank 2 --epochs 1 --tasks sst2 "
-    "--hidden-width 5"
+    "--hidden-width 5 --min-steps 0 --patience 0 --check 0"
 )
 EVALUATE = "--tasks sst2 mr --sources sst2 --n-test 7 --demos-per-class 1"
 

@@ -21,6 +21,8 @@ def sharp_router(model, tokenizer, encoder, monkeypatch):
         "n_queries": 2,
         "hidden_width": 13,
         "epochs": 1,
+        "min_steps": 0,
+        "patience": 0,
     }
     config = FitConfig(layers=LAYERS, encoder=str(encoder), **small)
     icr = InContextRouter.fit(model, tokenizer, [tiny.task()], config)

@@ -100,7 +100,16 @@ def test_a_router_fitted_there_gives_the_same_scores_here(
     tasks, model = [tiny.task("toy"), tiny.task("other")], tiny.model("llama").to("cuda")
     name = encoder if encoder == "hidden" else str(encoder_folder)
     config = FitConfig(
-        (3, 4), 3, n_prompts=4, n_queries=16, demos_per_class=1, encoder=name, lr=0.03, epochs=4
+        (3, 4),
+        3,
+        n_prompts=4,
+        n_queries=16,
+        demos_per_class=1,
+        encoder=name,
+        lr=0.03,
+        epochs=4,
+        min_steps=0,
+        patience=0,
     )
     InContextRouter.fit(model, tokenizer, tasks, config).save_pretrained(tmp_path)
     icr, found = InContextRouter.from_pretrained(tmp_path), []

@@ -128,6 +128,8 @@ def test_the_precision_of_columns_is_measured_on_the_routing_that_is_in_use(toke
         encoder="hidden",
         n_queries=24,
         lr=0.03,
+        min_steps=0,
+        patience=0,
     )
     icr, items = InContextRouter.fit(model, tokenizer, [task], config), [0, 3, 5]
     ways = {

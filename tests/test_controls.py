@@ -50,6 +50,8 @@ def config(encoder_folder):
         n_queries=24,
         lr=0.03,
         epochs=3,
+        min_steps=0,
+        patience=0,
         w_gate=0.0,
     )
 

@@ -49,7 +49,16 @@ def model():
 
 @pytest.fixture(scope="module")
 def hidden_router(model, tokenizer):
-    config = FitConfig(rank=3, n_prompts=8, n_queries=8, epochs=1, encoder="hidden", lr=0.05)
+    config = FitConfig(
+        rank=3,
+        n_prompts=8,
+        n_queries=8,
+        epochs=1,
+        min_steps=0,
+        patience=0,
+        encoder="hidden",
+        lr=0.05,
+    )
     return InContextRouter.fit(model, tokenizer, [TASK], config)
 
 
@@ -59,7 +68,16 @@ def hidden_router(model, tokenizer):
 def test_a_loaded_router_routes_alike(default, encoder, model, tokenizer, encoder_folder, tmp_path):
     if encoder == "sentence":
         encoder = str(encoder_folder)
-    config = FitConfig(rank=3, n_prompts=8, n_queries=8, epochs=1, encoder=encoder, lr=0.05)
+    config = FitConfig(
+        rank=3,
+        n_prompts=8,
+        n_queries=8,
+        epochs=1,
+        min_steps=0,
+        patience=0,
+        encoder=encoder,
+        lr=0.05,
+    )
     InContextRouter.fit(model, tokenizer, [TASK], config).save_pretrained(tmp_path)
     inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
     plain_forward = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
@@ -84,7 +102,9 @@ def test_a_loaded_router_routes_alike(default, encoder, model, tokenizer, encode
 def test_a_fit_gives_the_same_router(default, encoder, model, tokenizer, encoder_folder):
     if encoder == "sentence":
         encoder = str(encoder_folder)
-    config = FitConfig(rank=3, n_prompts=8, n_queries=8, epochs=1, encoder=encoder)
+    config = FitConfig(
+        rank=3, n_prompts=8, n_queries=8, epochs=1, min_steps=0, patience=0, encoder=encoder
+    )
     digest = InContextRouter.fit(model, tokenizer, [TASK], config).digest()
     with as_default(default):
         icr = InContextRouter.fit(model, tokenizer, [TASK], config)

@@ -122,7 +122,14 @@ def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encod
 
     model, task = tiny.model("llama"), TASKS[0]
     config = FitConfig(
-        n_prompts=9, demos_per_class=1, encoder=str(encoder_folder), n_queries=9, rank=2, epochs=1
+        n_prompts=9,
+        demos_per_class=1,
+        encoder=str(encoder_folder),
+        n_queries=9,
+        rank=2,
+        epochs=1,
+        min_steps=0,
+        patience=0,
     )
     InContextRouter.fit(model, tokenizer, [task], config).save_pretrained(tmp_path)
     inputs = tokenizer(

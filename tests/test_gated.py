@@ -39,6 +39,8 @@ def settings(request, encoder_folder, tokenizer, tmp_path_factory):
         encoder=encoder,
         n_queries=24,
         lr=0.03,
+        min_steps=0,
+        patience=0,
         w_gate=0.0,
     )
     folder = tmp_path_factory.mktemp("router")
@@ -178,7 +180,15 @@ def test_a_saved_gate_is_the_same(settings, model, tokenizer, tmp_path):
 def test_another_router_is_refused(settings, model, tokenizer, tmp_path):
     method = fitted(settings, model, tokenizer)
     save_method(method, tmp_path / "gate")
-    config = FitConfig(layers=(FIRST, 4), rank=2, n_prompts=12, encoder="hidden", n_queries=8)
+    config = FitConfig(
+        layers=(FIRST, 4),
+        rank=2,
+        n_prompts=12,
+        encoder="hidden",
+        n_queries=8,
+        min_steps=0,
+        patience=0,
+    )
     InContextRouter.fit(model, tokenizer, [TASK], config).save_pretrained(settings.router)
     with pytest.raises(ValueError, match="was learned with"):
         load_method(tmp_path / "gate", model, tokenizer)

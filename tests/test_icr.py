@@ -38,6 +38,8 @@ def config(encoder_folder, request):
         n_queries=24,
         lr=0.01,
         epochs=3,
+        min_steps=0,
+        patience=0,
         w_gate=0.0,
     )
 
@@ -548,7 +550,7 @@ def test_a_step_without_a_finite_logit_is_left_out_only_if_asked(model, tokenize
         Query(state, torch.randn(12, generator=generator), [5, 9], 1, "a text") for state in states
     ]
     for batch_size, n_steps in ((1, 3), (2, 2)):
-        settings = FitConfig((3, 4), 3, batch_size=batch_size, epochs=1)
+        settings = FitConfig((3, 4), 3, batch_size=batch_size, epochs=1, min_steps=0, patience=0)
         trainer = Trainer(
             Decoder.of(model, tiny.tokenizer()),
             tiny.pids(model),
@@ -580,7 +582,7 @@ def test_a_gradient_that_is_not_finite_stops_training_before_the_router_is_touch
     )
     queries = [Query(state, torch.randn(12, generator=generator), [5, 9], 1) for state in states]
     settings, plain = (
-        FitConfig((3, 4), 3, batch_size=2, epochs=1, skip_nan=True),
+        FitConfig((3, 4), 3, batch_size=2, epochs=1, min_steps=0, patience=0, skip_nan=True),
         torch.autograd.grad,
     )
     trainer = Trainer(

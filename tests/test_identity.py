@@ -119,7 +119,9 @@ def test_what_describes_no_weight_is_refused(text):
 
 @pytest.fixture(scope="module")
 def fitted(model, tokenizer):
-    config = FitConfig(rank=3, n_prompts=8, n_queries=8, epochs=1, encoder="hidden")
+    config = FitConfig(
+        rank=3, n_prompts=8, n_queries=8, epochs=1, min_steps=0, patience=0, encoder="hidden"
+    )
     return InContextRouter.fit(model, tokenizer, [tiny.task()], config)
 
 

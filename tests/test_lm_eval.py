@@ -80,6 +80,8 @@ def world(tmp_path_factory, encoder_folder):
         "demos_per_class": 1,
         "n_queries": 8,
         "epochs": 1,
+        "min_steps": 0,
+        "patience": 0,
         "hidden_width": 13,
     }
     icr = InContextRouter.fit(

@@ -18,7 +18,15 @@ from icrouting.tasks.task import Example
 
 LAYERS = (3, 4)
 CONFIG = FitConfig(
-    LAYERS, rank=2, n_prompts=40, demos_per_class=1, n_queries=40, encoder="hidden", epochs=1
+    LAYERS,
+    rank=2,
+    n_prompts=40,
+    demos_per_class=1,
+    n_queries=40,
+    encoder="hidden",
+    epochs=1,
+    min_steps=0,
+    patience=0,
 )
 LONG = Example({"text": "so long a film " * 200}, (), 1)
 

@@ -67,6 +67,8 @@ def fitted(model, tokenizer, encoder, folder=None):
         n_queries=9,
         rank=2,
         epochs=1,
+        min_steps=0,
+        patience=0,
         hidden_width=5,
         encoder=encoder,
     )

@@ -23,7 +23,7 @@ WRITTEN = Path(__file__).parent / "from-0.1"
 WHERE = ["--model", "model", "--data", "data"]
 FIT = (
     "--encoder hidden --n-prompts 9 --demos-per-class 1 --n-queries 9 --rank 2 --epochs 1 "
-    "--tasks sst2 --hidden-width 5"
+    "--tasks sst2 --hidden-width 5 --min-steps 0 --patience 0 --check 0"
 )
 EVALUATE = (
     "--router router --tasks sst2 mr --sources sst2 --n-test 7 --demos-per-class 1 --seeds 0 "

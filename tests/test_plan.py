@@ -46,6 +46,8 @@ SMALL = FitConfig(
     encoder="hidden",
     max_tokens=11,
     epochs=2,
+    min_steps=0,
+    patience=0,
 )
 TASKS = (tiny.task("toy"), tiny.task("other", n_train=7))
 
@@ -260,7 +262,9 @@ def test_a_recipe_is_the_papers_fit_of_its_model(recipe, tmp_path, monkeypatch):
     assert program == "icr"
     model = Backbone(HUB[recipe], "auto" if recipe in SPREAD else None)
     settings = (tmp_path / "router", model, ["hub", *main.HUB_TASKS[:5]], PAPER, None)
-    assert started == [(settings, {"stages_folder": None, "beginning": fit_command.ANEW})]
+    more = {"stages_folder": None, "beginning": fit_command.ANEW, "gate": True, "n_check": 100}
+    more["asked"] = ["--data", "hub", "--tasks", *main.HUB_TASKS[:5]]
+    assert started == [(settings, more)]
 
 
 @pytest.mark.processes

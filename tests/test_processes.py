@@ -13,6 +13,7 @@ import torch
 
 from children import FIT, finish, kill, start, start_evaluation, start_fit
 from commands import on
+from icrouting.fitting.account import Account
 from icrouting.icr import InContextRouter
 from icrouting.runtime import processes
 from runs_alike import assert_same_table, cut_short
@@ -76,6 +77,20 @@ def test_an_evaluation_that_lost_a_process_goes_on_with_another_number(alone, tm
     cut_short(run / "records.1.jsonl")
     assert finish(start_evaluation(alone / "world", run, 2)) == [0, 0]
     assert_same_table(run, alone / "run")
+
+
+@pytest.mark.slow
+def test_processes_judge_a_training_together_as_one_does_alone(alone, encoder_folder, tmp_path):
+    world = alone / "world"
+    where = [*on(world), "--encoder", encoder_folder]
+    for n_processes in (1, 2):
+        out = tmp_path / str(n_processes)
+        command = ["fit", "--out", out, *where, *FIT.split(), "--min-steps", 30, "--patience", 2]
+        assert finish(start(n_processes, *command)) == [0] * n_processes
+    assert_same_router(tmp_path / "2", tmp_path / "1")
+    accounts = [Account.of(tmp_path / name / "fit") for name in ("1", "2")]
+    assert accounts[0].n_held >= 10
+    assert accounts[0].step == accounts[1].step
 
 
 @pytest.mark.parametrize("option", ["--seed", "--data"])

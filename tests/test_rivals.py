@@ -3,6 +3,7 @@
 For every method that learns, over the family table.
 """
 
+import functools
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +21,7 @@ from icrouting.decoder.families import CACHE
 from icrouting.decoder.scoring import score_options
 from icrouting.evaluation.costs import fit_costs
 from icrouting.fitting import stages
-from icrouting.methods import Method, Settings, make
+from icrouting.methods import Method, Settings, controls, make
 from icrouting.methods.controls import Refit
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.function_vectors import FunctionVectors
@@ -282,10 +283,17 @@ def test_nothing_is_fitted_under_another_method(tokenizer, small_settings, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Controls of ICR that are fitted here take as few steps as their rows give."""
+    few = functools.partial(FitConfig, min_steps=0, patience=0)
+    monkeypatch.setattr(controls, "FitConfig", few)
+
+
 def test_a_router_and_a_rival_are_never_on_one_model_at_once(tokenizer, small_settings):
     model, config = (
         tiny.model("llama"),
-        FitConfig(n_prompts=6, n_queries=6, encoder=small_settings.encoder),
+        FitConfig(n_prompts=6, n_queries=6, min_steps=0, encoder=small_settings.encoder),
     )
     rival, before = (
         fitted(TaskVectors, model, tokenizer, small_settings),

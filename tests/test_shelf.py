@@ -98,7 +98,7 @@ def test_every_setting_of_a_fit_is_either_of_a_stage_or_of_none(model, tokenizer
     """A setting that is added to the fit must be decided on here."""
     of_no_stage = {"rank", "basis", "encoder", "hidden_width", "ce_scope", "w_conf", "w_spar"}
     of_no_stage |= {"w_gate", "deepest_weight", "final_alpha_scale", "lr", "batch_size", "epochs"}
-    of_no_stage |= {"grad_clip", "layers"}
+    of_no_stage |= {"grad_clip", "layers", "min_steps", "patience"}
     decoder = Decoder.of(model, tokenizer)
     about = Shelf.of(tmp_path, decoder, [tiny.task()], LAYERS, CONFIG).about
     named = about[EXTRACTION].keys() | about[TRUNK].keys() | of_no_stage

@@ -39,7 +39,15 @@ def model():
 @pytest.fixture(scope="module")
 def icr(model):
     config = FitConfig(
-        (3, 4), rank=3, n_prompts=8, n_queries=16, epochs=1, encoder=HIDDEN, hidden_width=5
+        (3, 4),
+        rank=3,
+        n_prompts=8,
+        n_queries=16,
+        epochs=1,
+        min_steps=0,
+        patience=0,
+        encoder=HIDDEN,
+        hidden_width=5,
     )
     fitted = InContextRouter.fit(model, tiny.tokenizer(), [tiny.task()], config)
     # A router of a few steps does next to nothing.

@@ -316,7 +316,15 @@ def routes_a_lora(bench):
 
 def fits_on_a_lora(bench):
     config = FitConfig(
-        (3, 4), 3, n_prompts=6, demos_per_class=1, n_queries=6, epochs=1, encoder=str(bench.encoder)
+        (3, 4),
+        3,
+        n_prompts=6,
+        demos_per_class=1,
+        n_queries=6,
+        epochs=1,
+        min_steps=0,
+        patience=0,
+        encoder=str(bench.encoder),
     )
     model = with_lora(bench)
     icr = InContextRouter.fit(model, bench.tokenizer, [tiny.task()], config)
@@ -406,7 +414,7 @@ def trains_with_checkpointing(bench):
             bench.icr.pids,
             router,
             queries,
-            FitConfig((3, 4), 3, batch_size=3),
+            FitConfig((3, 4), 3, batch_size=3, min_steps=0, patience=0),
         )
         with attach(model, bench.icr.pids) as attachment, late_entry(model, 3) as entry:
             last.register_forward_pre_hook(lambda *args, runs=runs: runs.append(1))

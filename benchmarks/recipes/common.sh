@@ -8,7 +8,8 @@
 # and of the others as many as they have training rows.
 out=${1:?where the router goes: run.sh OUT}
 paper="--rank 8 --basis pca --n-prompts 5000 --demos-per-class 5 --n-queries 5000 --max-tokens 512 --ce-scope vocabulary
-    --lr 1e-4 --batch-size 4 --epochs 2 --seed 42"
+    --lr 1e-4 --batch-size 4 --epochs 2 --min-steps 0 --patience 0
+    --seed 42"
 settings=(--data "${DATA:-hub}" --tasks agnews sst2 trec csqa piqa $paper --out "$out" "${@:2}")
 if [ -n "${DRY:-}" ]; then
     exec python -m icrouting.cli fit --dry-run --model "$(dirname "$0")" "${settings[@]}"

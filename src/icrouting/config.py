@@ -1,9 +1,10 @@
 """The settings of a fit, and the paper's own."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from icrouting.runtime.checks import check
 from icrouting.runtime.showing import changed
@@ -45,6 +46,10 @@ class FitConfig:
         lr: learning rate of AdamW.
         batch_size: queries per step.
         epochs: passes over the queries.
+        min_steps: steps at least, where the passes take fewer [steps].
+        patience: where `min_steps` acts, training stops once the loss on validation rows has not
+            fallen for so many looks, and the best router is kept; where these rows are fewer than
+            ten, cross-validation chooses the steps. 0 keeps the last router.
         grad_clip: largest norm of the gradient.
         skip_nan: leave prompts out whose queries, keys or logits are not finite, instead of
             stopping at the first.
@@ -80,6 +85,8 @@ class FitConfig:
     lr: PositiveFloat = 1e-4
     batch_size: PositiveInt = 8
     epochs: PositiveInt = 2
+    min_steps: NonNegativeInt = 300
+    patience: NonNegativeInt = 5
     grad_clip: PositiveFloat = 1.0
     skip_nan: bool = False
     seed: int = 42
@@ -90,6 +97,29 @@ class FitConfig:
     def __repr__(self) -> str:
         return changed(self)
 
+    def n_steps(self, n_queries: int) -> int:
+        """Returns how many steps a training on so many queries takes, unless it stops before."""
+        return max(self.min_steps, self.n_steps_of_passes(n_queries))
+
+    def watches(self, n_queries: int) -> bool:
+        """Returns whether `patience` acts: on rows so few that `min_steps` does.
+
+        A training of two passes over many rows has no time to fit them too well.
+        """
+        return self.patience > 0 and self.n_steps(n_queries) > self.n_steps_of_passes(n_queries)
+
+    def n_steps_of_passes(self, n_queries: int) -> int:
+        """Returns how many steps the passes over so many queries take."""
+        return self.epochs * math.ceil(n_queries / self.batch_size)
+
+    def n_passes(self, n_queries: int) -> float:
+        """Returns how often such a training reads each query, on average."""
+        steps_per_epoch = max(1, math.ceil(n_queries / self.batch_size))
+        return self.n_steps(n_queries) / steps_per_epoch
+
+
+# What fits did before these settings were there; files of earlier versions do without them.
+EARLIER = {"min_steps": 0, "patience": 0}
 
 # The paper's own settings (sections 2 to 4), but for AG News, of which it takes 10,000 prompts.
 PAPER = FitConfig(
@@ -100,4 +130,6 @@ PAPER = FitConfig(
     lr=1e-4,
     batch_size=4,
     epochs=2,
+    min_steps=0,
+    patience=0,
 )

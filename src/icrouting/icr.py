@@ -16,7 +16,7 @@ from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import stages as fitting
 from icrouting.fitting.gating import fit_gate
-from icrouting.fitting.training import Query
+from icrouting.fitting.queries import Query
 from icrouting.fitting.warm import Start
 from icrouting.routing import artifact
 from icrouting.routing.card import model_card
@@ -65,7 +65,7 @@ class InContextRouter(ModelHubMixin):
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=6, num_hidden_layers=2, **sizes))
         >>> rows = (Example({"text": "dull"}, (), 0), Example({"text": "nice"}, (), 1)) * 8
         >>> task = Task(TaskSpec("mood", "near", "a {text} film", ("bad", "good")), rows, ())
-        >>> config = FitConfig((1,), rank=2, n_prompts=8, n_queries=8, epochs=1, encoder="hidden")
+        >>> config = FitConfig((1,), rank=2, n_prompts=8, encoder="hidden", min_steps=2, patience=0)
         >>> with TemporaryDirectory() as folder:
         ...     InContextRouter.fit(model, tokenizer, [task], config).save_pretrained(folder)
         ...     icr = InContextRouter.from_pretrained(folder)

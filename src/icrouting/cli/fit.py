@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from icrouting.cli import ending
 from icrouting.cli.loading import console, load, stoppable
 from icrouting.cli.warm import Beginning
 from icrouting.config import FitConfig
@@ -36,10 +37,29 @@ def fit(
     stages_folder: Path | None = None,
     beginning: Beginning = ANEW,
     gate: bool = True,
+    n_check: int = 0,
+    asked: Sequence[str] = (),
 ) -> InContextRouter:
-    """Returns a router that is fitted and saved to `out`, or was finished there already."""
+    """Returns a router that is fitted and saved to `out`, or was finished there already.
+
+    One that was not is asked `n_check` held-back rows of each task. `asked` are the words of the
+    command that name data and tasks, for the command that is said to be next.
+    """
+    if n_check < 0:
+        raise ValueError(f"check must be a number of rows, 0 or more, got {n_check}")
     with stoppable(lambda: _kept(out)):
-        return _fit(out, model, sources, config, token_budget, stages_folder, beginning, gate)
+        return _fit(
+            out,
+            model,
+            sources,
+            config,
+            token_budget,
+            stages_folder,
+            beginning,
+            gate,
+            n_check,
+            asked,
+        )
 
 
 def _kept(out: Path) -> str:
@@ -61,6 +81,8 @@ def _fit(
     stages_folder: Path | None,
     beginning: Beginning,
     gate: bool,
+    n_check: int,
+    asked: Sequence[str],
 ) -> InContextRouter:
     shared = stages_folder or out / "fit"
     console.quiet = not is_first()
@@ -83,7 +105,8 @@ def _fit(
             )
             planned.check(*plan.room_of(shared), is_spread=model.device_map is not None)
         base, tokenizer = load(model)
-    if _is_saved(out):
+    is_new = not _is_saved(out)
+    if not is_new:
         icr = InContextRouter.from_pretrained(out)
         if icr.description.fit != config or not beginning.is_of(icr, trained):
             other = "a router of other settings or data"
@@ -119,6 +142,10 @@ def _fit(
     if stages_folder is None:
         delete_trunks(shared)
     console.print(message, markup=False)
+    if is_new:
+        ending.show(out, Decoder.of(base, tokenizer, token_budget), trained, config, n_check)
+        for command in ending.next_commands(out, model, asked) if asked else ():
+            console.print(f"next: {command}", markup=False, highlight=False, soft_wrap=True)
     return icr
 
 

@@ -36,6 +36,7 @@ def fit(
     dry_run: bool = False,
     tflops: float = 100.0,
     gate: bool = True,
+    check: int = 100,
     config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
 ) -> None:
     """Fit a router on a frozen model, from few-shot prompts of a few tasks.
@@ -43,7 +44,7 @@ def fit(
     Three stages, each with a progress bar: few-shot prompts are run and their queries and keys
     pooled; PIDs are computed; the router is trained. Stopped and started again with the same
     settings, it goes on; with others, it takes up the stages that they do not change. A router that
-    is finished is never overwritten.
+    is finished is never overwritten. The last lines say what the router does on held-back rows.
 
     Example: icr fit --model pinned:smollm2-135m --encoder pinned:minilm --data pinned:staicc
     --tasks agnews sst2 --out my-router
@@ -72,6 +73,8 @@ def fit(
         tflops: The model's speed that a dry run reckons times with, in TFLOP/s.
         gate: Whether the router is to know prompts unlike those of its tasks, and to leave them to
             the base model.
+        check: Held-back rows of each task that the model answers at the end, with the router and
+            without; 0 leaves that out.
         config: The settings below.
     """
     from icrouting.cli import reading
@@ -96,6 +99,8 @@ def fit(
         stages_folder=stages,
         beginning=beginning,
         gate=gate,
+        n_check=check,
+        asked=["--data", data, "--tasks", *tasks, *(["--chat"] if chat else [])],
     )
 
 
@@ -427,7 +432,10 @@ def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     sources = ("agnews", "sst2", "trec")
     tasks: tuple[str, ...] = (*sources, "sst5", "mr", "subj", "emotion")
     console.print(f"ICR on {model}: fitted on {', '.join(sources)}, tested on {len(tasks)} tasks")
-    config = FitConfig(n_prompts=n_prompts, n_queries=n_queries, encoder="pinned:minilm")
+    # Of few queries, more steps would take longer than someone waits.
+    config = FitConfig(
+        n_prompts=n_prompts, n_queries=n_queries, min_steps=0, encoder="pinned:minilm"
+    )
     loaded: dict[str, Task] = {}
     loaded |= zip(tasks, reading.read_first(tasks, data), strict=True)
     from icrouting.cli import evaluate as evaluating

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from icrouting.config import EARLIER
 from icrouting.fitting.extraction import MOMENTS_FILE
+from icrouting.fitting.queries import HELD
 from icrouting.fitting.shelf import EXTRACTION, EXTRACTION_SETTINGS, TRUNK, TRUNK_SETTINGS, Shelf
 from icrouting.fitting.trunk import ENTROPIES_FILE, TRUNK_FILE
 from icrouting.runtime.checks import differences
@@ -22,7 +24,7 @@ FIT_FILE = "fit.json"
 # Where the stages of the fit lie, which a folder of an earlier version has in itself.
 PLACES_FILE = "stages.json"
 # What is of one fit alone, and a fit of an earlier version kept its stages there too.
-_PATTERNS = ("training*", "moments.*", "trunk.*")
+_PATTERNS = ("training*", "moments.*", "trunk.*", "fold-*", HELD)
 _COMMON = ("tasks", "rows", "model", "layers")
 
 
@@ -33,7 +35,8 @@ def take_up(folder: Path, settings: dict[str, Any], shelf: Shelf) -> None:
     alone may be here.
     """
     file = folder / FIT_FILE
-    earlier = load_json(file) if file.exists() else None
+    # What a fit did before these settings were there.
+    earlier = {**EARLIER, **load_json(file)} if file.exists() else None
     phrases = [] if earlier is None else differences(earlier, settings)
     if earlier is not None:
         _shelve(folder, earlier, settings, shelf)
@@ -78,7 +81,7 @@ def _under(folder: Path, path: Path) -> str:
 def _files(folder: Path) -> list[Path]:
     files = []
     for pattern in _PATTERNS:
-        files += [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+        files += sorted(folder.glob(pattern))
     return files
 
 
@@ -90,7 +93,7 @@ def _move(files: Sequence[Path], folder: Path) -> None:
 def _aside_place(folder: Path, settings: dict[str, Any]) -> Path | None:
     """Returns where a fit with these settings lies aside, None where none does."""
     for file in sorted(folder.glob(f"former-*/{FIT_FILE}")):
-        if not differences(load_json(file), settings):
+        if not differences({**EARLIER, **load_json(file)}, settings):
             return file.parent
     return None
 

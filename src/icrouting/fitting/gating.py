@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from icrouting.fitting.training import Query
+from icrouting.fitting.queries import Query
 from icrouting.routing.gate import FEWEST_ROWS, PromptGate
 from icrouting.runtime.processes import is_first
 from icrouting.tasks.task import Task
@@ -27,10 +27,11 @@ def fit_gate(
         first_layer: the first routed layer.
     """
     states_by_task: dict[str, list[torch.Tensor]] = {task.name: [] for task in tasks}
-    for query in queries:
-        # An answer that is learned in several places has a query for each, of one prompt.
-        if query.n_answer == 0:
-            states_by_task[query.task].append(query.state.hidden[-1])
+    # An answer that is learned in several places has a query for each, of one prompt.
+    query_by_row = {query.row: query for query in reversed(queries)}
+    for _, query in sorted(query_by_row.items()):
+        last = len(query.state.hidden) - 1 - query.n_answer
+        states_by_task[query.task].append(query.state.hidden[last])
     reason = _reason_against({name: len(rows) for name, rows in states_by_task.items()})
     if first_layer == 0:
         reason = "what enters layer 0 tells no prompts apart: route from layer 1 up for one"

@@ -1,6 +1,8 @@
 """Training queries: prompts with their trunk states and features (stage 3)."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,6 @@ from icrouting.decoder.batches import finite_rows, tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.labels import Parting, partings
 from icrouting.decoder.scoring import counted_tokens
-from icrouting.fitting.training import Query
 from icrouting.fitting.trunk import TrunkState, run_trunk
 from icrouting.routing.features import Features, Scale
 from icrouting.runtime.processes import mine, total
@@ -22,6 +23,38 @@ from icrouting.tasks.task import Example, Task
 
 # Queries whose features are computed at once.
 READ_AT_ONCE = 64
+# Validation rows of all tasks together: more of them cost time, fewer say nothing.
+MOST_HELD = 100
+FEWEST_HELD = 10
+# The subfolder that keeps their trunk.
+HELD = "validation"
+
+
+@dataclass(frozen=True)
+class Query:
+    """One training query: an example's prompt or, where a task scores whole labels, one place more.
+
+    Attributes:
+        state: what the trunk left of its zero-shot prompt, perhaps with an answer's beginning.
+        features: E(x), what the router reads of the prompt, [n_features].
+        option_ids: the tokens with which an option begins, or goes on from there.
+        label: place of the answer's among them.
+        text: the prompt, to be named in errors.
+        task: the name of its task.
+        row: number of the example that it is of, among all of its fit.
+        answer: the example's label, an index into the task's options.
+        n_answer: tokens of the answer's beginning behind the prompt.
+    """
+
+    state: TrunkState
+    features: Tensor
+    option_ids: list[int]
+    label: int
+    text: str = ""
+    task: str = ""
+    row: int = 0
+    answer: int = 0
+    n_answer: int = 0
 
 
 def training_queries(
@@ -51,48 +84,149 @@ def training_queries(
         ValueError: the states of a query, or with `skip_nan` of all queries, are not finite.
     """
     examples = _drawn(tasks, config)
+    read = _read(decoder, examples, features, first_layer, config, folder)
+    entropies = torch.tensor([state.entropy for state in read.states])
+    is_finite = read.vectors.isfinite().all(1) & entropies.isfinite()
+    finite = finite_rows(is_finite, read.texts, "states", config.skip_nan)
+    if not finite:
+        raise ValueError(
+            "no training query has finite states: load the model in float32 or bfloat16"
+        )
+    # Training sees scaled features; the router is told the scale when it is trained.
+    scale = features.scale(read.vectors[finite])
+    return _queries(examples, read, finite, scale), scale
+
+
+def held_queries(
+    decoder: Decoder,
+    tasks: Sequence[Task],
+    features: Features,
+    scale: Scale,
+    first_layer: int,
+    config: FitConfig,
+    folder: Path | None = None,
+) -> list[Query]:
+    """Returns queries of the tasks' validation rows, which a training is judged on.
+
+    At most 100 are drawn, as many of each task. There are none where the slices hold fewer than 10
+    rows together: so few are learned from, and cross-validated on.
+
+    Args:
+        decoder: the model that is routed.
+        tasks: the source tasks.
+        features: what the router reads.
+        scale: of the training queries' features.
+        first_layer: the first routed layer.
+        config: settings.
+        folder: keeps the trunk's states, beside those of the training queries.
+    """
+    if not _can_validate(tasks):
+        return []
+    rng = np.random.default_rng(config.seed + 2)
+    n_each = math.ceil(MOST_HELD / len(tasks))
+    examples = []
+    for task in tasks:
+        order = rng.permutation(len(task.validation))
+        examples += [(task, task.validation[index]) for index in order[:n_each]]
+    # Apart from the training queries, whose states do not depend on what shares their batches.
+    held_folder = None if folder is None else folder / HELD
+    if held_folder is not None:
+        held_folder.mkdir(exist_ok=True)
+    read = _read(decoder, examples, features, first_layer, config, held_folder)
+    finite = finite_rows(read.vectors.isfinite().all(1), read.texts, "states", config.skip_nan)
+    return _queries(examples, read, finite, scale)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was read of examples, an entry for each place where their answers part from others.
+
+    Attributes:
+        rows: the example that each place is of.
+        texts: their prompts.
+        places: the places.
+        states: what the trunk left of prompt and answer up to there.
+        vectors: the features of the prompts, as they are.
+    """
+
+    rows: list[int]
+    texts: list[str]
+    places: list[Parting]
+    states: list[TrunkState]
+    vectors: Float[Tensor, "n_queries n_features"]
+
+
+def _read(
+    decoder: Decoder,
+    examples: Sequence[tuple[Task, Example]],
+    features: Features,
+    first_layer: int,
+    config: FitConfig,
+    folder: Path | None,
+) -> _Read:
+    """Returns what the trunk and the features' reader make of examples."""
+    rows: list[int] = []
     texts: list[str] = []
-    task_names: list[str] = []
     places: list[Parting] = []
     # Which tokens an option begins with depends on the text before it.
-    for task, example in examples:
+    for row, (task, example) in enumerate(examples):
         text = task.prompt(example)
         answers = counted_tokens(
             decoder.tokenizer, text, task.options(example), task.spec.label_scoring, task.joint
         )
         decoder.check_known(answers)
         parted = partings(answers, example.label)
+        rows += [row] * len(parted)
         texts += [text] * len(parted)
-        task_names += [task.name] * len(parted)
         places += parted
     beginnings = [parting.beginning for parting in places]
     token_lists = _shortened(decoder, texts, beginnings, config)
     states = run_trunk(decoder, token_lists, first_layer, folder)
     vectors = _vectors(features, states, [len(tokens) for tokens in beginnings])
-    entropies = torch.tensor([state.entropy for state in states])
-    is_finite = vectors.isfinite().all(1) & entropies.isfinite()
-    finite = finite_rows(is_finite, texts, "states", config.skip_nan)
-    if not finite:
-        raise ValueError(
-            "no training query has finite states: load the model in float32 or bfloat16"
-        )
-    # Training sees scaled features; the router is told the scale when it is trained.
-    mean, std = features.scale(vectors[finite])
-    scaled = (vectors - mean) / std
+    return _Read(rows, texts, places, states, vectors)
+
+
+def _queries(
+    examples: Sequence[tuple[Task, Example]], read: _Read, kept: Sequence[int], scale: Scale
+) -> list[Query]:
+    """Returns the queries of those entries that are kept, their features scaled."""
+    mean, std = scale
+    scaled = (read.vectors - mean) / std
     queries = []
-    for row in finite:
-        parting = places[row]
+    for entry in kept:
+        parting = read.places[entry]
+        task, example = examples[read.rows[entry]]
         query = Query(
-            states[row],
-            scaled[row],
+            read.states[entry],
+            scaled[entry],
             parting.following,
             parting.chosen,
-            texts[row],
-            task=task_names[row],
+            read.texts[entry],
+            task=task.name,
+            row=read.rows[entry],
+            answer=example.label,
             n_answer=len(parting.beginning),
         )
         queries.append(query)
-    return queries, (mean, std)
+    return queries
+
+
+def rows_to_learn_from(task: Task, tasks: Sequence[Task], config: FitConfig) -> Sequence[Example]:
+    """Returns a task's training rows, and its validation slice where that is not validated on.
+
+    Args:
+        task: one of the source tasks.
+        tasks: all of them.
+        config: settings; without `min_steps` or `patience` the slice stays apart, as it is not
+            asked for anything.
+    """
+    if config.min_steps and config.patience and not _can_validate(tasks):
+        return (*task.train, *task.validation)
+    return task.train
+
+
+def _can_validate(tasks: Sequence[Task]) -> bool:
+    return sum(len(task.validation) for task in tasks) >= FEWEST_HELD
 
 
 def _drawn(tasks: Sequence[Task], config: FitConfig) -> list[tuple[Task, Example]]:
@@ -101,9 +235,10 @@ def _drawn(tasks: Sequence[Task], config: FitConfig) -> list[tuple[Task, Example
     rng = np.random.default_rng(config.seed + 1)
     examples = []
     for task in tasks:
-        order = rng.permutation(len(task.train))
+        rows = rows_to_learn_from(task, tasks, config)
+        order = rng.permutation(len(rows))
         for index in order[: config.n_queries]:
-            examples.append((task, task.train[index]))
+            examples.append((task, rows[index]))
     return examples
 
 

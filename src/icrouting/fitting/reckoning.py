@@ -3,7 +3,7 @@
     moments   8 * n_routed * (query_width^2 + query_width + key_width^2 + key_width)       bytes
     trunk     query tokens * hidden_size * itemsize                                        bytes
     pass      2 * n_matrix * tokens + 4 * n_layers * query_width * sum of squared lengths  FLOP
-    training  2 * epochs * the routed layers' pass                                         FLOP
+    training  2 * passes * the routed layers' pass                                         FLOP
 
 The moments are as large for any n_prompts; the trunk lies on disk; training's backward pass goes
 to activations alone. n_matrix counts the weights without embeddings and vocabulary head.
@@ -203,7 +203,7 @@ class Reckoning:
     def training_flops(self) -> float:
         """FLOP of training; a pass back to activations alone takes as much as one forth."""
         one_way = pass_flops(self.sizes, self.queries, self.n_late) + self.head_flops
-        return 2 * self.config.epochs * one_way
+        return 2 * self.config.n_passes(self.n_queries) * one_way
 
     @property
     def processor_seconds(self) -> float:

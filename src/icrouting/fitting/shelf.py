@@ -19,6 +19,7 @@ from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting.extraction import MOMENTS_FILE
 from icrouting.fitting.pca import QKMoments
+from icrouting.fitting.queries import rows_to_learn_from
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.routing.pids import PIDs
 from icrouting.runtime.locks import locked
@@ -75,12 +76,15 @@ class Shelf:
             "model": decoder.fingerprint,
             "dtype": str(decoder.model.dtype),
             "context_length": decoder.context_length,
-            "rows": _training_digest(tasks),
         }
         values = vars(config)
-        extraction = {**common, "layers": list(layers)}
+        extraction = {**common, "rows": _digest_of_rows(tasks), "layers": list(layers)}
         extraction |= {name: values[name] for name in EXTRACTION_SETTINGS}
-        trunk = {**common, "first_layer": layers[0]}
+        # Of few rows, those that are held back elsewhere are learned from too.
+        learned = [
+            replace(task, train=tuple(rows_to_learn_from(task, tasks, config))) for task in tasks
+        ]
+        trunk = {**common, "rows": _digest_of_rows(learned), "first_layer": layers[0]}
         trunk |= {name: values[name] for name in TRUNK_SETTINGS}
         return cls(
             root / f"{EXTRACTION}-{_digest(extraction)}",
@@ -181,7 +185,7 @@ def _digest(settings: dict[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:N_DIGITS]
 
 
-def _training_digest(tasks: Sequence[Task]) -> str:
+def _digest_of_rows(tasks: Sequence[Task]) -> str:
     """Returns digits that identify what a fit reads of tasks: training rows, and how they read."""
     digest = hashlib.sha256()
     for task in tasks:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.hold import check_alone, frozen
 from icrouting.fitting.extraction import MOMENTS_FILE, extract
+from icrouting.fitting.folds import chosen_by_folds
 from icrouting.fitting.former import places_of, take_up
 from icrouting.fitting.pca import fit_pids
-from icrouting.fitting.queries import training_queries
+from icrouting.fitting.queries import HELD, Query, held_queries, training_queries
 from icrouting.fitting.shelf import (
     EXTRACTION,
     TRUNK,
@@ -23,8 +25,9 @@ from icrouting.fitting.shelf import (
     load_pids,
     save_pids,
 )
-from icrouting.fitting.training import CHECKPOINT_FILE, Query, Trainer
+from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
 from icrouting.fitting.trunk import ENTROPIES_FILE
+from icrouting.fitting.validation import Look
 from icrouting.fitting.warm import Start
 from icrouting.routing.features import Features, features_of
 from icrouting.routing.pids import PIDs, check_layers, late_third
@@ -88,7 +91,8 @@ def fit(
         start.check_features(features)
     shelf = Shelf.of(stages or folder, decoder, tasks, layers, config)
     template = template_digest(tasks)
-    with claimed(folder, config, tasks, decoder.fingerprint, shelf, start, template):
+
+    def untrained() -> Router:
         router = kind(
             features.n_features,
             len(layers),
@@ -98,27 +102,84 @@ def fit(
             torch.Generator().manual_seed(config.seed),
         )
         router.to(decoder.device)
-        # The model's weights take no gradient: what is trained is the router.
-        with frozen(decoder.model):
-            if start is None:
-                pids = router.adopt(extract_pids(decoder, tasks, layers, config, shelf))
-            else:
-                pids = start.pids
-            with shelf.opened(TRUNK) as place:
-                queries, scale = training_queries(
-                    decoder, tasks, features, layers[0], config, place
-                )
-            if read_queries is not None:
-                read_queries(queries)
-            first_scale = 1.0
-            if start is not None:
-                scale = start.put_into(router, scale)
-                # Where its own training ended, so that nothing changes before the first step.
-                first_scale = config.final_alpha_scale
-            Trainer(decoder, pids, router, queries, config, folder, first_scale).run()
+        if start is not None:
+            start.put_into(router, scale)
+        return router
+
+    # The model's weights take no gradient: what is trained is the router.
+    with (
+        claimed(folder, config, tasks, decoder.fingerprint, shelf, start, template),
+        frozen(decoder.model),
+    ):
+        if start is None:
+            extracted = extract_pids(decoder, tasks, layers, config, shelf)
+        else:
+            extracted = start.pids
+        with shelf.opened(TRUNK) as place:
+            queries, scale = training_queries(decoder, tasks, features, layers[0], config, place)
+        if start is not None:
+            scale = start.scale(scale)
+        held = held_queries(decoder, tasks, features, scale, layers[0], config, folder)
+        if read_queries is not None:
+            read_queries(queries)
+        # A warm start goes on where its own training ended, so that nothing changes before the
+        # first step.
+        first_scale = 1.0 if start is None else config.final_alpha_scale
+        trainer = train(
+            decoder, extracted, untrained, queries, held, config, folder, first_scale=first_scale
+        )
+    if folder is not None and is_first():
+        # The states of a hundred rows are soon made again.
+        shutil.rmtree(folder / HELD, ignore_errors=True)
+    router = trainer.router
     # From here on the router reads features as they are.
     router.absorb(*scale)
-    return pids, router.eval().requires_grad_(False), features
+    return trainer.pids, router.eval().requires_grad_(False), features
+
+
+def train(
+    decoder: Decoder,
+    extracted: PIDs,
+    untrained: Callable[[], Router],
+    queries: Sequence[Query],
+    held: Sequence[Query],
+    config: FitConfig,
+    folder: Path | None = None,
+    *,
+    first_scale: float = 1.0,
+) -> Trainer:
+    """Returns a training that has run to its end (stage 3).
+
+    Args:
+        decoder: the frozen model.
+        extracted: the PIDs.
+        untrained: makes a router.
+        queries: the training queries.
+        held: validation queries. Where there are none, cross-validation chooses the steps, if
+            `config` asks for either.
+        config: settings.
+        folder: keeps checkpoints.
+        first_scale: the routing vector's scale before the first step.
+    """
+
+    def trained(
+        rest: Sequence[Query], held: Sequence[Query], folder: Path | None, chosen: Look | None
+    ) -> Trainer:
+        router = untrained()
+        pids = router.adopt(extracted)
+        trainer = Trainer(
+            decoder, pids, router, rest, config, folder, held, chosen, first_scale=first_scale
+        )
+        trainer.run()
+        return trainer
+
+    def looks(rest: Sequence[Query], held: Sequence[Query], folder: Path | None) -> Sequence[Look]:
+        return trained(rest, held, folder, None).watch.looks
+
+    chosen = None
+    if config.watches(len(queries)) and not held:
+        chosen = chosen_by_folds(queries, looks, config.seed, folder)
+    return trained(queries, held, folder, chosen)
 
 
 def extract_pids(

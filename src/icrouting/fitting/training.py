@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ from icrouting.decoder.batches import finite_rows
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.partial import LateEntry, late_entry
 from icrouting.fitting import losses
-from icrouting.fitting.trunk import TrunkState, pad_states
+from icrouting.fitting.queries import Query
+from icrouting.fitting.trunk import pad_states
+from icrouting.fitting.validation import Look, Watch, answered
 from icrouting.routing.attach import attach
 from icrouting.routing.attachment import Attachment
 from icrouting.routing.pids import PIDs
@@ -30,29 +32,6 @@ CHECKPOINT_FILE = "training.safetensors"
 CHECKPOINT_EVERY = 25
 # The objective's, in the order of its weights.
 _TERMS = ("ce", "conf", "spar", "gate")
-
-
-@dataclass(frozen=True)
-class Query:
-    """One training query.
-
-    Attributes:
-        state: what the trunk left of its zero-shot prompt, perhaps with an answer's beginning.
-        features: E(x), what the router reads of the prompt, [n_features].
-        option_ids: the tokens with which an option begins, or goes on from there.
-        label: place of the answer's among them.
-        text: the prompt, to be named in errors.
-        task: the name of its task.
-        n_answer: tokens of the answer's beginning behind the prompt.
-    """
-
-    state: TrunkState
-    features: Tensor
-    option_ids: list[int]
-    label: int
-    text: str = ""
-    task: str = ""
-    n_answer: int = 0
 
 
 def alpha_scale(step: int, n_steps: int, final: float, first: float = 1.0) -> float:
@@ -74,9 +53,12 @@ class Trainer:
         queries: all training queries.
         config: settings.
         folder: where checkpoints and `training.jsonl` go; None keeps nothing.
+        held: validation queries, on which the router is judged as it goes; there may be none.
+        chosen: where cross-validation chose the step to end at, what it found there.
         first_scale: the routing vector's scale before the first step.
         step: number of steps taken.
-        n_steps: number of steps of the whole training.
+        n_steps: number of steps of the whole training, unless it stops before.
+        watch: judges the router on `held`; with `patience`, the best one is kept in the end.
         log: the loss and its terms, one entry per step.
     """
 
@@ -86,6 +68,8 @@ class Trainer:
     queries: Sequence[Query]
     config: FitConfig
     folder: Path | None = None
+    held: Sequence[Query] = ()
+    chosen: Look | None = None
     first_scale: float = 1.0
 
     def __post_init__(self):
@@ -93,35 +77,57 @@ class Trainer:
         self.step = 0
         self._is_between_steps = True
         self.log: list[dict[str, float]] = []
-        steps_per_epoch = math.ceil(len(self.queries) / self.config.batch_size)
-        self.n_steps = self.config.epochs * steps_per_epoch
+        self.steps_per_epoch = math.ceil(len(self.queries) / self.config.batch_size)
+        self.n_steps = self.config.n_steps(len(self.queries))
+        patience = self.config.patience if self.config.watches(len(self.queries)) else 0
+        self.watch = Watch(self.held, patience, self.n_steps)
         # A checkpoint of an earlier run: training goes on from there.
         if self.folder is not None and (self.folder / CHECKPOINT_FILE).exists():
             self._restore(self.folder)
 
     def run(self) -> None:
-        """Trains to the end, from where the last checkpoint stands."""
-        steps = range(self.step, self.n_steps)
+        """Trains to the end, from where the last checkpoint stands.
+
+        Without `patience` the router is the last one, with it the one that did best on `held`.
+        """
+        # The scale of alpha falls as it did where the end was chosen.
+        end = self.n_steps if self.chosen is None else self.chosen.step
+        steps = range(self.step, end)
         sizes = [1] * len(steps)
         with (
             attach(self.decoder.model, self.pids) as attachment,
             late_entry(self.decoder.model, self.pids.layers[0]) as entry,
         ):
             try:
-                for _ in track(steps, "training", sizes, "steps", done=self.step):
+                for _ in track(steps, "training", sizes, "steps", self.step, self.watch.summary):
+                    self._judge(entry, attachment)
+                    if self.watch.is_over:
+                        break
                     queries = [self.queries[row] for row in mine(self._rows())]
                     self._update(self._terms(entry, attachment, queries))
                     if self.step % CHECKPOINT_EVERY == 0:
                         self._save()
+                self._judge(entry, attachment)
             finally:
                 # Whatever ends it, ctrl-C too, loses no step; half a step is none.
                 if self._is_between_steps:
                     self._save()
+        if self.watch.best:
+            self.router.load_state_dict(self.watch.best)
+
+    def _judge(self, entry: LateEntry, attachment: Attachment) -> None:
+        """Asks the router the validation queries, if that is due.
+
+        It comes before the next step and not behind the last, so that a stop between the two loses
+        neither.
+        """
+        if self.watch.is_due(self.step):
+            look = answered(self.held, self.router, self.decoder, entry, attachment, self.config)
+            self.watch.add(Look(self.step, *look), self.router)
 
     def _rows(self) -> list[int]:
         """The queries of the current step; each epoch draws an order of its own."""
-        steps_per_epoch = self.n_steps // self.config.epochs
-        epoch, position = divmod(self.step, steps_per_epoch)
+        epoch, position = divmod(self.step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         order = torch.randperm(len(self.queries), generator=generator)
         return order.split(self.config.batch_size)[position].tolist()
@@ -232,10 +238,26 @@ class Trainer:
         for index, state in moving_averages.items():
             for kind, value in state.items():
                 tensors[f"optimizer.{index}.{kind}"] = value.clone()
-        metadata = {"step": str(self.step), "log": json.dumps(self.log)}
+        tensors |= {f"best.{name}": value for name, value in self.watch.best.items()}
+        looks = [asdict(look) for look in self.watch.looks]
+        metadata = {
+            "step": str(self.step),
+            "log": json.dumps(self.log),
+            "looks": json.dumps(looks),
+            "kept": json.dumps(self.watch.kept_step),
+            "n_steps": str(self.n_steps),
+            "n_held": str(len(self.held)),
+            "chosen": json.dumps(asdict(self.chosen) if self.chosen else None),
+            "n_queries": str(len(self.queries)),
+        }
         save_tensors(self.folder / CHECKPOINT_FILE, tensors, metadata)
         # Whole each time: a checkpoint that is taken up may be older than the last line.
-        lines = [json.dumps(entry) + "\n" for entry in self.log]
+        look_by_step = {look.step: look for look in self.watch.looks}
+        lines = []
+        for step_entry in self.log:
+            look = look_by_step.get(int(step_entry["step"]))
+            on_validation = look.named() if look else {}
+            lines.append(json.dumps({**step_entry, **on_validation}) + "\n")
         (self.folder / "training.jsonl").write_text("".join(lines))
 
     def _restore(self, folder: Path) -> None:
@@ -243,8 +265,14 @@ class Trainer:
         tensors, metadata = load_tensors(folder / CHECKPOINT_FILE)
         self.step = int(metadata["step"])
         self.log = json.loads(metadata["log"])
-        weights = {name: tensors.pop(f"router.{name}") for name in self.router.state_dict()}
-        self.router.load_state_dict(weights)
+        # Checkpoints of earlier versions have no looks.
+        looks = json.loads(metadata.get("looks", "[]"))
+        self.watch.looks = [Look(**look) for look in looks]
+        names = list(self.router.state_dict())
+        self.router.load_state_dict({name: tensors.pop(f"router.{name}") for name in names})
+        if f"best.{names[0]}" in tensors:
+            best = {name: tensors.pop(f"best.{name}") for name in names}
+            self.watch.best = {name: value.to(self.decoder.device) for name, value in best.items()}
         optimizer = self.optimizer.state_dict()
         # Without the router's weights, what is left is the optimizer's: "optimizer.0.exp_avg".
         for name, value in tensors.items():

@@ -135,18 +135,16 @@ class Start:
                 f"{self.description.encoder}, got {features.fingerprint}"
             )
 
-    def put_into(self, router: Router, scale: Scale) -> Scale:
-        """Gives a new router these weights, to be trained on features of a scale.
-
-        Returns:
-            The scale that it is to absorb when it is trained.
-        """
+    def scale(self, scale: Scale) -> Scale:
+        """Returns the scale of features that a router is to absorb when it is trained."""
         mean, std = scale
         # A channel that says nothing in these queries is out of the training, not of the router.
-        std = std.masked_fill(std.isinf(), 1.0)
+        return mean, std.masked_fill(std.isinf(), 1.0)
+
+    def put_into(self, router: Router, scale: Scale) -> None:
+        """Gives a new router these weights, to be trained on features of that `scale`."""
         router.load_state_dict(self.router.state_dict())
-        router.release(mean, std)
-        return mean, std
+        router.release(*scale)
 
     def described(self, new: Description, trained: Sequence[Task]) -> Description:
         """Returns the description of a router that went on from this one.

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from icrouting.config import DEFAULT_ENCODER, Basis, FitConfig
+from icrouting.config import DEFAULT_ENCODER, EARLIER, Basis, FitConfig
 from icrouting.decoder.families import device_of
 from icrouting.fitting import stages
 from icrouting.icr import InContextRouter
@@ -24,6 +24,7 @@ from icrouting.routing.rerouting import rerouted
 from icrouting.routing.router import Router
 from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.processes import alone
+from icrouting.runtime.showing import in_full
 from icrouting.tasks.task import Task
 
 
@@ -112,7 +113,11 @@ class Refit(Method):
 
         The configuration may be a router's, so the settings do not tell it.
         """
-        return f"{self.config}, {self._features().fingerprint}"
+        config = in_full(self.config)
+        # Controls of earlier versions were learned without these settings, and without their names.
+        for name, value in EARLIER.items():
+            config = config.replace(f"{name}={value!r}, ", "")
+        return f"{config}, {self._features().fingerprint}"
 
     def _features(self) -> Features:
         return features_of(self.config.encoder, self.decoder, "cpu")

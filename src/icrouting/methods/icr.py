@@ -63,7 +63,8 @@ class Icr(Method):
         # How many classes there are, the router does not tell.
         if tasks.keys() == {task.name for task in sources}:
             n_labelled = most_labelled(sources, config)
-        n_steps = n_queries * config.epochs
+        # Rows that training read, repeats too.
+        n_steps = round(n_queries * config.n_passes(n_queries))
         return {
             "method": Icr.name,
             "fits": 1,

@@ -124,7 +124,10 @@ def routing(layers: Sequence[int], tasks: Mapping[str, Mapping[str, Any]]) -> st
 
 @in_our_style
 def training(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the loss and its regularisers over the steps, one of `rows` each."""
+    """Returns the loss and its regularisers over the steps, one of `rows` each.
+
+    Where the router was judged on validation rows, their loss stands beside.
+    """
     terms_by_title = {
         "loss": ("loss", "ce"),
         "regularisers, before their weights": ("conf", "spar", "gate"),
@@ -139,8 +142,15 @@ def training(rows: Sequence[Mapping[str, Any]]) -> str:
             trend = steps[term].rolling(n_smoothed, min_periods=1).mean()
             axes.plot(steps.step, steps[term], color=colour, alpha=0.25, linewidth=0.7)
             axes.plot(steps.step, trend, color=colour, label=term)
+        n_lines = len(terms)
+        if "loss" in terms and "validation_loss" in steps:
+            looks = steps.dropna(subset=["validation_loss"])
+            axes.plot(
+                looks.step, looks.validation_loss, color=COLOURS[4], marker="o", label="validation"
+            )
+            n_lines += 1
         axes.set_title(title)
-        axes.legend(ncols=len(terms), loc="lower right", bbox_to_anchor=(1, 0.97), borderaxespad=0)
+        axes.legend(ncols=n_lines, loc="lower right", bbox_to_anchor=(1, 0.97), borderaxespad=0)
     panels[-1].set_xlabel("step")
     return _svg(figure)
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from icrouting.config import FitConfig
+from icrouting.config import EARLIER, FitConfig
 from icrouting.decoder.identity import read_weight
 from icrouting.routing.card import model_card
 from icrouting.routing.description import Description
@@ -72,6 +72,9 @@ def save(
     sha256 = hashlib.sha256(serialize(tensors)).hexdigest()
     config = {**_MEANING, "weights_sha256": sha256, **dataclasses.asdict(description)}
     # What an earlier version wrote is written as it was.
+    for name, value in EARLIER.items():
+        if config["fit"][name] == value:
+            del config["fit"][name]
     if description.sources is None:
         del config["sources"]
     else:
@@ -212,6 +215,8 @@ def _description(config: dict[str, Any]) -> Description:
         raise ValueError(f"expected its weights to mean {_MEANING}: another version wrote it")
     # An earlier version did not keep them.
     content.setdefault("base_weights", {})
+    if isinstance(content.get("fit"), dict):
+        content["fit"] = {**EARLIER, **content["fit"]}
     # By itself first, so that an error names the setting alone.
     fit = read(FitConfig, content.get("fit"))
     # Routers of 0.1 know their sources' names and sizes alone, in `tasks`.

@@ -22,7 +22,12 @@ EVERY = 60.0
 
 
 def track(
-    items: Sequence[T], title: str, sizes: Sequence[int], unit: str, done: int = 0
+    items: Sequence[T],
+    title: str,
+    sizes: Sequence[int],
+    unit: str,
+    done: int = 0,
+    told: Callable[[], str] | None = None,
 ) -> Iterator[T]:
     """Yields items while a bar on standard error counts their sizes.
 
@@ -32,6 +37,7 @@ def track(
         sizes: how far each item takes the bar, in units.
         unit: name of what is counted.
         done: units that an earlier run did, where the bar starts.
+        told: what the bar is to say besides, asked after each item.
     """
     # `disable=None` keeps the bar away from pipes and logs, `delay` from short work.
     disable = None if is_first() else True
@@ -53,6 +59,8 @@ def track(
         for item, size in zip(items, sizes, strict=True):
             yield item
             # Here the caller is done with the item and asks for the next.
+            if told is not None:
+                bar.set_postfix_str(told(), refresh=False)
             bar.update(size)
 
 

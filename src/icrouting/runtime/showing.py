@@ -33,6 +33,15 @@ def changed(values: Any) -> str:
     return f"{type(values).__name__}({', '.join(parts)})"
 
 
+def in_full(values: Any) -> str:
+    """Returns a dataclass with all of its fields, as one without a `__repr__` of its own is shown.
+
+    For what is held against it later: what `repr` shows may change.
+    """
+    parts = [f"{each.name}={getattr(values, each.name)!r}" for each in fields(values)]
+    return f"{type(values).__name__}({', '.join(parts)})"
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Returns numbers in short, those that follow one another as a range: "3, 20-29"."""
     parts: list[list[int]] = []

@@ -1,0 +1,75 @@
+"""Folds: how many steps suit rows that are too few to hold a slice of them back for good."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from icrouting.fitting.queries import Query
+from icrouting.fitting.validation import Look
+
+N_FOLDS = 3
+
+# Trains on the first queries, judges on the second, keeps its checkpoint in a folder, if there is
+# one, and returns its looks.
+Training = Callable[[Sequence[Query], Sequence[Query], Path | None], Sequence[Look]]
+
+
+def chosen_by_folds(
+    queries: Sequence[Query], training: Training, seed: int, folder: Path | None
+) -> Look | None:
+    """Returns the step at which routers do best on queries that they did not learn from.
+
+    A router is trained on all folds but one, and judged on that one, for each fold in turn. The
+    loss at a step is the mean over all queries, so that every one is learned from and judged on,
+    and the router that is used learns from them all. A training that stopped before a step counts
+    there with its last loss.
+
+    Args:
+        queries: all training queries.
+        training: one training.
+        seed: draws the folds.
+        folder: keeps the trainings, a subfolder each; None keeps nothing.
+
+    Returns:
+        The first look of the least loss; None where the queries are fewer than the folds.
+    """
+    if len(queries) < N_FOLDS:
+        return None
+    folds = stratified(queries, seed)
+    looks_by_fold = []
+    for number in range(N_FOLDS):
+        held = [query for query, fold in zip(queries, folds, strict=True) if fold == number]
+        rest = [query for query, fold in zip(queries, folds, strict=True) if fold != number]
+        fold_folder = None if folder is None else folder / f"fold-{number}"
+        if fold_folder is not None:
+            fold_folder.mkdir(exist_ok=True)
+        looks_by_fold.append(training(rest, held, fold_folder))
+    sizes = [folds.count(number) for number in range(N_FOLDS)]
+    return min(pooled(looks_by_fold, sizes), key=lambda look: look.loss)
+
+
+def stratified(queries: Sequence[Query], seed: int) -> list[int]:
+    """Returns the fold of each query; the examples of each label are dealt to the folds in turn."""
+    # An example may have several queries, of which none may be learned from where others judge.
+    answer_by_row = {query.row: query.answer for query in queries}
+    rows = list(answer_by_row)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    # Sorting keeps the drawn order within a label.
+    dealt = sorted((rows[place] for place in order), key=lambda row: answer_by_row[row])
+    fold_by_row = {row: turn % N_FOLDS for turn, row in enumerate(dealt)}
+    return [fold_by_row[query.row] for query in queries]
+
+
+def pooled(looks_by_fold: Sequence[Sequence[Look]], sizes: Sequence[int]) -> list[Look]:
+    """Returns loss and accuracy over the queries of all folds, at every step that was looked at."""
+    steps = sorted({look.step for looks in looks_by_fold for look in looks})
+    pooled_looks = []
+    for step in steps:
+        reached = []
+        for looks in looks_by_fold:
+            reached.append([look for look in looks if look.step <= step][-1])
+        loss = np.average([look.loss for look in reached], weights=sizes)
+        accuracy = np.average([look.accuracy for look in reached], weights=sizes)
+        pooled_looks.append(Look(step, float(loss), float(accuracy)))
+    return pooled_looks
