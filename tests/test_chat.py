@@ -313,7 +313,15 @@ def test_a_chat_has_one_beginning_whether_template_or_tokenizer_gives_it(is_adde
 
 # A router of chats.
 CONFIG = FitConfig(
-    (3, 4), rank=2, n_prompts=8, n_queries=8, epochs=1, demos_per_class=1, encoder=HIDDEN
+    (3, 4),
+    rank=2,
+    n_prompts=8,
+    n_queries=8,
+    epochs=1,
+    min_steps=0,
+    patience=0,
+    demos_per_class=1,
+    encoder=HIDDEN,
 )
 
 

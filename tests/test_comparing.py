@@ -21,7 +21,15 @@ SMALL = Settings(
     demos_per_class=2, i2cl_epochs=1, tries=1, train_rows=40, train_epochs=1, encoder="hidden"
 )
 FIT = FitConfig(
-    n_prompts=4, demos_per_class=1, n_queries=8, epochs=1, rank=2, encoder="hidden", hidden_width=5
+    n_prompts=4,
+    demos_per_class=1,
+    n_queries=8,
+    epochs=1,
+    min_steps=0,
+    patience=0,
+    rank=2,
+    encoder="hidden",
+    hidden_width=5,
 )
 QUICK = ("zero-shot", "calibration", "few-shot", "probe-hidden", "icr")
 PAIR = ("zero-shot", "probe-hidden")

@@ -47,11 +47,11 @@ def test_a_negative_number_of_held_back_rows_is_refused(world, encoder_folder, t
 
 
 def test_the_next_command_names_what_the_fit_was_told():
-    command = ending.next_command(
-        "out", Backbone("pinned:smollm2-135m"), "my data", ["sst2", "own.toml"]
-    )
-    assert shlex.split(command)[:4] == ["icr", "eval", "--router", "out"]
-    assert "--model pinned:smollm2-135m --data 'my data' --tasks sst2 own.toml" in command
+    asked = ["--data", "my data", "--tasks", "sst2", "own.toml"]
+    measured, answered = ending.next_commands("out", Backbone("pinned:smollm2-135m"), asked)
+    assert shlex.split(measured)[:4] == ["icr", "eval", "--router", "out"]
+    assert "--model pinned:smollm2-135m --data 'my data' --tasks sst2 own.toml" in measured
+    assert shlex.split(answered)[:4] == ["icr", "predict", "out", "rows.csv"]
 
 
 def record(method, index, is_right):
@@ -74,7 +74,7 @@ def test_rows_that_were_left_out_are_counted():
 
 
 def test_rows_of_a_slice_too_small_to_validate_on_are_counted_as_learned_from():
-    config = FitConfig(min_steps=0, patience=2)
+    config = FitConfig(min_steps=30, patience=2)
     assert "46 rows of toy" in ending.learned_from([tiny.task()], config)
 
 

@@ -17,7 +17,22 @@ from test_validation import changed, task, weights
 
 def queries(labels):
     state = TrunkState([1], torch.zeros(1, 2), 0.0)
-    return [Query(state, torch.zeros(2), [3, 4], label, str(n)) for n, label in enumerate(labels)]
+    return [
+        Query(state, torch.zeros(2), [3, 4], label, str(n), row=n, answer=label)
+        for n, label in enumerate(labels)
+    ]
+
+
+def test_an_example_of_several_queries_stands_in_one_fold():
+    state = TrunkState([1], torch.zeros(1, 2), 0.0)
+    split = [
+        Query(state, torch.zeros(2), [3, 4], place, row=n, answer=n % 2, n_answer=place)
+        for n in range(6)
+        for place in range(2)
+    ]
+    folds = stratified(split, seed=0)
+    assert folds[::2] == folds[1::2]
+    assert sorted(folds[::2]) == [0, 0, 1, 1, 2, 2]
 
 
 def test_every_fold_has_its_share_of_every_label():

@@ -76,7 +76,7 @@ def test_training_rows_are_those_of_first_tokens_where_options_differ_there(toke
 
 def queries_of(task, tokenizer, encoder_folder):
     decoder = Decoder.of(tiny.model("llama"), tokenizer)
-    config = FitConfig(layers=(3, 4), n_queries=6, encoder=str(encoder_folder))
+    config = FitConfig(layers=(3, 4), n_queries=6, encoder=str(encoder_folder), min_steps=0)
     features = features_of(str(encoder_folder), decoder, "cpu")
     return training_queries(decoder, [task], features, 3, config)[0]
 
@@ -125,6 +125,8 @@ def test_a_router_learns_labels_that_share_their_beginnings(tokenizer, encoder_f
         n_prompts=4,
         demos_per_class=1,
         epochs=12,
+        min_steps=0,
+        patience=0,
         lr=0.03,
         batch_size=6,
         encoder=str(encoder_folder),

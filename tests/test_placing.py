@@ -77,7 +77,16 @@ def test_a_budget_of_no_token_is_refused():
 
 def test_a_fit_with_a_smaller_budget_learns_the_same_but_for_rounding():
     task = tiny.task()
-    config = FitConfig(layers=(3,), rank=2, n_prompts=6, n_queries=6, epochs=1, encoder="hidden")
+    config = FitConfig(
+        layers=(3,),
+        rank=2,
+        n_prompts=6,
+        n_queries=6,
+        epochs=1,
+        min_steps=0,
+        patience=0,
+        encoder="hidden",
+    )
     routers = []
     for budget in (None, 50):
         model = tiny.model("llama")

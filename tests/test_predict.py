@@ -23,7 +23,15 @@ OPTIONS = list(TASK.spec.options)
 ROWS = [dict(row.fields) for row in TASK.test[:7]]
 TEXTS = [TASK.prompt(row) for row in TASK.test[:7]]
 CONFIG = FitConfig(
-    layers=(3, 4), rank=3, n_prompts=8, demos_per_class=1, encoder=HIDDEN, n_queries=60, epochs=1
+    layers=(3, 4),
+    rank=3,
+    n_prompts=8,
+    demos_per_class=1,
+    encoder=HIDDEN,
+    n_queries=60,
+    epochs=1,
+    min_steps=0,
+    patience=0,
 )
 
 

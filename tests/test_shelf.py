@@ -28,6 +28,8 @@ CONFIG = FitConfig(
     hidden_width=5,
     n_queries=12,
     epochs=1,
+    min_steps=0,
+    patience=0,
 )
 
 

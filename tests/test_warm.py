@@ -30,6 +30,8 @@ def config(encoder_folder, request):
         n_queries=24,
         lr=0.01,
         epochs=3,
+        min_steps=0,
+        patience=0,
         w_gate=0.0,
     )
 
@@ -49,7 +51,7 @@ NEW = dataclasses.replace(
     NEW, spec=dataclasses.replace(NEW.spec, template="Text: {text}\nTone:", options=("bad", "good"))
 )
 # What is left at its default is the old router's.
-TRAINING = FitConfig(n_queries=24, lr=0.01, epochs=2)
+TRAINING = FitConfig(n_queries=24, lr=0.01, epochs=2, min_steps=0, patience=0)
 
 
 def prompts():
@@ -116,7 +118,9 @@ def test_a_channel_that_says_nothing_now_keeps_its_weights(old):
     std = torch.ones(n_features)
     std[3] = torch.inf
     router = Router(n_features, 2, 6, 3, 13)
-    scale = old.as_start().put_into(router, (mean, std))
+    start = old.as_start()
+    scale = start.scale((mean, std))
+    start.put_into(router, scale)
     router.absorb(*scale)
     for name, value in router.state_dict().items():
         torch.testing.assert_close(value, old.router.state_dict()[name], atol=1e-5, rtol=1e-4)

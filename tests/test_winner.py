@@ -47,7 +47,14 @@ def test_a_prediction_is_what_the_evaluation_has_of_the_row(model, tokenizer, na
 
 def test_a_routers_winner_is_a_router(model, tokenizer, tmp_path):
     config = FitConfig(
-        n_prompts=4, demos_per_class=1, n_queries=8, epochs=1, rank=2, encoder="hidden"
+        n_prompts=4,
+        demos_per_class=1,
+        n_queries=8,
+        epochs=1,
+        min_steps=0,
+        patience=0,
+        rank=2,
+        encoder="hidden",
     )
     icr = InContextRouter.fit(model, tokenizer, [TASK], config)
     icr.save_pretrained(tmp_path / "router")
