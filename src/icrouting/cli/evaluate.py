@@ -23,7 +23,8 @@ from icrouting.evaluation.items import within
 from icrouting.evaluation.outcome import outcome_of
 from icrouting.evaluation.runs import RunConfig
 from icrouting.icr import InContextRouter
-from icrouting.report import page, table
+from icrouting.report import beyond, page, table
+from icrouting.report.calibrated import Way
 from icrouting.report.run import Run
 from icrouting.routing.card import with_results
 from icrouting.routing.features import sentence_encoder
@@ -36,10 +37,10 @@ from icrouting.tasks.task import Task, rows_digest
 PAPER_FIT = 5000  # prompts and queries a task
 
 
-def evaluate(out: Path, config: EvalConfig) -> None:
-    """Evaluates methods into a run folder and prints the table."""
+def evaluate(out: Path, config: EvalConfig, calibration: Way | None = None) -> None:
+    """Evaluates methods into a run folder and prints the table, calibrated too if so asked."""
     with stoppable(lambda: _kept(RunFolder(out))):
-        _evaluate(out, config)
+        _evaluate(out, config, calibration)
 
 
 def _kept(folder: RunFolder) -> str:
@@ -52,7 +53,7 @@ def _kept(folder: RunFolder) -> str:
     return f"{folder} keeps {kept}; the same command goes on from there"
 
 
-def _evaluate(out: Path, config: EvalConfig) -> None:
+def _evaluate(out: Path, config: EvalConfig, calibration: Way | None) -> None:
     console.quiet = not is_first()
     folder = RunFolder(out)
     router = config.settings.router
@@ -96,7 +97,7 @@ def _evaluate(out: Path, config: EvalConfig) -> None:
         # Ends when all processes have ended theirs.
         evaluation.run(tasks, config.seeds, config.n_test)
         if is_first():
-            finish(folder, evaluation, tasks, config.seeds[-1], icr)
+            finish(folder, evaluation, tasks, config.seeds[-1], icr, calibration)
 
 
 def _load_tasks(
@@ -200,6 +201,7 @@ def finish(
     tasks: Sequence[Task],
     seed: int,
     icr: InContextRouter | None,
+    calibration: Way | None = None,
 ) -> None:
     """Adds to a run what its report shows beside the records, and shows it.
 
@@ -217,7 +219,7 @@ def finish(
             save_json(folder.routing, routing_summary(routed, icr.pids.layers, tasks))
         if icr.folder is not None:
             folder.take_training(icr.folder / "fit")
-    show(folder.path)
+    show(folder.path, calibration=calibration)
 
 
 def _say_refused(refused: Mapping[tuple[str, str], str], n_cells: int) -> None:
@@ -229,17 +231,21 @@ def _say_refused(refused: Mapping[tuple[str, str], str], n_cells: int) -> None:
         raise ValueError(f"no method fits any task: {first_reason}")
 
 
-def show(run: Path, card: Path | None = None) -> None:
+def show(run: Path, card: Path | None = None, *, calibration: Way | None = None) -> None:
     """Remakes a run's report and prints its table and its conclusion.
 
-    Both are written to the card in the folder of a router too, if one is named.
+    Both are written to the card in the folder of a router too, if one is named. With a calibration
+    there is a second table, of what methods add to it.
     """
     folder = RunFolder(run)
     with spinner("making the report"):
-        report = page.write(run)
+        report = page.write(run, calibration)
     if card is not None:
         _write_to_card(card, report.run, folder)
     console.print(table.terminal_table(report.summary, console.width))
+    if report.calibrated is not None:
+        lines = beyond.lines(report.summary, report.calibrated)
+        console.print(table.terminal_lines(lines, console.width, beyond.TITLE, beyond.LEGEND))
     console.print(Panel(Text(report.conclusion), title="in short"))
     console.print(f"report: {folder.html}", soft_wrap=True, markup=False)
 

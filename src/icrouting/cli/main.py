@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,6 +12,9 @@ from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
 from icrouting.methods.settings import Settings
+
+# As `report.calibrated.Way`, which comes with what takes seconds to import.
+Calibration = Literal["batch", "batch-probability"]
 
 # What a command runs is imported inside it: torch takes seconds, and `--help` needs none of it.
 BACKBONE = Backbone()
@@ -55,7 +58,11 @@ def fit(
     room.fit(out, model, data, tasks, config)
 
 
-def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:
+def evaluate(
+    out: Path,
+    calibrate: Calibration | None = None,
+    config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION,
+) -> None:
     """Compare methods on tasks; writes a run folder with records, tables and an HTML report.
 
     Killed and started again with the same --out, it goes on where it was; methods and seeds may be
@@ -72,11 +79,12 @@ def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = 
 
     Args:
         out: The run's folder.
+        calibrate: A second table, of what methods add to batch calibration: see icr report.
         config: What to evaluate, below.
     """
     from icrouting.cli import evaluate as room
 
-    room.evaluate(out, config)
+    room.evaluate(out, config, calibrate)
 
 
 def report(
@@ -84,6 +92,7 @@ def report(
     card: Path | None = None,
     keep_answers: Path | None = None,
     restore_to: Path | None = None,
+    calibrate: Calibration | None = None,
     leads: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[METHOD/METHOD ...]")] = None,
     without: Names = (),
     out: Path | None = None,
@@ -107,6 +116,10 @@ def report(
             run's config.json.
         restore_to: Folder for the run that is made again of kept answers; in place of RUN stands
             the answers' folder.
+        calibrate: A second table, of every method without the options' priors: from its answers to
+            a task the mean over the items is taken away, of log-probabilities (batch) or of
+            probabilities (batch-probability). No label is read. It does harm where some options
+            are much more frequent than others.
         leads: Instead of a report: how far the first of two methods is ahead of the second, for
             each pair. Without pairs, how far every method is ahead of zero-shot. The runs must have
             asked the same model the same rows.
@@ -120,6 +133,7 @@ def report(
         card=card,
         keep_answers=keep_answers,
         restore_to=restore_to,
+        calibration=calibrate,
         pairs=leads,
         without=without,
         out=out,
