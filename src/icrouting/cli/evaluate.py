@@ -25,7 +25,8 @@ from icrouting.evaluation.runs import RunConfig
 from icrouting.icr import InContextRouter
 from icrouting.methods import Method
 from icrouting.methods.named_prompts import ALL, named_prompts, prompt_digests
-from icrouting.report import page, table
+from icrouting.report import beyond, page, table
+from icrouting.report.calibrated import Way
 from icrouting.report.run import Run
 from icrouting.routing.card import with_results
 from icrouting.routing.features import sentence_encoder
@@ -38,16 +39,19 @@ from icrouting.tasks.task import Task, rows_digest, template_digest
 PAPER_FIT = 5000  # prompts and queries a task
 
 
-def evaluate(out: Path, config: EvalConfig, tasks: Mapping[str, Task]) -> None:
+def evaluate(
+    out: Path, config: EvalConfig, tasks: Mapping[str, Task], calibration: Way | None = None
+) -> None:
     """Evaluates methods into a run folder and prints the table.
 
     Args:
         out: the folder.
         config: what to evaluate.
         tasks: the tasks and sources that it names, by these names, which may be files'.
+        calibration: how answers are calibrated for a second table; None makes none.
     """
     with stoppable(lambda: _kept(RunFolder(out))):
-        _evaluate(out, config, tasks)
+        _evaluate(out, config, tasks, calibration)
 
 
 def _kept(folder: RunFolder) -> str:
@@ -60,7 +64,9 @@ def _kept(folder: RunFolder) -> str:
     return f"{folder} keeps {kept}; the same command goes on from there"
 
 
-def _evaluate(out: Path, config: EvalConfig, read_tasks: Mapping[str, Task]) -> None:
+def _evaluate(
+    out: Path, config: EvalConfig, read_tasks: Mapping[str, Task], calibration: Way | None
+) -> None:
     console.quiet = not is_first()
     folder = RunFolder(out)
     router = config.settings.router
@@ -111,7 +117,7 @@ def _evaluate(out: Path, config: EvalConfig, read_tasks: Mapping[str, Task]) -> 
         # Ends when all processes have ended theirs.
         evaluation.run(tasks, config.seeds, config.n_test)
         if is_first():
-            finish(folder, evaluation, tasks, config.seeds[-1], icr)
+            finish(folder, evaluation, tasks, config.seeds[-1], icr, calibration)
 
 
 def _load_tasks(
@@ -274,12 +280,13 @@ def finish(
     tasks: Sequence[Task],
     seed: int,
     icr: InContextRouter | None,
+    calibration: Way | None = None,
 ) -> None:
     """Adds to a run what its report shows beside the records, and shows it."""
     n_cells = len(evaluation.methods) * len(tasks)
     _say_refused(evaluation.refused, n_cells)
     complete(folder, evaluation, tasks, seed, icr)
-    show(folder.path)
+    show(folder.path, calibration=calibration)
 
 
 def _say_refused(refused: Mapping[tuple[str, str], str], n_cells: int) -> None:
@@ -291,17 +298,21 @@ def _say_refused(refused: Mapping[tuple[str, str], str], n_cells: int) -> None:
         raise ValueError(f"no method fits any task: {first_reason}")
 
 
-def show(run: Path, card: Path | None = None) -> None:
+def show(run: Path, card: Path | None = None, *, calibration: Way | None = None) -> None:
     """Remakes a run's report and prints its table and its conclusion.
 
-    Both are written to the card in the folder of a router too, if one is named.
+    Both are written to the card in the folder of a router too, if one is named. With a calibration
+    there is a second table, of what methods add to it.
     """
     folder = RunFolder(run)
     with spinner("making the report"):
-        report = page.write(run)
+        report = page.write(run, calibration)
     if card is not None:
         _write_to_card(card, report.run, folder)
     console.print(table.terminal_table(report.summary, console.width))
+    if report.calibrated is not None:
+        lines = beyond.lines(report.summary, report.calibrated)
+        console.print(table.terminal_lines(lines, console.width, beyond.TITLE, beyond.LEGEND))
     console.print(Panel(Text(report.conclusion), title="in short"))
     console.print(f"report: {folder.html}", soft_wrap=True, markup=False)
 

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from pydantic import PositiveInt
@@ -15,6 +15,9 @@ from icrouting.decoder.backbone import Backbone
 from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
 from icrouting.methods.settings import COMPARED, Settings
 from icrouting.tasks.task import LabelScoring, Task
+
+# As `report.calibrated.Way`, which comes with what takes seconds to import.
+Calibration = Literal["batch", "batch-probability"]
 
 # What a command runs is imported inside it: torch takes seconds, and `--help` needs none of it.
 BACKBONE = Backbone()
@@ -104,7 +107,11 @@ def fit(
     )
 
 
-def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION) -> None:
+def evaluate(
+    out: Path,
+    calibrate: Calibration | None = None,
+    config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION,
+) -> None:
     """Compare methods on tasks; writes a run folder with records, tables and an HTML report.
 
     Killed and started again with the same --out, it goes on where it was; methods and seeds may be
@@ -122,6 +129,7 @@ def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = 
 
     Args:
         out: The run's folder.
+        calibrate: A second table, of what methods add to batch calibration: see icr report.
         config: What to evaluate, below.
     """
     from icrouting.cli import reading
@@ -135,7 +143,7 @@ def evaluate(out: Path, config: Annotated[EvalConfig, tyro.conf.arg(name="")] = 
     # Here, once the rows are known to fit: this room imports torch.
     from icrouting.cli import evaluate as room
 
-    room.evaluate(out, config, tasks)
+    room.evaluate(out, config, tasks, calibrate)
 
 
 def compare(
@@ -222,6 +230,7 @@ def report(
     card: Path | None = None,
     keep_answers: Path | None = None,
     restore_to: Path | None = None,
+    calibrate: Calibration | None = None,
     leads: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[METHOD/METHOD ...]")] = None,
     without: Names = (),
     out: Path | None = None,
@@ -245,6 +254,10 @@ def report(
             run's config.json.
         restore_to: Folder for the run that is made again of kept answers; in place of RUN stands
             the answers' folder.
+        calibrate: A second table, of every method without the options' priors: from its answers to
+            a task the mean over the items is taken away, of log-probabilities (batch) or of
+            probabilities (batch-probability). No label is read. It does harm where some options
+            are much more frequent than others.
         leads: Instead of a report: how far the first of two methods is ahead of the second, for
             each pair. Without pairs, how far every method is ahead of zero-shot. The runs must have
             asked the same model the same rows.
@@ -258,6 +271,7 @@ def report(
         card=card,
         keep_answers=keep_answers,
         restore_to=restore_to,
+        calibration=calibrate,
         pairs=leads,
         without=without,
         out=out,

@@ -8,6 +8,7 @@ from icrouting.cli.loading import console
 from icrouting.evaluation import answers
 from icrouting.evaluation.runs import command, commit
 from icrouting.report import leads
+from icrouting.report.calibrated import Way
 from icrouting.runtime.progress import spinner
 from icrouting.runtime.storage import save_json
 
@@ -18,6 +19,7 @@ def report(
     card: Path | None,
     keep_answers: Path | None,
     restore_to: Path | None,
+    calibration: Way | None = None,
     pairs: Sequence[str] | None,
     without: Sequence[str],
     out: Path | None,
@@ -29,10 +31,12 @@ def report(
     """
     if not runs:
         raise ValueError("no run: give a run's folder, as in `icr report runs/first`")
-    others = (card, keep_answers, restore_to)
+    others = (card, keep_answers, restore_to, calibration)
     if pairs is not None:
         if any(other is not None for other in others):
-            raise ValueError("--leads goes with none of --card, --keep-answers, --restore-to")
+            raise ValueError(
+                "--leads goes with none of --card, --keep-answers, --restore-to, --calibrate"
+            )
         return show_leads(runs, pairs, without, out)
     if without or out is not None:
         raise ValueError("--without and --out are options of --leads: add it")
@@ -46,7 +50,7 @@ def report(
     if keep_answers is not None:
         file = answers.keep(run, keep_answers, command())
         console.print(f"answers: {file}", soft_wrap=True, markup=False)
-    evaluate.show(run, card)
+    evaluate.show(run, card, calibration=calibration)
 
 
 def show_leads(

@@ -13,7 +13,8 @@ import pandas as pd
 from icrouting.evaluation import records
 from icrouting.evaluation.folder import RunFolder
 from icrouting.evaluation.records import BASELINE, Record
-from icrouting.report import figures, table, wording
+from icrouting.report import beyond, figures, table, wording
+from icrouting.report.calibrated import Way
 from icrouting.report.run import Run, read_run
 from icrouting.report.summary import MOST_OPTIONS, Summary, summarise
 from icrouting.runtime.pages import counted, markdown_cell, points, render
@@ -30,28 +31,41 @@ _FILTERS = {
 
 @dataclass(frozen=True)
 class Report:
-    """A run, its figures, and what they say in a few sentences."""
+    """A run, its figures, and what they say in a few sentences.
+
+    `calibrated` has the figures of the same answers without the options' priors, where they were
+    asked for.
+    """
 
     run: Run
     summary: Summary
     conclusion: str
+    calibrated: Summary | None = None
 
 
-def report_of(run: Run, run_records: Sequence[Record]) -> Report:
+def report_of(run: Run, run_records: Sequence[Record], calibration: Way | None = None) -> Report:
     """Returns what there is to report of a run, finished or in progress."""
     summary = summarise(run_records, run)
-    return Report(run, summary, wording.conclusion(summary))
+    conclusion = wording.conclusion(summary)
+    if calibration is None:
+        return Report(run, summary, conclusion)
+    calibrated = summarise(run_records, run, calibration)
+    return Report(run, summary, f"{conclusion} {beyond.conclusion(calibrated)}", calibrated)
 
 
-def write(run_folder: Path) -> Report:
+def write(run_folder: Path, calibration: Way | None = None) -> Report:
     """Returns a run's report, having written report.html, report.md, report.csv and summary.json.
 
     Reads config.json and records.jsonl, and where they exist routing.json and training.jsonl. Each
     file is replaced as a whole, so a kill leaves the old one or the new one.
+
+    Args:
+        run_folder: the run's.
+        calibration: how answers are calibrated for a second table; None makes none.
     """
     folder = RunFolder(run_folder)
     run = read_run(folder)
-    report = report_of(run, records.read(folder.records))
+    report = report_of(run, records.read(folder.records), calibration)
     # All are made before one is written: a report that cannot be made leaves the old one whole.
     texts = {
         folder.summary: figures_as_json(report),
@@ -67,6 +81,8 @@ def write(run_folder: Path) -> Report:
 def figures_as_json(report: Report) -> str:
     """Returns the conclusion and every figure."""
     values = {"conclusion": report.conclusion, **asdict(report.summary)}
+    if report.calibrated is not None:
+        values["calibrated"] = asdict(report.calibrated)
     return json.dumps(values, indent=1, ensure_ascii=False, default=_objects)
 
 
@@ -80,6 +96,8 @@ def html(report: Report, folder: RunFolder) -> str:
         run=report.run,
         summary=summary,
         conclusion=report.conclusion,
+        calibrated=report.calibrated,
+        beyond=beyond,
         table=table,
         baseline=BASELINE,
         most_options=MOST_OPTIONS,
@@ -96,6 +114,8 @@ def markdown(report: Report) -> str:
         run=report.run,
         summary=report.summary,
         conclusion=report.conclusion,
+        calibrated=report.calibrated,
+        beyond=beyond,
         table=table,
     )
 

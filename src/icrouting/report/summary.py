@@ -12,6 +12,7 @@ import pandas as pd
 
 from icrouting.evaluation.records import BASELINE, Record
 from icrouting.report import metrics
+from icrouting.report.calibrated import Way, calibrated
 from icrouting.report.coverage import Cells, counted, fullest_records, unfinished
 from icrouting.report.rows import Row, groups_of, rows_of, sections_of
 from icrouting.report.run import Run
@@ -93,16 +94,31 @@ class Summary:
         return self.lines.xs(("task", method), level=("kind", "method"))
 
 
-def summarise(records: Sequence[Record], run: Run) -> Summary:
+def summarise(records: Sequence[Record], run: Run, calibration: Way | None = None) -> Summary:
     """Returns the figures of a run, finished or in progress.
 
+    Args:
+        records: the run's.
+        run: what was run.
+        calibration: takes each option's prior away from the answers of every method, the baseline
+            among them; gains are over the calibrated baseline then. None leaves them as they are.
+
     Raises:
-        ValueError: there are no records, or some of a task that the run does not describe.
+        ValueError: there are no records, or some of a task that the run does not describe, or none
+            that can be calibrated.
     """
     if not records:
         raise ValueError("no records to summarise: the run has not scored an example yet")
     refusals = run.refused
-    records_by_cell = counted(metrics.frame(records), refusals)
+    lines_of_records = metrics.frame(records)
+    if calibration is not None:
+        lines_of_records = calibrated(lines_of_records, calibration)
+        if lines_of_records.empty:
+            raise ValueError(
+                "nothing to calibrate: a task needs as many answered items as it has options, "
+                "and answers that were kept with their logits"
+            )
+    records_by_cell = counted(lines_of_records, refusals)
     sections = sections_of(run.tasks)
     undescribed = {task for _, task in records_by_cell} - set(sections)
     if undescribed:

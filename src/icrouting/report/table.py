@@ -172,6 +172,12 @@ def terminal_table(summary: Summary, width: int) -> Group:
     return Group(*tables, Text("\n".join([LEGEND, *footnotes(summary)])))
 
 
+def terminal_lines(lines: Sequence[Sequence[str]], width: int, title: str, legend: str) -> Group:
+    """Returns a table of texts, the first line its heading, in parts that are no wider."""
+    tables = [_terminal_part(part, set(), title) for part in _parts_within(width, lines)]
+    return Group(*tables, Text(legend))
+
+
 def _parts_within(width: int, lines: Sequence[Sequence[str]]) -> Iterator[list[list[str]]]:
     """Yields a table in parts that are no wider, each with the titles of its lines."""
     titles, *columns = _turned(lines)
@@ -189,13 +195,17 @@ def _width_of(columns: Sequence[Sequence[str]]) -> int:
     return 1 + sum(max(map(cell_len, column)) + 3 for column in columns)
 
 
-def _terminal_part(lines: Sequence[Sequence[str]], mean_titles: set[str]) -> Table:
+def _terminal_part(
+    lines: Sequence[Sequence[str]],
+    mean_titles: set[str],
+    title: str = "Accuracy, % (± half of the 95 % interval)",
+) -> Table:
     """One part of the table, its means in bold."""
-    table = Table(title="Accuracy, % (± half of the 95 % interval)")
+    table = Table(title=title)
     heading, *body = lines
     # Text, because square brackets in a plain string are rich's markup.
-    for place, title in enumerate(heading):
-        table.add_column(Text(title), justify="right" if place else "left", overflow="fold")
+    for place, name in enumerate(heading):
+        table.add_column(Text(name), justify="right" if place else "left", overflow="fold")
     for line in body:
         is_mean = line[0] in mean_titles
         texts = [Text(text) for text in line]
