@@ -8,7 +8,7 @@ import torch
 import tiny
 from icrouting import InContextRouter
 from icrouting.fitting.folds import N_FOLDS, chosen_by_folds, pooled, stratified
-from icrouting.fitting.queries import Query
+from icrouting.fitting.queries import Query, n_rows_of
 from icrouting.fitting.training import Trainer
 from icrouting.fitting.trunk import TrunkState
 from icrouting.fitting.validation import Look
@@ -130,3 +130,10 @@ def test_a_fit_that_was_stopped_in_a_fold_goes_on_to_the_same_router(
     resumed = few(tmp_path)
     assert torch.equal(weights(resumed), weights(whole))
     assert dataclasses.asdict(trainers[-1].chosen) == dataclasses.asdict(trainers[3].chosen)
+
+
+def test_examples_are_counted_and_not_their_queries():
+    state = TrunkState([1], torch.zeros(1, 2), 0.0)
+    two_rows = [Query(state, torch.zeros(2), [3, 4], 0, row=n // 3, n_answer=n) for n in range(6)]
+    assert n_rows_of(two_rows) == 2
+    assert chosen_by_folds(two_rows, None, 0, None) is None

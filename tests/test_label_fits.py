@@ -11,18 +11,19 @@ from fitted import fit_method
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.labels import partings
-from icrouting.decoder.scoring import option_tokens, score_options
+from icrouting.decoder.scoring import option_tokens, score, score_options
 from icrouting.evaluation.predictor import Predictor
 from icrouting.fitting.losses import option_loss
 from icrouting.fitting.queries import training_queries
 from icrouting.icr import InContextRouter
-from icrouting.methods import Settings, distilling, make
+from icrouting.methods import Settings, distilling, make, task_vectors
 from icrouting.methods.live import Live
 from icrouting.methods.registry import LEARNING
 from icrouting.methods.task_vectors import TaskVectors, sweep
 from icrouting.methods.tuning import answered
 from icrouting.routing.features import features_of
 from icrouting.tasks.task import rows_digest
+from test_chat import speaking
 
 FEW_SHOT = ["good: good team\nfilm:", "dull: good ball\na film:"]
 OPTIONS = ("good ball", "good team", "dull vote joy")
@@ -217,3 +218,20 @@ def test_a_teacher_reads_as_much_of_the_answer_as_its_student(tokenizer, monkeyp
         tokens = [*tokenizer(FEW_SHOT[place // 2]).input_ids, *beginning]
         expected = decoder.model(torch.tensor([tokens])).logits[0, -1].softmax(-1)
         assert torch.allclose(teacher.float().exp(), expected, atol=1e-3)
+
+
+def test_a_layer_is_judged_on_a_chat_as_it_is_asked(monkeypatch):
+    """Options follow a chat's prompt without a space, in the sweep as in the evaluation."""
+    model = tiny.model("llama")
+    bound = TASK.in_chat().bound_to(speaking())
+    decoder = Decoder.of(model, speaking())
+    asked = []
+
+    def spied(decoder, prompts, *args, **kwargs):
+        asked.extend(prompts)
+        return score(decoder, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(task_vectors, "score", spied)
+    vectors = torch.zeros(len(decoder.layers), model.config.hidden_size)
+    task_vectors.sweep(decoder, [(bound, bound.train[0])], vectors, 1.0)
+    assert {prompt.joint for prompt in asked} == {bound.joint} == {""}

@@ -257,3 +257,12 @@ def test_a_setting_aside_that_is_killed_loses_nothing(model, tokenizer, tmp_path
     monkeypatch.setattr(Trainer, "_update", lambda *args: pytest.fail("trained again"))
     again = fit(model, tokenizer, tmp_path)
     assert torch.equal(again.router.alpha[0].weight, first.router.alpha[0].weight)
+
+
+def test_a_fit_in_another_dtype_is_another_fit(tokenizer, tmp_path, caplog):
+    halved = tiny.model("llama").bfloat16()
+    fit(halved, tokenizer, tmp_path)
+    anew = fit(tiny.model("llama"), tokenizer, tmp_path / "alone")
+    again = fit(tiny.model("llama"), tokenizer, tmp_path)
+    assert "dtype was" in caplog.text
+    assert again.digest() == anew.digest()

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from icrouting.config import FitConfig
+from icrouting.decoder.batches import tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids, score_options
 from icrouting.icr import InContextRouter
@@ -188,3 +189,19 @@ def test_a_tokenizer_is_held_against_the_vocabulary_as_it_is(model):
     tokenizer.add_tokens(["<new>"])
     model.resize_token_embeddings(tiny.VOCAB + 1)
     assert decoder.tokenize(["<new>"]) == [[tiny.VOCAB]]
+
+
+def test_padding_that_another_thread_asked_for_is_no_text(tokenizer, monkeypatch):
+    """A tokenizer's padding is its state: a call of another thread may set it amid one of ours."""
+    texts = ["a joy", "a joy of a film and more"]
+    expected = tokenize(tokenizer, texts)
+    options = option_ids(tokenizer, "Review:", ["good", "bad"])
+    plain_call = type(tokenizer).__call__
+
+    def padding_call(self, *args, **kwargs):
+        return plain_call(self, *args, **kwargs | {"padding": True})
+
+    monkeypatch.setattr(type(tokenizer), "__call__", padding_call)
+    assert len(set(map(len, tokenizer(texts).input_ids))) == 1
+    assert tokenize(tokenizer, texts) == expected
+    assert option_ids(tokenizer, "Review:", ["good", "bad"]) == options

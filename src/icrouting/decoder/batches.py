@@ -157,7 +157,7 @@ def tokenize(
     # A tokenizer refuses an empty list of texts.
     if not texts:
         return []
-    whole_lists = tokenizer(texts, padding=False, truncation=False).input_ids
+    whole_lists = encoded(tokenizer, texts)
     beginning = _beginning(tokenizer, texts, whole_lists)
     token_lists: list[list[int]] = []
     for text, whole in zip(texts, whole_lists, strict=True):
@@ -170,6 +170,22 @@ def tokenize(
                 f"a prompt of {len(tokens)} tokens is longer than the model's context of {limit}: "
                 f"shorten it or use fewer demonstrations (it begins {text[:60]!r})"
             )
+    return token_lists
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the tokens of texts as a tokenizer gives them, those that it puts before them too.
+
+    Another thread may have the same tokenizer pad meanwhile, whose padding would pass for text: it
+    is left out by the mask.
+    """
+    encoding = tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=True)
+    token_lists = []
+    for tokens, mask in zip(encoding.input_ids, encoding.attention_mask, strict=True):
+        is_padded = 0 in mask
+        token_lists.append(
+            [t for t, m in zip(tokens, mask, strict=True) if m] if is_padded else tokens
+        )
     return token_lists
 
 

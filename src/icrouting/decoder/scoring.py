@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from icrouting.decoder.batches import Batch, finite_rows
+from icrouting.decoder.batches import Batch, encoded, finite_rows
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.labels import label_log_probs
 from icrouting.decoder.passes import (
@@ -42,7 +42,7 @@ def option_tokens(
     options = texts_of(options, "options")
     check_ending(prompt)
     continued = [f"{prompt}{joint}{option}" for option in options]
-    prompt_ids, *token_lists = tokenizer([prompt, *continued]).input_ids
+    prompt_ids, *token_lists = encoded(tokenizer, [prompt, *continued])
     n_prompt = len(prompt_ids)
     option_by_tokens: dict[tuple[int, ...], str] = {}
     for option, tokens in zip(options, token_lists, strict=True):

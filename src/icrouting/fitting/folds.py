@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from icrouting.fitting.queries import Query
+from icrouting.fitting.queries import Query, n_rows_of
 from icrouting.fitting.validation import Look
 
 N_FOLDS = 3
@@ -32,12 +32,13 @@ def chosen_by_folds(
         folder: keeps the trainings, a subfolder each; None keeps nothing.
 
     Returns:
-        The first look of the least loss; None where the queries are fewer than the folds.
+        The first look of the least loss; None where the examples are fewer than the folds.
     """
-    if len(queries) < N_FOLDS:
+    if n_rows_of(queries) < N_FOLDS:
         return None
     folds = stratified(queries, seed)
     looks_by_fold = []
+    sizes = []
     for number in range(N_FOLDS):
         held = [query for query, fold in zip(queries, folds, strict=True) if fold == number]
         rest = [query for query, fold in zip(queries, folds, strict=True) if fold != number]
@@ -45,7 +46,7 @@ def chosen_by_folds(
         if fold_folder is not None:
             fold_folder.mkdir(exist_ok=True)
         looks_by_fold.append(training(rest, held, fold_folder))
-    sizes = [folds.count(number) for number in range(N_FOLDS)]
+        sizes.append(n_rows_of(held))
     return min(pooled(looks_by_fold, sizes), key=lambda look: look.loss)
 
 

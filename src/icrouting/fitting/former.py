@@ -25,7 +25,7 @@ FIT_FILE = "fit.json"
 PLACES_FILE = "stages.json"
 # What is of one fit alone, and a fit of an earlier version kept its stages there too.
 _PATTERNS = ("training*", "moments.*", "trunk.*", "fold-*", HELD)
-_COMMON = ("tasks", "rows", "model", "layers")
+_COMMON = ("tasks", "rows", "model", "dtype", "layers")
 
 
 def take_up(folder: Path, settings: dict[str, Any], shelf: Shelf) -> None:
@@ -35,8 +35,9 @@ def take_up(folder: Path, settings: dict[str, Any], shelf: Shelf) -> None:
     alone may be here.
     """
     file = folder / FIT_FILE
-    # What a fit did before these settings were there.
-    earlier = {**EARLIER, **load_json(file)} if file.exists() else None
+    # What a fit did before these settings were there; of its dtype an earlier version kept nothing.
+    unknown = {**EARLIER, "dtype": settings["dtype"]}
+    earlier = {**unknown, **load_json(file)} if file.exists() else None
     phrases = [] if earlier is None else differences(earlier, settings)
     if earlier is not None:
         _shelve(folder, earlier, settings, shelf)
@@ -93,7 +94,7 @@ def _move(files: Sequence[Path], folder: Path) -> None:
 def _aside_place(folder: Path, settings: dict[str, Any]) -> Path | None:
     """Returns where a fit with these settings lies aside, None where none does."""
     for file in sorted(folder.glob(f"former-*/{FIT_FILE}")):
-        if not differences({**EARLIER, **load_json(file)}, settings):
+        if not differences({**EARLIER, "dtype": settings["dtype"], **load_json(file)}, settings):
             return file.parent
     return None
 

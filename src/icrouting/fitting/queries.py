@@ -211,6 +211,11 @@ def _queries(
     return queries
 
 
+def n_rows_of(queries: Sequence[Query]) -> int:
+    """Returns how many examples queries are of: one has several where whole labels are scored."""
+    return len({query.row for query in queries})
+
+
 def rows_to_learn_from(task: Task, tasks: Sequence[Task], config: FitConfig) -> Sequence[Example]:
     """Returns a task's training rows, and its validation slice where that is not validated on.
 

@@ -108,7 +108,7 @@ def fit(
 
     # The model's weights take no gradient: what is trained is the router.
     with (
-        claimed(folder, config, tasks, decoder.fingerprint, shelf, start, template),
+        claimed(folder, config, tasks, decoder, shelf, start, template),
         frozen(decoder.model),
     ):
         if start is None:
@@ -119,7 +119,9 @@ def fit(
             queries, scale = training_queries(decoder, tasks, features, layers[0], config, place)
         if start is not None:
             scale = start.scale(scale)
-        held = held_queries(decoder, tasks, features, scale, layers[0], config, folder)
+        held: list[Query] = []
+        if config.patience:
+            held = held_queries(decoder, tasks, features, scale, layers[0], config, folder)
         if read_queries is not None:
             read_queries(queries)
         # A warm start goes on where its own training ended, so that nothing changes before the
@@ -208,7 +210,7 @@ def claimed(
     folder: Path | None,
     config: FitConfig,
     tasks: Sequence[Task],
-    fingerprint: str,
+    decoder: Decoder,
     shelf: Shelf,
     start: Start | None,
     chat_template: str | None = None,
@@ -224,7 +226,9 @@ def claimed(
     settings = {
         **dataclasses.asdict(config),
         "tasks": [task.name for task in tasks],
-        "model": fingerprint,
+        "model": decoder.fingerprint,
+        # A fingerprint is the same in every dtype, and what a training goes along is not.
+        "dtype": str(decoder.model.dtype),
         "rows": rows_digest(tasks),
         "start": None if start is None else start.digest,
     }

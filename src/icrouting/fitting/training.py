@@ -16,7 +16,7 @@ from icrouting.decoder.batches import finite_rows
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.partial import LateEntry, late_entry
 from icrouting.fitting import losses
-from icrouting.fitting.queries import Query
+from icrouting.fitting.queries import Query, n_rows_of
 from icrouting.fitting.trunk import pad_states
 from icrouting.fitting.validation import Look, Watch, answered
 from icrouting.routing.attach import attach
@@ -246,9 +246,9 @@ class Trainer:
             "looks": json.dumps(looks),
             "kept": json.dumps(self.watch.kept_step),
             "n_steps": str(self.n_steps),
-            "n_held": str(len(self.held)),
+            "n_held": str(n_rows_of(self.held)),
             "chosen": json.dumps(asdict(self.chosen) if self.chosen else None),
-            "n_queries": str(len(self.queries)),
+            "n_queries": str(n_rows_of(self.queries)),
         }
         save_tensors(self.folder / CHECKPOINT_FILE, tensors, metadata)
         # Whole each time: a checkpoint that is taken up may be older than the last line.

@@ -12,7 +12,7 @@ from icrouting.decoder.hooks import edited_last
 from icrouting.decoder.scoring import option_ids, score
 from icrouting.decoder.states import last_token_variants, mean_last_outputs
 from icrouting.methods.base import Context, Method
-from icrouting.tasks.prompts import balanced_demos, few_shot
+from icrouting.tasks.prompts import balanced_demos, few_shot, zero_shot
 from icrouting.tasks.task import Example, Task
 
 N_DUMMIES = 2
@@ -165,7 +165,7 @@ def _right_by_layer(
         with edited_last(decoder.model, [block], mix, in_steps=False):
             scores = score(
                 decoder,
-                [task.prompt(example)],
+                [zero_shot(task, example)],
                 task.options(example),
                 label_scoring=task.spec.label_scoring,
                 finite_only=False,
