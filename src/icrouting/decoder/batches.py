@@ -182,10 +182,9 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
     encoding = tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=True)
     token_lists = []
     for tokens, mask in zip(encoding.input_ids, encoding.attention_mask, strict=True):
-        is_padded = 0 in mask
-        token_lists.append(
-            [t for t, m in zip(tokens, mask, strict=True) if m] if is_padded else tokens
-        )
+        if 0 in mask:
+            tokens = [token for token, is_text in zip(tokens, mask, strict=True) if is_text]
+        token_lists.append(tokens)
     return token_lists
 
 
