@@ -174,12 +174,12 @@ class InContextRouter(ModelHubMixin):
         description = describe(decoder, new_tasks, config, pids.layers, features)
         if warm is not None:
             description = warm.described(description, tasks)
-        prompt_gate = fit_gate(queries, tasks, pids.layers[0]) if gate else None
+        prompt_gate = fit_gate(queries, tasks, pids.layers[0], warm) if gate else None
         return cls(description, pids, router, gate=prompt_gate)
 
     def as_start(self, keep: int = 0) -> Start:
         """Returns what a fit goes on from; `keep` rows of each known task are trained on again."""
-        return Start(self.description, self.pids, self.router, self.digest(), keep)
+        return Start(self.description, self.pids, self.router, self.digest(), keep, self.gate)
 
     @contextmanager
     def attached(

@@ -17,6 +17,7 @@ import numpy as np
 from icrouting.config import FitConfig
 from icrouting.routing.description import Description, Origin
 from icrouting.routing.features import Features, Scale
+from icrouting.routing.gate import PromptGate
 from icrouting.routing.pids import PIDs
 from icrouting.routing.router import Router
 from icrouting.tasks.task import Task, rows_digest
@@ -45,6 +46,7 @@ class Start:
         router: its weights, which are left as they are.
         digest: 16 hex digits that identify both.
         keep: how many training queries of each task that it knows are trained on again.
+        gate: which prompts it routes; None where it routes all.
     """
 
     description: Description
@@ -52,6 +54,13 @@ class Start:
     router: Router
     digest: str
     keep: int = 0
+    gate: PromptGate | None = None
+
+    def gate_by_task(self) -> dict[str, PromptGate]:
+        """Returns a gate of each task alone that it knows; none where it routes every prompt."""
+        if self.gate is None:
+            return {}
+        return dict(zip(self.description.tasks, self.gate.split(), strict=True))
 
     def settings(self, config: FitConfig) -> FitConfig:
         """Returns a fit's settings, with those that shape a router taken from this one.
