@@ -289,3 +289,36 @@ def test_a_start_without_a_gate_gives_one_only_where_enough_is_rehearsed(
     tasks = (NEW, tiny.task("old task"))
     new = go_on(start, model, tokenizer, tasks=tasks, config=LONG, keep=27)
     assert new.gate.numbers.rows == (27, 30)
+
+
+def of_few_rows(name, n_validation):
+    whole = tiny.task(name, n_train=20)
+    return dataclasses.replace(whole, validation=whole.validation[:n_validation])
+
+
+@pytest.mark.parametrize("n_validation", [6, 4])
+def test_rows_that_the_old_router_may_have_learned_from_are_rehearsed_or_left_out(
+    n_validation, model, tokenizer, monkeypatch
+):
+    """Its fit learned from the slices that were too small to validate on."""
+    known = of_few_rows("old task", n_validation)
+    new = of_few_rows("new", n_validation)
+    watched = {"min_steps": 6, "patience": 2, "epochs": 1}
+    config = FitConfig(
+        (3, 4), rank=2, n_prompts=8, demos_per_class=1, encoder=HIDDEN, hidden_width=7, **watched
+    )
+    learned = []
+    judged = []
+
+    def noted(self):
+        learned.extend(query for query in self.queries if query.task == "old task")
+        judged.extend(query for query in self.held if query.task == "old task")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "chosen_by_folds", lambda *args: None)
+        patched.setattr(Trainer, "run", lambda self: None)
+        old = InContextRouter.fit(model, tokenizer, [known], config)
+        patched.setattr(Trainer, "run", noted)
+        go_on(old, model, tokenizer, (known, new), FitConfig(**watched), keep=2)
+    assert len({query.text for query in learned}) == 2
+    assert not judged

@@ -81,7 +81,9 @@ class Start:
         return replace(config, **{name: getattr(fitted, name) for name in SHAPING})
 
     def trained_tasks(self, tasks: Sequence[Task], seed: int) -> list[Task]:
-        """Returns the tasks to train on: new ones whole, known ones cut to `keep` rows.
+        """Returns the tasks to train on: new ones whole, known ones cut to `keep` training rows.
+
+        Known ones lose their validation rows: where these were few, this router learned from them.
 
         Args:
             tasks: the tasks of the fit; those whose names this router knows are rehearsed.
@@ -115,7 +117,7 @@ class Start:
             # Not the draw of the queries, nor that of the extraction.
             order = np.random.default_rng(seed + 2).permutation(len(task.train))
             rows = tuple(task.train[index] for index in order[: self.keep])
-            trained.append(replace(task, train=rows))
+            trained.append(replace(task, train=rows, validation=()))
         return trained
 
     def _check_form(self, task: Task) -> None:
