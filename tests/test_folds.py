@@ -46,6 +46,20 @@ def test_every_fold_has_its_share_of_every_label():
         assert counts == [n_each] * N_FOLDS
 
 
+def test_every_fold_has_its_share_of_every_label_of_every_task():
+    """Another task's rows of the same label number do not stand for a task's own."""
+    state = TrunkState([1], torch.zeros(1, 2), 0.0)
+    tasks = ["one", "two"] * 9
+    both = [
+        Query(state, torch.zeros(2), [3, 4], 0, str(n), task=name, row=n)
+        for n, name in enumerate(tasks)
+    ]
+    folds = stratified(both, seed=0)
+    for name in ("one", "two"):
+        fold_list = [fold for query, fold in zip(both, folds, strict=True) if query.task == name]
+        assert [fold_list.count(number) for number in range(N_FOLDS)] == [3] * N_FOLDS
+
+
 def test_every_query_is_judged_once_by_a_router_that_did_not_learn_from_it():
     judged = []
 

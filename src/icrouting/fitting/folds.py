@@ -50,13 +50,13 @@ def chosen_by_folds(
 
 
 def stratified(queries: Sequence[Query], seed: int) -> list[int]:
-    """Returns the fold of each query; the examples of each label are dealt to the folds in turn."""
+    """Returns the fold of each query; each task's examples of a label are dealt to them in turn."""
     # An example may have several queries, of which none may be learned from where others judge.
-    answer_by_row = {query.row: query.answer for query in queries}
-    rows = list(answer_by_row)
+    group_by_row = {query.row: (query.task, query.answer) for query in queries}
+    rows = list(group_by_row)
     order = np.random.default_rng(seed).permutation(len(rows))
-    # Sorting keeps the drawn order within a label.
-    dealt = sorted((rows[place] for place in order), key=lambda row: answer_by_row[row])
+    # Sorting keeps the drawn order within a task's label.
+    dealt = sorted((rows[place] for place in order), key=lambda row: group_by_row[row])
     fold_by_row = {row: turn % N_FOLDS for turn, row in enumerate(dealt)}
     return [fold_by_row[query.row] for query in queries]
 
