@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from icrouting.config import FitConfig
 from icrouting.fitting.queries import Query
 from icrouting.fitting.validation import Look
 
@@ -47,6 +48,22 @@ def chosen_by_folds(
         looks_by_fold.append(training(rest, held, fold_folder))
     sizes = [folds.count(number) for number in range(N_FOLDS)]
     return min(pooled(looks_by_fold, sizes), key=lambda look: look.loss)
+
+
+def n_read(n_queries: int, n_judged: int, config: FitConfig) -> int:
+    """Returns how many queries a fit's trainings read, repeats too, unless one stops before.
+
+    Args:
+        n_queries: how many the training learns from.
+        n_judged: how many validation rows choose the router; without any, folds are trained on.
+        config: settings.
+    """
+    sizes = [n_queries]
+    if config.watches(n_queries) and not n_judged and n_queries >= N_FOLDS:
+        # Each fold's training leaves its own queries out.
+        n_held = [len(range(number, n_queries, N_FOLDS)) for number in range(N_FOLDS)]
+        sizes += [n_queries - n for n in n_held]
+    return sum(round(size * config.n_passes(size)) for size in sizes)
 
 
 def stratified(queries: Sequence[Query], seed: int) -> list[int]:
