@@ -222,3 +222,17 @@ def test_a_router_saved_before_gates_is_saved_to_the_same_bytes(saved_router, tm
     config = json.loads((saved_router / "config.json").read_text())
     assert "gate" not in config
     assert "words" not in config["sources"][0]
+
+
+def test_the_effect_on_prompts_that_the_gate_left_alone_names_the_gate(icr, new, model, tokenizer):
+    with (
+        icr.attached(model, tokenizer) as routed,
+        pytest.warns(UserWarning, match="the gate left the base model to answer"),
+    ):
+        routed.effect(new)
+    bare = replace(icr, gate=None)
+    with (
+        bare.attached(model, tokenizer, strength=0.0) as routed,
+        pytest.warns(UserWarning, match="is `strength` 0"),
+    ):
+        routed.effect(new)
