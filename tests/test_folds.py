@@ -7,12 +7,15 @@ import torch
 
 import tiny
 from icrouting import InContextRouter
+from icrouting.decoder.decoder import Decoder
+from icrouting.fitting import plan
 from icrouting.fitting.folds import N_FOLDS, chosen_by_folds, pooled, stratified
 from icrouting.fitting.queries import Query, n_rows_of
 from icrouting.fitting.training import Trainer
 from icrouting.fitting.trunk import TrunkState
 from icrouting.fitting.validation import Look
-from test_validation import changed, task, weights
+from icrouting.methods import Settings, make
+from test_validation import changed, fit, task, weights
 
 
 def queries(labels):
@@ -44,6 +47,20 @@ def test_every_fold_has_its_share_of_every_label():
             for number in range(N_FOLDS)
         ]
         assert counts == [n_each] * N_FOLDS
+
+
+def test_every_fold_has_its_share_of_every_label_of_every_task():
+    """Another task's rows of the same label number do not stand for a task's own."""
+    state = TrunkState([1], torch.zeros(1, 2), 0.0)
+    tasks = ["one", "two"] * 9
+    both = [
+        Query(state, torch.zeros(2), [3, 4], 0, str(n), task=name, row=n)
+        for n, name in enumerate(tasks)
+    ]
+    folds = stratified(both, seed=0)
+    for name in ("one", "two"):
+        fold_list = [fold for query, fold in zip(both, folds, strict=True) if query.task == name]
+        assert [fold_list.count(number) for number in range(N_FOLDS)] == [3] * N_FOLDS
 
 
 def test_every_query_is_judged_once_by_a_router_that_did_not_learn_from_it():
@@ -137,3 +154,71 @@ def test_examples_are_counted_and_not_their_queries():
     two_rows = [Query(state, torch.zeros(2), [3, 4], 0, row=n // 3, n_answer=n) for n in range(6)]
     assert n_rows_of(two_rows) == 2
     assert chosen_by_folds(two_rows, None, 0, None) is None
+
+
+# Each training takes all its steps, and the last step is the one that is chosen.
+LONG = changed(n_queries=100, min_steps=40, patience=99)
+
+
+@pytest.fixture
+def n_read(monkeypatch):
+    """The queries that trainings read, one batch after another."""
+    sizes = []
+    terms = Trainer._terms
+
+    def counted(self, entry, attachment, queries):
+        sizes.append(len(queries))
+        return terms(self, entry, attachment, queries)
+
+    monkeypatch.setattr(Trainer, "_terms", counted)
+    monkeypatch.setattr("icrouting.fitting.folds.pooled", lambda *args: [Look(40, 1.0, 0.5)])
+    return sizes
+
+
+def took(icr, of, folder):
+    icr.save_pretrained(folder)
+    (method,) = make(["icr"], Settings(router=str(folder)))
+    return method.fitted_before([of]), method.fitted_before([])
+
+
+def test_what_icr_took_counts_the_folds_trainings_and_the_slice(n_read, tmp_path):
+    few_rows = task(n_validation=8, n_train=16)
+    icr = fit(LONG, of=few_rows)
+    assert icr.description.sources[0].n_queries == 16 + 8
+    for cost in took(icr, few_rows, tmp_path):
+        # The last batch of a fold's pass may be cut off by the end of training.
+        assert cost["backwards"] == pytest.approx(sum(n_read), abs=3)
+        assert cost["labelled"] == 16 + 8
+    assert sum(n_read) > 3 * 40 * 4
+
+
+def test_what_icr_took_counts_the_rows_that_judged_it(n_read, tmp_path):
+    of = task(n_validation=12, n_train=16)
+    icr = fit(LONG, of=of)
+    for cost in took(icr, of, tmp_path):
+        assert cost["backwards"] == sum(n_read)
+        assert cost["labelled"] == 16 + 12
+
+
+def test_a_fit_that_nothing_watches_says_no_more_than_earlier_versions_did(n_read, tmp_path):
+    of = task(n_validation=12, n_train=16)
+    icr = fit(changed(n_queries=100, min_steps=0, patience=0), of=of)
+    assert "n_judged" not in icr.description.sources[0].as_kept()
+    for cost in took(icr, of, tmp_path):
+        assert cost["backwards"] == sum(n_read)
+        assert cost["labelled"] == 16
+
+
+def test_a_plan_counts_the_slice_and_the_folds_trainings():
+    of = task(n_validation=8, n_train=16)
+    decoder = Decoder.of(tiny.model("llama"), tiny.tokenizer())
+
+    def planned(config):
+        return plan.plan_fit(decoder.model, decoder.tokenizer, [of], config, torch.float32)
+
+    assert planned(LONG).queries["toy"].count == 16 + 8
+    whole = planned(LONG)
+    alone = planned(dataclasses.replace(LONG, patience=0))
+    assert alone.queries["toy"].count == 16
+    # Four trainings of 40 steps of about as many queries, where there was one.
+    assert 3.5 < whole.flops["training"] / alone.flops["training"] < 4.5

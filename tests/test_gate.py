@@ -162,6 +162,13 @@ def test_a_gate_of_other_rows_than_its_tensor_has_is_refused(icr, tmp_path):
         InContextRouter.from_pretrained(tmp_path)
 
 
+def test_a_gate_of_other_sources_than_its_routers_is_not_saved(icr, tmp_path):
+    odd = replace(icr, gate=PromptGate.joined([icr.gate, icr.gate]))
+    with pytest.raises(ValueError, match="rows and a limit for each of 1 sources, has 2 and 2"):
+        odd.save_pretrained(tmp_path / "router")
+    assert not (tmp_path / "router").exists()
+
+
 def test_too_few_rows_make_a_router_without_a_gate_and_a_line_that_says_so(
     model, tokenizer, caplog
 ):
@@ -215,3 +222,17 @@ def test_a_router_saved_before_gates_is_saved_to_the_same_bytes(saved_router, tm
     config = json.loads((saved_router / "config.json").read_text())
     assert "gate" not in config
     assert "words" not in config["sources"][0]
+
+
+def test_the_effect_on_prompts_that_the_gate_left_alone_names_the_gate(icr, new, model, tokenizer):
+    with (
+        icr.attached(model, tokenizer) as routed,
+        pytest.warns(UserWarning, match="the gate left the base model to answer"),
+    ):
+        routed.effect(new)
+    bare = replace(icr, gate=None)
+    with (
+        bare.attached(model, tokenizer, strength=0.0) as routed,
+        pytest.warns(UserWarning, match="is `strength` 0"),
+    ):
+        routed.effect(new)

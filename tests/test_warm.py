@@ -251,3 +251,74 @@ def test_the_same_fit_with_and_without_a_start_are_two(old, model, tokenizer, tm
     InContextRouter.fit(model, tokenizer, [NEW], config, folder=tmp_path)
     go_on(old, model, tokenizer, folder=tmp_path)
     assert "start was None" in caplog.text
+
+
+LONG = dataclasses.replace(TRAINING, n_queries=30, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def gated(config, model, tokenizer):
+    longer = dataclasses.replace(config, n_queries=30, epochs=1)
+    return InContextRouter.fit(model, tokenizer, [tiny.task("old task")], longer)
+
+
+def test_a_gate_keeps_what_it_knew_of_the_old_tasks(gated, model, tokenizer, tmp_path):
+    new = go_on(gated, model, tokenizer, config=LONG)
+    alone, added = new.gate.split()
+    assert alone == gated.gate
+    assert added.numbers.rows == (30,)
+    new.save_pretrained(tmp_path)
+    assert InContextRouter.from_pretrained(tmp_path) == new
+
+
+def test_a_gate_stands_in_the_order_of_the_tasks_whatever_is_rehearsed(gated, model, tokenizer):
+    tasks = (NEW, tiny.task("old task"))
+    new = go_on(gated, model, tokenizer, tasks=tasks, config=LONG, keep=28)
+    assert list(new.description.tasks) == ["old task", "new"]
+    assert new.gate.split()[0] == gated.gate
+    few = go_on(gated, model, tokenizer, tasks=tasks, config=LONG, keep=2)
+    assert few.gate.split()[0] == gated.gate
+
+
+def test_a_start_without_a_gate_gives_one_only_where_enough_is_rehearsed(
+    gated, model, tokenizer, caplog
+):
+    start = dataclasses.replace(gated, gate=None)
+    assert go_on(start, model, tokenizer, config=LONG).gate is None
+    assert "old task has 0; the router to start from has no gate" in caplog.text
+    tasks = (NEW, tiny.task("old task"))
+    new = go_on(start, model, tokenizer, tasks=tasks, config=LONG, keep=27)
+    assert new.gate.numbers.rows == (27, 30)
+
+
+def of_few_rows(name, n_validation):
+    whole = tiny.task(name, n_train=20)
+    return dataclasses.replace(whole, validation=whole.validation[:n_validation])
+
+
+@pytest.mark.parametrize("n_validation", [6, 4])
+def test_rows_that_the_old_router_may_have_learned_from_are_rehearsed_or_left_out(
+    n_validation, model, tokenizer, monkeypatch
+):
+    """Its fit learned from the slices that were too small to validate on."""
+    known = of_few_rows("old task", n_validation)
+    new = of_few_rows("new", n_validation)
+    watched = {"min_steps": 6, "patience": 2, "epochs": 1}
+    config = FitConfig(
+        (3, 4), rank=2, n_prompts=8, demos_per_class=1, encoder=HIDDEN, hidden_width=7, **watched
+    )
+    learned = []
+    judged = []
+
+    def noted(self):
+        learned.extend(query for query in self.queries if query.task == "old task")
+        judged.extend(query for query in self.held if query.task == "old task")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "chosen_by_folds", lambda *args: None)
+        patched.setattr(Trainer, "run", lambda self: None)
+        old = InContextRouter.fit(model, tokenizer, [known], config)
+        patched.setattr(Trainer, "run", noted)
+        go_on(old, model, tokenizer, (known, new), FitConfig(**watched), keep=2)
+    assert len({query.text for query in learned}) == 2
+    assert not judged

@@ -16,7 +16,7 @@ from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import stages as fitting
 from icrouting.fitting.gating import fit_gate
-from icrouting.fitting.queries import Query
+from icrouting.fitting.queries import Query, n_judged, n_learned
 from icrouting.fitting.warm import Start
 from icrouting.routing import artifact
 from icrouting.routing.card import model_card
@@ -171,15 +171,23 @@ class InContextRouter(ModelHubMixin):
         new_tasks = tasks
         if start is not None:
             new_tasks = [task for task in tasks if task.name not in start.description.tasks]
-        description = describe(decoder, new_tasks, config, pids.layers, features)
+        description = describe(
+            decoder,
+            new_tasks,
+            config,
+            pids.layers,
+            features,
+            n_learned(tasks, config),
+            n_judged(tasks, config),
+        )
         if warm is not None:
             description = warm.described(description, tasks)
-        prompt_gate = fit_gate(queries, tasks, pids.layers[0]) if gate else None
+        prompt_gate = fit_gate(queries, tasks, pids.layers[0], warm) if gate else None
         return cls(description, pids, router, gate=prompt_gate)
 
     def as_start(self, keep: int = 0) -> Start:
         """Returns what a fit goes on from; `keep` rows of each known task are trained on again."""
-        return Start(self.description, self.pids, self.router, self.digest(), keep)
+        return Start(self.description, self.pids, self.router, self.digest(), keep, self.gate)
 
     @contextmanager
     def attached(

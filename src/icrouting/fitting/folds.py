@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from icrouting.config import FitConfig
 from icrouting.fitting.queries import Query, n_rows_of
 from icrouting.fitting.validation import Look
 
@@ -50,14 +51,30 @@ def chosen_by_folds(
     return min(pooled(looks_by_fold, sizes), key=lambda look: look.loss)
 
 
+def n_read(n_queries: int, n_judged: int, config: FitConfig) -> int:
+    """Returns how many queries a fit's trainings read, repeats too, unless one stops before.
+
+    Args:
+        n_queries: how many the training learns from.
+        n_judged: how many validation rows choose the router; without any, folds are trained on.
+        config: settings.
+    """
+    sizes = [n_queries]
+    if config.watches(n_queries) and not n_judged and n_queries >= N_FOLDS:
+        # Each fold's training leaves its own queries out.
+        n_held = [len(range(number, n_queries, N_FOLDS)) for number in range(N_FOLDS)]
+        sizes += [n_queries - n for n in n_held]
+    return sum(round(size * config.n_passes(size)) for size in sizes)
+
+
 def stratified(queries: Sequence[Query], seed: int) -> list[int]:
-    """Returns the fold of each query; the examples of each label are dealt to the folds in turn."""
+    """Returns the fold of each query; each task's examples of a label are dealt to them in turn."""
     # An example may have several queries, of which none may be learned from where others judge.
-    answer_by_row = {query.row: query.answer for query in queries}
-    rows = list(answer_by_row)
+    group_by_row = {query.row: (query.task, query.answer) for query in queries}
+    rows = list(group_by_row)
     order = np.random.default_rng(seed).permutation(len(rows))
-    # Sorting keeps the drawn order within a label.
-    dealt = sorted((rows[place] for place in order), key=lambda row: answer_by_row[row])
+    # Sorting keeps the drawn order within a task's label.
+    dealt = sorted((rows[place] for place in order), key=lambda row: group_by_row[row])
     fold_by_row = {row: turn % N_FOLDS for turn, row in enumerate(dealt)}
     return [fold_by_row[query.row] for query in queries]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from icrouting.config import FitConfig
+from icrouting.fitting.queries import rows_to_learn_from
 from icrouting.tasks.prompts import extraction_prompts
 from icrouting.tasks.task import Task
 
@@ -110,8 +111,9 @@ def queries_by_task(
     rng = np.random.default_rng(config.seed + 1)
     by_task = {}
     for task in tasks:
-        n_queries = min(config.n_queries, len(task.train))
-        rows = rng.permutation(len(task.train))[: min(n_queries, sample)]
-        texts = [task.prompt(task.train[row]) for row in rows]
+        rows = rows_to_learn_from(task, tasks, config)
+        n_queries = min(config.n_queries, len(rows))
+        order = rng.permutation(len(rows))[: min(n_queries, sample)]
+        texts = [task.prompt(rows[place]) for place in order]
         by_task[task.name] = measured(texts, n_queries, token_counts, limit)
     return by_task

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import context_length, tokenize
 from icrouting.fitting.lengths import Texts, TokenCounts, prompts_by_task, queries_by_task
+from icrouting.fitting.queries import n_judged
 from icrouting.fitting.reckoning import Reckoning, Sizes
 from icrouting.routing.pids import check_layers, late_third
 from icrouting.tasks.task import Task
@@ -183,6 +184,7 @@ def plan_fit(
         queries=list(queries.values()),
         config=config,
         itemsize=dtype.itemsize,
+        n_judged=sum(n_judged(tasks, config).values()),
     )
     memory = {"weights": reckoning.weights_bytes}
     if is_extracted:

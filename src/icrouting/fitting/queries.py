@@ -123,11 +123,10 @@ def held_queries(
     if not _can_validate(tasks):
         return []
     rng = np.random.default_rng(config.seed + 2)
-    n_each = math.ceil(MOST_HELD / len(tasks))
     examples = []
     for task in tasks:
         order = rng.permutation(len(task.validation))
-        examples += [(task, task.validation[index]) for index in order[:n_each]]
+        examples += [(task, task.validation[index]) for index in order[: _n_held_each(tasks)]]
     # Apart from the training queries, whose states do not depend on what shares their batches.
     held_folder = None if folder is None else folder / HELD
     if held_folder is not None:
@@ -228,6 +227,23 @@ def rows_to_learn_from(task: Task, tasks: Sequence[Task], config: FitConfig) -> 
     if config.min_steps and config.patience and not _can_validate(tasks):
         return (*task.train, *task.validation)
     return task.train
+
+
+def n_learned(tasks: Sequence[Task], config: FitConfig) -> dict[str, int]:
+    """Returns how many rows of each task a training learns from."""
+    n_rows = {task.name: len(rows_to_learn_from(task, tasks, config)) for task in tasks}
+    return {name: min(config.n_queries, n) for name, n in n_rows.items()}
+
+
+def n_judged(tasks: Sequence[Task], config: FitConfig) -> dict[str, int]:
+    """Returns how many validation rows of each task choose the router that a training keeps."""
+    if not config.watches(sum(n_learned(tasks, config).values())) or not _can_validate(tasks):
+        return dict.fromkeys((task.name for task in tasks), 0)
+    return {task.name: min(_n_held_each(tasks), len(task.validation)) for task in tasks}
+
+
+def _n_held_each(tasks: Sequence[Task]) -> int:
+    return math.ceil(MOST_HELD / len(tasks))
 
 
 def _can_validate(tasks: Sequence[Task]) -> bool:

@@ -3,7 +3,7 @@
     moments   8 * n_routed * (query_width^2 + query_width + key_width^2 + key_width)       bytes
     trunk     query tokens * hidden_size * itemsize                                        bytes
     pass      2 * n_matrix * tokens + 4 * n_layers * query_width * sum of squared lengths  FLOP
-    training  2 * passes * the routed layers' pass                                         FLOP
+    training  2 * passes, of the folds' trainings too, * the routed layers' pass           FLOP
 
 The moments are as large for any n_prompts; the trunk lies on disk; training's backward pass goes
 to activations alone. n_matrix counts the weights without embeddings and vocabulary head.
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.families import dims_of, stack_of
 from icrouting.fitting.capture import TOKEN_BUDGET
+from icrouting.fitting.folds import n_read
 from icrouting.fitting.lengths import Texts
 
 # Seconds of one core: to add a prompt to a number of the moments.
@@ -100,6 +101,7 @@ class Reckoning:
         queries: zero-shot queries, by task.
         config: settings of the fit.
         itemsize: bytes of a weight.
+        n_judged: validation rows that choose the router; without any, cross-validation may.
     """
 
     sizes: Sizes
@@ -108,6 +110,7 @@ class Reckoning:
     queries: Sequence[Texts]
     config: FitConfig
     itemsize: int
+    n_judged: int = 0
 
     @property
     def n_routed(self) -> int:
@@ -203,7 +206,8 @@ class Reckoning:
     def training_flops(self) -> float:
         """FLOP of training; a pass back to activations alone takes as much as one forth."""
         one_way = pass_flops(self.sizes, self.queries, self.n_late) + self.head_flops
-        return 2 * self.config.n_passes(self.n_queries) * one_way
+        n_passes = n_read(self.n_queries, self.n_judged, self.config) / self.n_queries
+        return 2 * n_passes * one_way
 
     @property
     def processor_seconds(self) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 from icrouting.config import FitConfig
 from icrouting.routing.description import Description, Origin
 from icrouting.routing.features import Features, Scale
+from icrouting.routing.gate import PromptGate
 from icrouting.routing.pids import PIDs
 from icrouting.routing.router import Router
 from icrouting.tasks.task import Task, rows_digest
@@ -45,6 +46,7 @@ class Start:
         router: its weights, which are left as they are.
         digest: 16 hex digits that identify both.
         keep: how many training queries of each task that it knows are trained on again.
+        gate: which prompts it routes; None where it routes all.
     """
 
     description: Description
@@ -52,6 +54,13 @@ class Start:
     router: Router
     digest: str
     keep: int = 0
+    gate: PromptGate | None = None
+
+    def gate_by_task(self) -> dict[str, PromptGate]:
+        """Returns a gate of each task alone that it knows; none where it routes every prompt."""
+        if self.gate is None:
+            return {}
+        return dict(zip(self.description.tasks, self.gate.split(), strict=True))
 
     def settings(self, config: FitConfig) -> FitConfig:
         """Returns a fit's settings, with those that shape a router taken from this one.
@@ -72,7 +81,9 @@ class Start:
         return replace(config, **{name: getattr(fitted, name) for name in SHAPING})
 
     def trained_tasks(self, tasks: Sequence[Task], seed: int) -> list[Task]:
-        """Returns the tasks to train on: new ones whole, known ones cut to `keep` rows.
+        """Returns the tasks to train on: new ones whole, known ones cut to `keep` training rows.
+
+        Known ones lose their validation rows: where these were few, this router learned from them.
 
         Args:
             tasks: the tasks of the fit; those whose names this router knows are rehearsed.
@@ -106,7 +117,7 @@ class Start:
             # Not the draw of the queries, nor that of the extraction.
             order = np.random.default_rng(seed + 2).permutation(len(task.train))
             rows = tuple(task.train[index] for index in order[: self.keep])
-            trained.append(replace(task, train=rows))
+            trained.append(replace(task, train=rows, validation=()))
         return trained
 
     def _check_form(self, task: Task) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.states import last_outputs
+from icrouting.fitting.folds import n_read
+from icrouting.fitting.queries import n_judged, rows_to_learn_from
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
 from icrouting.methods.settings import Settings
@@ -59,12 +61,14 @@ class Icr(Method):
         # A context that several prompts share is run by itself.
         if config.queries_per_context > 1:
             n_contexts = sum(math.ceil(n / config.queries_per_context) for n in n_prompts)
-        n_labelled = sum(tasks.values())
+        n_labelled = description.n_judged
+        for (_, n), n_rows in zip(counts, tasks.values(), strict=True):
+            n_labelled += max(n, n_rows)
         # How many classes there are, the router does not tell.
         if tasks.keys() == {task.name for task in sources}:
             n_labelled = most_labelled(sources, config)
         # Rows that training read, repeats too.
-        n_steps = round(n_queries * config.n_passes(n_queries))
+        n_steps = n_read(n_queries, description.n_judged, config)
         return {
             "method": Icr.name,
             "fits": 1,
@@ -93,11 +97,12 @@ def most_labelled(tasks: Sequence[Task], config: FitConfig) -> int:
     A bound, since demonstrations are drawn anew for each prompt.
     """
     demos_per_class = config.n_prompts * config.demos_per_class
-    most = 0
+    most = sum(n_judged(tasks, config).values())
     for task in tasks:
+        rows = rows_to_learn_from(task, tasks, config)
         n_classes = len(set(task.train_labels.tolist()))
         n_drawn = config.n_queries + demos_per_class * n_classes
-        most += min(len(task.train), n_drawn)
+        most += min(len(rows), n_drawn)
     return most
 
 

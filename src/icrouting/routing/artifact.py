@@ -62,9 +62,12 @@ def save(
     what it records.
 
     Raises:
-        ValueError: the folder holds something else under an artifact's names; it is left alone.
+        ValueError: the folder holds something else under an artifact's names, or the gate is not
+            that of the description's tasks; the folder is left alone.
     """
     check_place(folder)
+    if gate is not None:
+        _check_sources(gate.numbers, description)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(pids, router)
     if gate is not None:
@@ -236,13 +239,18 @@ def _gate_numbers(config: dict[str, Any], description: Description) -> GateNumbe
     if "gate" not in config:
         return None
     numbers = read(GateNumbers, config["gate"])
+    _check_sources(numbers, description)
+    return numbers
+
+
+def _check_sources(numbers: GateNumbers, description: Description) -> None:
+    """ValueError where a gate has not as many sources as the router has tasks."""
     n_sources = len(description.tasks)
     if len(numbers.rows) != n_sources or len(numbers.limits) != n_sources:
         raise ValueError(
             f"its gate should have rows and a limit for each of {n_sources} sources, "
             f"has {len(numbers.rows)} and {len(numbers.limits)}"
         )
-    return numbers
 
 
 def _shapes(description: Description, gate: GateNumbers | None) -> dict[str, tuple[int, ...]]:

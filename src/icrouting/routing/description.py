@@ -1,6 +1,6 @@
 """The description: all there is to know about a router but its weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -80,13 +80,23 @@ class Description:
     def n_taken(self, task: str) -> tuple[int, int]:
         """Returns the numbers of few-shot prompts and queries that a source task gave, at most.
 
-        It gives no more of either than it has training rows; one that came beside those of another
-        router gives no prompts, as the directions are the other's.
+        It gives no more prompts than it has training rows, nor more queries than these and its
+        validation rows; one that came beside those of another router gives no prompts, as the
+        directions are the other's.
         """
+        for source in self.sources or ():
+            if source.name == task:
+                return source.n_prompts, source.n_queries
         n_rows = self.tasks[task]
         if self.origin is not None:
             return self.origin.taken.get(task, (0, min(self.fit.n_queries, n_rows)))
         return min(self.fit.n_prompts, n_rows), min(self.fit.n_queries, n_rows)
+
+    @property
+    def n_judged(self) -> int:
+        """How many validation rows chose the router; 0 where it is the last one of its training."""
+        before = self.origin.taken if self.origin is not None else {}
+        return sum(source.n_judged for source in self.sources or () if source.name not in before)
 
 
 def describe(
@@ -95,8 +105,20 @@ def describe(
     fit: FitConfig,
     layers: tuple[int, ...],
     features: Features,
+    n_learned: Mapping[str, int] | None = None,
+    n_judged: Mapping[str, int] | None = None,
 ) -> Description:
-    """Returns the description of a router fitted on a decoder."""
+    """Returns the description of a router fitted on a decoder.
+
+    Args:
+        decoder: the decoder.
+        tasks: the source tasks.
+        fit: the settings.
+        layers: the routed layers.
+        features: what the router reads.
+        n_learned: rows that it was trained on, by task; None for training rows alone.
+        n_judged: validation rows that chose it, by task; None for none.
+    """
     model = decoder.model
     return Description(
         base_model=model.config.name_or_path or type(model).__name__,
@@ -107,7 +129,7 @@ def describe(
         encoder=features.fingerprint,
         n_features=features.n_features,
         tasks={task.name: len(task.train) for task in tasks},
-        sources=sources_of(tasks, fit),
+        sources=sources_of(tasks, fit, n_learned, n_judged),
         rows=rows_digest(tasks),
         fit=fit,
         versions={name: version(name) for name in ("icrouting", "torch", "transformers")},

@@ -143,9 +143,21 @@ def describe(passes: Sequence[Passes], routing: Routing) -> str:
     )
 
 
-def warn_if_nothing(passes: Sequence[Passes]) -> None:
-    """Warns the caller's caller when no prompt's logits moved by more than rounding."""
-    if all(each.is_nothing for each in passes):
+def warn_if_nothing(passes: Sequence[Passes], *, is_left_alone: bool = False) -> None:
+    """Warns the caller's caller when no prompt's logits moved by more than rounding.
+
+    Args:
+        passes: those of the prompts.
+        is_left_alone: whether a gate left all of them to the base model.
+    """
+    is_nothing = all(each.is_nothing for each in passes)
+    if is_nothing and is_left_alone:
+        warnings.warn(
+            "routing does nothing here: the gate left the base model to answer, as these prompts "
+            "are unlike those that the router learned from; attach with gate=False to route them",
+            stacklevel=3,
+        )
+    elif is_nothing:
         rounding = max(each.rounding for each in passes)
         warnings.warn(
             "routing does numerically nothing here: no next-token logit moved by more than the "

@@ -161,6 +161,24 @@ class PromptGate:
         numbers = GateNumbers(rows, tuple(limits), kept[0].shape[1])
         return cls(torch.cat(kept), numbers)
 
+    @classmethod
+    def joined(cls, gates: Sequence["PromptGate"]) -> "PromptGate":
+        """Returns the gate of the sources of several gates, in their order."""
+        rows = [n_rows for gate in gates for n_rows in gate.numbers.rows]
+        limits = [limit for gate in gates for limit in gate.numbers.limits]
+        states = torch.cat([gate.states for gate in gates])
+        return cls(states, GateNumbers(tuple(rows), tuple(limits), states.shape[1]))
+
+    def split(self) -> list["PromptGate"]:
+        """Returns a gate of each source alone."""
+        numbers = self.numbers
+        gates = []
+        states_by_source = self.states.split(list(numbers.rows))
+        for states, limit in zip(states_by_source, numbers.limits, strict=True):
+            alone = GateNumbers((len(states),), (limit,), numbers.hidden_size)
+            gates.append(PromptGate(states, alone))
+        return gates
+
     @cached_property
     def _gaussians(self) -> list[Gaussian]:
         return [Gaussian.of(states) for states in self.states.split(list(self.numbers.rows))]

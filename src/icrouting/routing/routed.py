@@ -125,9 +125,10 @@ class Routed:
             prompts: None takes those that were routed or scored last; a plain call at strength 0 is
                 not seen.
         """
-        with self.hold.turn():
+        with self.hold.turn(), self.reader.decisions.noted() as is_routed:
             passes, routing = self._compared(prompts)
-        warn_if_nothing(passes)
+        is_left_alone = bool(is_routed) and not any(is_routed.values())
+        warn_if_nothing(passes, is_left_alone=is_left_alone)
         return describe(passes, routing)
 
     def _tokens_of(self, prompts: Sequence[str | Messages]) -> list[list[int]]:

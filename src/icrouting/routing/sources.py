@@ -46,6 +46,7 @@ class Source:
         system: the system turn of its chats; empty for none.
         words: replacements of columns' values before the template is filled (`TaskSpec.words`).
         label_scoring: how its options are scored.
+        n_judged: validation rows that chose the router that was kept, if any did.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Source:
     system: str = ""
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     label_scoring: LabelScoring = "first"
+    n_judged: NonNegativeInt = 0
 
     @property
     def prompt(self) -> str | Messages:
@@ -132,8 +134,22 @@ class Source:
         return True
 
 
-def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
-    """Returns what a router is to know of the tasks that it is fitted on."""
+def sources_of(
+    tasks: Sequence[Task],
+    fit: FitConfig,
+    n_learned: Mapping[str, int] | None = None,
+    n_judged: Mapping[str, int] | None = None,
+) -> tuple[Source, ...]:
+    """Returns what a router is to know of the tasks that it is fitted on.
+
+    Args:
+        tasks: the tasks.
+        fit: the settings.
+        n_learned: rows that the router was trained on, by task; None for training rows alone.
+        n_judged: validation rows that chose it, by task; None for none.
+    """
+    if n_learned is None:
+        n_learned = {task.name: min(fit.n_queries, len(task.train)) for task in tasks}
     sources = []
     for task in tasks:
         rows = task.train[:N_ROWS]
@@ -150,11 +166,12 @@ def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
             n_lines=line_counts.pop() if len(line_counts) == 1 else None,
             n_prompts=min(fit.n_prompts, len(task.train)),
             n_demos=int(np.minimum(class_sizes, fit.demos_per_class).sum()),
-            n_queries=min(fit.n_queries, len(task.train)),
+            n_queries=n_learned[task.name],
             chat=task.spec.chat,
             system=task.spec.system,
             words={name: dict(texts) for name, texts in task.spec.words.items()},
             label_scoring=task.spec.label_scoring,
+            n_judged=n_judged[task.name] if n_judged else 0,
         )
         sources.append(source)
     return tuple(sources)
