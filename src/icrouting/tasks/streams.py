@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,19 +143,57 @@ class Table:
     def _table_rows(self) -> Iterator[Row]:
         csv.field_size_limit(_LONGEST_CELL)
         with self._opened() as file:
-            reader = csv.reader(file, strict=True, delimiter=self.delimiter())
-            headings = next(reader, [])
+            lines = _Lines(file)
+            reader = csv.reader(lines, strict=True, delimiter=self.delimiter())
+            try:
+                headings = next(reader, [])
+            except csv.Error as error:
+                raise ValueError(f"{self.path}: its heading is not CSV: {error}") from error
             while True:
+                lines.begin_row()
                 try:
                     values = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield Row(f"{self.path.name}:{reader.line_num}", {}, f"not CSV: {error}")
+                    lines.give_back_all_but_first()
+                    yield Row(f"{self.path.name}:{lines.n_read}", {}, f"not CSV: {error}")
                     continue
                 # An empty line is no row.
                 if values:
-                    yield _row_of(f"{self.path.name}:{reader.line_num}", headings, values)
+                    yield _row_of(f"{self.path.name}:{lines.n_read}", headings, values)
+
+
+class _Lines:
+    """The lines of a table, of which those that a row took wrongly can be read again.
+
+    A quote that nothing closes takes all lines up to the next one, or to the file's end.
+    """
+
+    def __init__(self, file: Iterator[str]):
+        self._file = file
+        self._returned: deque[str] = deque()
+        self._of_row: list[str] = []
+        self.n_read = 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._returned.popleft() if self._returned else next(self._file)
+        self._of_row.append(line)
+        self.n_read += 1
+        return line
+
+    def begin_row(self) -> None:
+        """Says that the lines to come are another row's."""
+        self._of_row = []
+
+    def give_back_all_but_first(self) -> None:
+        """Has the lines of this row be read again, but for its first."""
+        rest = self._of_row[1:]
+        self._returned.extendleft(reversed(rest))
+        self.n_read -= len(rest)
 
 
 def _row_of(place: str, headings: Sequence[str], values: Sequence[str]) -> Row:
