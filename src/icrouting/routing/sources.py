@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import tokenize
 from icrouting.routing.encoder import query_texts
+from icrouting.tasks.catalogue import SPECS
 from icrouting.tasks.chat import Chat, Messages, conversation
 from icrouting.tasks.task import LabelScoring, Task, TaskSpec
 
@@ -75,7 +76,7 @@ class Source:
             "far",
             self.template,
             self.options,
-            self.words,
+            self._whole_words(),
             label_scoring=self.label_scoring,
             chat=self.chat,
             system=self.system,
@@ -84,6 +85,13 @@ class Source:
         if spec.shows_choices:
             spec = replace(spec, options=())
         return spec
+
+    def _whole_words(self) -> Mapping[str, Mapping[str, str]]:
+        """Returns its words; those of a known task where an earlier version kept none."""
+        usual = SPECS.get(self.name)
+        if not self.words and usual is not None and usual.template == self.template:
+            return usual.words
+        return self.words
 
     def as_kept(self) -> dict[str, Any]:
         """Returns what an artifact's config.json holds of it."""
