@@ -133,7 +133,7 @@ def test_a_row_that_does_not_fit_is_a_line_with_its_reason(world, tmp_path, caps
 
 def test_a_line_that_is_no_json_is_a_line_with_its_reason(world, tmp_path):
     source = tmp_path / "rows.jsonl"
-    source.write_text('{"text": "a joy"}\nnonsense\n[1]\n{"text": 3, "x": {"y": 1}}\n')
+    source.write_text('{"text": "a joy"}\nnonsense\n[1]\n{"text": true, "x": {"y": 1}}\n')
     run(world, source, tmp_path / "answers.jsonl")
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
     first, second, third, fourth = map(json.loads, lines)

@@ -1,8 +1,17 @@
 """Tables whose rows are read one after the other, whatever stands in them."""
 
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas
 import pytest
 
-from icrouting.tasks.streams import Table
+from icrouting.cli.predict import _answered
+from icrouting.tasks import rows as room
+from icrouting.tasks.load import _examples
+from icrouting.tasks.streams import Table, rows_of
+from icrouting.tasks.task import TaskSpec
 
 
 def table(folder, lines):
@@ -38,3 +47,56 @@ def test_a_heading_that_is_no_csv_is_refused(tmp_path):
     file.write_text('text,"id\nx,1\n')
     with pytest.raises(ValueError, match=r"rows\.csv: its heading is not CSV"):
         Table(file, ("text",)).survey()
+
+
+CODES = TaskSpec("codes", "far", "Code: {code}\nIs:", ("a", "b"))
+# What pandas, JSON and parquet make of a column of numbers.
+COLUMNS = {"whole": [4, 5], "of floats": [4.0, 5.0], "with fractions": [4.0, 5.5]}
+
+
+def learned(rows):
+    """The texts that a fit reads in a column of numbers."""
+    return [row.fields["code"] for row in _examples(rows, CODES, None, "label", "rows")]
+
+
+def asked(rows):
+    """The texts that are asked of the same rows without labels."""
+    return [room.unlabelled(row, CODES).fields["code"] for row in rows_of(rows, CODES)]
+
+
+def asked_by_the_command(file):
+    """The same texts, as `icr predict` has them, and what its rows held."""
+    table = Table(file, ("code",))
+    window = list(table.rows())
+    seen = []
+    attached = SimpleNamespace(predict=lambda rows, spec: seen.extend(rows) or rows)
+    _answered(attached, CODES, table, window)
+    texts = [room.unlabelled(row, CODES).fields["code"] for row in rows_of(seen, CODES)]
+    return texts, [row.cells["code"] for row in window]
+
+
+@pytest.mark.parametrize("values", COLUMNS.values(), ids=COLUMNS)
+@pytest.mark.parametrize("kind", ["frame", "list", "jsonl", "parquet"])
+def test_a_column_of_numbers_is_asked_by_the_texts_that_it_was_learned_by(kind, values, tmp_path):
+    frame = pandas.DataFrame({"code": values, "label": ["a", "b"]})
+    rows = frame
+    if kind == "list":
+        rows = [{"code": np.float64(value), "label": "a"} for value in values]
+        rows[1]["label"] = "b"
+    if kind == "jsonl":
+        rows = tmp_path / "rows.jsonl"
+        lines = [json.dumps(row) for row in frame.to_dict("records")]
+        rows.write_text("\n".join(lines))
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+        rows = tmp_path / "rows.parquet"
+        frame.to_parquet(rows)
+    assert asked(rows) == learned(rows)
+    if kind in ("jsonl", "parquet"):
+        assert asked_by_the_command(rows) == (learned(rows), values)
+
+
+def test_what_is_no_finite_number_is_no_text(tmp_path):
+    for value in (True, float("nan"), None, [1]):
+        with pytest.raises(ValueError, match="must be a text that is not empty"):
+            asked([{"code": value}])

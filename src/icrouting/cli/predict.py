@@ -107,7 +107,7 @@ def predict(
             answers.append(writer.heading(), 0, {})
         windows = _windows(islice(table.rows(), n_before, None))
         for window in track_lines(windows, "predict", len, "rows", n_rows, n_before):
-            predictions = _answered(attached, spec, window)
+            predictions = _answered(attached, spec, table, window)
             piece = b"".join(map(writer.line, window, predictions))
             answers.append(piece, len(window), _counted(answers.progress.counts, predictions))
         answers.finish()
@@ -165,9 +165,11 @@ def _windows(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield window
 
 
-def _answered(attached: Predictor, spec: TaskSpec, window: Sequence[Row]) -> list[Prediction]:
+def _answered(
+    attached: Predictor, spec: TaskSpec, table: Table, window: Sequence[Row]
+) -> list[Prediction]:
     """Returns the predictions of a window's rows; those that could not be read have none."""
-    good = [row.cells for row in window if not row.problem]
+    good = [table.asked(row) for row in window if not row.problem]
     answers = iter(attached.predict(good, spec))
     predictions = []
     for row in window:

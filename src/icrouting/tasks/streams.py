@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icrouting.tasks import frames
+from icrouting.tasks import columns, frames
 from icrouting.tasks.rows import DELIMITERS, unlabelled_fields
 from icrouting.tasks.task import TaskSpec
 
@@ -106,6 +106,13 @@ class Table:
                 yield from self._json_rows()
         except OSError as error:
             raise ValueError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+    def asked(self, row: Row) -> dict[str, Any]:
+        """Returns a row's cells with its numbers as the texts that a fit makes of them."""
+        # Of JSON a fit takes a number as it is written.
+        if self.path.suffix.lower() != ".parquet":
+            return _with_texts(row.cells, self.needed)
+        return _with_texts(_plain(row.cells), self.needed)
 
     def digest(self) -> str:
         """Returns the sha256 of the file, which is read once for it."""
@@ -204,6 +211,16 @@ def _row_of(place: str, headings: Sequence[str], values: Sequence[str]) -> Row:
     return Row(place, cells)
 
 
+def _plain(cells: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {name: frames.plain(value) for name, value in cells.items()}
+
+
+def _with_texts(cells: Mapping[Any, Any], names: Sequence[str]) -> dict[Any, Any]:
+    """Returns cells in which the numbers of some columns are texts."""
+    texts = {name: columns.number_as_text(cells[name]) for name in names if name in cells}
+    return {**cells, **texts}
+
+
 def _lines(file: io.TextIOWrapper) -> Iterator[str]:
     """Yields the lines of a file that was opened without translating newlines."""
     # Without translation a lone carriage return ends a line, which JSON allows between values.
@@ -232,7 +249,10 @@ def rows_of(rows: Any, spec: TaskSpec) -> list[object]:
         path = Path(rows)
         table = Table(path, needed)
         table.survey()
-        return [row.problem or row.cells for row in table.rows()]
-    if isinstance(rows, Sequence):
-        return [dict(row) if isinstance(row, Mapping) else row for row in rows]
-    return [row for _, row in frames.memory_lines(rows, needed, "rows")]
+        return [row.problem or table.asked(row) for row in table.rows()]
+    entries = rows
+    if not isinstance(rows, Sequence):
+        entries = [row for _, row in frames.memory_lines(rows, needed, "rows")]
+    return [
+        _with_texts(_plain(row), needed) if isinstance(row, Mapping) else row for row in entries
+    ]
