@@ -267,6 +267,15 @@ def test_answers_to_other_rows_or_settings_are_refused(world, rows, tmp_path, ca
     assert out.read_bytes() == before
 
 
+def test_finished_answers_are_those_of_the_dtype_that_is_asked_for(world, rows, tmp_path, capsys):
+    out = tmp_path / "answers.csv"
+    run(world, rows, out)
+    line = refused(capsys, world, rows, out, "--dtype", "bfloat16")
+    assert "answers.csv belongs to something else (dtype" in line
+    run(world, rows, out, "--dtype", "float32")
+    assert "it was finished before" in capsys.readouterr().out
+
+
 def test_a_file_that_is_no_answers_is_left_alone(world, rows, tmp_path, capsys):
     out = tmp_path / "answers.csv"
     out.write_text("precious")

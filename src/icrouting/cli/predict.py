@@ -90,6 +90,9 @@ def predict(
             "added": " ".join(added),
         }
     answers = AppendedFile(out, about)
+    if known.model.dtype != "auto":
+        # Of finished answers no model is loaded, which would say its dtype.
+        answers.check({"dtype": known.model.dtype})
     if answers.progress.is_finished:
         _say_summary(answers, spec, None)
         return
