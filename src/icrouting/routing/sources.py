@@ -47,6 +47,7 @@ class Source:
         system: the system turn of its chats; empty for none.
         words: replacements of columns' values before the template is filled (`TaskSpec.words`).
         label_scoring: how its options are scored.
+        has_unshown_choices: whether each row brings choices that the template does not show.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Source:
     system: str = ""
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     label_scoring: LabelScoring = "first"
+    has_unshown_choices: bool = False
 
     @property
     def prompt(self) -> str | Messages:
@@ -81,8 +83,8 @@ class Source:
             chat=self.chat,
             system=self.system,
         )
-        # Rows that bring their choices are shown by letters, which are made of the choices.
-        if spec.shows_choices:
+        # The letters of rows that bring their choices are made of the choices.
+        if spec.shows_choices or self.has_unshown_choices:
             spec = replace(spec, options=())
         return spec
 
@@ -163,6 +165,7 @@ def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
             system=task.spec.system,
             words={name: dict(texts) for name, texts in task.spec.words.items()},
             label_scoring=task.spec.label_scoring,
+            has_unshown_choices=not task.spec.options and not task.spec.shows_choices,
         )
         sources.append(source)
     return tuple(sources)
