@@ -25,6 +25,7 @@ from icrouting.runtime.progress import spinner, track_lines
 from icrouting.tasks.rows import unlabelled_fields
 from icrouting.tasks.streams import KINDS, Row, Table
 from icrouting.tasks.task import Task, TaskSpec, rows_digest, spec_among
+from icrouting.tasks.taskfile import read_task_spec
 
 # Rows that are sorted by length, and kept by a kill, together.
 WINDOW = 512
@@ -76,7 +77,7 @@ def predict(
     if writer_kind not in KINDS:
         raise ValueError(f"--out must end in one of {', '.join(KINDS)}, got {out}")
     known = _artifact(artifact, model, gate=gate)
-    spec = spec_among(task, known.specs)
+    spec = _spec(task, known.specs)
     with spinner(f"reading {rows}"):
         table = Table(rows, tuple(unlabelled_fields(spec)))
         n_rows, headings = table.survey()
@@ -139,6 +140,13 @@ def _artifact(name: str, model: Backbone, *, gate: bool) -> Artifact:
         [source.spec for source in icr.description.sources or ()],
         lambda base, tokenizer, task: icr.attached(base, tokenizer, gate=gate),
     )
+
+
+def _spec(task: str | None, specs: list[TaskSpec]) -> TaskSpec:
+    """Returns how the rows read; where the artifact knows no task, a task file may say it."""
+    if task is not None and task.endswith(".toml") and not specs:
+        return read_task_spec(Path(task))
+    return spec_among(task, specs)
 
 
 def _digest(file: Path) -> str:
