@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from _pytest.outcomes import Failed
@@ -18,6 +19,7 @@ from icrouting.decoder.scoring import score_options
 from icrouting.evaluation.evaluate import Evaluation
 from icrouting.fitting.training import Trainer
 from icrouting.methods.saved import load_method
+from icrouting.tasks.catalogue import SPECS
 
 WRITTEN = Path(__file__).parent / "from-0.1"
 WHERE = ["--model", "model", "--data", "data"]
@@ -94,6 +96,26 @@ def test_a_router_routes_its_model(folder):
         scores = routed.score(prompts, task.spec.options)
     assert torch.allclose(scores, scores_of_0_1("router"), atol=CLOSE)
     assert not torch.allclose(scores, scores_of_0_1("plain"), atol=CLOSE)
+
+
+@pytest.mark.parametrize("artifact", ["router", "method"])
+def test_rows_are_answered_by_a_task_file_that_says_how_they_read(artifact, folder, capsys):
+    sst2 = SPECS["sst2"]
+    lines = [
+        f"template = {json.dumps(sst2.template)}",
+        f"options = {json.dumps(list(sst2.options))}",
+        'splits = {train = "none.csv", test = "none.csv"}',
+    ]
+    (folder / "mine.toml").write_text("\n".join(lines))
+    rows = "data/sst2/test.jsonl"
+    command = ["predict", artifact, rows, "--out", "a.csv", "--prefix", "p_", "--model", "model"]
+    with pytest.raises(SystemExit):
+        main.main(command)
+    assert "--task my-task.toml" in capsys.readouterr().err
+    main.main([*command, "--task", "mine.toml"])
+    answers = pandas.read_csv("a.csv")["p_label"][:4]
+    places = scores_of_0_1(artifact).argmax(1).tolist()
+    assert list(answers) == [sst2.options[place] for place in places]
 
 
 def test_a_saved_method_is_attached(folder):

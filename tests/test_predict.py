@@ -113,7 +113,7 @@ def test_rows_may_be_a_file(ending, routed, tmp_path):
     [
         ({"texts": "a joy"}, r"malformed: task 'toy' needs the fields \['text'\], missing here"),
         ({"text": " "}, "malformed: field 'text' must be a text that is not empty"),
-        ({"text": 3}, "malformed: field 'text' must be a text"),
+        ({"text": True}, "malformed: field 'text' must be a text"),
         ({"text": "\udcff"}, "malformed: this row is not UTF-8 text"),
         ("a joy", "malformed: expected a dict of columns, got 'a joy'"),
         ({"text": "joy " * 600}, "too long"),

@@ -133,7 +133,7 @@ def test_a_row_that_does_not_fit_is_a_line_with_its_reason(world, tmp_path, caps
 
 def test_a_line_that_is_no_json_is_a_line_with_its_reason(world, tmp_path):
     source = tmp_path / "rows.jsonl"
-    source.write_text('{"text": "a joy"}\nnonsense\n[1]\n{"text": 3, "x": {"y": 1}}\n')
+    source.write_text('{"text": "a joy"}\nnonsense\n[1]\n{"text": true, "x": {"y": 1}}\n')
     run(world, source, tmp_path / "answers.jsonl")
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
     first, second, third, fourth = map(json.loads, lines)
@@ -265,6 +265,15 @@ def test_answers_to_other_rows_or_settings_are_refused(world, rows, tmp_path, ca
         line = refused(capsys, world, *arguments)
         assert "answers.csv belongs to something else" in line
     assert out.read_bytes() == before
+
+
+def test_finished_answers_are_those_of_the_dtype_that_is_asked_for(world, rows, tmp_path, capsys):
+    out = tmp_path / "answers.csv"
+    run(world, rows, out)
+    line = refused(capsys, world, rows, out, "--dtype", "bfloat16")
+    assert "answers.csv belongs to something else (dtype" in line
+    run(world, rows, out, "--dtype", "float32")
+    assert "it was finished before" in capsys.readouterr().out
 
 
 def test_a_file_that_is_no_answers_is_left_alone(world, rows, tmp_path, capsys):

@@ -17,6 +17,8 @@ from icrouting.routing.description import describe
 from icrouting.routing.features import features_of
 from icrouting.routing.router import Router
 from icrouting.routing.sources import Source, sources_of
+from icrouting.tasks.catalogue import SPECS
+from icrouting.tasks.rows import unlabelled
 from icrouting.tasks.task import Example, Task, TaskSpec
 
 LAYERS = (3, 4)
@@ -83,6 +85,37 @@ def test_rows_with_choices_of_their_own_are_known_by_letters():
     (known,) = sources_of([Task(spec, (row, row), ())], FitConfig())
     assert known.options == ("A", "B", "C")
     assert known.example == "why?\nA. so\nB. not so\nC. who knows\nAnswer (A/B/C):"
+
+
+def test_rows_with_choices_that_the_template_does_not_show_keep_all_their_letters():
+    spec = TaskSpec("quiz", "far", "{question}\nAnswer:")
+    short = Example({"question": "why?"}, ("so", "not so"), 1)
+    long = Example({"question": "why then?"}, ("so", "not so", "who knows"), 2)
+    task = Task(spec, (short, long), ())
+    (known,) = sources_of([task], FitConfig())
+    kept = Source(**known.as_kept())
+    asked = {"question": "why then?", "choices": "so|not so|who knows"}
+    assert Task(kept.spec, (), ()).options(unlabelled(asked, kept.spec)) == ("A", "B", "C")
+
+
+def test_a_source_that_shows_its_choices_is_kept_as_before():
+    row = Example({"question": "why?"}, ("so", "not so"), 1)
+    spec = TaskSpec("quiz", "far", "{question}\n{choices}\nAnswer:")
+    (shown,) = sources_of([Task(spec, (row, row), ())], FitConfig())
+    (usual,) = sources_of([tiny.task()], FitConfig())
+    assert "has_unshown_choices" not in {*shown.as_kept(), *usual.as_kept()}
+    assert shown.spec.options == ()
+
+
+def test_a_source_without_words_reads_as_the_known_task_of_its_template():
+    copa = SPECS["copa"]
+    row = Example({"question": "It rained.", "relation": "cause"}, ("So.", "Clouds."), 0)
+    old = Source("copa", copa.template, ("A", "B"), "x", 1, 1, 1, 1)
+    asked = Task(old.spec, (), ()).question(row)
+    assert asked == Task(copa, (), ()).question(row)
+    assert "What was the cause of this?" in asked
+    assert "words" not in old.as_kept()
+    assert Source("mine", copa.template, ("A", "B"), "x", 1, 1, 1, 1).spec.words == {}
 
 
 def test_a_router_of_an_earlier_version_loads_and_is_saved_as_it_was(saved_router, tmp_path):

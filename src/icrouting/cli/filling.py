@@ -1,11 +1,10 @@
 """Filling: the prompt that `icr generate` and `icr inspect` look at, typed or made of fields."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from icrouting.routing.sources import Source
 from icrouting.runtime.checks import known
-from icrouting.tasks.catalogue import SPECS
 from icrouting.tasks.chat import Messages, conversation
 from icrouting.tasks.rows import parse_choices
 from icrouting.tasks.task import Example, Task, TaskSpec
@@ -53,7 +52,7 @@ def filled(
         raise ValueError(
             f"{source.name} was fitted on plain prompts: leave --chat out, or type the prompt"
         )
-    spec = _spec_of(source)
+    spec = source.spec
     needs_choices = not spec.options
     texts = _texts_by_slot(fields, spec, needs_choices)
     choices = parse_choices(texts.pop("choices")) if needs_choices else ()
@@ -79,15 +78,6 @@ def _source_of(name: str | None, sources: Sequence[Source] | None) -> Source:
             f"the router was fitted on {', '.join(source_by_name)}: name one of them with --task"
         )
     return sources[0]
-
-
-def _spec_of(source: Source) -> TaskSpec:
-    """Returns how a source reads, with the words of a known task where the router keeps none."""
-    spec = source.spec
-    usual = SPECS.get(source.name)
-    if not spec.words and usual is not None and usual.template == source.template:
-        spec = replace(spec, words=usual.words)
-    return spec
 
 
 def _texts_by_slot(fields: Sequence[str], spec: TaskSpec, needs_choices: bool) -> dict[str, str]:

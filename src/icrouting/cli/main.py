@@ -300,7 +300,8 @@ def predict(
         rows: CSV, TSV, JSONL or parquet file with the template's columns; no label is needed.
         out: The answers, as .csv, .tsv or .jsonl: all columns of the rows, and three more.
         model: The model below.
-        task: Which task's template makes prompts of the rows, where there are several.
+        task: Which task's template makes prompts of the rows, where there are several; a task file
+            where an earlier version saved the artifact, which then knows none.
         gate: Whether the router's gate may leave prompts to the base model (--no-gate: route all).
         prefix: Stands before the names of the three columns, where the rows have one of such a
             name.

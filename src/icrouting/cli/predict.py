@@ -25,6 +25,7 @@ from icrouting.runtime.progress import spinner, track_lines
 from icrouting.tasks.rows import unlabelled_fields
 from icrouting.tasks.streams import KINDS, Row, Table
 from icrouting.tasks.task import Task, TaskSpec, rows_digest, spec_among
+from icrouting.tasks.taskfile import read_task_spec
 
 # Rows that are sorted by length, and kept by a kill, together.
 WINDOW = 512
@@ -76,7 +77,7 @@ def predict(
     if writer_kind not in KINDS:
         raise ValueError(f"--out must end in one of {', '.join(KINDS)}, got {out}")
     known = _artifact(artifact, model, gate=gate)
-    spec = spec_among(task, known.specs)
+    spec = _spec(task, known.specs)
     with spinner(f"reading {rows}"):
         table = Table(rows, tuple(unlabelled_fields(spec)))
         n_rows, headings = table.survey()
@@ -90,6 +91,9 @@ def predict(
             "added": " ".join(added),
         }
     answers = AppendedFile(out, about)
+    if known.model.dtype != "auto":
+        # Of finished answers no model is loaded, which would say its dtype.
+        answers.check({"dtype": known.model.dtype})
     if answers.progress.is_finished:
         _say_summary(answers, spec, None)
         return
@@ -107,7 +111,7 @@ def predict(
             answers.append(writer.heading(), 0, {})
         windows = _windows(islice(table.rows(), n_before, None))
         for window in track_lines(windows, "predict", len, "rows", n_rows, n_before):
-            predictions = _answered(attached, spec, window)
+            predictions = _answered(attached, spec, table, window)
             piece = b"".join(map(writer.line, window, predictions))
             answers.append(piece, len(window), _counted(answers.progress.counts, predictions))
         answers.finish()
@@ -138,6 +142,13 @@ def _artifact(name: str, model: Backbone, *, gate: bool) -> Artifact:
     )
 
 
+def _spec(task: str | None, specs: list[TaskSpec]) -> TaskSpec:
+    """Returns how the rows read; where the artifact knows no task, a task file may say it."""
+    if task is not None and task.endswith(".toml") and not specs:
+        return read_task_spec(Path(task))
+    return spec_among(task, specs)
+
+
 def _digest(file: Path) -> str:
     # Either file holds the digest of the weights beside it.
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
@@ -165,9 +176,11 @@ def _windows(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield window
 
 
-def _answered(attached: Predictor, spec: TaskSpec, window: Sequence[Row]) -> list[Prediction]:
+def _answered(
+    attached: Predictor, spec: TaskSpec, table: Table, window: Sequence[Row]
+) -> list[Prediction]:
     """Returns the predictions of a window's rows; those that could not be read have none."""
-    good = [row.cells for row in window if not row.problem]
+    good = [table.asked(row) for row in window if not row.problem]
     answers = iter(attached.predict(good, spec))
     predictions = []
     for row in window:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import tokenize
 from icrouting.routing.encoder import query_texts
+from icrouting.tasks.catalogue import SPECS
 from icrouting.tasks.chat import Chat, Messages, conversation
 from icrouting.tasks.task import LabelScoring, Task, TaskSpec
 
@@ -47,6 +48,7 @@ class Source:
         words: replacements of columns' values before the template is filled (`TaskSpec.words`).
         label_scoring: how its options are scored.
         n_judged: validation rows that chose the router that was kept, if any did.
+        has_unshown_choices: whether each row brings choices that the template does not show.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Source:
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     label_scoring: LabelScoring = "first"
     n_judged: NonNegativeInt = 0
+    has_unshown_choices: bool = False
 
     @property
     def prompt(self) -> str | Messages:
@@ -77,15 +80,22 @@ class Source:
             "far",
             self.template,
             self.options,
-            self.words,
+            self._whole_words(),
             label_scoring=self.label_scoring,
             chat=self.chat,
             system=self.system,
         )
-        # Rows that bring their choices are shown by letters, which are made of the choices.
-        if spec.shows_choices:
+        # The letters of rows that bring their choices are made of the choices.
+        if spec.shows_choices or self.has_unshown_choices:
             spec = replace(spec, options=())
         return spec
+
+    def _whole_words(self) -> Mapping[str, Mapping[str, str]]:
+        """Returns its words; those of a known task where an earlier version kept none."""
+        usual = SPECS.get(self.name)
+        if not self.words and usual is not None and usual.template == self.template:
+            return usual.words
+        return self.words
 
     def as_kept(self) -> dict[str, Any]:
         """Returns what an artifact's config.json holds of it."""
@@ -172,6 +182,7 @@ def sources_of(
             words={name: dict(texts) for name, texts in task.spec.words.items()},
             label_scoring=task.spec.label_scoring,
             n_judged=n_judged[task.name] if n_judged else 0,
+            has_unshown_choices=not task.spec.options and not task.spec.shows_choices,
         )
         sources.append(source)
     return tuple(sources)

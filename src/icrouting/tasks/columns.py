@@ -35,6 +35,11 @@ def with_texts(lines: Sequence[Line], names: Sequence[str]) -> list[Line]:
     return changed
 
 
+def number_as_text(value: object) -> object:
+    """Returns a finite number as a text, and all else as it is."""
+    return str(value) if _is_number(value) else value
+
+
 def _is_number(value: object) -> bool:
     """Whether a value is a finite number; in Python true and false are integers too."""
     if isinstance(value, bool) or not isinstance(value, int | float):

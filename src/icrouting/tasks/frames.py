@@ -48,7 +48,7 @@ def memory_lines(rows: Any, needed: Sequence[str], name: str) -> list[tuple[str,
         place = f"{name}[{number}]"
         if not isinstance(row, Mapping):
             raise ValueError(f"{place}: expected a dict of columns, got {row!r:.100}")
-        lines.append((place, {str(column): _plain(value) for column, value in row.items()}))
+        lines.append((place, {str(column): plain(value) for column, value in row.items()}))
     return lines
 
 
@@ -103,7 +103,7 @@ def check_headings(headings: Sequence[str], needed: Sequence[str], name: str) ->
         )
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """Returns a value as JSON has it: a whole number is an integer, an array a list."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()

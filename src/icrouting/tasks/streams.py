@@ -4,12 +4,13 @@ import csv
 import hashlib
 import io
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icrouting.tasks import frames
+from icrouting.tasks import columns, frames
 from icrouting.tasks.rows import DELIMITERS, unlabelled_fields
 from icrouting.tasks.task import TaskSpec
 
@@ -106,6 +107,13 @@ class Table:
         except OSError as error:
             raise ValueError(f"cannot read {self.path}: {error.strerror or error}") from error
 
+    def asked(self, row: Row) -> dict[str, Any]:
+        """Returns a row's cells with its numbers as the texts that a fit makes of them."""
+        # Of JSON a fit takes a number as it is written.
+        if self.path.suffix.lower() != ".parquet":
+            return _with_texts(row.cells, self.needed)
+        return _with_texts(_plain(row.cells), self.needed)
+
     def digest(self) -> str:
         """Returns the sha256 of the file, which is read once for it."""
         with self.path.open("rb") as file:
@@ -142,19 +150,57 @@ class Table:
     def _table_rows(self) -> Iterator[Row]:
         csv.field_size_limit(_LONGEST_CELL)
         with self._opened() as file:
-            reader = csv.reader(file, strict=True, delimiter=self.delimiter())
-            headings = next(reader, [])
+            lines = _Lines(file)
+            reader = csv.reader(lines, strict=True, delimiter=self.delimiter())
+            try:
+                headings = next(reader, [])
+            except csv.Error as error:
+                raise ValueError(f"{self.path}: its heading is not CSV: {error}") from error
             while True:
+                lines.begin_row()
                 try:
                     values = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield Row(f"{self.path.name}:{reader.line_num}", {}, f"not CSV: {error}")
+                    lines.give_back_all_but_first()
+                    yield Row(f"{self.path.name}:{lines.n_read}", {}, f"not CSV: {error}")
                     continue
                 # An empty line is no row.
                 if values:
-                    yield _row_of(f"{self.path.name}:{reader.line_num}", headings, values)
+                    yield _row_of(f"{self.path.name}:{lines.n_read}", headings, values)
+
+
+class _Lines:
+    """The lines of a table, of which those that a row took wrongly can be read again.
+
+    A quote that nothing closes takes all lines up to the next one, or to the file's end.
+    """
+
+    def __init__(self, file: Iterator[str]):
+        self._file = file
+        self._returned: deque[str] = deque()
+        self._of_row: list[str] = []
+        self.n_read = 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._returned.popleft() if self._returned else next(self._file)
+        self._of_row.append(line)
+        self.n_read += 1
+        return line
+
+    def begin_row(self) -> None:
+        """Says that the lines to come are another row's."""
+        self._of_row = []
+
+    def give_back_all_but_first(self) -> None:
+        """Has the lines of this row be read again, but for its first."""
+        rest = self._of_row[1:]
+        self._returned.extendleft(reversed(rest))
+        self.n_read -= len(rest)
 
 
 def _row_of(place: str, headings: Sequence[str], values: Sequence[str]) -> Row:
@@ -163,6 +209,16 @@ def _row_of(place: str, headings: Sequence[str], values: Sequence[str]) -> Row:
     if len(values) > len(headings):
         return Row(place, cells, f"{len(values)} cells, the heading has {len(headings)}")
     return Row(place, cells)
+
+
+def _plain(cells: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {name: frames.plain(value) for name, value in cells.items()}
+
+
+def _with_texts(cells: Mapping[Any, Any], names: Sequence[str]) -> dict[Any, Any]:
+    """Returns cells in which the numbers of some columns are texts."""
+    texts = {name: columns.number_as_text(cells[name]) for name in names if name in cells}
+    return {**cells, **texts}
 
 
 def _lines(file: io.TextIOWrapper) -> Iterator[str]:
@@ -193,7 +249,10 @@ def rows_of(rows: Any, spec: TaskSpec) -> list[object]:
         path = Path(rows)
         table = Table(path, needed)
         table.survey()
-        return [row.problem or row.cells for row in table.rows()]
-    if isinstance(rows, Sequence):
-        return [dict(row) if isinstance(row, Mapping) else row for row in rows]
-    return [row for _, row in frames.memory_lines(rows, needed, "rows")]
+        return [row.problem or table.asked(row) for row in table.rows()]
+    entries = rows
+    if not isinstance(rows, Sequence):
+        entries = [row for _, row in frames.memory_lines(rows, needed, "rows")]
+    return [
+        _with_texts(_plain(row), needed) if isinstance(row, Mapping) else row for row in entries
+    ]

@@ -379,7 +379,7 @@ def spec_among(task: "str | Task | TaskSpec | None", specs: Sequence[TaskSpec]) 
     if not specs:
         raise ValueError(
             "it is not known here how rows become prompts, as an earlier version saved this: give "
-            "the task or its spec"
+            "the task or its spec, and to `icr predict` a task file: --task my-task.toml"
         )
     if task is None and len(specs) > 1:
         raise ValueError(f"say which task's template makes prompts of the rows: one of {names}")

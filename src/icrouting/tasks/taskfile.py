@@ -66,20 +66,8 @@ def read_task_file(path: Path) -> Task:
     Raises:
         ValueError: it is malformed (key and line are named), or a row does not fit.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        values = tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"cannot read the task file {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not TOML: {error}") from error
-    try:
-        file = _parsed(values)
-    except _Mistake as mistake:
-        line = _line_of(mistake.key, text)
-        raise ValueError(f"{path}:{line}: key {mistake.key!r} {mistake}") from mistake
-    name = path.stem if file.name is None else file.name
-    spec = _spec_of(file, name, file.group)
+    file = _read(path)
+    spec = _spec_in(path, file)
     splits = file.splits
     if "rows" in splits:
         rows = read_rows(path.parent / splits["rows"], spec, file.labels, file.label)
@@ -89,6 +77,36 @@ def read_task_file(path: Path) -> Task:
         train = read_rows(path.parent / splits["train"], spec, file.labels, file.label)
         test = read_rows(path.parent / splits["test"], spec, file.labels, file.label)
     return make_task(spec, train, test)
+
+
+def read_task_spec(path: Path) -> TaskSpec:
+    """Returns how the task of a TOML file reads; its rows need not be there.
+
+    Raises:
+        ValueError: it is malformed (key and line are named).
+    """
+    return _spec_in(path, _read(path))
+
+
+def _read(path: Path) -> _TaskFile:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        values = tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"cannot read the task file {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    try:
+        return _parsed(values)
+    except _Mistake as mistake:
+        line = _line_of(mistake.key, text)
+        raise ValueError(f"{path}:{line}: key {mistake.key!r} {mistake}") from mistake
+
+
+def _spec_in(path: Path, file: _TaskFile) -> TaskSpec:
+    """Returns the spec of a task file, which may have its name."""
+    name = path.stem if file.name is None else file.name
+    return _spec_of(file, name, file.group)
 
 
 def checked_spec(
