@@ -299,6 +299,13 @@ class Task:
         _ = rendering.frame()
         return replace(self, rendering=rendering)
 
+    def teaches_like(self, other: "Task") -> bool:
+        """Returns whether a method learns the same from both: they may be tested on other rows."""
+        if self is other:
+            return True
+        taught = (self.spec, self.train, self.validation)
+        return taught == (other.spec, other.train, other.validation)
+
     def in_chat(self) -> "Task":
         """Returns this task with its prompts as chats."""
         return replace(self, spec=replace(self.spec, chat=True))
