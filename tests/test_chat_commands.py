@@ -13,6 +13,7 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.evaluation import runs
 from icrouting.evaluation.config import EvalConfig
 from icrouting.icr import InContextRouter
+from icrouting.tasks.load import load_task
 from test_chat import CHATML, speaking
 
 pytestmark = pytest.mark.slow
@@ -94,7 +95,8 @@ def test_a_router_s_sources_are_read_as_it_learned_from_them(chat_world):
     for folder, is_chat in (("chat-router", True), ("router", False)):
         icr = InContextRouter.from_pretrained(chat_world / folder)
         config = EvalConfig(data=str(chat_world / "data"), tasks=("mr",))
-        tasks, (source,) = _load_tasks(config, icr, reads_sources=True)
+        read_tasks = {"mr": load_task("mr", chat_world / "data")}
+        tasks, (source,) = _load_tasks(config, read_tasks, icr, reads_sources=True)
         assert (tasks[0].spec.chat, source.spec.chat) == (False, is_chat)
 
 

@@ -160,6 +160,16 @@ def sources_of(tasks: Sequence[Task], fit: FitConfig) -> tuple[Source, ...]:
     return tuple(sources)
 
 
+def as_learned(task: Task, sources: Sequence[Source]) -> Task:
+    """Returns a task as a chat or not, as the source of its name was; other tasks as they are."""
+    for source in sources:
+        form = (source.chat, source.system)
+        if source.name == task.name and form != (task.spec.chat, task.spec.system):
+            spec = replace(task.spec, chat=source.chat, system=source.system)
+            return replace(task, spec=spec, rendering=None)
+    return task
+
+
 def read_otherwise(sources: Sequence[Source], tasks: Sequence[Task]) -> list[str]:
     """Returns a line for each task that reads otherwise than the source of its name did.
 
