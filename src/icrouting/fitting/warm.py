@@ -158,6 +158,7 @@ class Start:
             tasks={**old.tasks, **new.tasks},
             sources=sources,
             rows=self.rows_digest(trained),
+            chat_template=new.chat_template or old.chat_template,
             origin=Origin(
                 weights=self.digest,
                 taken={name: old.n_taken(name) for name in old.tasks},

@@ -431,6 +431,11 @@ def template_digest(tasks: Sequence[Task]) -> str | None:
     """
     for task in tasks:
         if task.spec.chat:
-            template = repr(task.chat.tokenizer.chat_template)
-            return hashlib.sha256(template.encode()).hexdigest()[:16]
+            return digest_of_template(task.chat.tokenizer)
     return None
+
+
+def digest_of_template(tokenizer: Any) -> str:
+    """Returns 16 hex digits that identify a tokenizer's chat template."""
+    template = repr(tokenizer.chat_template)
+    return hashlib.sha256(template.encode()).hexdigest()[:16]
