@@ -161,7 +161,7 @@ def score(model, tokenizer, icr, task, indices, runs, spreads):
         texts.append(text)
         ids_by_row.append(option_ids(tokenizer, text, task.options(example)))
     token_lists = tokenize(tokenizer, texts)
-    with icr.attached(model, tokenizer) as routed:
+    with icr.attached(model, tokenizer, gate=False) as routed:
         routing = routed.routing(texts)
     states = run_trunk(Decoder.of(model, tokenizer), token_lists, first_layer)
     option_logits = {}

@@ -368,6 +368,25 @@ def test_a_router_of_chats_does_not_warn_of_its_own_prompts(icr, llama):
     assert warned_of(icr, llama, [conversation(question) for question in questions]) == []
 
 
+def test_a_router_of_chats_warns_of_another_chat_template(icr, llama, tmp_path):
+    icr.save_pretrained(tmp_path)
+    loaded = InContextRouter.from_pretrained(tmp_path)
+    assert loaded == icr
+    said = pytest.warns(UserWarning, match="chat template is another one")
+    with said, loaded.attached(llama, speaking(SPACED)):
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with loaded.attached(llama, speaking()):
+            pass
+    # An earlier version kept no template.
+    unsaid = dataclasses.replace(icr.description, chat_template=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with dataclasses.replace(icr, description=unsaid).attached(llama, speaking(SPACED)):
+            pass
+
+
 def test_a_router_of_chats_warns_of_the_same_text_without_the_chat(icr, llama):
     question = tiny.task().prompt(tiny.task().test[0])
     (message,) = warned_of(icr, llama, [question])
@@ -418,6 +437,7 @@ def test_a_fit_does_not_go_on_with_another_chat_template(llama, tmp_path, caplog
     InContextRouter.fit(llama, speaking(), [task], CONFIG, folder=tmp_path)
     InContextRouter.fit(llama, speaking(THINKING), [task], CONFIG, folder=tmp_path)
     assert "chat_template was" in caplog.text
+    assert "it is set aside" in caplog.text
     assert (tmp_path / "former-1" / "training.safetensors").exists()
 
 

@@ -96,6 +96,34 @@ def test_a_task_that_reads_otherwise_than_its_source_is_named_with_both():
     assert read_otherwise(sources, [dataclasses.replace(task, spec=unseen)]) == []
 
 
+@pytest.mark.parametrize(
+    ("learned", "asked", "said"),
+    [
+        ({}, {"chat": True}, "plain prompts, not chats"),
+        ({"chat": True}, {}, "chats, not plain prompts"),
+        ({"chat": True}, {"chat": True, "system": "Judge."}, "the system turn '', not 'Judge.'"),
+        ({"words": {"text": {"a": "b"}}}, {}, "the words {'text': {'a': 'b'}}, not {}"),
+        ({}, {"label_scoring": "sum"}, "label_scoring 'first', not 'sum'"),
+    ],
+    ids=str,
+)
+def test_whatever_reads_otherwise_than_its_source_is_named(learned, asked, said):
+    task = tiny.task()
+    one = dataclasses.replace(task, spec=dataclasses.replace(task.spec, **learned))
+    other = dataclasses.replace(task, spec=dataclasses.replace(task.spec, **asked))
+    sources = sources_of([one], FitConfig())
+    assert read_otherwise(sources, [one]) == []
+    (line,) = read_otherwise(sources, [other])
+    assert line == f"toy was fitted on {said}"
+
+
+def test_words_of_a_source_that_kept_none_are_not_missed():
+    task = tiny.task()
+    sources = sources_of([task], FitConfig())
+    spec = dataclasses.replace(task.spec, words={"text": {"a": "b"}})
+    assert read_otherwise(sources, [dataclasses.replace(task, spec=spec)]) == []
+
+
 def test_inspect_shows_the_filled_prompt_as_it_shows_the_same_one_typed(world, tmp_path):
     asked = ["inspect", "--router", str(world / "router"), "--out", str(tmp_path / "page.html")]
     main.main([*asked, "--fields", "text=joy"])

@@ -18,6 +18,7 @@ from icrouting.evaluation.evaluate import Evaluation
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, make
 from icrouting.methods.saved import load_method, save_method
+from test_chat import speaking
 
 TASK = tiny.task("toy", n_test=30)
 FIRST = 3
@@ -225,6 +226,15 @@ def test_what_is_taken_up_anew_is_what_counts(settings, model, tokenizer, tmp_pa
     method.fit(model, tokenizer, [again], np.random.default_rng(1), file)
     rows = [state[None] for state in last_states(model, tokenizer, MIXED)]
     assert torch.equal(method._distances(torch.cat(rows)), other._distances(torch.cat(rows)))
+
+
+def test_the_gate_reads_rows_as_the_router_learned_from_them(settings, model):
+    speaker = speaking()
+    (plain,) = make(["icr-gated"], settings)
+    fit_method(plain, model, speaker, [TASK])
+    (asked_in_chats,) = make(["icr-gated"], settings)
+    fit_method(asked_in_chats, model, speaker, [TASK.in_chat()])
+    assert torch.equal(asked_in_chats.known, plain.known)
 
 
 @pytest.mark.parametrize("outer", ["icr", "icr-gated"])

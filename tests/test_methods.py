@@ -1,6 +1,7 @@
 """What the methods promise, over the family table (the laws of their papers' readers)."""
 
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -564,3 +565,42 @@ def test_vectors_are_added_in_float32_and_rounded_once():
     assert found.dtype == torch.bfloat16
     assert found.tolist() == [[258.0, 256.0, 260.0]] * 2
     assert added(states, vectors.expand(2, 3)).equal(found)
+
+
+def flipped(task):
+    """The same task, whose rows bear the other label each."""
+    turned = replace(task, train=tuple(replace(row, label=1 - row.label) for row in task.train))
+    validation = tuple(replace(row, label=1 - row.label) for row in task.validation)
+    return replace(turned, validation=validation)
+
+
+def test_two_tasks_of_one_name_have_a_fit_each(tokenizer, tmp_path):
+    turned = flipped(TASK)
+    (method,) = make(["probe-hidden"], Settings(tries=1))
+    model = tiny.model("llama")
+    method.fit(model, tokenizer, [], np.random.default_rng(0), tmp_path / "fit.safetensors")
+    assert method.on(TASK).sources == [TASK]
+    assert method.on(turned).sources == [turned]
+    # Of rows to test on, nothing is learned.
+    assert method.on(replace(TASK, test=())) is method.on(TASK)
+    (later,) = make(["probe-hidden"], Settings(tries=1))
+    later.fit(model, tokenizer, [], np.random.default_rng(0), tmp_path / "fit.safetensors")
+    with pytest.raises(ValueError, match="rows="):
+        later.on(turned)
+
+
+def test_two_tasks_of_one_name_have_demonstrations_each(tokenizer):
+    (method,) = make(["few-shot"], Settings(demos_per_class=1))
+    method.fit(tiny.model("llama"), tokenizer, [], np.random.default_rng(0))
+    prompts = [method.prompt(task, TASK.test[0]).text for task in (TASK, flipped(TASK))]
+    assert prompts[0] != prompts[1]
+
+
+def test_two_templates_of_one_name_are_calibrated_each(tokenizer):
+    other = replace(TASK, spec=replace(TASK.spec, template="{text}\nIs it any good?"))
+    levels = []
+    for tasks in ([TASK, other], [other]):
+        (calibration,) = make(["calibration"], Settings())
+        calibration.fit(tiny.model("llama"), tokenizer, [], np.random.default_rng(0))
+        levels.append([calibration._level(task, TASK.test[0]) for task in tasks])
+    assert torch.equal(levels[0][1], levels[1][0])

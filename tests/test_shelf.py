@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import tiny
 from icrouting.config import HIDDEN, FitConfig
@@ -113,6 +114,19 @@ def test_another_model_or_dtype_finds_nothing(model, tokenizer, tmp_path):
         after = places(other, tokenizer, tmp_path)
         assert before[0] != after[0]
         assert before[1] != after[1]
+
+
+def test_another_tokenizer_of_the_same_vocabulary_finds_nothing(model, tokenizer, tmp_path):
+    before = places(model, tokenizer, tmp_path)
+    beginning = tiny.tokenizer()
+    beginning._tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 0)]
+    )
+    after = places(model, beginning, tmp_path)
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+    # Loaded anew it is the same one.
+    assert places(model, tiny.tokenizer(), tmp_path) == before
 
 
 def test_another_rank_extracts_and_runs_the_trunk_once_and_fits_the_same_router(

@@ -219,6 +219,13 @@ def test_a_known_name_with_another_template_is_refused(old, model, tokenizer):
         go_on(old, model, tokenizer, tasks=[renamed], keep=3)
 
 
+def test_a_known_name_that_is_scored_otherwise_is_refused(old, model, tokenizer):
+    task = tiny.task("old task")
+    summed = dataclasses.replace(task, spec=dataclasses.replace(task.spec, label_scoring="sum"))
+    with pytest.raises(ValueError, match="label_scoring 'first', not 'sum'"):
+        go_on(old, model, tokenizer, tasks=[summed, NEW], keep=3)
+
+
 def test_a_warm_start_that_was_stopped_goes_on_to_the_same_router(
     old, model, tokenizer, tmp_path, monkeypatch
 ):

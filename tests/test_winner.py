@@ -1,6 +1,7 @@
 """What a comparison saves of its winner answers as it did."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,8 @@ from icrouting.evaluation.predictor import Predictor
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, make
 from icrouting.methods.saved import load_method
+from icrouting.tasks.task import NamedPrompt
+from test_chat import speaking
 
 TASK = tiny.task("tickets")
 ROWS = [dict(example.fields) for example in TASK.test]
@@ -72,6 +75,32 @@ def test_what_learns_nothing_leaves_its_prompt(model, tokenizer, tmp_path):
     assert note["template"] == TASK.spec.template
     assert note["context"] + TASK.prompt(TASK.test[0]) == method.prompt(TASK, TASK.test[0]).text
     assert note["context"].count("Review:") == 4
+
+
+def note_of(model, tokenizer, name, task):
+    (method,) = make([name], Settings())
+    method = fit_method(method, model, tokenizer, [task])
+    return method, winner._note(method, task.bound_to(tokenizer))
+
+
+def test_a_prompt_of_ones_own_is_noted_as_it_asks(model, tokenizer):
+    prompt = NamedPrompt("prod", "You rate films. Film: {text}\nVerdict:")
+    spec = replace(TASK.spec, prompts=(prompt,), label_scoring="sum")
+    task = replace(TASK, spec=spec)
+    method, note = note_of(model, tokenizer, "prompt:prod", task)
+    example = task.test[0]
+    asked = note["context"] + note["template"].format(**example.fields)
+    assert asked == method.prompt(task, example).text
+    assert note["label_scoring"] == "sum"
+
+
+def test_the_note_says_how_a_chat_is_asked(model):
+    prompt = NamedPrompt("prod", "Film: {text}", chat=True, system="Rate films.")
+    task = replace(TASK, spec=replace(TASK.spec, prompts=(prompt,)))
+    _, note = note_of(model, speaking(), "prompt:prod", task)
+    assert (note["chat"], note["system"]) == (True, "Rate films.")
+    _, plain_note = note_of(model, speaking(), "zero-shot", task)
+    assert (plain_note["chat"], plain_note["system"]) == (False, "")
 
 
 def test_a_later_winner_takes_the_place_of_an_earlier_one(model, tokenizer, tmp_path):

@@ -1,6 +1,7 @@
 """InContextRouter: fit once on a few tasks, attach to the same model on any task."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from icrouting.routing.routed import Routed
 from icrouting.routing.router import Router
 from icrouting.routing.sources import FormWatch
 from icrouting.runtime.showing import in_short, ranges
-from icrouting.tasks.task import Task
+from icrouting.tasks.task import Task, digest_of_template
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +228,13 @@ class InContextRouter(ModelHubMixin):
         prompt_gate = self._gate_asked_for(gate)
         reader = self.reader(decoder, strength=strength, gate=prompt_gate)
         sources = self.description.sources
+        if not self.has_template_of(decoder.tokenizer):
+            warnings.warn(
+                "this tokenizer's chat template is another one than the router was fitted by: what "
+                "routing does to its prompts was not learned and may do harm; load the tokenizer "
+                "that it was fitted with, or set its `chat_template`",
+                stacklevel=4,
+            )
         if sources:
             reader = replace(reader, forms=FormWatch(sources, decoder.tokenizer))
         with self.attached_by(reader, strength=strength) as routed:
@@ -291,6 +299,14 @@ class InContextRouter(ModelHubMixin):
         """
         fitted = self.description
         decoder.check_fitted_on(what, fitted.base_model, fitted.fingerprint, fitted.base_weights)
+
+    def has_template_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Returns whether a tokenizer words chats as those that the router was fitted on.
+
+        It does where there were none, or an earlier version fitted the router, which kept nothing.
+        """
+        expected = self.description.chat_template
+        return expected in (None, digest_of_template(tokenizer))
 
     def digest(self) -> str:
         """Returns 16 hex digits that identify the router's weights, without its gate's."""

@@ -30,7 +30,7 @@ from icrouting.report.calibrated import Way
 from icrouting.report.run import Run
 from icrouting.routing.card import with_results
 from icrouting.routing.features import sentence_encoder
-from icrouting.routing.sources import read_otherwise
+from icrouting.routing.sources import as_learned, read_otherwise
 from icrouting.runtime.processes import first_one_first, is_first
 from icrouting.runtime.progress import spinner
 from icrouting.runtime.storage import save_text
@@ -176,7 +176,7 @@ def _sources_of_router(
     others = [name for name in names if name not in tasks_by_name]
     try:
         loaded = load_tasks(others, config.data, chat=config.chat)
-        loaded = [_as_learned(task, icr) for task in loaded]
+        loaded = [as_learned(task, icr.description.sources or ()) for task in loaded]
     except ValueError as error:
         raise ValueError(
             f"the router was fitted on {', '.join(names)}, and a method here reads their rows "
@@ -184,15 +184,6 @@ def _sources_of_router(
         ) from error
     tasks_by_name |= {task.name: task for task in loaded}
     return [tasks_by_name[name] for name in names]
-
-
-def _as_learned(task: Task, icr: InContextRouter) -> Task:
-    """Returns a source task as a chat or not, as the router learned from it."""
-    for source in icr.description.sources or ():
-        if source.name == task.name:
-            spec = replace(task.spec, chat=source.chat, system=source.system)
-            return replace(task, spec=spec)
-    return task
 
 
 def _source_names(

@@ -115,6 +115,11 @@ def _fit(
                 "takes up what they have in common"
             )
         icr.check_fitted_on(Decoder.of(base, tokenizer), f"the router in {out}")
+        if not icr.has_template_of(tokenizer):
+            raise ValueError(
+                f"{out} holds a router that was fitted by another chat template than this "
+                "tokenizer's: choose another folder with --out"
+            )
         message = f"{out} holds this router already, {_gate_of(icr)}"
     else:
         decoder = Decoder.of(base, tokenizer, token_budget).unwrapped()

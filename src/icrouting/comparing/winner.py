@@ -9,6 +9,7 @@ from icrouting.comparing.ladder import ICR
 from icrouting.decoder.scoring import score
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Method
+from icrouting.methods.named_prompts import UserPrompt
 from icrouting.methods.saved import save_method
 from icrouting.runtime.storage import save_json
 from icrouting.tasks.task import Example, Task
@@ -17,6 +18,10 @@ from icrouting.tasks.task import Example, Task
 NOTE = "winner.json"
 _NOTHING_LEARNED = (
     "nothing was learned: ask the model the template behind the context, and score the options"
+)
+_IN_A_CHAT = (
+    "; the template is the user's turn, as the tokenizer's chat template writes it behind the "
+    "system turn, and a context has been through the chat template already"
 )
 
 
@@ -56,9 +61,16 @@ def _note(method: Method, task: Task) -> dict[str, Any]:
         holds = "a router: InContextRouter.from_pretrained(this folder).attached(model, tokenizer)"
     elif method.tensors():
         holds = "what was learned: load_method(this folder, model, tokenizer)"
-    spec = task.spec
-    # Prompts of one task and seed have one context.
-    context = method.prompt(task, task.test[0]).context
+    if isinstance(method, UserPrompt):
+        spec = method.asked(task).spec
+        # What is read once for all examples is a part of the template.
+        context = ""
+    else:
+        spec = task.spec
+        # Prompts of one task and seed have one context.
+        context = method.prompt(task, task.test[0]).context
+    if spec.chat and holds == _NOTHING_LEARNED:
+        holds += _IN_A_CHAT
     return {
         "method": method.name,
         "holds": holds,
@@ -69,6 +81,9 @@ def _note(method: Method, task: Task) -> dict[str, Any]:
         "options": list(spec.options),
         "words": {field: dict(texts) for field, texts in spec.words.items()},
         "context": context,
+        "label_scoring": spec.label_scoring,
+        "chat": spec.chat,
+        "system": spec.system,
     }
 
 

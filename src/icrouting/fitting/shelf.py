@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from icrouting.config import FitConfig
+from icrouting.decoder.batches import tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting.extraction import MOMENTS_FILE
 from icrouting.fitting.pca import QKMoments
@@ -31,6 +32,8 @@ EXTRACTION = "extraction"
 TRUNK = "trunk"
 STAGE_FILE = "stage.json"
 N_DIGITS = 16
+# Training rows of a task that are tokenized to know the tokenizer by.
+N_READ = 200
 # The settings of a fit that the extraction depends on, beside model, layers and rows.
 EXTRACTION_SETTINGS = ("n_prompts", "demos_per_class", "queries_per_context", "skip_nan", "seed")
 # Those that the trunk depends on.
@@ -76,6 +79,7 @@ class Shelf:
             "model": decoder.fingerprint,
             "dtype": str(decoder.model.dtype),
             "context_length": decoder.context_length,
+            "tokens": _digest_of_tokens(decoder, tasks),
         }
         values = vars(config)
         extraction = {**common, "rows": _digest_of_rows(tasks), "layers": list(layers)}
@@ -183,6 +187,20 @@ def _pids_file(folder: Path, config: FitConfig) -> Path:
 def _digest(settings: dict[str, object]) -> str:
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:N_DIGITS]
+
+
+def _digest_of_tokens(decoder: Decoder, tasks: Sequence[Task]) -> str:
+    """Returns digits that identify how a tokenizer reads tasks, by their first training rows.
+
+    Tokenizers of one vocabulary may put other tokens before a text, or part its words otherwise.
+    """
+    texts = []
+    for task in tasks:
+        for row in task.train[:N_READ]:
+            prompt = task.prompt(row)
+            texts += [prompt, prompt + task.joint + task.answer(row)]
+    token_lists = tokenize(decoder.tokenizer, texts)
+    return hashlib.sha256(json.dumps(token_lists).encode()).hexdigest()[:N_DIGITS]
 
 
 def _digest_of_rows(tasks: Sequence[Task]) -> str:

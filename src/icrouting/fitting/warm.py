@@ -123,18 +123,11 @@ class Start:
     def _check_form(self, task: Task) -> None:
         """Checks that a task of a known name is the known one; earlier versions kept no form."""
         for source in self.description.sources or ():
-            is_of_form = source.template == task.spec.template
-            chat = (task.spec.chat, task.spec.system)
-            is_of_form = is_of_form and (source.chat, source.system) == chat
-            # Letters are as many as the choices of a row.
-            if task.spec.options:
-                is_of_form = is_of_form and source.options == tuple(task.spec.options)
-            if source.name == task.name and not is_of_form:
+            differences = source.differences(task.spec) if source.name == task.name else []
+            if differences:
                 raise ValueError(
-                    f"the router to start from learned {task.name!r} from prompts that read "
-                    f"{source.template!r} with answers {list(source.options)}, here they read "
-                    f"{task.spec.template!r} with {list(task.spec.options)}: give one of the two "
-                    "another name"
+                    f"the router to start from learned {task.name!r} from "
+                    f"{'; from '.join(differences)}: give one of the two another name"
                 )
 
     def check_features(self, features: Features) -> None:
@@ -176,6 +169,7 @@ class Start:
             tasks={**old.tasks, **new.tasks},
             sources=sources,
             rows=self.rows_digest(trained),
+            chat_template=new.chat_template or old.chat_template,
             origin=Origin(
                 weights=self.digest,
                 taken={name: old.n_taken(name) for name in old.tasks},

@@ -28,7 +28,7 @@ from icrouting.runtime.defaults import usual_defaults
 from icrouting.tasks.chat import Messages
 from icrouting.tasks.prompts import Prompt, zero_shot
 from icrouting.tasks.streams import rows_of
-from icrouting.tasks.task import Example, Task, TaskSpec
+from icrouting.tasks.task import Example, Task, TaskSpec, rows_digest
 
 Scores = Float[Tensor, "n_examples n_options"]
 Context = AbstractContextManager[object]
@@ -212,6 +212,9 @@ class Method:
     def _made_by(self) -> dict[str, str]:
         """Returns what a kept fit is held against, each as a phrase."""
         phrases = {"depends_on": self.depends_on(), "model": self.decoder.fingerprint}
+        # Whatever they are tested on.
+        learned = [replace(task, test=()) for task in self.sources]
+        phrases["rows"] = f"rows={rows_digest(learned)}"
         for name, value in vars(self.settings).items():
             # A run may take a router later; a method that reads it says so in `depends_on`.
             if name != "router":

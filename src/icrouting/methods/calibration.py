@@ -11,7 +11,7 @@ from torch import Tensor
 from icrouting.decoder.scoring import score
 from icrouting.methods.base import Method, Scores
 from icrouting.tasks.prompts import zero_shot
-from icrouting.tasks.task import Example, Task
+from icrouting.tasks.task import Example, Task, rows_digest
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 
@@ -31,6 +31,7 @@ class Calibration(Method):
 
     def learn(self, rng: np.random.Generator) -> None:
         """Learns nothing from the source tasks."""
+        # By how a task reads, since tasks may share a name, and the number of choices.
         self._levels: dict[tuple[str, int], Float[Tensor, "n_options"]] = {}
 
     def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
@@ -45,7 +46,7 @@ class Calibration(Method):
     def _level(self, task: Task, example: Example) -> Float[Tensor, "n_options"]:
         """Returns log p_cf of the options that an example of a task has."""
         n_choices = len(example.choices)
-        key = task.name, n_choices
+        key = rows_digest([Task(task.spec, (), ())]), n_choices
         if key not in self._levels:
             # An example needs a label; that of a blank is never looked at.
             blanks = []

@@ -19,6 +19,7 @@ from icrouting.methods.base import Context, Method
 from icrouting.methods.settings import Settings
 from icrouting.routing.gate import FEWEST_ROWS, N_KNOWN, SHUT_OUT, gaussians
 from icrouting.routing.reader import Gate, Reader
+from icrouting.routing.sources import as_learned
 from icrouting.tasks.task import Task
 
 # Rows of a source task that a gate reads, and those of them that it knows; the others, whose states
@@ -179,9 +180,14 @@ class IcrGated(Icr):
         return self._router.digest()
 
     def _drawn_prompts(self, rng: np.random.Generator) -> dict[str, list[str]]:
-        """Returns the bare prompts of rows that are drawn from each source task."""
+        """Returns the bare prompts of rows that are drawn from each source task.
+
+        They are chats where those were that the router learned from, however tasks are asked here.
+        """
         prompts_by_task = {}
-        for task in self.sources:
+        for source in self.sources:
+            task = as_learned(source, self._router.description.sources or ())
+            task = task.bound_to(self.tokenizer)
             places = rng.permutation(len(task.train))[:N_ROWS]
             prompts_by_task[task.name] = [task.prompt(task.train[i]) for i in places]
         return prompts_by_task

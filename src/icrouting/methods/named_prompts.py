@@ -34,13 +34,17 @@ class UserPrompt(Method):
 
     def prompt(self, task: Task, example: Example) -> Prompt:
         """Returns the task's own prompt of this name."""
-        asked = task.asked_by(self._prompt_of(task)).bound_to(self.tokenizer)
+        asked = self.asked(task).bound_to(self.tokenizer)
         text = asked.prompt(example)
         context = _before_slots(asked)
         # A chat template may trim the beginning of a turn.
         if not text.startswith(context):
             context = ""
         return Prompt(context, text.removeprefix(context), asked.joint)
+
+    def asked(self, task: Task) -> Task:
+        """Returns a task with its own prompt of this name in its template's place."""
+        return task.asked_by(self._prompt_of(task))
 
     def _prompt_of(self, task: Task) -> NamedPrompt:
         name = self.name.removeprefix(PREFIX)

@@ -29,14 +29,17 @@ class FewShot(Method):
 
     def learn(self, rng: np.random.Generator) -> None:
         """Forgets the demonstrations of the seed before."""
-        self._demos: dict[str, list[tuple[Task, Example]]] = {}
+        # By name, beside the task that they are of: tasks may share a name.
+        self._demos: dict[str, tuple[Task, list[tuple[Task, Example]]]] = {}
 
     def prompt(self, task: Task, example: Example) -> Prompt:
         """Returns the prompt behind the demonstrations."""
         # Once a task, so that all its prompts share a context, which is then computed once.
-        if task.name not in self._demos:
-            self._demos[task.name] = self.demonstrations(task)
-        return few_shot(task, example, self._demos[task.name])
+        kept = self._demos.get(task.name)
+        if kept is None or not kept[0].teaches_like(task):
+            kept = (task, self.demonstrations(task))
+            self._demos[task.name] = kept
+        return few_shot(task, example, kept[1])
 
     def demonstrations(self, task: Task) -> list[tuple[Task, Example]]:
         """Returns the demonstrations for a task.

@@ -12,7 +12,7 @@ import numpy as np
 
 from icrouting.methods.base import Method
 from icrouting.methods.settings import Settings
-from icrouting.tasks.task import Task
+from icrouting.tasks.task import Task, rows_digest
 
 ONCE = "-once"
 
@@ -32,26 +32,31 @@ class InDomain(Method):
         self.name = kind.name
         self.draws = kind.draws
         self._kind = kind
-        # By the seed's entropy and the task's name: evaluations come back to tasks and seeds.
-        self._fitted: dict[tuple[int, str], Method] = {}
+        # By the seed's entropy and the task's name: evaluations come back to tasks and seeds. Tasks
+        # may share a name, so each stands beside its method.
+        self._fitted: dict[tuple[int, str], list[tuple[Task, Method]]] = {}
 
     def on(self, task: Task) -> Method:
         """Returns the task's own method."""
-        key = self.entropy, task.name
-        if key not in self._fitted:
-            method = self._kind(self.settings)
-            # By the task's name, not by the order in which tasks are met.
-            rng = np.random.default_rng([self.entropy, zlib.crc32(task.name.encode())])
-            method.fit_on(self.decoder, [task], rng, self._file_of(task))
-            self._fitted[key] = method
-        return self._fitted[key]
+        fitted = self._fitted.setdefault((self.entropy, task.name), [])
+        for known_task, method in fitted:
+            if known_task.teaches_like(task):
+                return method
+        method = self._kind(self.settings)
+        # By the task's name, not by the order in which tasks are met.
+        rng = np.random.default_rng([self.entropy, zlib.crc32(task.name.encode())])
+        method.fit_on(self.decoder, [task], rng, self._file_of(task, is_namesake=bool(fitted)))
+        fitted.append((task, method))
+        return method
 
-    def _file_of(self, task: Task) -> Path | None:
+    def _file_of(self, task: Task, *, is_namesake: bool) -> Path | None:
         """Where the fit on a task is kept: beside where this method's own would be."""
         if self.file is None:
             return None
         # A name may hold a slash.
         place = quote(task.name, safe="")
+        if is_namesake:
+            place += f"-{rows_digest([task])}"
         return self.file.with_stem(f"{self.file.stem}-{place}")
 
 

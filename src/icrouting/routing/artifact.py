@@ -88,6 +88,8 @@ def save(
         del config["base_weights"]
     if description.origin is None:
         del config["origin"]
+    if description.chat_template is None:
+        del config["chat_template"]
     # The gate has no part in what a card records: results are of the router alone.
     short_digest = digest(pids, router)
     folders = [folder] if source is None else [source, folder]
@@ -225,6 +227,7 @@ def _description(config: dict[str, Any]) -> Description:
     # Routers of 0.1 know their sources' names and sizes alone, in `tasks`.
     content.setdefault("sources", None)
     content.setdefault("origin", None)
+    content.setdefault("chat_template", None)
     description = read(Description, content)
     check_layers(description.layers, description.n_layers)
     for text in description.base_weights.values():

@@ -11,7 +11,7 @@ from icrouting.decoder.decoder import Decoder
 from icrouting.routing.features import Features
 from icrouting.routing.sources import Source, sources_of
 from icrouting.runtime.showing import in_short
-from icrouting.tasks.task import Task, rows_digest
+from icrouting.tasks.task import Task, rows_digest, template_digest
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Description:
         base_weights: what the model's weights are like, by name (`decoder.identity`); empty in
             routers of earlier versions.
         origin: the router that it went on from; None where it began anew.
+        chat_template: digits that identify the chat template that its sources' chats were worded
+            by; None where there were none, and in routers of earlier versions.
     """
 
     base_model: str
@@ -72,6 +74,7 @@ class Description:
     versions: dict[str, str]
     base_weights: dict[str, str]
     origin: Origin | None = None
+    chat_template: str | None = None
 
     def __repr__(self) -> str:
         tasks = ", ".join(self.tasks)
@@ -134,4 +137,5 @@ def describe(
         fit=fit,
         versions={name: version(name) for name in ("icrouting", "torch", "transformers")},
         base_weights=decoder.base_weights,
+        chat_template=template_digest(tasks),
     )

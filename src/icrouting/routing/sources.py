@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import tokenize
 from icrouting.routing.encoder import query_texts
+from icrouting.runtime.showing import in_short
 from icrouting.tasks.catalogue import SPECS
 from icrouting.tasks.chat import Chat, Messages, conversation
 from icrouting.tasks.task import LabelScoring, Task, TaskSpec
@@ -107,6 +108,26 @@ class Source:
                 kept[each.name] = value
         return kept
 
+    def differences(self, spec: TaskSpec) -> list[str]:
+        """Returns a phrase for each way in which a spec reads otherwise than this task did."""
+        phrases = []
+        if self.template != spec.template:
+            phrases.append(f"{self.template!r}, and reads {spec.template!r} here")
+        # Where each row brings its choices, the source's options are those of one row.
+        if spec.options and self.options != tuple(spec.options):
+            phrases.append(f"the options {', '.join(self.options)}, not {', '.join(spec.options)}")
+        if self.chat != spec.chat:
+            phrases.append("chats, not plain prompts" if self.chat else "plain prompts, not chats")
+        elif self.system != spec.system:
+            phrases.append(f"the system turn {self.system!r}, not {spec.system!r}")
+        words = {name: dict(texts) for name, texts in spec.words.items()}
+        # An earlier version kept none, which says nothing.
+        if self.words and self.words != words:
+            phrases.append(f"the words {in_short(str(self.words))}, not {in_short(str(words))}")
+        if self.label_scoring != spec.label_scoring:
+            phrases.append(f"label_scoring {self.label_scoring!r}, not {spec.label_scoring!r}")
+        return phrases
+
     @property
     def fixed_texts(self) -> list[str]:
         """What stands before, between and behind the slots of the template."""
@@ -188,6 +209,16 @@ def sources_of(
     return tuple(sources)
 
 
+def as_learned(task: Task, sources: Sequence[Source]) -> Task:
+    """Returns a task as a chat or not, as the source of its name was; other tasks as they are."""
+    for source in sources:
+        form = (source.chat, source.system)
+        if source.name == task.name and form != (task.spec.chat, task.spec.system):
+            spec = replace(task.spec, chat=source.chat, system=source.system)
+            return replace(task, spec=spec, rendering=None)
+    return task
+
+
 def read_otherwise(sources: Sequence[Source], tasks: Sequence[Task]) -> list[str]:
     """Returns a line for each task that reads otherwise than the source of its name did.
 
@@ -199,13 +230,7 @@ def read_otherwise(sources: Sequence[Source], tasks: Sequence[Task]) -> list[str
         source = source_by_name.get(task.name)
         if source is None:
             continue
-        differences = []
-        if source.template != task.spec.template:
-            differences.append(f"{source.template!r}, and reads {task.spec.template!r} here")
-        # Where each row brings its choices, the source's options are those of one row.
-        if task.spec.options and source.options != task.spec.options:
-            options_then = ", ".join(source.options)
-            differences.append(f"the options {options_then}, not {', '.join(task.spec.options)}")
+        differences = source.differences(task.spec)
         if differences:
             lines.append(f"{task.name} was fitted on {'; on '.join(differences)}")
     return lines

@@ -299,6 +299,13 @@ class Task:
         _ = rendering.frame()
         return replace(self, rendering=rendering)
 
+    def teaches_like(self, other: "Task") -> bool:
+        """Returns whether a method learns the same from both: they may be tested on other rows."""
+        if self is other:
+            return True
+        taught = (self.spec, self.train, self.validation)
+        return taught == (other.spec, other.train, other.validation)
+
     def in_chat(self) -> "Task":
         """Returns this task with its prompts as chats."""
         return replace(self, spec=replace(self.spec, chat=True))
@@ -424,6 +431,11 @@ def template_digest(tasks: Sequence[Task]) -> str | None:
     """
     for task in tasks:
         if task.spec.chat:
-            template = repr(task.chat.tokenizer.chat_template)
-            return hashlib.sha256(template.encode()).hexdigest()[:16]
+            return digest_of_template(task.chat.tokenizer)
     return None
+
+
+def digest_of_template(tokenizer: Any) -> str:
+    """Returns 16 hex digits that identify a tokenizer's chat template."""
+    template = repr(tokenizer.chat_template)
+    return hashlib.sha256(template.encode()).hexdigest()[:16]
