@@ -276,6 +276,16 @@ def test_finished_answers_are_those_of_the_dtype_that_is_asked_for(world, rows, 
     assert "it was finished before" in capsys.readouterr().out
 
 
+def test_a_winner_that_learned_nothing_is_refused_by_its_reason(rows, tmp_path, capsys):
+    (tmp_path / "winner").mkdir()
+    (tmp_path / "winner" / "winner.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main.main(
+            ["predict", str(tmp_path / "winner"), str(rows), "--out", str(tmp_path / "a.csv")]
+        )
+    assert "holds a winner that learned nothing" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_answers_is_left_alone(world, rows, tmp_path, capsys):
     out = tmp_path / "answers.csv"
     out.write_text("precious")

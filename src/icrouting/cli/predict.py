@@ -132,6 +132,11 @@ def _artifact(name: str, model: Backbone, *, gate: bool) -> Artifact:
                 base, tokenizer, task
             ),
         )
+    if (folder / "winner.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} holds a winner that learned nothing and has nothing to attach: ask the "
+            "model its prompt, as winner.json has it"
+        )
     icr = InContextRouter.from_pretrained(name)
     assert icr.folder is not None, "a router that was loaded has a folder"
     return Artifact(
