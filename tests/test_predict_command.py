@@ -110,10 +110,10 @@ def test_a_row_that_does_not_fit_is_a_line_with_its_reason(world, tmp_path, caps
     source = tmp_path / "rows.csv"
     long = "x" * 200_000
     lines = ["id,text", "0,a joy", "1", "2,a,b", f"3,{long}", '4,"a"b', "5,a bore", "6, "]
-    source.write_bytes("\n".join(lines).encode() + b"\n7,caf\xe9\n")
+    source.write_bytes("\n".join(lines).encode() + b"\n7,na\xefve\n")
     run(world, source, tmp_path / "answers.csv")
     content = (tmp_path / "answers.csv").read_bytes()
-    assert b"7,caf\xe9," in content
+    assert b"7,na\xefve," in content
     decoded = content.decode("utf-8", "replace")
     csv.field_size_limit(10**9)
     answers = list(csv.DictReader(decoded.splitlines()))
