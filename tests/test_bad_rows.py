@@ -37,10 +37,10 @@ def file(tmp_path):
 
 
 def test_labels_that_are_no_options_are_all_named_with_their_rows_and_the_nearest_option():
-    odd = [{"text": "x", "team": "Acces"}] * 3 + [{"text": "y", "team": "Quux"}]
+    odd = [{"text": "x", "team": "Axcess"}] * 3 + [{"text": "y", "team": "Quux"}]
     said = refusal([*ROWS, *odd])
     assert said.startswith("rows[20]: field 'team' must be an integer in 0..1 or one of Access")
-    assert "4 of 24 rows have such labels: 'Acces' (3, did you mean 'Access'?), 'Quux' (1)" in said
+    assert "4 of 24 rows have such labels: 'Axcess' (3, did you mean 'Access'?), 'Quux' (1)" in said
 
 
 @pytest.mark.parametrize("label", ["access", " Access", "ACCESS "])
