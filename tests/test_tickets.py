@@ -77,6 +77,7 @@ def test_the_readmes_commands_name_what_is_there():
         "fit",
         "eval",
         "predict",
+        "predict",
     ]
     for line in commands:
         for word in line.split():
