@@ -145,6 +145,7 @@ def test_gains_beyond_calibration_are_over_the_calibrated_baseline():
     assert ", +0.0 (" in table[2][1]
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_methods_add_to_calibration(tmp_path):
     accuracies = {(method, task["name"]): 0.5 for method in ("zero-shot", "icr") for task in TASKS}
     run_records = fake_records(accuracies)

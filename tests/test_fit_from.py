@@ -7,6 +7,9 @@ import pytest
 from icrouting.cli import main
 from icrouting.icr import InContextRouter
 
+# Enough to have a router, and no more.
+FEW = "--n-queries 9 --epochs 1 --min-steps 0 --patience 0 --check 0"
+
 
 @pytest.fixture
 def run(world, encoder_folder, tmp_path, capsys, monkeypatch):
@@ -18,7 +21,8 @@ def run(world, encoder_folder, tmp_path, capsys, monkeypatch):
     def went(*more, model=True, tasks="mr", out="new", data=None):
         arguments = ["fit", "--out", str(tmp_path / out), "--from", str(world / "router")]
         arguments += ["--data", str(data or world / "data"), "--tasks", *tasks.split()]
-        arguments += ["--n-queries", "9", "--epochs", "1", *more]
+        arguments += FEW.split()
+        arguments += more
         if model:
             arguments += ["--model", str(world / "model")]
         main.main(arguments)

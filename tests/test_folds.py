@@ -129,6 +129,7 @@ def test_without_patience_nothing_is_chosen(trainers):
     assert trainers[0].step == 20
 
 
+@pytest.mark.slow
 def test_a_fit_that_was_stopped_in_a_fold_goes_on_to_the_same_router(
     trainers, tmp_path, monkeypatch
 ):
@@ -181,6 +182,7 @@ def took(icr, of, folder):
     return method.fitted_before([of]), method.fitted_before([])
 
 
+@pytest.mark.slow
 def test_what_icr_took_counts_the_folds_trainings_and_the_slice(n_read, tmp_path):
     few_rows = task(n_validation=8, n_train=16)
     icr = fit(LONG, of=few_rows)
