@@ -64,7 +64,7 @@ def test_the_notebook_runs_on_a_tiny_model(tmp_path, monkeypatch):
     names: dict = {}
     exec(code, names)
     assert "36 held-back rows" in names["found"].answer
-    assert set(names["new"].team) <= {"Access", "Billing", "Hardware", "Network"}
+    assert set(names["predictions"].label) <= {"Access", "Billing", "Hardware", "Network"}
     assert (tmp_path / "runs" / "notebook" / "compare.md").exists()
 
 

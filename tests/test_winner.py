@@ -8,6 +8,7 @@ import pytest
 import tiny
 from fitted import SMALL, fit_method
 from icrouting.comparing import winner
+from icrouting.comparing.comparison import Comparison
 from icrouting.config import FitConfig
 from icrouting.evaluation.predictor import Predictor
 from icrouting.icr import InContextRouter
@@ -30,22 +31,30 @@ def fitted(model, tokenizer, name, **settings):
     return fit_method(method, model, tokenizer, [TASK]).on(TASK)
 
 
+def labels_of(method):
+    with method.attached(method.model, method.tokenizer, TASK) as attached:
+        return [prediction.label for prediction in attached.predict(ROWS)]
+
+
 @pytest.mark.parametrize("name", ["probe-hidden", "task-vectors", "prefix-tuning"])
 def test_a_saved_winner_answers_as_it_did(model, tokenizer, tmp_path, name):
     method = fitted(model, tokenizer, name)
     winner.save(tmp_path / "winner", method, TASK, None)
     loaded = load_method(tmp_path / "winner", model, tokenizer)
-    assert winner.predict(loaded, TASK, ROWS) == winner.predict(method, TASK, ROWS)
+    assert labels_of(loaded) == labels_of(method)
 
 
 @pytest.mark.parametrize("name", ["zero-shot", "few-shot", "calibration", "probe-hidden", "i2cl"])
-def test_a_prediction_is_what_the_evaluation_has_of_the_row(model, tokenizer, name):
+def test_a_prediction_is_what_the_evaluation_has_of_the_row(model, tokenizer, tmp_path, name):
     method = fitted(model, tokenizer, name)
     indices = range(len(TASK.test))
     answers = Predictor(method.decoder).predict(method, TASK, list(indices), seed=0)
+    comparison = Comparison(tmp_path, None, "", method, TASK)
+    predictions = comparison.predict(ROWS)
     options = TASK.spec.options
-    assert winner.predict(method, TASK, ROWS) == [options[answer.prediction] for answer in answers]
-    assert winner.predict(method, TASK, []) == []
+    assert [each.label for each in predictions] == [options[each.prediction] for each in answers]
+    assert comparison.predict([]) == []
+    assert comparison.predict([{"txt": "b"}])[0].status.startswith("malformed")
 
 
 def test_a_routers_winner_is_a_router(model, tokenizer, tmp_path):
@@ -115,9 +124,3 @@ def test_somebody_elses_folder_is_left_alone(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="holds no earlier winner"):
         winner.save(tmp_path / "winner", fitted(model, tokenizer, "zero-shot"), TASK, None)
     assert (tmp_path / "winner" / "notes.txt").read_text() == "mine"
-
-
-def test_a_row_without_a_field_is_named(model, tokenizer):
-    method = fitted(model, tokenizer, "zero-shot")
-    with pytest.raises(ValueError, match=r"rows\[1\]: expected the fields \['text'\]"):
-        winner.predict(method, TASK, [{"text": "a"}, {"txt": "b"}])

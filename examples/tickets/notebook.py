@@ -19,5 +19,5 @@ print(found.answer)
 
 # %%
 new = pandas.DataFrame({"text": ["The lamp of the projector is dead.", "Please unlock my user."]})
-new["team"] = found.predict(new.to_dict("records"))
-print(new)
+predictions = pandas.DataFrame(found.predict(new))
+print(new.join(predictions[["label", "probability"]]))

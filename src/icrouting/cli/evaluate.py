@@ -1,15 +1,13 @@
-"""What `icr eval` and `icr report` do, once their arguments are parsed."""
+"""What `icr eval` does, once its arguments are parsed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.panel import Panel
-from rich.text import Text
-
 from icrouting import methods as registry
 from icrouting.cli.loading import base_of_router, console, load, load_tasks, stoppable
 from icrouting.cli.reading import check_names
+from icrouting.cli.report import show
 from icrouting.config import DEFAULT_ENCODER
 from icrouting.decoder.backbone import DEFAULT_MODEL
 from icrouting.decoder.batches import context_length
@@ -25,15 +23,10 @@ from icrouting.evaluation.runs import RunConfig
 from icrouting.icr import InContextRouter
 from icrouting.methods import Method
 from icrouting.methods.named_prompts import ALL, named_prompts, prompt_digests
-from icrouting.report import beyond, page, table
 from icrouting.report.calibrated import Way
-from icrouting.report.run import Run
-from icrouting.routing.card import with_results
 from icrouting.routing.features import sentence_encoder
 from icrouting.routing.sources import as_learned, read_otherwise
 from icrouting.runtime.processes import first_one_first, is_first
-from icrouting.runtime.progress import spinner
-from icrouting.runtime.storage import save_text
 from icrouting.tasks.task import Task, rows_digest, template_digest
 
 PAPER_FIT = 5000  # prompts and queries a task
@@ -287,50 +280,3 @@ def _say_refused(refused: Mapping[tuple[str, str], str], n_cells: int) -> None:
     if len(refused) == n_cells:
         first_reason = next(iter(refused.values()))
         raise ValueError(f"no method fits any task: {first_reason}")
-
-
-def show(run: Path, card: Path | None = None, *, calibration: Way | None = None) -> None:
-    """Remakes a run's report and prints its table and its conclusion.
-
-    Both are written to the card in the folder of a router too, if one is named. With a calibration
-    there is a second table, of what methods add to it.
-    """
-    folder = RunFolder(run)
-    with spinner("making the report"):
-        report = page.write(run, calibration)
-    if card is not None:
-        _write_to_card(card, report.run, folder)
-    console.print(table.terminal_table(report.summary, console.width))
-    if report.calibrated is not None:
-        lines = beyond.lines(report.summary, report.calibrated)
-        console.print(table.terminal_lines(lines, console.width, beyond.TITLE, beyond.LEGEND))
-    console.print(Panel(Text(report.conclusion), title="in short"))
-    console.print(f"report: {folder.html}", soft_wrap=True, markup=False)
-
-
-def _write_to_card(card: Path, run: Run, folder: RunFolder) -> None:
-    """Writes a run's report to the card of the router that it measured; ValueError for another."""
-    icr = InContextRouter.from_pretrained(card)
-    if run.router != icr.digest():
-        held = f"{card} holds {icr.digest()}"
-        raise ValueError(f"{folder} measured router {run.router}, {held}: nothing is recorded")
-    _check_roles(run, icr, folder)
-    # Writes the card anew where it was deleted, and keeps one that is there.
-    icr.save_pretrained(card)
-    file = card / "README.md"
-    text = file.read_text(encoding="utf-8")
-    results = folder.markdown.read_text(encoding="utf-8")
-    save_text(file, with_results(text, results))
-
-
-def _check_roles(run: Run, icr: InContextRouter, folder: RunFolder) -> None:
-    """ValueError where a run takes a task for unseen that its router learned from, or otherwise."""
-    fitted = icr.description.tasks
-    for task in run.tasks:
-        role = "source" if task.name in fitted else "unseen"
-        # A router without names says nothing.
-        if fitted and task.role != role:
-            raise ValueError(
-                f"{folder} counts {task.name} as {task.role}, but the router was fitted on "
-                f"{', '.join(fitted)}: nothing is recorded; evaluate it anew"
-            )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from icrouting.evaluation.folder import RunFolder
 from icrouting.methods import Method, Settings
 from icrouting.methods import make as make_methods
 from icrouting.methods.settings import COMPARED
+from icrouting.routing.predictions import Prediction
 from icrouting.runtime.processes import here
 from icrouting.tasks.task import Task
 
@@ -38,13 +40,16 @@ class Comparison:
     method: Method
     task: Task
 
-    def predict(self, rows: Sequence[dict[str, str]]) -> list[str]:
-        """Returns the option that the recommended method gives each row of the template's fields.
+    def predict(self, rows: Any) -> list[Prediction]:
+        """Returns the recommended method's prediction for each row, as `Method.predict` does.
 
-        Raises:
-            ValueError: a row lacks a field.
+        Args:
+            rows: a list of dicts, a data frame, a `datasets.Dataset` or the path of a file; a row
+                that does not fit says so in its status.
         """
-        return winner.predict(self.method, self.task, rows)
+        method = self.method
+        with method.attached(method.model, method.tokenizer, self.task) as attached:
+            return attached.predict(rows)
 
 
 def compare(

@@ -1,18 +1,16 @@
 """Winner: the recommended method as a folder, and its answers to new rows."""
 
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from icrouting.comparing.ladder import ICR
-from icrouting.decoder.scoring import score
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Method
 from icrouting.methods.named_prompts import UserPrompt
 from icrouting.methods.saved import save_method
 from icrouting.runtime.storage import save_json
-from icrouting.tasks.task import Example, Task
+from icrouting.tasks.task import Task
 
 # Says what lies beside it, and that the folder is ours to replace.
 NOTE = "winner.json"
@@ -85,34 +83,3 @@ def _note(method: Method, task: Task) -> dict[str, Any]:
         "chat": spec.chat,
         "system": spec.system,
     }
-
-
-def predict(method: Method, task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the option that a fitted method gives each row.
-
-    Args:
-        method: the method, fitted for the task.
-        task: the task.
-        rows: each with the template's fields, and `choices` where options are letters.
-
-    Raises:
-        ValueError: a row lacks a field, or a score is not finite.
-    """
-    examples = []
-    for number, row in enumerate(rows):
-        missing = [name for name in task.spec.slots if name not in row]
-        if missing:
-            raise ValueError(
-                f"rows[{number}]: expected the fields {list(task.spec.slots)}, missing: {missing}"
-            )
-        fields = {name: str(row[name]) for name in task.spec.slots}
-        # An example needs a label; that of a new row is never looked at.
-        examples.append(Example(fields, tuple(row.get("choices", ())), label=0))
-    if not examples:
-        return []
-    prompts = [method.prompt(task, example) for example in examples]
-    options = [task.options(example) for example in examples]
-    with method.applied(task):
-        scores = score(method.decoder, prompts, options, label_scoring=task.spec.label_scoring)
-    chosen = method.adjusted(task, examples, scores).argmax(1).tolist()
-    return [names[place] for names, place in zip(options, chosen, strict=True)]

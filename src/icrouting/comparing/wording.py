@@ -40,45 +40,45 @@ def answer(board: Board) -> str:
 
 
 def _which(board: Board) -> str:
-    found = board.recommendation
-    line = board.line(found.method)
-    rows = counted(found.n_rows, "held-back row")
+    advice = board.recommendation
+    line = board.line(advice.method)
+    rows = counted(advice.n_rows, "held-back row")
     share = f"{points(line.accuracy.value)} % of {rows}"
-    if found.has_one_label:
+    if advice.has_one_label:
         return (
-            f"Stay with {found.baseline}: all {rows} have one label, which tells no method from a "
+            f"Stay with {advice.baseline}: all {rows} have one label, which tells no method from a "
             "constant answer, so give rows of two labels or more to test on."
         )
-    if not found.is_shown:
-        return f"Stay with {found.baseline}, right on {share}: {_not_shown(found)}."
-    p_value = found.p_values[found.method]
-    methods = counted(found.n_tried, "method")
+    if not advice.is_shown:
+        return f"Stay with {advice.baseline}, right on {share}: {_not_shown(advice)}."
+    p_value = advice.p_values[advice.method]
+    methods = counted(advice.n_tried, "method")
     return (
-        f"Use {label(found.method)}: it is right on {share}, {points(found.gain.value)} points "
-        f"above {found.baseline} ({span(found.gain)}; p = {p_value:.2g}, corrected for {methods})"
-        f"{_best_clause(found)}."
+        f"Use {label(advice.method)}: it is right on {share}, {points(advice.gain.value)} points "
+        f"above {advice.baseline} ({span(advice.gain)}; p = {p_value:.2g}, corrected for {methods})"
+        f"{_best_clause(advice)}."
     )
 
 
-def _not_shown(found: Recommendation) -> str:
-    if not found.n_tried:
+def _not_shown(advice: Recommendation) -> str:
+    if not advice.n_tried:
         return "nothing else was measured"
-    clause = f"nothing tried is shown to be better than {found.baseline} on {found.n_rows} rows"
-    if found.rows_to_show is not None:
-        gain = f"the largest gain measured, {points(found.largest_gain)} points"
-        largest = f"{gain} by {label(found.largest)}"
-        return f"{clause}; with about {found.rows_to_show:,} rows {largest}, would show"
-    if found.gain_to_show is not None:
-        return f"{clause}, where a gain of {points(found.gain_to_show)} points would show"
+    clause = f"nothing tried is shown to be better than {advice.baseline} on {advice.n_rows} rows"
+    if advice.rows_to_show is not None:
+        gain = f"the largest gain measured, {points(advice.largest_gain)} points"
+        largest = f"{gain} by {label(advice.largest)}"
+        return f"{clause}; with about {advice.rows_to_show:,} rows {largest}, would show"
+    if advice.gain_to_show is not None:
+        return f"{clause}, where a gain of {points(advice.gain_to_show)} points would show"
     return f"{clause}, where no gain would show"
 
 
-def _best_clause(found: Recommendation) -> str:
+def _best_clause(advice: Recommendation) -> str:
     """What is said where a dearer method has more rows right."""
-    if found.best == found.method or found.lead.value <= 0:
+    if advice.best == advice.method or advice.lead.value <= 0:
         return ""
-    lead = f"{points(found.lead.value)} points ahead of it ({span(found.lead)})"
-    return f"; {label(found.best)}, which costs more, is {lead}, which these rows do not show"
+    lead = f"{points(advice.lead.value)} points ahead of it ({span(advice.lead)})"
+    return f"; {label(advice.best)}, which costs more, is {lead}, which these rows do not show"
 
 
 def _at_what_cost(board: Board) -> str:

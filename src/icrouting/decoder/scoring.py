@@ -204,18 +204,19 @@ def score(
         answers.append(prompt_answers)
     for tokens, prompt_answers in zip(token_lists, answers, strict=True):
         decoder.check_room(tokens, prompt_answers)
-    fill = _fill_first if label_scoring == "first" else _fill_whole
+    reads_whole = label_scoring != "first"
     scores = torch.full((len(whole_prompts), most_options), -torch.inf)
     budget = token_budget or decoder.token_budget or TOKEN_BUDGET
     for cache, batch in by_context(decoder, whole_prompts, token_lists, budget, kept):
-        fill(scores, decoder, cache, batch, answers, budget)
+        _fill(scores, decoder, cache, batch, answers, reads_whole, budget)
         is_finite = have_finite_scores(
             scores[batch.rows], scores[batch.rows], [options_by_prompt[row] for row in batch.rows]
         )
         # Some kernels carry one row's NaN into others: which rows are not finite, each says alone.
         if len(batch.rows) > 1 and not is_finite.all():
             for place in (~is_finite).nonzero()[:, 0].tolist():
-                fill(scores, decoder, cache, batch.alone(place), answers, budget)
+                alone = batch.alone(place)
+                _fill(scores, decoder, cache, alone, answers, reads_whole, budget)
     if finite_only:
         texts = [prompt.text for prompt in whole_prompts]
         is_finite = have_finite_scores(scores, scores, options_by_prompt)
@@ -240,37 +241,29 @@ def counted_tokens(
     return option_tokens(tokenizer, prompt, options, joint)
 
 
-def _fill_first(
+def _fill(
     scores: Float[Tensor, "n_prompts n_options"],
     decoder: Decoder,
     cache: Cache | None,
     batch: Batch,
     answers: Sequence[list[list[int]]],
+    reads_whole: bool,
     token_budget: int,
 ) -> None:
-    """Fills in the logits of a batch's first answer tokens, from one pass behind the cache."""
+    """Fills in the scores of a batch, from what is read behind the cache."""
+    batch_answers = [answers[row] for row in batch.rows]
+    if reads_whole:
+        sums = label_log_probs(decoder.model, cache, batch, batch_answers, token_budget)
+        scores[batch.rows, : sums.shape[1]] = sums
+        return
     if cache is None:
         logits = next_token_logits(decoder.model, batch)
     else:
         logits = after_prefix(decoder.model, cache, batch)
     # One copy a batch: each row's options differ, and picking them there would cost one each.
-    for row, row_logits in zip(batch.rows, logits.cpu(), strict=True):
-        ids = [tokens[0] for tokens in answers[row]]
+    for row, row_answers, row_logits in zip(batch.rows, batch_answers, logits.cpu(), strict=True):
+        ids = [tokens[0] for tokens in row_answers]
         scores[row, : len(ids)] = row_logits[ids]
-
-
-def _fill_whole(
-    scores: Float[Tensor, "n_prompts n_options"],
-    decoder: Decoder,
-    cache: Cache | None,
-    batch: Batch,
-    answers: Sequence[list[list[int]]],
-    token_budget: int,
-) -> None:
-    """Fills in the summed log-probabilities of a batch's answers."""
-    batch_answers = [answers[row] for row in batch.rows]
-    sums = label_log_probs(decoder.model, cache, batch, batch_answers, token_budget)
-    scores[batch.rows, : sums.shape[1]] = sums
 
 
 def have_finite_scores(

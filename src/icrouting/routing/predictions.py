@@ -60,6 +60,7 @@ class _Asked:
     example: Example
     prompt: Prompt
     options: tuple[str, ...]
+    tokens: list[int]
 
 
 def predicted(
@@ -83,35 +84,17 @@ def predicted(
         adjusted: makes of the model's scores those that count.
         status: says how prompts were answered, given their tokens; called behind the passes.
     """
-    predictions: list[Prediction | None] = [None] * len(rows)
-    asked = []
-    for place, row in enumerate(rows):
-        try:
-            example = unlabelled(row, task.spec)
-            asked.append(_Asked(place, example, prompt(task, example), task.options(example)))
-        except ValueError as error:
-            predictions[place] = _malformed(error)
-    asked, token_lists, refused = _short_enough(decoder, asked)
-    predictions = _filled(predictions, refused)
-    asked, token_lists, plain_scores, refused = _scored(
-        decoder, asked, token_lists, task.spec.label_scoring
-    )
-    predictions = _filled(predictions, refused)
+    asked, predictions = _askable(decoder, task, rows, prompt)
+    asked, plain_scores, refused = _scored(decoder, asked, task.spec.label_scoring)
+    predictions |= refused
     if asked:
         scores = adjusted(task, [row.example for row in asked], plain_scores)
         options = [row.options for row in asked]
         is_finite = have_finite_scores(scores, plain_scores, options).tolist()
-        statuses = status(token_lists)
+        statuses = status([row.tokens for row in asked])
         for row, row_scores, fine, how in zip(asked, scores, is_finite, statuses, strict=True):
             predictions[row.place] = _of_scores(row.options, row_scores, how, fine)
-    return [prediction for prediction in predictions if prediction is not None]
-
-
-def _filled(
-    predictions: list[Prediction | None], further: Mapping[int, Prediction]
-) -> list[Prediction | None]:
-    """Returns predictions with further ones in their places."""
-    return [further.get(place, prediction) for place, prediction in enumerate(predictions)]
+    return [predictions[place] for place in range(len(rows))]
 
 
 def _malformed(error: ValueError) -> Prediction:
@@ -130,59 +113,57 @@ def _of_scores(options: Sequence[str], scores: Tensor, status: str, is_finite: b
     return Prediction(options[best], float(shares[best]), status, probabilities)
 
 
-def _short_enough(
-    decoder: Decoder, asked: Sequence[_Asked]
-) -> tuple[list[_Asked], list[list[int]], dict[int, Prediction]]:
-    """Returns the rows whose prompts the model's context holds, their tokens, and the others."""
-    token_lists = tokenize(decoder.tokenizer, [row.prompt.text for row in asked])
-    limit = decoder.context_length
-    short = []
-    tokens_of_short = []
+def _askable(
+    decoder: Decoder,
+    task: Task,
+    rows: Sequence[object],
+    prompt: Callable[[Task, Example], Prompt],
+) -> tuple[list[_Asked], dict[int, Prediction]]:
+    """Returns the rows that make a prompt, and the others by their place."""
+    examples = {}
+    prompts = {}
     refused = {}
-    for row, tokens in zip(asked, token_lists, strict=True):
-        if limit is not None and len(tokens) > limit:
-            refused[row.place] = Prediction(None, None, TOO_LONG)
-        else:
-            short.append(row)
-            tokens_of_short.append(tokens)
-    return short, tokens_of_short, refused
+    for place, row in enumerate(rows):
+        try:
+            example = unlabelled(row, task.spec)
+            prompts[place] = prompt(task, example)
+            examples[place] = example
+        except ValueError as error:
+            refused[place] = _malformed(error)
+    token_lists = tokenize(decoder.tokenizer, [each.text for each in prompts.values()])
+    asked = []
+    for place, tokens in zip(prompts, token_lists, strict=True):
+        example = examples[place]
+        asked.append(_Asked(place, example, prompts[place], task.options(example), tokens))
+    return asked, refused
 
 
 def _scored(
-    decoder: Decoder,
-    asked: list[_Asked],
-    token_lists: list[list[int]],
-    label_scoring: LabelScoring,
-) -> tuple[list[_Asked], list[list[int]], Tensor, dict[int, Prediction]]:
-    """Returns the rows that can be scored, their tokens and scores, and the others.
+    decoder: Decoder, asked: list[_Asked], label_scoring: LabelScoring
+) -> tuple[list[_Asked], Tensor, dict[int, Prediction]]:
+    """Returns the rows that can be scored, their scores, and the others by their place.
 
     Raises:
         ValueError: they cannot be scored, and it is not for what stands in any row.
     """
     try:
-        return asked, token_lists, _scores(decoder, asked, label_scoring), {}
+        return asked, _scores(decoder, asked, label_scoring), {}
     except ValueError:
         # Which row it is of, the message does not say.
-        refused = _unanswerable(decoder, asked, token_lists, label_scoring)
+        refused = _unanswerable(decoder, asked, label_scoring)
         # It is not the rows then.
         if not refused:
             raise
-    pairs = zip(asked, token_lists, strict=True)
-    good = [(row, tokens) for row, tokens in pairs if row.place not in refused]
-    good_rows = [row for row, _ in good]
-    good_tokens = [tokens for _, tokens in good]
-    return good_rows, good_tokens, _scores(decoder, good_rows, label_scoring), refused
+    answerable = [row for row in asked if row.place not in refused]
+    return answerable, _scores(decoder, answerable, label_scoring), refused
 
 
 def _unanswerable(
-    decoder: Decoder,
-    asked: Sequence[_Asked],
-    token_lists: Sequence[list[int]],
-    label_scoring: LabelScoring,
+    decoder: Decoder, asked: Sequence[_Asked], label_scoring: LabelScoring
 ) -> dict[int, Prediction]:
-    """Returns the rows behind whose prompts no option can stand, or not all of its tokens."""
+    """Returns the rows behind whose prompts no option can stand, or has room in the context."""
     refused = {}
-    for row, tokens in zip(asked, token_lists, strict=True):
+    for row in asked:
         try:
             answers = counted_tokens(
                 decoder.tokenizer, row.prompt.query, row.options, label_scoring, row.prompt.joint
@@ -191,7 +172,7 @@ def _unanswerable(
             refused[row.place] = _malformed(error)
             continue
         try:
-            decoder.check_room(tokens, answers)
+            decoder.check_room(row.tokens, answers)
         except ValueError:
             refused[row.place] = Prediction(None, None, TOO_LONG)
     return refused

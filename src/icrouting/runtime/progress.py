@@ -84,7 +84,7 @@ def track_lines(
     """
     bar = tqdm(desc=title, total=total, initial=done, unit=f" {unit}", delay=DELAY, disable=None)
     started = time.monotonic()
-    said = started
+    said_at = started
     n_now = 0
     with bar:
         for item in items:
@@ -92,8 +92,8 @@ def track_lines(
             n_now += size(item)
             bar.update(size(item))
             now = time.monotonic()
-            if bar.disable and now - said >= EVERY:
-                said = now
+            if bar.disable and now - said_at >= EVERY:
+                said_at = now
                 rate = n_now / (now - started)
                 left = (total - done - n_now) / rate
                 print(

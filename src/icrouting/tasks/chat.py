@@ -178,8 +178,8 @@ class Chat:
             ValueError: the template does not show the question.
         """
         text = rendered(self.tokenizer, self._messages(turns, _QUESTION), today=today)
-        before, found, after = text.rpartition(_QUESTION)
-        if not found:
+        before, question, after = text.rpartition(_QUESTION)
+        if not question:
             raise ValueError(
                 "this tokenizer's chat template does not show the user's turn as it is: "
                 "set another `tokenizer.chat_template`, or leave `chat` out"
