@@ -35,6 +35,7 @@ from icrouting.decoder.scoring import score
 from icrouting.evaluation.runs import commit
 from icrouting.fitting import queries as reading
 from icrouting.fitting import stages
+from icrouting.fitting.rows import rows_to_learn_from
 from icrouting.fitting.training import Trainer
 from icrouting.fitting.validation import answered
 from icrouting.routing.features import features_of
@@ -134,7 +135,7 @@ class Cell:
         return reading._queries(examples, parts, range(len(examples)), scale)
 
     def _learned(self, config):
-        n_rows = len(reading.rows_to_learn_from(self.task, [self.task], config))
+        n_rows = len(rows_to_learn_from(self.task, [self.task], config))
         if n_rows not in self.learned:
             place = (self.decoder, [self.task], self.features)
             self.learned[n_rows] = reading.training_queries(*place, self.layers[0], config)

@@ -13,6 +13,7 @@ from icrouting.config import EARLIER, PAPER
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import queries as reading
 from icrouting.fitting import training
+from icrouting.fitting.rows import rows_to_learn_from
 from icrouting.fitting.training import Trainer
 from icrouting.fitting.validation import Look, Watch
 from icrouting.methods import Settings, controls
@@ -276,7 +277,7 @@ def test_where_passes_take_steps_enough_the_last_router_is_kept(trainers):
 
 def test_without_min_steps_a_small_slice_stays_apart():
     of = task(n_validation=9, n_train=12)
-    assert reading.rows_to_learn_from(of, [of], changed(min_steps=0)) == of.train
+    assert rows_to_learn_from(of, [of], changed(min_steps=0)) == of.train
 
 
 def test_a_control_that_an_earlier_version_saved_is_known_by_the_same_words():

@@ -17,7 +17,8 @@ from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import stages as fitting
 from icrouting.fitting.gating import fit_gate
-from icrouting.fitting.queries import Query, n_judged, n_learned
+from icrouting.fitting.queries import Query
+from icrouting.fitting.rows import n_judged, n_learned
 from icrouting.fitting.warm import Start
 from icrouting.routing import artifact
 from icrouting.routing.card import model_card

@@ -16,7 +16,7 @@ from icrouting.evaluation.evaluate import Evaluation
 from icrouting.evaluation.items import within
 from icrouting.evaluation.records import BASELINE, Record
 from icrouting.fitting.account import Account
-from icrouting.fitting.queries import rows_to_learn_from
+from icrouting.fitting.rows import rows_to_learn_from
 from icrouting.methods.registry import make
 from icrouting.methods.settings import Settings
 from icrouting.report import metrics

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from icrouting.config import FitConfig
-from icrouting.fitting.queries import rows_to_learn_from
+from icrouting.fitting.rows import rows_to_learn_from
 from icrouting.tasks.prompts import extraction_prompts
 from icrouting.tasks.task import Task
 

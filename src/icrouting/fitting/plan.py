@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import context_length, tokenize
 from icrouting.fitting.lengths import Texts, TokenCounts, prompts_by_task, queries_by_task
-from icrouting.fitting.queries import n_judged
 from icrouting.fitting.reckoning import Reckoning, Sizes
+from icrouting.fitting.rows import n_judged
 from icrouting.routing.pids import check_layers, late_third
 from icrouting.tasks.task import Task
 

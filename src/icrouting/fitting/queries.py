@@ -1,6 +1,5 @@
 """Training queries: prompts with their trunk states and features (stage 3)."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from icrouting.decoder.batches import finite_rows, tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.labels import Parting, partings
 from icrouting.decoder.scoring import counted_tokens
+from icrouting.fitting.rows import can_validate, n_held_each, rows_to_learn_from
 from icrouting.fitting.trunk import TrunkState, run_trunk
 from icrouting.routing.features import Features, Scale
 from icrouting.runtime.processes import mine, total
@@ -23,9 +23,6 @@ from icrouting.tasks.task import Example, Task
 
 # Queries whose features are computed at once.
 READ_AT_ONCE = 64
-# Validation rows of all tasks together: more of them cost time, fewer say nothing.
-MOST_HELD = 100
-FEWEST_HELD = 10
 # The subfolder that keeps their trunk.
 HELD = "validation"
 
@@ -120,13 +117,13 @@ def held_queries(
         config: settings.
         folder: keeps the trunk's states, beside those of the training queries.
     """
-    if not _can_validate(tasks):
+    if not can_validate(tasks):
         return []
     rng = np.random.default_rng(config.seed + 2)
     examples = []
     for task in tasks:
         order = rng.permutation(len(task.validation))
-        examples += [(task, task.validation[index]) for index in order[: _n_held_each(tasks)]]
+        examples += [(task, task.validation[index]) for index in order[: n_held_each(tasks)]]
     # Apart from the training queries, whose states do not depend on what shares their batches.
     held_folder = None if folder is None else folder / HELD
     if held_folder is not None:
@@ -213,41 +210,6 @@ def _queries(
 def n_rows_of(queries: Sequence[Query]) -> int:
     """Returns how many examples queries are of: one has several where whole labels are scored."""
     return len({query.row for query in queries})
-
-
-def rows_to_learn_from(task: Task, tasks: Sequence[Task], config: FitConfig) -> Sequence[Example]:
-    """Returns a task's training rows, and its validation slice where that is not validated on.
-
-    Args:
-        task: one of the source tasks.
-        tasks: all of them.
-        config: settings; without `min_steps` or `patience` the slice stays apart, as it is not
-            asked for anything.
-    """
-    if config.min_steps and config.patience and not _can_validate(tasks):
-        return (*task.train, *task.validation)
-    return task.train
-
-
-def n_learned(tasks: Sequence[Task], config: FitConfig) -> dict[str, int]:
-    """Returns how many rows of each task a training learns from."""
-    n_rows = {task.name: len(rows_to_learn_from(task, tasks, config)) for task in tasks}
-    return {name: min(config.n_queries, n) for name, n in n_rows.items()}
-
-
-def n_judged(tasks: Sequence[Task], config: FitConfig) -> dict[str, int]:
-    """Returns how many validation rows of each task choose the router that a training keeps."""
-    if not config.watches(sum(n_learned(tasks, config).values())) or not _can_validate(tasks):
-        return dict.fromkeys((task.name for task in tasks), 0)
-    return {task.name: min(_n_held_each(tasks), len(task.validation)) for task in tasks}
-
-
-def _n_held_each(tasks: Sequence[Task]) -> int:
-    return math.ceil(MOST_HELD / len(tasks))
-
-
-def _can_validate(tasks: Sequence[Task]) -> bool:
-    return sum(len(task.validation) for task in tasks) >= FEWEST_HELD
 
 
 def _drawn(tasks: Sequence[Task], config: FitConfig) -> list[tuple[Task, Example]]:

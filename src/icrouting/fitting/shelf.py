@@ -20,7 +20,7 @@ from icrouting.decoder.batches import tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting.extraction import MOMENTS_FILE
 from icrouting.fitting.pca import QKMoments
-from icrouting.fitting.queries import rows_to_learn_from
+from icrouting.fitting.rows import rows_to_learn_from
 from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.routing.pids import PIDs
 from icrouting.runtime.locks import locked

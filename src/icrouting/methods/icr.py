@@ -13,7 +13,7 @@ from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.states import last_outputs
 from icrouting.fitting.folds import n_read
-from icrouting.fitting.queries import n_judged, rows_to_learn_from
+from icrouting.fitting.rows import n_judged, rows_to_learn_from
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
 from icrouting.methods.settings import Settings
