@@ -15,6 +15,7 @@ import tiny
 from fitted import SMALL
 from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
+from icrouting.fitting.training import Trainer
 from icrouting.methods import Settings
 from icrouting.routing import artifact
 from icrouting.routing.description import describe
@@ -147,3 +148,17 @@ def alone(made_once, encoder_folder):
         assert finish([*fitting, *evaluating]) == [0, 0]
 
     return made_once("alone", fill)
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """The trainers of the fits that are made, each of which runs."""
+    ran = []
+    run = Trainer.run
+
+    def noted(self):
+        ran.append(self)
+        run(self)
+
+    monkeypatch.setattr(Trainer, "run", noted)
+    return ran

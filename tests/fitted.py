@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from icrouting.config import HIDDEN, FitConfig
+
 SMALL = {"demos_per_class": 2, "i2cl_epochs": 1, "tries": 2, "train_rows": 8, "train_epochs": 1}
 
 
@@ -9,3 +11,10 @@ def fit_method(method, model, tokenizer, tasks, seed=0, file=None):
     """A method, fitted on some tasks."""
     method.fit(model, tokenizer, list(tasks), np.random.default_rng(seed), file)
     return method
+
+
+def small_fit(**changes):
+    """Settings of a router's fit of moments, which nothing watches and no encoder reads."""
+    usual = {"layers": (3, 4), "rank": 3, "n_prompts": 12, "demos_per_class": 1, "n_queries": 12}
+    usual |= {"encoder": HIDDEN, "epochs": 1, "min_steps": 0, "patience": 0}
+    return FitConfig(**usual | changes)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import tiny
+from fitted import small_fit
 from icrouting.comparing.comparison import compare
 from icrouting.comparing.ladder import LADDER, LIMITS, ladder
 from icrouting.config import FitConfig
@@ -20,17 +21,7 @@ pytestmark = pytest.mark.slow
 SMALL = Settings(
     demos_per_class=2, i2cl_epochs=1, tries=1, train_rows=40, train_epochs=1, encoder="hidden"
 )
-FIT = FitConfig(
-    n_prompts=4,
-    demos_per_class=1,
-    n_queries=8,
-    epochs=1,
-    min_steps=0,
-    patience=0,
-    rank=2,
-    encoder="hidden",
-    hidden_width=5,
-)
+FIT = small_fit(layers=None, n_prompts=4, n_queries=8, rank=2, hidden_width=5)
 QUICK = ("zero-shot", "calibration", "few-shot", "probe-hidden", "icr")
 PAIR = ("zero-shot", "probe-hidden")
 

@@ -90,19 +90,6 @@ def test_fewer_queries_than_folds_choose_nothing():
     assert chosen_by_folds(queries([0, 1]), lambda *args: pytest.fail("trained"), 0, None) is None
 
 
-@pytest.fixture
-def trainers(monkeypatch):
-    ran = []
-    run = Trainer.run
-
-    def noted(self):
-        ran.append(self)
-        run(self)
-
-    monkeypatch.setattr(Trainer, "run", noted)
-    return ran
-
-
 def few(folder=None, **changes):
     """A fit on rows that are too few to hold a slice of them back."""
     config = changed(n_queries=100, min_steps=20, **changes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from icrouting.config import HIDDEN, FitConfig
+from fitted import small_fit
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.partial import entering_states
 from icrouting.decoder.scoring import score_options
@@ -19,19 +19,7 @@ from icrouting.routing import gate as room
 from icrouting.routing.gate import Gaussian, PromptGate, distances_left_out, limit_of
 
 TASK = tiny.task("toy", n_train=60, n_test=30)
-CONFIG = FitConfig(
-    layers=(3, 4),
-    rank=3,
-    n_prompts=12,
-    demos_per_class=2,
-    encoder=HIDDEN,
-    n_queries=60,
-    lr=0.05,
-    w_gate=0.0,
-    epochs=3,
-    min_steps=0,
-    patience=0,
-)
+CONFIG = small_fit(demos_per_class=2, n_queries=60, lr=0.05, w_gate=0.0, epochs=3)
 KNOWN = [TASK.prompt(example) for example in TASK.train[:4]]
 # Some states of a random model's other prompts may lie among the known ones.
 OTHERS = [f"{row.fields['text']} quite{'!' * n}" for n, row in enumerate(TASK.test[:8], start=1)]

@@ -7,7 +7,8 @@ import torch
 
 import tiny
 from commands import on
-from icrouting import FitConfig, InContextRouter, load_model
+from fitted import small_fit
+from icrouting import InContextRouter, load_model
 from icrouting.cli import main
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.decoder import Decoder
@@ -77,16 +78,7 @@ def test_a_budget_of_no_token_is_refused():
 
 def test_a_fit_with_a_smaller_budget_learns_the_same_but_for_rounding():
     task = tiny.task()
-    config = FitConfig(
-        layers=(3,),
-        rank=2,
-        n_prompts=6,
-        n_queries=6,
-        epochs=1,
-        min_steps=0,
-        patience=0,
-        encoder="hidden",
-    )
+    config = small_fit(layers=(3,), rank=2, n_prompts=6, n_queries=6, demos_per_class=5)
     routers = []
     for budget in (None, 50):
         model = tiny.model("llama")

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import tiny
-from fitted import SMALL, fit_method
-from icrouting.config import HIDDEN, FitConfig
+from fitted import SMALL, fit_method, small_fit
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, make
 from icrouting.methods.saved import load_method, save_method
@@ -22,17 +21,7 @@ OTHER = tiny.task("another", n_train=60)
 OPTIONS = list(TASK.spec.options)
 ROWS = [dict(row.fields) for row in TASK.test[:7]]
 TEXTS = [TASK.prompt(row) for row in TASK.test[:7]]
-CONFIG = FitConfig(
-    layers=(3, 4),
-    rank=3,
-    n_prompts=8,
-    demos_per_class=1,
-    encoder=HIDDEN,
-    n_queries=60,
-    epochs=1,
-    min_steps=0,
-    patience=0,
-)
+CONFIG = small_fit(n_prompts=8, n_queries=60)
 
 
 @pytest.fixture(scope="module")

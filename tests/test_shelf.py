@@ -10,7 +10,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import tiny
-from icrouting.config import HIDDEN, FitConfig
+from fitted import small_fit
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import extraction, stages, trunk
 from icrouting.fitting.shelf import EXTRACTION, TRUNK, Shelf, delete_trunks
@@ -20,18 +20,7 @@ from icrouting.runtime.locks import locked
 from icrouting.runtime.storage import save_tensors
 
 LAYERS = (3, 4)
-CONFIG = FitConfig(
-    layers=LAYERS,
-    rank=3,
-    n_prompts=12,
-    demos_per_class=1,
-    encoder=HIDDEN,
-    hidden_width=5,
-    n_queries=12,
-    epochs=1,
-    min_steps=0,
-    patience=0,
-)
+CONFIG = small_fit(layers=LAYERS, hidden_width=5)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pytest
 
 import icrouting
 import tiny
+from fitted import small_fit
 from icrouting import PAPER, Example, FitConfig, InContextRouter, Task, TaskSpec
 from icrouting.cli import main
 from icrouting.methods import Settings, make
@@ -69,16 +70,7 @@ def test_an_attached_model_and_a_method_show_what_they_are_in_one_line():
     model = tiny.model("llama")
     task = tiny.task()
     tokenizer = tiny.tokenizer()
-    config = FitConfig(
-        layers=(3,),
-        rank=2,
-        n_prompts=4,
-        n_queries=4,
-        epochs=1,
-        min_steps=0,
-        patience=0,
-        encoder="hidden",
-    )
+    config = small_fit(layers=(3,), rank=2, n_prompts=4, n_queries=4, demos_per_class=5)
     icr = InContextRouter.fit(model, tokenizer, [task], config)
     with icr.attached(model, tokenizer, strength=0.5) as routed:
         assert "layers 3, strength 0.5" in repr(routed)

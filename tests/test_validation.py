@@ -56,20 +56,6 @@ def weights(icr):
     return torch.cat([value.flatten() for value in icr.router.state_dict().values()])
 
 
-@pytest.fixture
-def trainers(monkeypatch):
-    """The trainers of the fits that are made, each of which runs."""
-    ran = []
-    run = Trainer.run
-
-    def noted(self):
-        ran.append(self)
-        run(self)
-
-    monkeypatch.setattr(Trainer, "run", noted)
-    return ran
-
-
 def changed(**changes):
     return dataclasses.replace(SETTINGS, **changes)
 

@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 
 import tiny
-from fitted import SMALL, fit_method
+from fitted import SMALL, fit_method, small_fit
 from icrouting.comparing import winner
 from icrouting.comparing.comparison import Comparison
-from icrouting.config import FitConfig
 from icrouting.evaluation.predictor import Predictor
 from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, make
@@ -58,16 +57,7 @@ def test_a_prediction_is_what_the_evaluation_has_of_the_row(model, tokenizer, tm
 
 
 def test_a_routers_winner_is_a_router(model, tokenizer, tmp_path):
-    config = FitConfig(
-        n_prompts=4,
-        demos_per_class=1,
-        n_queries=8,
-        epochs=1,
-        min_steps=0,
-        patience=0,
-        rank=2,
-        encoder="hidden",
-    )
+    config = small_fit(layers=None, n_prompts=4, n_queries=8, rank=2)
     icr = InContextRouter.fit(model, tokenizer, [TASK], config)
     icr.save_pretrained(tmp_path / "router")
     method = fitted(model, tokenizer, "icr", router=str(tmp_path / "router"))
