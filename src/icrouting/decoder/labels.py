@@ -106,8 +106,8 @@ def label_log_probs(
         piece = batch.picked(places)
         labels = [labels_by_row[place] for place in places]
         piece_sums = _sums(model, prefix_cache, piece, labels, token_budget).cpu()
-        for place, own_labels, row_sums in zip(places, labels, piece_sums, strict=True):
-            sums[place, : len(own_labels)] = row_sums[: len(own_labels)]
+        for place, row_labels, row_sums in zip(places, labels, piece_sums, strict=True):
+            sums[place, : len(row_labels)] = row_sums[: len(row_labels)]
     return sums
 
 
@@ -213,20 +213,20 @@ def _stepped(
 ) -> tuple[_Rows, Tensor]:
     """Returns rows that go on to beginnings one token longer, and that token of each.
 
-    A prompt with fewer of them than others repeats its own, or the filling where it has none.
+    A prompt with fewer of them than others repeats one, or the filling where it has none.
     """
-    n_rows_each = max(len(own) for own in beginnings)
+    n_rows_each = max(len(wanted) for wanted in beginnings)
     rows_before = []
     tokens = []
     filled = []
     start = 0
-    for own, before in zip(beginnings, rows.beginnings, strict=True):
-        own = own or [(*before[0], filling)]
-        own = (own * n_rows_each)[:n_rows_each]
-        for beginning in own:
+    for wanted, before in zip(beginnings, rows.beginnings, strict=True):
+        wanted = wanted or [(*before[0], filling)]
+        wanted = (wanted * n_rows_each)[:n_rows_each]
+        for beginning in wanted:
             rows_before.append(start + before.index(beginning[:-1]))
             tokens.append([beginning[-1]])
-        filled.append(own)
+        filled.append(wanted)
         start += len(before)
     # On the processor, which layers on any device take.
     selected = torch.tensor(rows_before, device="cpu")
