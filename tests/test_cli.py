@@ -465,7 +465,7 @@ def last_words(capsys, command, *arguments):
 
 
 def test_a_command_that_keeps_nothing_says_nothing_of_it(monkeypatch, capsys):
-    from icrouting.cli import evaluate as room
+    from icrouting.cli import report as room
 
     monkeypatch.setattr(room, "show", interrupted)
     assert last_words(capsys, main.main, ["report", "anywhere"]) == "stopped"
