@@ -92,7 +92,7 @@ def test_an_option_that_is_ruled_out_stays_so_and_leaves_the_others_finite(way):
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 3), (5, 1)])
 def test_too_little_to_calibrate_by_is_refused(shape):
-    with pytest.raises(ValueError, match=f"got {shape[0]} items of {shape[1]} options"):
+    with pytest.raises(ValueError, match=f"got {shape[0]} prompts of {shape[1]} options"):
         without_prior(np.zeros(shape))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import fitted
 import tiny
 from fitted import SMALL, fit_method
 from icrouting.config import HIDDEN, FitConfig
@@ -483,7 +484,7 @@ def strict(tokenizer):
 def test_every_method_answers_chats_and_reads_no_answer_behind_a_space(
     name, llama, icr, encoder_folder, tmp_path
 ):
-    icr.save_pretrained(tmp_path / "router")
+    fitted.strict(icr).save_pretrained(tmp_path / "router")
     tokenizer = strict(speaking())
     task = chat_task(tokenizer)
     records = answers_of(

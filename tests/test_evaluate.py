@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock
 
 import tiny
+from fitted import strict
 from icrouting.cli import main
 from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.decoder import Decoder
@@ -131,7 +132,7 @@ def test_every_method_leaves_the_model_as_found(name, tokenizer, tmp_path, encod
         min_steps=0,
         patience=0,
     )
-    InContextRouter.fit(model, tokenizer, [task], config).save_pretrained(tmp_path)
+    strict(InContextRouter.fit(model, tokenizer, [task], config)).save_pretrained(tmp_path)
     inputs = tokenizer(
         [task.prompt(example) for example in task.test], return_tensors="pt", padding=True
     )

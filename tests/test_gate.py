@@ -224,3 +224,9 @@ def test_the_effect_on_prompts_that_the_gate_left_alone_names_the_gate(icr, new,
         pytest.warns(UserWarning, match="is `strength` 0"),
     ):
         routed.effect(new)
+
+
+def test_a_router_with_a_gate_is_saved_over_an_older_one_with_a_gate(icr, tmp_path):
+    icr.save_pretrained(tmp_path)
+    icr.save_pretrained(tmp_path)
+    assert InContextRouter.from_pretrained(tmp_path) == icr

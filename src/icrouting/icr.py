@@ -20,7 +20,7 @@ from icrouting.fitting.gating import fit_gate
 from icrouting.fitting.queries import Query
 from icrouting.fitting.rows import n_judged, n_learned
 from icrouting.fitting.warm import Start
-from icrouting.routing import artifact
+from icrouting.routing import artifact, shipped
 from icrouting.routing.card import model_card
 from icrouting.routing.description import Description, describe
 from icrouting.routing.features import features_of
@@ -31,6 +31,7 @@ from icrouting.routing.reader import Gate, Reader
 from icrouting.routing.rerouting import rerouted, unrouted
 from icrouting.routing.routed import Routed
 from icrouting.routing.router import Router
+from icrouting.routing.shipped import TaskCalibration
 from icrouting.routing.sources import FormWatch
 from icrouting.runtime.showing import in_short, ranges
 from icrouting.tasks.task import Task, digest_of_template
@@ -51,6 +52,7 @@ class InContextRouter(ModelHubMixin):
         router: the trained router.
         folder: where it was loaded from; None if it was fitted here.
         gate: which prompts it routes; None where it routes all.
+        calibrations: tasks' priors, by which `predict` calibrates what the gate leaves alone.
 
     Example:
         A model of two layers and a vocabulary of six words stands for a real one (`load_model`).
@@ -81,6 +83,7 @@ class InContextRouter(ModelHubMixin):
     router: Router
     folder: Path | None = None
     gate: PromptGate | None = None
+    calibrations: tuple[TaskCalibration, ...] = ()
 
     # Where this is empty, the mixin would set it on every new object, which is frozen.
     _hub_mixin_config: ClassVar[dict] = {"method": "icr"}
@@ -98,6 +101,7 @@ class InContextRouter(ModelHubMixin):
         if not isinstance(other, InContextRouter):
             return NotImplemented
         is_same_router = self.digest() == other.digest() and self.gate == other.gate
+        is_same_router = is_same_router and self.calibrations == other.calibrations
         return self.description == other.description and is_same_router
 
     def __hash__(self) -> int:
@@ -256,7 +260,25 @@ class InContextRouter(ModelHubMixin):
         # Exact in every dtype at strength 0: wider heads round differently below float32.
         with rerouted(reader, self.pids) if strength else unrouted(reader) as now:
             sources = self.description.sources or ()
-            yield Routed(reader, self.pids.layers, strength, now.last, now.hold, sources)
+            yield Routed(
+                reader,
+                self.pids.layers,
+                strength,
+                now.last,
+                now.hold,
+                sources,
+                self._made_of(reader, strength),
+                self.calibrations,
+            )
+
+    def _made_of(self, reader: Reader, strength: float) -> str:
+        """Returns what gives the scores, as calibrations keep it."""
+        gate = "another gate"
+        if reader.gate is None:
+            gate = "no gate"
+        elif reader.gate is self.gate:
+            gate = "its own gate"
+        return f"router {self.digest()} at strength {strength:g} with {gate}"
 
     def reader(
         self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None
@@ -300,6 +322,22 @@ class InContextRouter(ModelHubMixin):
         """
         fitted = self.description
         decoder.check_fitted_on(what, fitted.base_model, fitted.fingerprint, fitted.base_weights)
+
+    def with_calibration(self, calibration: TaskCalibration) -> "InContextRouter":
+        """Returns this router with a task's priors, in place of earlier ones of the same template.
+
+        Args:
+            calibration: from `Routed.calibrate_task` of this router.
+
+        Raises:
+            ValueError: it is of another router.
+        """
+        if not calibration.made_of.startswith(f"router {self.digest()} "):
+            raise ValueError(
+                f"the calibration is of {calibration.made_of}, not of this router, "
+                f"{self.digest()}: estimate it with this one attached"
+            )
+        return replace(self, calibrations=shipped.joined(self.calibrations, calibration))
 
     def has_template_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Returns whether a tokenizer words chats as those that the router was fitted on.
@@ -352,6 +390,7 @@ class InContextRouter(ModelHubMixin):
         artifact.save(
             save_directory, self.description, self.pids, self.router, self.folder, self.gate
         )
+        shipped.save(save_directory, self.calibrations)
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, repo_id: str, **settings: Any
@@ -394,4 +433,5 @@ class InContextRouter(ModelHubMixin):
         """
         folder = artifact.locate(str(name), revision, token)
         description, pids, router, gate = artifact.load(folder)
-        return cls(description, pids, router, folder, gate)
+        calibrations = shipped.load(folder, artifact.digest(pids, router))
+        return cls(description, pids, router, folder, gate, calibrations)

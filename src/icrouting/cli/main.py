@@ -16,8 +16,8 @@ from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
 from icrouting.methods.settings import COMPARED, Settings
 from icrouting.tasks.task import LabelScoring, Task
 
-# As `report.calibrated.Way`, which comes with what takes seconds to import.
-Calibration = Literal["batch", "batch-probability"]
+# As `routing.priors.Way`, which comes with what takes seconds to import.
+Calibration = Literal["batch", "batch-probability", "guarded"]
 
 # What a command runs is imported inside it: torch takes seconds, and `--help` needs none of it.
 BACKBONE = Backbone()
@@ -117,12 +117,13 @@ def evaluate(
     Killed and started again with the same --out, it goes on where it was; methods and seeds may be
     added. The methods: zero-shot, few-shot (the task's own demonstrations), multi-task-few-shot
     (the sources'), calibration, prompt:NAME (your own, under [[prompts]] in a task file; prompts
-    for all of them), icr, icr-gated (not on prompts unlike the sources'); fitted on each
-    task, or as NAME-once on the sources: task-vectors, function-vectors, icv, elicit,
-    iterative-vectors, i2cl, live, m2iv, lora-block, lora-head, lora-block-more, prefix-tuning,
-    prompt-tuning, and controls of ICR: icr-refit, icr-random-basis, icr-learned-directions,
-    icr-constant, icr-random-features, icr-uniform-alpha, icr-uniform-gates; on each task alone:
-    probe-hidden, probe-encoder.
+    for all of them), icr, icr-gated (not on prompts unlike the sources'), icr-safe (there,
+    batch-calibration); fitted on each task, or as NAME-once on the sources: task-vectors,
+    function-vectors, icv, elicit, iterative-vectors, i2cl, live, m2iv, lora-block, lora-head,
+    lora-block-more, prefix-tuning, prompt-tuning, and controls of ICR: icr-refit,
+    icr-random-basis, icr-learned-directions, icr-constant, icr-random-features,
+    icr-uniform-alpha, icr-uniform-gates; on each task alone: probe-hidden, probe-encoder,
+    batch-calibration (which reads no label).
 
     Example: icr eval --model pinned:smollm2-135m --router my-router --data pinned:staicc
     --tasks agnews sst2 mr --sources agnews sst2 --n-test 200 --out runs/first
@@ -257,7 +258,7 @@ def report(
         calibrate: A second table, of every method without the options' priors: from its answers to
             a task the mean over the items is taken away, of log-probabilities (batch) or of
             probabilities (batch-probability). No label is read. It does harm where some options
-            are much more frequent than others.
+            are much more frequent than others, which "guarded" guards against.
         leads: Instead of a report: how far the first of two methods is ahead of the second, for
             each pair. Without pairs, how far every method is ahead of zero-shot. The runs must have
             asked the same model the same rows.
@@ -300,8 +301,8 @@ def predict(
         rows: CSV, TSV, JSONL or parquet file with the template's columns; no label is needed.
         out: The answers, as .csv, .tsv or .jsonl: all columns of the rows, and three more.
         model: The model below.
-        task: Which task's template makes prompts of the rows, where there are several; a task file
-            where an earlier version saved the artifact, which then knows none.
+        task: Which task's template makes prompts of the rows, where there are several; or a task
+            file, for a router, and where an earlier version saved the artifact.
         gate: Whether the router's gate may leave prompts to the base model (--no-gate: route all).
         prefix: Stands before the names of the three columns, where the rows have one of such a
             name.
@@ -313,6 +314,40 @@ def predict(
     from icrouting.cli import predict as room
 
     room.predict(artifact, rows, out, model, task, gate=gate, prefix=prefix)
+
+
+def calibrate(
+    router: Annotated[str, tyro.conf.Positional],
+    rows: Annotated[Path, tyro.conf.Positional],
+    out: Path | None = None,
+    model: Base = BACKBONE,
+    task: str | None = None,
+    way: Calibration = "guarded",
+    most: int = 500,
+) -> None:
+    """Correct what a router leaves alone for the model's lean, from rows without labels.
+
+    A model leans to some options whatever it is asked. From some hundred prompts of a task this
+    estimates how far, and keeps it in the router's folder: rows of the task that the gate leaves to
+    the base model are then answered without it, at no further cost. What the router routes stays as
+    it is. Labels in the file are not read.
+
+    Example: icr calibrate my-router unlabelled.csv --task mood.toml
+
+    Args:
+        router: Folder or hub id of a router with a gate.
+        rows: CSV, TSV, JSONL or parquet file with the template's columns, of one task.
+        out: Where to save the router with its priors; the router's own folder if it is none.
+        model: The model below.
+        task: Which task's template makes prompts of the rows, by its name, or a task file.
+        way: How the lean is estimated: from the mean log-probability (batch) or the mean
+            probability (batch-probability) of each option, which takes the options for equally
+            frequent; or guarded, which gives back how frequent they seem to be.
+        most: Rows that are asked, at most; of a longer file so many are drawn.
+    """
+    from icrouting.cli import calibrate as room
+
+    room.calibrate(router, rows, out, model, task, way=way, most=most)
 
 
 def generate(
@@ -490,6 +525,7 @@ def main(arguments: list[str] | None = None) -> None:
         "compare": compare,
         "report": report,
         "predict": predict,
+        "calibrate": calibrate,
         "generate": generate,
         "inspect": inspect,
         "demo": demo,

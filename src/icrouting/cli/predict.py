@@ -19,7 +19,9 @@ from icrouting.cli.loading import base_of_router, console, load, stoppable
 from icrouting.decoder.backbone import Backbone
 from icrouting.icr import InContextRouter
 from icrouting.methods import saved
+from icrouting.routing.ownership import CALIBRATION
 from icrouting.routing.predictions import LEFT_ALONE, MALFORMED, Prediction
+from icrouting.routing.shipped import known_specs
 from icrouting.runtime.appended import AppendedFile
 from icrouting.runtime.progress import spinner, track_lines
 from icrouting.tasks.rows import unlabelled_fields
@@ -54,12 +56,14 @@ class Artifact:
         digest: identifies what it holds.
         specs: how its tasks' rows become prompts.
         attach: attaches it to that model.
+        takes_any_task: whether it answers tasks that it was not made for.
     """
 
     model: Backbone
     digest: str
     specs: list[TaskSpec]
     attach: Attach
+    takes_any_task: bool = False
 
 
 def predict(
@@ -77,7 +81,7 @@ def predict(
     if writer_kind not in KINDS:
         raise ValueError(f"--out must end in one of {', '.join(KINDS)}, got {out}")
     known = _artifact(artifact, model, gate=gate)
-    spec = _spec(task, known.specs)
+    spec = _spec(task, known)
     with spinner(f"reading {rows}"):
         table = Table(rows, tuple(unlabelled_fields(spec)))
         n_rows, headings = table.survey()
@@ -139,19 +143,31 @@ def _artifact(name: str, model: Backbone, *, gate: bool) -> Artifact:
         )
     icr = InContextRouter.from_pretrained(name)
     assert icr.folder is not None, "a router that was loaded has a folder"
+    digest = _digest(icr.folder / "config.json")
+    if icr.calibrations:
+        # Other priors are other answers.
+        digest += f"+{_digest(icr.folder / CALIBRATION)}"
     return Artifact(
         base_of_router(model, icr),
-        _digest(icr.folder / "config.json"),
-        [source.spec for source in icr.description.sources or ()],
+        digest,
+        known_specs(icr.description.sources or (), icr.calibrations),
         lambda base, tokenizer, task: icr.attached(base, tokenizer, gate=gate),
+        takes_any_task=True,
     )
 
 
-def _spec(task: str | None, specs: list[TaskSpec]) -> TaskSpec:
-    """Returns how the rows read; where the artifact knows no task, a task file may say it."""
-    if task is not None and task.endswith(".toml") and not specs:
+def router_spec(task: str | None, icr: InContextRouter) -> TaskSpec:
+    """Returns how rows read that a router is asked: as a task that it knows, or a task file."""
+    if task is not None and task.endswith(".toml"):
         return read_task_spec(Path(task))
-    return spec_among(task, specs)
+    return spec_among(task, known_specs(icr.description.sources or (), icr.calibrations))
+
+
+def _spec(task: str | None, known: Artifact) -> TaskSpec:
+    """Returns how the rows read, which a task file may say."""
+    if task is not None and task.endswith(".toml") and (known.takes_any_task or not known.specs):
+        return read_task_spec(Path(task))
+    return spec_among(task, known.specs)
 
 
 def _digest(file: Path) -> str:
@@ -292,6 +308,7 @@ def _next_step(statuses: dict[str, int]) -> str:
     if statuses.get(LEFT_ALONE, 0) * 10 > n_rows:
         return (
             "Next: rows left alone are unlike those of the fit, and the base model answered them; "
-            "fit again with such rows if the router is to know them."
+            "`icr calibrate` corrects its lean without a label, and a fit with such rows teaches "
+            "the router."
         )
     return "Next: check the least sure answers by hand, sorted by probability."

@@ -14,6 +14,7 @@ import numpy as np
 
 from icrouting.comparing.ladder import FEW_SHOT, ICR
 from icrouting.evaluation.records import BASELINE
+from icrouting.methods.batch_calibration import N_PROMPTS
 from icrouting.methods.named_prompts import PREFIX
 from icrouting.methods.settings import Settings
 from icrouting.runtime.storage import load_json, save_json
@@ -69,6 +70,7 @@ def work_of(method: str, sizes: Sizes, settings: Settings) -> float:
     fit_work = {
         BASELINE: 0,
         "calibration": STEP,
+        "batch-calibration": min(sizes.n_train, N_PROMPTS),
         # The demonstrations are read once.
         FEW_SHOT: context,
         "probe-encoder": ENCODER * (n_rows + n_validation),

@@ -12,16 +12,18 @@ FEW_SHOT = "few-shot"
 # most where they were fitted on each task (docs/who-wins.md) and need no encoder; of LoRA, the arm
 # that trains on all rows, as the others here do.
 LADDER = (
-    *(BASELINE, "calibration", FEW_SHOT, "probe-encoder", "probe-hidden"),
+    *(BASELINE, "calibration", "batch-calibration", FEW_SHOT, "probe-encoder", "probe-hidden"),
     *("task-vectors", "i2cl", ICR, "prefix-tuning", "lora-block-more"),
 )
 
 _THIS_TASK = "made for this task's prompts alone"
 _LABELS_ONLY = "answers with this task's labels alone, cannot generate, a new label is a new fit"
+_SCORES_ALONE = "corrects the scores of options, so it changes no generated text"
 # What the answer tells of a method, as the end of "it ...".
 LIMITS = {
     BASELINE: "learns nothing from your rows",
-    "calibration": "corrects the scores of options, so it changes no generated text",
+    "calibration": _SCORES_ALONE,
+    "batch-calibration": _SCORES_ALONE,
     FEW_SHOT: "shows the model a handful of your rows and lengthens every prompt by them",
     "probe-encoder": _LABELS_ONLY,
     "probe-hidden": _LABELS_ONLY,
@@ -46,7 +48,10 @@ def ladder(task: Task, asked: Sequence[str] = ()) -> list[str]:
         asked: names to take in place of all; what is not on the ladder comes last, and the
             baseline, which all are held against, first in any case.
     """
-    names = [*LADDER[:2], *own_prompts(task), *LADDER[2:]]
+    names = list(LADDER)
+    # A prompt of the user's own is as long as a few-shot one.
+    place = names.index(FEW_SHOT)
+    names[place:place] = own_prompts(task)
     if not asked:
         return names
     others = [name for name in dict.fromkeys(asked) if name not in names]

@@ -22,7 +22,7 @@ from icrouting.decoder.scoring import have_finite_scores, score
 from icrouting.methods.bare import score_texts
 from icrouting.methods.fits import Fit, load_fit, save_fit
 from icrouting.methods.settings import Settings
-from icrouting.routing.predictions import ANSWERED, Prediction, predicted
+from icrouting.routing.predictions import ANSWERED, Asked, Prediction, predicted
 from icrouting.runtime.checks import check_same
 from icrouting.runtime.defaults import usual_defaults
 from icrouting.tasks.chat import Messages
@@ -400,9 +400,15 @@ class Method:
                 task,
                 rows_of(rows, task.spec),
                 prompt=self.prompt,
-                adjusted=self.adjusted,
-                status=lambda token_lists: [ANSWERED] * len(token_lists),
+                settled=self._settled,
             )
+
+    def _settled(
+        self, task: Task, asked: Sequence[Asked], scores: Scores
+    ) -> tuple[Scores, list[str]]:
+        """Returns the scores that count, and how rows were answered."""
+        scores = self.adjusted(task, [row.example for row in asked], scores)
+        return scores, [ANSWERED] * len(asked)
 
     def _in_use(self) -> tuple[Task, Hold]:
         """Returns the task that the method is attached for, and its hold on the model."""

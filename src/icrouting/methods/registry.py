@@ -8,6 +8,7 @@ from functools import partial
 
 from icrouting.methods import controls
 from icrouting.methods.base import Method
+from icrouting.methods.batch_calibration import BatchCalibration, IcrSafe
 from icrouting.methods.calibration import Calibration
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.function_vectors import FunctionVectors
@@ -21,7 +22,7 @@ from icrouting.methods.m2iv import M2IV
 from icrouting.methods.named_prompts import PREFIX, UserPrompt
 from icrouting.methods.probes import ProbeEncoder, ProbeHidden
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
-from icrouting.methods.regimes import ONCE, regimes
+from icrouting.methods.regimes import ONCE, InDomain, regimes
 from icrouting.methods.settings import Settings
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
@@ -35,9 +36,12 @@ LEARNING: tuple[type[Method], ...] = (
     *(controls.Refit, controls.RandomBasis, controls.LearnedDirections, controls.ConstantFeatures),
     *(controls.RandomFeatures, controls.UniformAlpha, controls.UniformGates),
     *(ProbeHidden, ProbeEncoder),
+    BatchCalibration,
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
     **{kind.name: kind for kind in PLAIN},
+    # On each task anew, as those that learn; but what it needs is a router.
+    IcrSafe.name: partial(InDomain, kind=IcrSafe),
     **{name: maker for kind in LEARNING for name, maker in regimes(kind).items()},
 }
 

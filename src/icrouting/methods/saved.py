@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.decoder.decoder import Decoder
 from icrouting.methods.base import Method
+from icrouting.methods.batch_calibration import IcrSafe
 from icrouting.methods.fits import Fit
 from icrouting.methods.icr import IcrGated
 from icrouting.methods.regimes import ONCE
@@ -101,8 +102,8 @@ def load_method(
     saved = read_saved(folder)
     decoder = Decoder.of(model, tokenizer)
     decoder.check_fitted_on(str(folder), saved.model, saved.fingerprint, saved.base_weights)
-    # A gate is fitted on its router's sources alone, so it has no regimes and is not LEARNING's.
-    kinds = {kind.name: kind for kind in (*LEARNING, IcrGated)}
+    # Those with a router are not LEARNING's: they have no regimes to choose from.
+    kinds = {kind.name: kind for kind in (*LEARNING, IcrGated, IcrSafe)}
     kind = known("method", saved.method, kinds)
     method = kind(read(Settings, saved.settings))
     tensors, _ = load_tensors(folder / TENSORS)

@@ -14,9 +14,9 @@ from icrouting.evaluation import records
 from icrouting.evaluation.folder import RunFolder
 from icrouting.evaluation.records import BASELINE, Record
 from icrouting.report import beyond, figures, table, wording
-from icrouting.report.calibrated import Way
 from icrouting.report.run import Run, read_run
 from icrouting.report.summary import MOST_OPTIONS, Summary, summarise
+from icrouting.routing.priors import Way
 from icrouting.runtime.pages import counted, markdown_cell, points, render
 from icrouting.runtime.storage import load_json, read_lines, save_text
 

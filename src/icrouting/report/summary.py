@@ -12,10 +12,11 @@ import pandas as pd
 
 from icrouting.evaluation.records import BASELINE, Record
 from icrouting.report import metrics
-from icrouting.report.calibrated import Way, calibrated
+from icrouting.report.calibrated import calibrated
 from icrouting.report.coverage import Cells, counted, fullest_records, unfinished
 from icrouting.report.rows import Row, groups_of, rows_of, sections_of
 from icrouting.report.run import Run
+from icrouting.routing.priors import Way
 
 HEADLINE = "icr"
 # With more options than this a confusion matrix cannot be read.

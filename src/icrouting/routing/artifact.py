@@ -22,7 +22,15 @@ from icrouting.decoder.identity import read_weight
 from icrouting.routing.card import model_card
 from icrouting.routing.description import Description
 from icrouting.routing.gate import GateNumbers, PromptGate
-from icrouting.routing.ownership import CARD, CONFIG, METHOD, N_DIGITS, WEIGHTS, check_place
+from icrouting.routing.ownership import (
+    CALIBRATION,
+    CARD,
+    CONFIG,
+    METHOD,
+    N_DIGITS,
+    WEIGHTS,
+    check_place,
+)
 from icrouting.routing.pids import PIDs, check_layers
 from icrouting.routing.router import Router
 from icrouting.runtime.checks import first_line, read
@@ -154,7 +162,7 @@ def locate(name: str, revision: str | None, token: str | bool | None = None) -> 
     if Path(name).is_dir():
         return Path(name)
     # The card is not read, but goes along when the router is saved again.
-    files = [CONFIG, WEIGHTS, CARD]
+    files = [CONFIG, WEIGHTS, CARD, CALIBRATION]
     try:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

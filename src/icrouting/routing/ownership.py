@@ -6,11 +6,14 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
 
-from icrouting.runtime.storage import load_json
+from icrouting.runtime.storage import load_json, load_metadata
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
+CALIBRATION = "calibration.safetensors"
+# What its metadata holds of each prior.
+PRIORS = "priors"
 # What a router's config.json says that it is.
 METHOD = "icr"
 # Digits of a sha256 that identify a router's weights.
@@ -65,7 +68,7 @@ def _is_weights(file: Path) -> bool:
     except SafetensorError:
         # A router's own file may have been damaged; its config.json tells it from a model's.
         return _is_config(file.with_name(CONFIG))
-    return all(name.startswith(("pids.", "router.")) for name in names)
+    return all(name.startswith(("pids.", "router.", "gate.")) for name in names)
 
 
 def _is_card(file: Path) -> bool:
@@ -79,5 +82,19 @@ def _is_card(file: Path) -> bool:
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:N_DIGITS] in text
 
 
+def _is_calibration(file: Path) -> bool:
+    """Whether a file holds a router's calibrations."""
+    try:
+        return PRIORS in (load_metadata(file) or {})
+    except ValueError:
+        # A damaged one, which its folder's config.json tells from another's.
+        return _is_config(file.with_name(CONFIG))
+
+
 # The files of an artifact, and what tells each from a file of that name of another kind.
-_OURS = {CONFIG: _is_config, WEIGHTS: _is_weights, CARD: _is_card}
+_OURS = {
+    CONFIG: _is_config,
+    WEIGHTS: _is_weights,
+    CARD: _is_card,
+    CALIBRATION: _is_calibration,
+}

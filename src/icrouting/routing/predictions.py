@@ -16,15 +16,13 @@ from icrouting.tasks.task import Example, LabelScoring, Task
 
 ROUTED = "routed"
 LEFT_ALONE = "left alone"
+CALIBRATED = "calibrated"
 ANSWERED = "answered"
 TOO_LONG = "too long"
 MALFORMED = "malformed"
 NOT_FINITE = "not finite"
 # Of a reason: a row may hold a book.
 MOST_CHARACTERS = 300
-
-# From the rows that can be asked, the option scores that count.
-Adjust = Callable[[Task, Sequence[Example], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,9 @@ class Prediction:
         label: the option with the highest score; None where there is no answer.
         probability: the label's share of the softmax over the options' scores; None without a
             label.
-        status: how it was answered: "routed" or "left alone" by a router's gate, "answered" by any
-            other method. Or why it was not: "too long" for the model's context, "not finite" scores
+        status: how it was answered: "routed" or "left alone" by a router's gate, "calibrated" where
+            what was left alone had its task's prior taken away, "answered" by any other method.
+            Or why it was not: "too long" for the model's context, "not finite" scores
             or, with the reason behind a colon, "malformed".
         probabilities: that of each option; empty without a label.
     """
@@ -53,8 +52,16 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A row that can be asked: its place among the rows, and what the model is to read."""
+class Asked:
+    """A row that can be asked.
+
+    Attributes:
+        place: its place among the rows.
+        example: the row.
+        prompt: what the model reads.
+        options: what it chooses from.
+        tokens: the prompt's.
+    """
 
     place: int
     example: Example
@@ -63,14 +70,18 @@ class _Asked:
     tokens: list[int]
 
 
+# From the rows that could be asked and the model's scores: those that count, and how each row was
+# answered. Called behind the passes.
+Settle = Callable[[Task, Sequence[Asked], Tensor], tuple[Tensor, Sequence[str]]]
+
+
 def predicted(
     decoder: Decoder,
     task: Task,
     rows: Sequence[object],
     *,
     prompt: Callable[[Task, Example], Prompt],
-    adjusted: Adjust,
-    status: Callable[[Sequence[Sequence[int]]], Sequence[str]],
+    settled: Settle,
 ) -> list[Prediction]:
     """Returns a prediction for each row, in their order.
 
@@ -81,17 +92,15 @@ def predicted(
         task: how rows become prompts; its own rows are of no account.
         rows: dicts of columns.
         prompt: makes the prompt of a row.
-        adjusted: makes of the model's scores those that count.
-        status: says how prompts were answered, given their tokens; called behind the passes.
+        settled: makes of the model's scores those that count, and says how rows were answered.
     """
     asked, predictions = _askable(decoder, task, rows, prompt)
     asked, plain_scores, refused = _scored(decoder, asked, task.spec.label_scoring)
     predictions |= refused
     if asked:
-        scores = adjusted(task, [row.example for row in asked], plain_scores)
+        scores, statuses = settled(task, asked, plain_scores)
         options = [row.options for row in asked]
         is_finite = have_finite_scores(scores, plain_scores, options).tolist()
-        statuses = status([row.tokens for row in asked])
         for row, row_scores, fine, how in zip(asked, scores, is_finite, statuses, strict=True):
             predictions[row.place] = _of_scores(row.options, row_scores, how, fine)
     return [predictions[place] for place in range(len(rows))]
@@ -118,7 +127,7 @@ def _askable(
     task: Task,
     rows: Sequence[object],
     prompt: Callable[[Task, Example], Prompt],
-) -> tuple[list[_Asked], dict[int, Prediction]]:
+) -> tuple[list[Asked], dict[int, Prediction]]:
     """Returns the rows that make a prompt, and the others by their place."""
     examples = {}
     prompts = {}
@@ -134,13 +143,13 @@ def _askable(
     asked = []
     for place, tokens in zip(prompts, token_lists, strict=True):
         example = examples[place]
-        asked.append(_Asked(place, example, prompts[place], task.options(example), tokens))
+        asked.append(Asked(place, example, prompts[place], task.options(example), tokens))
     return asked, refused
 
 
 def _scored(
-    decoder: Decoder, asked: list[_Asked], label_scoring: LabelScoring
-) -> tuple[list[_Asked], Tensor, dict[int, Prediction]]:
+    decoder: Decoder, asked: list[Asked], label_scoring: LabelScoring
+) -> tuple[list[Asked], Tensor, dict[int, Prediction]]:
     """Returns the rows that can be scored, their scores, and the others by their place.
 
     Raises:
@@ -159,7 +168,7 @@ def _scored(
 
 
 def _unanswerable(
-    decoder: Decoder, asked: Sequence[_Asked], label_scoring: LabelScoring
+    decoder: Decoder, asked: Sequence[Asked], label_scoring: LabelScoring
 ) -> dict[int, Prediction]:
     """Returns the rows behind whose prompts no option can stand, or has room in the context."""
     refused = {}
@@ -178,7 +187,7 @@ def _unanswerable(
     return refused
 
 
-def _scores(decoder: Decoder, asked: Sequence[_Asked], label_scoring: LabelScoring) -> Tensor:
+def _scores(decoder: Decoder, asked: Sequence[Asked], label_scoring: LabelScoring) -> Tensor:
     if not asked:
         return torch.zeros(0, 0)
     prompts = [row.prompt for row in asked]

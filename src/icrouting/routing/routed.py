@@ -1,26 +1,47 @@
 """A model while it is routed, and what can be asked of it."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from icrouting.decoder.batches import tokenize
 from icrouting.decoder.hold import Hold
 from icrouting.decoder.scoring import score
-from icrouting.decoder.texts import prompts_of
+from icrouting.decoder.texts import listed, prompts_of
+from icrouting.routing.calibration import (
+    DEFAULT_WAY,
+    BatchCalibration,
+    Calibrating,
+    mixture_of,
+)
 from icrouting.routing.effect import Passes, describe, run_both, warn_if_nothing
-from icrouting.routing.predictions import LEFT_ALONE, ROUTED, Prediction, predicted
+from icrouting.routing.predictions import (
+    CALIBRATED,
+    LEFT_ALONE,
+    ROUTED,
+    Asked,
+    Prediction,
+    predicted,
+)
+from icrouting.routing.priors import Way, fewest_prompts
 from icrouting.routing.reader import Reader
 from icrouting.routing.router import Routing
+from icrouting.routing.shipped import TaskCalibration, known_specs, reading_of
 from icrouting.routing.sources import Source
+from icrouting.runtime.progress import track
 from icrouting.runtime.showing import ranges
 from icrouting.tasks.chat import Messages
 from icrouting.tasks.prompts import zero_shot
 from icrouting.tasks.streams import rows_of
 from icrouting.tasks.task import LabelScoring, Task, TaskSpec, spec_among
+
+# Rows that are asked at once for a prior: a bar moves between them.
+WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,9 @@ class Routed:
         hold: the hold on the model; whatever is asked takes its turn, and is an error once the
             model is no longer attached.
         sources: the tasks that the router was fitted on, as far as it knows them.
+        made_of: what gives the scores: the router, its strength and its gate.
+        calibrations: the priors that came with the router, by which `predict` calibrates what the
+            gate leaves alone.
     """
 
     reader: Reader
@@ -43,6 +67,8 @@ class Routed:
     last: list[list[int]]
     hold: Hold
     sources: tuple[Source, ...] = ()
+    made_of: str = ""
+    calibrations: tuple[TaskCalibration, ...] = ()
 
     def __repr__(self) -> str:
         name = self.reader.decoder.model.config.name_or_path
@@ -55,6 +81,7 @@ class Routed:
         options: Sequence[str] | Sequence[Sequence[str]],
         *,
         label_scoring: LabelScoring = "first",
+        calibration: Calibrating | None = None,
     ) -> Float[Tensor, "n_prompts n_options"]:
         """Returns each option's score behind each prompt, as `score_options` does.
 
@@ -67,48 +94,194 @@ class Routed:
             options: the answers to choose from, for all prompts or a list each.
             label_scoring: "first" for the logit of an option's first token, "sum" or "mean" for the
                 log-probabilities of all.
+            calibration: a prior to take away, from `calibrate`, or a `CalibrationStream` that
+                estimates one as it goes; the scores are then log-probabilities over the options,
+                less the prior. It costs no pass.
+
+        Raises:
+            ValueError: what `score_options` says, or the calibration is of other options or of
+                another router.
         """
         decoder = self.reader.decoder
         whole_prompts = prompts_of(prompts, decoder.tokenizer)
+        one_list: list[str] = []
+        if calibration is not None:
+            # Before any pass: what does not fit costs nothing then.
+            one_list = self._one_list(options)
+            calibration.check(one_list, self.made_of)
         with self.hold.turn():
             scores = score(decoder, whole_prompts, options, label_scoring=label_scoring)
             # Batches may have come in another order, and the last of them alone would be
             # remembered.
             self.last[:] = tokenize(decoder.tokenizer, [prompt.text for prompt in whole_prompts])
+        if calibration is not None:
+            return calibration.adjusted(scores, one_list, self.made_of)
         return scores
+
+    def calibrate(
+        self,
+        prompts: Sequence[str | Messages],
+        options: Sequence[str],
+        *,
+        way: Way = DEFAULT_WAY,
+        label_scoring: LabelScoring = "first",
+    ) -> BatchCalibration:
+        """Returns the prior of options, estimated from prompts without labels, for `score`.
+
+        A hundred prompts of the very task will do (Zhou et al. 2023). Warns where they look like
+        those of several tasks.
+
+        Args:
+            prompts: zero-shot prompts, as `score` takes them.
+            options: the answers to choose from.
+            way: how the prior is estimated (`routing.priors`).
+            label_scoring: as in `score`.
+
+        Raises:
+            ValueError: there are fewer prompts than options, or what `score` says.
+        """
+        prompts = listed(prompts, "prompts")
+        options = self._one_list(options)
+        texts = [prompt.text for prompt in prompts_of(prompts, self.reader.decoder.tokenizer)]
+        if mixture := mixture_of(texts):
+            warnings.warn(mixture, stacklevel=2)
+        fewest = fewest_prompts(len(options))
+        # Before any pass, too.
+        if len(prompts) < fewest:
+            raise ValueError(
+                f"{len(prompts)} prompts say nothing of the prior of {len(options)} options: give "
+                f"{fewest} or more, better a hundred"
+            )
+        scores = self.score(prompts, options, label_scoring=label_scoring)
+        return BatchCalibration.of(scores, options, way, self.made_of)
+
+    @staticmethod
+    def _one_list(options: Sequence[str] | Sequence[Sequence[str]]) -> list[str]:
+        """Returns the options that all prompts have; ValueError where there are many lists."""
+        entries = listed(options, "options")
+        if not all(isinstance(entry, str) for entry in entries):
+            raise ValueError(
+                "calibration is of one list of options, which all prompts have: score prompts of "
+                "different options apart, or ask `predict`, which does so"
+            )
+        return [str(entry) for entry in entries]
 
     def predict(self, rows: Any, task: str | Task | TaskSpec | None = None) -> list[Prediction]:
         """Returns a prediction for each row, without a look at any label.
 
         A row that does not fit, or is too long for the model, says so in its status. A prompt that
-        the gate does not know is answered by the base model, and its status is "left alone".
+        the gate does not know is answered by the base model, and its status is "left alone"; or
+        "calibrated", where the router came with the task's prior, which is taken away there.
 
         Args:
             rows: a list of dicts, a data frame, a `datasets.Dataset` or the path of a file; further
                 columns are of no account.
             task: how rows become prompts: the name of one of the tasks that the router was fitted
-                on, which None takes where there is but one, or a task or its spec.
+                on or has priors of, which None takes where there is but one, or a task or its spec.
 
         Raises:
             ValueError: these are no rows, or the task is not known.
         """
-        spec = spec_among(task, [source.spec for source in self.sources])
+        spec = spec_among(task, known_specs(self.sources, self.calibrations))
+        calibration = self._calibration_of(spec)
+
+        def settled(task: Task, asked: Sequence[Asked], scores: Tensor) -> tuple[Tensor, list[str]]:
+            statuses = [self._status(row, is_routed) for row in asked]
+            if calibration is None:
+                return scores, statuses
+            return self._calibrated(calibration, asked, scores, statuses)
+
         reader = self.reader
         with self.hold.turn(), reader.decisions.noted() as is_routed:
-
-            def status(token_lists: Sequence[Sequence[int]]) -> list[str]:
-                # What no gate was asked about was routed.
-                routed = [is_routed.get(tuple(tokens), True) for tokens in token_lists]
-                return [ROUTED if each and self.strength else LEFT_ALONE for each in routed]
-
             return predicted(
                 reader.decoder,
                 Task(spec, (), ()).bound_to(reader.decoder.tokenizer),
                 rows_of(rows, spec),
                 prompt=zero_shot,
-                adjusted=lambda task, examples, scores: scores,
-                status=status,
+                settled=settled,
             )
+
+    def calibrate_task(
+        self, rows: Any, task: str | Task | TaskSpec | None = None, *, way: Way = DEFAULT_WAY
+    ) -> tuple[TaskCalibration, list[Prediction]]:
+        """Returns the priors of a task for what the gate leaves alone, and the rows' answers.
+
+        `InContextRouter.with_calibration` keeps them with the router, and its `predict` then
+        calibrates rows of the task that the gate leaves alone. No label is read.
+
+        Args:
+            rows: some hundred of the task's rows, as `predict` takes them.
+            task: how rows become prompts, as in `predict`.
+            way: how the priors are estimated (`routing.priors`).
+
+        Raises:
+            ValueError: there are too few rows that the gate leaves alone.
+        """
+        spec = spec_among(task, known_specs(self.sources, self.calibrations))
+        left_alone: list[tuple[Sequence[str], Tensor]] = []
+
+        def settled(task: Task, asked: Sequence[Asked], scores: Tensor) -> tuple[Tensor, list[str]]:
+            statuses = [self._status(row, is_routed) for row in asked]
+            for row, row_scores, status in zip(asked, scores, statuses, strict=True):
+                own_scores = row_scores[: len(row.options)]
+                if status == LEFT_ALONE and own_scores.isfinite().all():
+                    left_alone.append((row.options, own_scores))
+            return scores, statuses
+
+        reader = self.reader
+        bound_task = Task(spec, (), ()).bound_to(reader.decoder.tokenizer)
+        all_rows = rows_of(rows, spec)
+        windows = [all_rows[start : start + WINDOW] for start in range(0, len(all_rows), WINDOW)]
+        sizes = [len(window) for window in windows]
+        predictions = []
+        with self.hold.turn(), reader.decisions.noted() as is_routed:
+            for window in track(windows, "calibrating", sizes, "rows"):
+                predictions += predicted(
+                    reader.decoder, bound_task, window, prompt=zero_shot, settled=settled
+                )
+        if not left_alone:
+            raise ValueError(
+                f"none of {len(predictions)} rows was left alone by a gate: routed prompts are "
+                "answered by what the router learned, and get no prior"
+            )
+        options = [row_options for row_options, _ in left_alone]
+        # Where rows have fewer options than others, the end is of no account.
+        scores = pad_sequence([row_scores for _, row_scores in left_alone], batch_first=True)
+        return TaskCalibration.of(spec, scores, options, way, self.made_of), predictions
+
+    def _status(self, row: Asked, is_routed: Mapping[tuple[int, ...], bool]) -> str:
+        # What no gate was asked about was routed.
+        return ROUTED if is_routed.get(tuple(row.tokens), True) and self.strength else LEFT_ALONE
+
+    def _calibration_of(self, spec: TaskSpec) -> TaskCalibration | None:
+        """Returns the priors that came with the router for a task; None where there are none."""
+        reading = reading_of(spec)
+        for calibration in self.calibrations:
+            if calibration.reading == reading:
+                # Another strength, or another gate, leaves others alone: then there is none.
+                return calibration if calibration.made_of == self.made_of else None
+        return None
+
+    def _calibrated(
+        self,
+        calibration: TaskCalibration,
+        asked: Sequence[Asked],
+        scores: Tensor,
+        statuses: Sequence[str],
+    ) -> tuple[Tensor, list[str]]:
+        """Returns scores without their prior where rows were left alone, and the statuses."""
+        scores = scores.clone()
+        new_statuses = list(statuses)
+        places = [place for place, status in enumerate(statuses) if status == LEFT_ALONE]
+        if not places:
+            return scores, new_statuses
+        options = [asked[place].options for place in places]
+        adjusted, is_adjusted = calibration.adjusted(scores[places], options, self.made_of)
+        scores[places] = adjusted
+        for place, has_prior in zip(places, is_adjusted, strict=True):
+            if has_prior:
+                new_statuses[place] = CALIBRATED
+        return scores, new_statuses
 
     def routing(self, prompts: Sequence[str | Messages]) -> Routing:
         """Returns what the router decides for prompts; no routed layer runs."""

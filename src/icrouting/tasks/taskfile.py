@@ -43,6 +43,12 @@ class _TaskFile(_SpecKeys):
     splits: dict[str, Any]
 
 
+class _SpecFile(_SpecKeys):
+    """The keys of a task file whose rows are elsewhere, or have no labels yet."""
+
+    splits: dict[str, Any] | None = None
+
+
 _Keys = TypeVar("_Keys", bound=_SpecKeys)
 # How a refusal calls the kind of value that pydantic expected.
 _KINDS = {"string_type": "str", "list_type": "list", "dict_type": "dict", "bool_type": "bool"}
@@ -66,7 +72,7 @@ def read_task_file(path: Path) -> Task:
     Raises:
         ValueError: it is malformed (key and line are named), or a row does not fit.
     """
-    file = _read(path)
+    file = _read(path, _TaskFile)
     spec = _spec_in(path, file)
     splits = file.splits
     if "rows" in splits:
@@ -80,15 +86,15 @@ def read_task_file(path: Path) -> Task:
 
 
 def read_task_spec(path: Path) -> TaskSpec:
-    """Returns how the task of a TOML file reads; its rows need not be there.
+    """Returns how the task of a TOML file reads; its rows need not be there, nor `splits`.
 
     Raises:
         ValueError: it is malformed (key and line are named).
     """
-    return _spec_in(path, _read(path))
+    return _spec_in(path, _read(path, _SpecFile))
 
 
-def _read(path: Path) -> _TaskFile:
+def _read(path: Path, kind: type[_Keys]) -> _Keys:
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = tomllib.loads(text)
@@ -97,13 +103,13 @@ def _read(path: Path) -> _TaskFile:
     except ValueError as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
     try:
-        return _parsed(values)
+        return _parsed(values, kind)
     except _Mistake as mistake:
         line = _line_of(mistake.key, text)
         raise ValueError(f"{path}:{line}: key {mistake.key!r} {mistake}") from mistake
 
 
-def _spec_in(path: Path, file: _TaskFile) -> TaskSpec:
+def _spec_in(path: Path, file: _SpecKeys) -> TaskSpec:
     """Returns the spec of a task file, which may have its name."""
     name = path.stem if file.name is None else file.name
     return _spec_of(file, name, file.group)
@@ -191,10 +197,12 @@ def _validated(kind: type[_Keys], values: dict[str, Any]) -> _Keys:
         raise _mistake_among_keys(error, values) from error
 
 
-def _parsed(values: dict[str, Any]) -> _TaskFile:
-    file = _validated(_TaskFile, values)
+def _parsed(values: dict[str, Any], kind: type[_Keys]) -> _Keys:
+    file = _validated(kind, values)
     _check_how_it_reads(file)
-    _check_splits(file)
+    splits = getattr(file, "splits", None)
+    if splits is not None:
+        _check_splits(file, splits)
     return file
 
 
@@ -241,8 +249,7 @@ def _check_options(file: _SpecKeys) -> None:
         raise _Mistake("options", f"must list two different texts or more, got {options!r}")
 
 
-def _check_splits(file: _TaskFile) -> None:
-    splits = file.splits
+def _check_splits(file: _SpecKeys, splits: dict[str, Any]) -> None:
     if "rows" in splits:
         _check_cut(splits)
         _check_label_is_hidden(file)

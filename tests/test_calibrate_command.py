@@ -1,0 +1,133 @@
+"""`icr calibrate`: a router's folder gets the priors of a task, and `icr predict` goes by them."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from fitted import strict
+from icrouting.cli import main
+from icrouting.decoder import loading
+from icrouting.icr import InContextRouter
+from icrouting.routing.priors import WAYS
+
+TASK = tiny.task("rows", n_train=2, n_test=40)
+ROWS = [{"text": row.fields["text"], "label": "good", "id": n} for n, row in enumerate(TASK.test)]
+MOOD = 'template = "Note: {text}\\nMood:"\noptions = ["good", "bad"]\n'
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    monkeypatch.setattr(loading, "default_dtype", lambda: torch.float32)
+
+
+@pytest.fixture
+def router(world, tmp_path):
+    """A world's router with a gate that knows no prompt."""
+    strict(InContextRouter.from_pretrained(world / "router")).save_pretrained(tmp_path / "router")
+    return tmp_path / "router"
+
+
+@pytest.fixture
+def mood(tmp_path):
+    file = tmp_path / "mood.toml"
+    file.write_text(MOOD)
+    return file
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.csv"
+    with file.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, ["id", "text", "label"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return file
+
+
+def run(world, *arguments):
+    main.main([*map(str, arguments), "--model", str(world / "model")])
+
+
+def refused(capsys, world, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(world, *arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def table(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_rows_of_a_new_task_are_answered_without_the_models_lean(
+    world, router, mood, rows, tmp_path, capsys
+):
+    run(world, "calibrate", router, rows, "--task", mood)
+    told = capsys.readouterr().out
+    assert "not read, labels among them: id, label." in told
+    assert "mood: 40 of 40 rows (left alone 40)." in told
+    assert f"icr predict {router} {rows} --task mood" in told
+    assert "Over 40 prompts the model leans to" in told
+    out = tmp_path / "answers.csv"
+    run(world, "predict", router, rows, "--task", "mood", "--out", out, "--prefix", "new_")
+    assert {row["new_status"] for row in table(out)} == {"calibrated"}
+    (calibration,) = InContextRouter.from_pretrained(router).calibrations
+    assert calibration.n_prompts == 40
+
+
+def test_of_a_long_file_rows_are_drawn(world, router, mood, rows, capsys):
+    run(world, "calibrate", router, rows, "--task", mood, "--most", "9")
+    assert "mood: 9 of 40 rows" in capsys.readouterr().out
+    (calibration,) = InContextRouter.from_pretrained(router).calibrations
+    assert calibration.n_prompts == 9
+
+
+def test_another_folder_leaves_the_router_as_it_is(world, router, mood, rows, tmp_path):
+    before = sorted(file.read_bytes() for file in router.iterdir())
+    run(world, "calibrate", router, rows, "--task", mood, "--out", tmp_path / "safe")
+    assert sorted(file.read_bytes() for file in router.iterdir()) == before
+    assert InContextRouter.from_pretrained(tmp_path / "safe").calibrations
+
+
+def test_finished_answers_are_not_those_of_other_priors(
+    world, router, mood, rows, tmp_path, capsys
+):
+    run(world, "calibrate", router, rows, "--task", mood, "--most", "9")
+    predict = ("predict", router, rows, "--task", "mood", "--prefix", "new_")
+    predict = (*predict, "--out", tmp_path / "answers.csv")
+    run(world, *predict)
+    run(world, "calibrate", router, rows, "--task", mood)
+    capsys.readouterr()
+    assert "answers.csv" in refused(capsys, world, *predict)
+
+
+def test_a_router_without_a_gate_is_refused(world, router, mood, rows, capsys):
+    bare = replace(InContextRouter.from_pretrained(router), gate=None)
+    shutil.rmtree(router)
+    bare.save_pretrained(router)
+    line = refused(capsys, world, "calibrate", router, rows, "--task", mood)
+    assert "has no gate, so it routes every prompt" in line
+
+
+def test_what_does_not_fit_is_refused_in_one_line(world, router, mood, rows, tmp_path, capsys):
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text(json.dumps({"note": "a day"}) + "\n")
+    assert "missing: ['text']" in refused(capsys, world, "calibrate", router, odd, "--task", mood)
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps({"text": "a day"}) + "\n")
+    line = refused(capsys, world, "calibrate", router, short, "--task", mood)
+    assert "has 1 prompts of one list of options" in line
+    line = refused(capsys, world, "calibrate", router, rows, "--task", mood, "--most", "1")
+    assert "--most must be 2" in line
+    assert not InContextRouter.from_pretrained(router).calibrations
+
+
+def test_the_command_offers_every_way():
+    assert main.Calibration.__args__ == WAYS

@@ -1,0 +1,336 @@
+"""Calibration in use: a prior from prompts without labels, taken away from further scores."""
+
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import fitted
+import tiny
+from fitted import small_fit
+from icrouting.icr import InContextRouter
+from icrouting.routing.calibration import BatchCalibration, CalibrationStream, mixture_of
+from icrouting.routing.priors import WAYS, label_shares, without_prior
+from icrouting.tasks.task import TaskSpec
+
+TASK = tiny.task("toy", n_train=60, n_test=30)
+OPTIONS = list(TASK.spec.options)
+TEXTS = [TASK.prompt(row) for row in TASK.test]
+SCORES = torch.from_numpy(np.random.default_rng(5).normal(size=(40, 3)) * 2).float()
+LETTERS = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model("llama")
+
+
+@pytest.fixture(scope="module")
+def icr(model, tokenizer):
+    config = small_fit(n_prompts=8, n_queries=60)
+    return InContextRouter.fit(model, tokenizer, [TASK], config)
+
+
+@pytest.fixture
+def routed(icr, model, tokenizer):
+    with icr.attached(model, tokenizer) as attached:
+        yield attached
+
+
+@pytest.fixture
+def strict(icr):
+    return fitted.strict(icr)
+
+
+def rows_of(examples):
+    return [dict(example.fields) for example in examples]
+
+
+# -- the prior itself
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_adjusted_by_itself_is_what_a_report_makes_of_it(way):
+    calibration = BatchCalibration.of(SCORES, LETTERS, way)
+    adjusted = calibration.adjusted(SCORES, LETTERS)
+    expected = torch.from_numpy(without_prior(SCORES.double().numpy(), way))
+    gap = adjusted - expected
+    torch.testing.assert_close(gap, gap[:, :1].expand_as(gap), atol=1e-4, rtol=0)
+    assert torch.equal(adjusted.argmax(1), expected.argmax(1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_uniform_prior_changes_no_answer(way):
+    turned = torch.cat([SCORES.roll(shift, 1) for shift in range(3)])
+    calibration = BatchCalibration.of(turned, LETTERS, way)
+    assert calibration.log_prior.abs().max() < 1e-5
+    adjusted = calibration.adjusted(SCORES, LETTERS)
+    torch.testing.assert_close(adjusted, SCORES.log_softmax(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_order_of_prompts_within_an_option_stays(way):
+    calibration = BatchCalibration.of(SCORES[:20], LETTERS, way)
+    adjusted = calibration.adjusted(SCORES[20:], LETTERS)
+    before = SCORES[20:].log_softmax(1)
+    assert torch.equal(adjusted.argsort(0), before.argsort(0))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("sizes", [(40,), (1, 39), (2, 1, 5, 32), (1,) * 40])
+def test_a_stream_after_n_prompts_is_the_batch_of_those_n(way, sizes):
+    stream = CalibrationStream(way)
+    for scores in SCORES.split(list(sizes)):
+        last = stream.adjusted(scores, LETTERS)
+    batch = BatchCalibration.of(SCORES, LETTERS, way)
+    assert stream.n_prompts == 40
+    torch.testing.assert_close(stream.calibration.log_prior, batch.log_prior, atol=1e-6, rtol=0)
+    torch.testing.assert_close(last, batch.adjusted(scores, LETTERS), atol=1e-6, rtol=0)
+
+
+def test_a_stream_leaves_scores_as_they_are_before_there_are_enough():
+    stream = CalibrationStream()
+    first = stream.adjusted(SCORES[:1], LETTERS)
+    torch.testing.assert_close(first, SCORES[:1].log_softmax(1))
+    assert stream.calibration is None
+    stream.adjusted(SCORES[1:3], LETTERS)
+    assert stream.calibration is not None
+
+
+@pytest.mark.parametrize("n_prompts", [0, 1, 2])
+def test_fewer_prompts_than_options_are_refused(n_prompts):
+    with pytest.raises(ValueError, match=f"{n_prompts} prompts of 3 options"):
+        BatchCalibration.of(SCORES[:n_prompts], LETTERS)
+
+
+def test_one_option_is_refused():
+    with pytest.raises(ValueError, match="two options or more"):
+        BatchCalibration.of(SCORES[:, :1], LETTERS[:1])
+    with pytest.raises(ValueError, match="two options or more"):
+        CalibrationStream().adjusted(SCORES[:, :1], LETTERS[:1])
+
+
+def test_a_calibration_of_other_options_or_of_something_else_is_refused():
+    calibration = BatchCalibration.of(SCORES, LETTERS, made_of="router 1")
+    with pytest.raises(ValueError, match=r"of the options .*'a', 'b', 'c'"):
+        calibration.adjusted(SCORES, ("b", "a", "c"), "router 1")
+    with pytest.raises(ValueError, match="is of router 1, and this is router 2"):
+        calibration.adjusted(SCORES, LETTERS, "router 2")
+    stream = CalibrationStream()
+    stream.adjusted(SCORES, LETTERS, "router 1")
+    with pytest.raises(ValueError, match="begin another"):
+        stream.adjusted(SCORES, LETTERS, "router 2")
+
+
+def test_shares_are_those_of_the_slow_iteration():
+    likelihoods = without_prior(SCORES.double().numpy())
+    shares = [1 / 3] * 3
+    for _ in range(400):
+        counts = [30.0] * 3
+        for row in likelihoods:
+            weights = [math.exp(value) * share for value, share in zip(row, shares, strict=True)]
+            for option, weight in enumerate(weights):
+                counts[option] += weight / sum(weights)
+        shares = [count / sum(counts) for count in counts]
+    np.testing.assert_allclose(label_shares(likelihoods), shares, atol=1e-5)
+
+
+def test_the_guard_gives_back_what_a_skewed_task_would_lose():
+    # Sure answers, nine in ten of one label: their mean is the labels' more than the model's.
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [180, 20])
+    scores = np.where(labels[:, None] == np.arange(2), 4.0, 0.0) + rng.normal(size=(200, 2))
+    right = {}
+    for way in WAYS:
+        right[way] = (without_prior(scores, way).argmax(1) == labels).mean()
+    assert right["guarded"] > right["batch"] + 0.05
+    assert right["guarded"] > 0.97
+
+
+def test_prompts_of_another_kind_are_told_by_their_scores():
+    calibration = BatchCalibration.of(SCORES[:20], LETTERS)
+    assert calibration.chance_of(SCORES[20:]) > 0.01
+    assert calibration.chance_of(SCORES[20:] + torch.tensor([3.0, 0.0, 0.0])) < 1e-4
+
+
+# -- in use
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_routed_scores_come_without_their_prior(routed, way):
+    calibration = routed.calibrate(TEXTS, OPTIONS, way=way)
+    plain = routed.score(TEXTS, OPTIONS)
+    expected = plain.log_softmax(1) - calibration.log_prior
+    adjusted = routed.score(TEXTS, OPTIONS, calibration=calibration)
+    torch.testing.assert_close(adjusted, expected, atol=1e-5, rtol=0)
+    assert calibration.n_prompts == len(TEXTS)
+
+
+def test_a_stream_goes_along_with_routed_scores(routed):
+    stream = CalibrationStream()
+    for start in range(0, 30, 10):
+        last = routed.score(TEXTS[start : start + 10], OPTIONS, calibration=stream)
+    calibration = routed.calibrate(TEXTS, OPTIONS)
+    torch.testing.assert_close(
+        last, routed.score(TEXTS[20:], OPTIONS, calibration=calibration), atol=1e-4, rtol=0
+    )
+
+
+def test_statistics_of_another_strength_gate_or_router_are_refused(icr, strict, model, tokenizer):
+    with icr.attached(model, tokenizer) as attached:
+        calibration = attached.calibrate(TEXTS, OPTIONS)
+    for settings in ({"strength": 0.5}, {"gate": False}):
+        with (
+            icr.attached(model, tokenizer, **settings) as attached,
+            pytest.raises(ValueError, match="estimate it with what answers"),
+        ):
+            attached.score(TEXTS, OPTIONS, calibration=calibration)
+
+
+def test_what_does_not_fit_costs_no_pass(routed, monkeypatch):
+    def scored(*_, **__):
+        raise AssertionError("a pass was made")
+
+    calibration = routed.calibrate(TEXTS, OPTIONS)
+    monkeypatch.setattr("icrouting.routing.routed.score", scored)
+    with pytest.raises(ValueError, match="of the options"):
+        routed.score(TEXTS, ["yes", "no"], calibration=calibration)
+    with pytest.raises(ValueError, match="one list of options"):
+        routed.score(TEXTS, [OPTIONS] * len(TEXTS), calibration=calibration)
+    with pytest.raises(ValueError, match="1 prompts say nothing of the prior of"):
+        routed.calibrate(TEXTS[:1], OPTIONS)
+
+
+def test_prompts_of_several_tasks_are_warned_of(routed):
+    others = [f"Text: {number}\nTopic:" for number in range(10)]
+    with pytest.warns(UserWarning, match=r"end in 2 ways, 'Sentiment:' \(30\), 'Topic:' \(10\)"):
+        routed.calibrate([*TEXTS, *others], OPTIONS)
+    assert not mixture_of(TEXTS)
+    assert not mixture_of([f"a text {number}" for number in range(40)])
+
+
+# -- shipped with a router
+
+
+def test_what_the_gate_leaves_alone_is_calibrated_and_says_so(strict, model, tokenizer):
+    rows = rows_of(TASK.test)
+    with strict.attached(model, tokenizer) as attached:
+        calibration, answers = attached.calibrate_task(rows, "toy")
+        plain = attached.score(TEXTS, OPTIONS).log_softmax(1)
+    assert {answer.status for answer in answers} == {"left alone"}
+    safe = strict.with_calibration(calibration)
+    with safe.attached(model, tokenizer) as attached:
+        predictions = attached.predict(rows, "toy")
+    assert {each.status for each in predictions} == {"calibrated"}
+    expected = (plain - calibration.by_options[0].log_prior).softmax(1)
+    for prediction, shares in zip(predictions, expected, strict=True):
+        values = list(prediction.probabilities.values())
+        assert values == pytest.approx(shares.tolist(), abs=1e-5)
+
+
+def test_what_the_gate_routes_is_as_without_calibration(icr, strict, model, tokenizer):
+    known = rows_of(TASK.train[:20])
+    with strict.attached(model, tokenizer) as attached:
+        calibration, _ = attached.calibrate_task(rows_of(TASK.test))
+    made_of = replace(calibration, made_of=calibration.made_of)
+    safe = replace(icr, calibrations=(made_of,))
+    with icr.attached(model, tokenizer) as attached:
+        before = attached.predict(known)
+    with safe.attached(model, tokenizer) as attached:
+        after = attached.predict(known)
+    for one, other in zip(before, after, strict=True):
+        if one.status == "routed":
+            assert one == other
+
+
+def test_a_router_that_routes_all_gets_no_prior(icr, model, tokenizer):
+    with (
+        icr.attached(model, tokenizer, gate=False) as attached,
+        pytest.raises(ValueError, match="none of 30 rows was left alone"),
+    ):
+        attached.calibrate_task(rows_of(TASK.test))
+
+
+def test_too_few_rows_are_refused(strict, model, tokenizer):
+    with (
+        strict.attached(model, tokenizer) as attached,
+        pytest.raises(ValueError, match="has 1 prompts of one list of options"),
+    ):
+        attached.calibrate_task(rows_of(TASK.test[:1]))
+
+
+def test_priors_ship_with_the_router(strict, model, tokenizer, tmp_path):
+    spec = TaskSpec("mine", "far", "Note: {text}\nMood:", ("good", "bad"))
+    rows = rows_of(TASK.test)
+    with strict.attached(model, tokenizer) as attached:
+        calibration, _ = attached.calibrate_task(rows, spec)
+    safe = strict.with_calibration(calibration)
+    safe.save_pretrained(tmp_path / "safe")
+    again = InContextRouter.from_pretrained(tmp_path / "safe")
+    assert again == safe
+    assert again != strict
+    with again.attached(model, tokenizer) as attached:
+        # By name alone: the template came along.
+        shipped = attached.predict(rows, "mine")
+    with safe.attached(model, tokenizer) as attached:
+        assert attached.predict(rows, spec) == shipped
+    assert {each.status for each in shipped} == {"calibrated"}
+
+
+def test_a_prior_says_nothing_of_another_template(strict, model, tokenizer):
+    spec = TaskSpec("mine", "far", "Note: {text}\nMood:", ("good", "bad"))
+    rows = rows_of(TASK.test)
+    with strict.attached(model, tokenizer) as attached:
+        calibration, _ = attached.calibrate_task(rows, spec)
+    with strict.with_calibration(calibration).attached(model, tokenizer) as attached:
+        other = replace(spec, template="Note: {text}\nFeeling:")
+        assert {each.status for each in attached.predict(rows, other)} == {"left alone"}
+
+
+def test_a_later_prior_takes_the_place_of_an_earlier_one(strict, model, tokenizer):
+    with strict.attached(model, tokenizer) as attached:
+        first, _ = attached.calibrate_task(rows_of(TASK.test[:10]))
+        second, _ = attached.calibrate_task(rows_of(TASK.test))
+    safe = strict.with_calibration(first).with_calibration(second)
+    assert safe.calibrations == (second,)
+
+
+def test_a_prior_of_another_router_is_refused_and_on_disk_left_out(
+    strict, model, tokenizer, tmp_path, caplog
+):
+    with strict.attached(model, tokenizer) as attached:
+        calibration, _ = attached.calibrate_task(rows_of(TASK.test))
+    other = replace(calibration, made_of="router 0123456789abcdef at strength 1 with its own gate")
+    with pytest.raises(ValueError, match="not of this router"):
+        strict.with_calibration(other)
+    replace(strict, calibrations=(other,)).save_pretrained(tmp_path / "odd")
+    assert InContextRouter.from_pretrained(tmp_path / "odd").calibrations == ()
+    assert "left out the prior of 'toy'" in caplog.text
+
+
+def test_a_damaged_file_of_priors_is_an_error(strict, model, tokenizer, tmp_path):
+    with strict.attached(model, tokenizer) as attached:
+        calibration, _ = attached.calibrate_task(rows_of(TASK.test))
+    strict.with_calibration(calibration).save_pretrained(tmp_path)
+    file = tmp_path / "calibration.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"calibration.safetensors is damaged"):
+        InContextRouter.from_pretrained(tmp_path)
+
+
+def test_a_router_without_priors_writes_no_file_of_them(icr, tmp_path):
+    icr.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_calibrating_warns_of_nothing_on_one_task(routed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        routed.calibrate(TEXTS, OPTIONS)
