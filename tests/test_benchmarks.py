@@ -2,12 +2,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import tiny
-from benchmarks import precision, speed
+from benchmarks import calibrating, precision, speed
 from icrouting import InContextRouter, score_options
 from icrouting.config import FitConfig
 from icrouting.runtime.pages import MINUS
@@ -151,3 +152,25 @@ def test_the_precision_of_columns_is_measured_on_the_routing_that_is_in_use(toke
     assert all(
         torch.allclose(found["unrouted", i], plain[row], atol=1e-5) for row, i in enumerate(items)
     )
+
+
+def test_calibrating_draws_labels_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    places = calibrating.drawn(labels, np.arange(300), "0.8", 1, 5000, rng)
+    assert np.bincount(labels[places]) / 5000 == pytest.approx([0.1, 0.8, 0.1], abs=0.02)
+    even = calibrating.drawn(labels, np.flatnonzero(labels != 2), "even", 0, 500, rng)
+    assert set(labels[even]) == {0, 1}
+    assert calibrating.drawn(labels, np.arange(9, 300), "natural", 0, 4, rng).tolist() == [
+        *range(9, 13)
+    ]
+
+
+def test_calibrating_finds_that_a_lean_is_worth_taking_away():
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 2
+    scores = np.where(labels[:, None] == np.arange(2), 2.0, 0.0) + rng.normal(size=(400, 2))
+    leaning = {"lean": (scores + np.array([3.0, 0.0]), labels)}
+    by_way = calibrating.accuracies(leaning, "natural", 64)
+    assert by_way["raw"].mean() + 0.1 < by_way["batch-probability"].mean()
+    assert min(by_way["batch"].mean(), by_way["guarded"].mean()) > 0.9
