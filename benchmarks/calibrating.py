@@ -187,7 +187,7 @@ def main() -> None:
         content = {
             "command": "python -m benchmarks.calibrating",
             "commit": commit(),
-            "model": arguments.model,
+            "model": Path(arguments.model.removeprefix("pinned:")).name,
             "rows": arguments.rows,
             "draws": DRAWS,
             "tasks": {name: len(labels) for name, (_, labels) in scores_by_task.items()},
