@@ -12,6 +12,7 @@ import fitted
 import tiny
 from fitted import small_fit
 from icrouting.icr import InContextRouter
+from icrouting.routing import calibration as room
 from icrouting.routing.calibration import BatchCalibration, CalibrationStream, mixture_of
 from icrouting.routing.priors import WAYS, log_prior, without_prior
 from icrouting.tasks.task import TaskSpec
@@ -98,6 +99,18 @@ def test_a_stream_leaves_scores_as_they_are_before_there_are_enough():
     assert stream.calibration is None
     stream.adjusted(SCORES[1:3], LETTERS)
     assert stream.calibration is not None
+
+
+def test_a_long_stream_estimates_anew_when_one_prompt_in_a_hundred_is_new(monkeypatch):
+    estimates = []
+    monkeypatch.setattr(room, "log_prior", lambda *_: estimates.append(1) or np.zeros(3))
+    stream = CalibrationStream()
+    stream.adjusted(SCORES.repeat(10, 1), LETTERS)
+    for row in SCORES[:20]:
+        stream.adjusted(row[None], LETTERS)
+    # At 400, 404, 409, 414 and 419 prompts.
+    assert len(estimates) == 5
+    assert stream.n_prompts == 420
 
 
 @pytest.mark.parametrize("n_prompts", [0, 1, 2])

@@ -19,6 +19,8 @@ DEFAULT_WAY: Way = "guarded"
 UNLIKELY = 1e-4
 # Added to a variance, in squared nats: it keeps a constant column from dividing by nothing.
 LEAST_VARIANCE = 1e-6
+# A stream's prior is estimated anew when its prompts have grown by this share.
+RENEWED_AT = 0.01
 
 
 @runtime_checkable
@@ -165,7 +167,8 @@ class CalibrationStream:
     """A calibration that goes along: each batch of scores joins the estimate, then gets it.
 
     Until there are as many prompts as options, scores come back as log-probabilities, as they are.
-    After n prompts the estimate is that of a batch of those n.
+    After n prompts `calibration` is that of a batch of those n. The one that is taken away is
+    estimated anew when one prompt in a hundred is new, since "guarded" takes tens of milliseconds.
 
     Attributes:
         way: how the prior is estimated.
@@ -176,6 +179,7 @@ class CalibrationStream:
     def __init__(self, way: Way = DEFAULT_WAY):
         self.way: Way = way
         self.calibration: BatchCalibration | None = None
+        self._applied: BatchCalibration | None = None
         self._waiting: list[Tensor] = []
         self._options: tuple[str, ...] | None = None
         self._asked_of: str | None = None
@@ -201,15 +205,18 @@ class CalibrationStream:
         self.check(options, asked_of)
         self._options = tuple(options)
         self._asked_of = asked_of
-        if self.calibration is not None:
+        if self.calibration is not None and self._applied is not None:
             self.calibration = self.calibration.with_scores(scores)
-            return self.calibration.adjusted(scores, options, asked_of)
+            if self.calibration.n_prompts >= (1 + RENEWED_AT) * self._applied.n_prompts:
+                self._applied = self.calibration
+            return self._applied.adjusted(scores, options, asked_of)
         self._waiting.append(scores)
         if self.n_prompts < fewest_prompts(len(options)):
             return scores.log_softmax(-1)
         seen = torch.cat(self._waiting)
         self._waiting.clear()
         self.calibration = BatchCalibration.of(seen, options, self.way, asked_of)
+        self._applied = self.calibration
         return self.calibration.adjusted(scores, options, asked_of)
 
     def check(self, options: Sequence[str], asked_of: str = "") -> None:
