@@ -119,6 +119,7 @@ class Climb:
             refused=self.refused,
             fit_seconds={ICR: budget.spent.get(ICR, {}).get("fit")},
             n_demos=n_demos(self.task, self.settings),
+            encoder=self.fit.encoder,
         )
 
     def in_force(self, name: str) -> Method:
