@@ -240,7 +240,7 @@ class Climb:
             task_rows=rows,
             router=self.icr.digest() if self.icr else None,
             chat_template=template_digest([self.task]),
-            prompts=prompt_digests(names, [self.task]),
+            prompts=prompt_digests(names, [self.task], decoder.tokenizer),
             tasks=runs.task_entries([self.task], [name]),
             sources=[name],
             notes=self.notes,
