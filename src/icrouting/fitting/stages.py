@@ -36,7 +36,7 @@ from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, first_one_first, is_first
 from icrouting.runtime.storage import load_metadata
-from icrouting.tasks.task import Task, rows_digest, template_digest
+from icrouting.tasks.task import Task, check_names, rows_digest, template_digest
 
 
 @usual_defaults()
@@ -72,6 +72,7 @@ def fit(
     """
     if not tasks:
         raise ValueError("a fit needs at least one source task, got none")
+    check_names(tasks)
     check_alone(decoder.model, "icr")
     tasks = [task.bound_to(decoder.tokenizer) for task in tasks]
     # A model that cannot be routed is refused before anything is computed.
