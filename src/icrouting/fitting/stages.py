@@ -235,6 +235,9 @@ def claimed(
     }
     if chat_template is not None:
         settings["chat_template"] = chat_template
+    if shelf.about:
+        # The tokenizer's, which may be another one of the same model.
+        settings["tokens"] = shelf.about[EXTRACTION]["tokens"]
     # As a file gives them back, so that tuples compare as lists.
     settings = json.loads(json.dumps(settings))
     agree(**settings)
