@@ -86,7 +86,12 @@ def inspect(
     asked = filled(prompt, task, fields, icr.description.sources, chat=chat, system=system)
     model = base_of_router(model, icr)
     with icr.attached(*load(model), strength=strength, gate=False) as routed:
-        seen = inspection.inspect_prompt(routed, asked.prompt, options or asked.options or None)
+        seen = inspection.inspect_prompt(
+            routed,
+            asked.prompt,
+            options or asked.options or None,
+            label_scoring=asked.label_scoring,
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     save_text(out, inspection.html(seen, f"{model}, router {router} ({icr.digest()})"))
     text = inspection.text(seen)
