@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -129,7 +129,9 @@ def fit(
         # first step.
         first_scale = 1.0 if start is None else config.final_alpha_scale
         trainer = train(
-            decoder, extracted, untrained, queries, held, config, folder, first_scale=first_scale
+            *(decoder, extracted, untrained, queries, held, config, folder),
+            first_scale=first_scale,
+            rehearsed=() if start is None else tuple(start.description.tasks),
         )
     if folder is not None and is_first():
         # The states of a hundred rows are soon made again.
@@ -150,6 +152,7 @@ def train(
     folder: Path | None = None,
     *,
     first_scale: float = 1.0,
+    rehearsed: Collection[str] = (),
 ) -> Trainer:
     """Returns a training that has run to its end (stage 3).
 
@@ -163,6 +166,7 @@ def train(
         config: settings.
         folder: keeps checkpoints.
         first_scale: the routing vector's scale before the first step.
+        rehearsed: names of the tasks whose rows cross-validation does not judge on.
     """
 
     def trained(
@@ -181,7 +185,7 @@ def train(
 
     chosen = None
     if config.watches(len(queries)) and not held:
-        chosen = chosen_by_folds(queries, looks, config.seed, folder)
+        chosen = chosen_by_folds(queries, looks, config.seed, folder, rehearsed)
     return trained(queries, held, folder, chosen)
 
 
