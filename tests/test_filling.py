@@ -148,6 +148,17 @@ def test_inspect_scores_a_task_s_labels_as_the_task_does(world, tmp_path, capsys
     assert "log-probability of all its tokens" in (tmp_path / "page.html").read_text()
 
 
+def test_inspect_takes_labels_that_begin_alike_with_a_typed_prompt(world, tmp_path, capsys):
+    router = str(world / "router")
+    asked = ["inspect", "--router", router, "--out", str(tmp_path / "page.html"), "--prompt", "a:"]
+    labels = ["--options", "account access", "account deletion"]
+    main.main([*asked, *labels, "--label-scoring", "mean"])
+    assert "the mean log-probability" in (tmp_path / "page.html").read_text()
+    with pytest.raises(SystemExit):
+        main.main([*asked, *labels])
+    assert 'choose label_scoring = "sum"' in capsys.readouterr().err
+
+
 def test_generate_goes_on_from_the_routers_template(world, capsys, monkeypatch):
     asked = ["--router", str(world / "router"), "--max-new-tokens", "2", "--dtype", "float32"]
     main.main(["generate", *asked, "--task", "sst2", "--fields", "text=joy"])

@@ -19,6 +19,7 @@ from icrouting.icr import InContextRouter
 from icrouting.routing import inspection
 from icrouting.runtime.pages import counted
 from icrouting.runtime.storage import save_text
+from icrouting.tasks.task import LabelScoring
 
 
 def generate(
@@ -80,6 +81,7 @@ def inspect(
     *,
     chat: bool = False,
     system: str = "",
+    label_scoring: LabelScoring | None = None,
 ) -> None:
     """Prints what a router does to one prompt and writes it as a page."""
     icr = InContextRouter.from_pretrained(router)
@@ -90,7 +92,7 @@ def inspect(
             routed,
             asked.prompt,
             options or asked.options or None,
-            label_scoring=asked.label_scoring,
+            label_scoring=label_scoring or asked.label_scoring,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     save_text(out, inspection.html(seen, f"{model}, router {router} ({icr.digest()})"))
