@@ -170,11 +170,38 @@ def test_damaged_answers_are_named_in_one_line(run, tmp_path, capsys):
         save_json(file, whole)
 
 
-def test_a_run_without_records_or_with_too_many_options_is_not_kept(run, tmp_path):
-    many = replace(record(3), task="banking", option_logits=(0.5,) * 77)
-    records.append(run / "records.jsonl", [many])
-    with pytest.raises(ValueError, match="up to 35 options"):
-        answers.keep(run, tmp_path / "out", "icr report")
+@pytest.mark.parametrize("n_items", [1, 3])
+def test_answers_among_many_options_are_kept_and_made_again(run, tmp_path, n_items):
+    logits = tuple(float(place) for place in range(77))
+    banking = []
+    for index in range(n_items):
+        answer = {"label": 40 + index, "prediction": 9 + 30 * index, "option_logits": logits}
+        banking.append(replace(record(index, task="banking"), **answer))
+    # Another method has answered the last item alone.
+    banking.append(replace(banking[-1], method="zero-shot", prediction=76))
+    records.append(run / "records.jsonl", banking)
+    file = answers.keep(run, tmp_path / "out", "icr report")
+    assert load_json(file)["tasks"]["banking"]["n_options"] == " ".join(["77"] * n_items)
+    answers.restore(tmp_path / "out", tmp_path / "again")
+    again = by_key(tmp_path / "again")
+    for line in banking:
+        restored = again[line.key]
+        assert (restored.label, restored.prediction) == (line.label, line.prediction)
+        assert restored.option_logits == line.option_logits
+    assert again.keys() == by_key(run).keys()
+
+
+def test_answers_among_few_options_are_kept_as_they_always_were(run, tmp_path):
+    records.append(run / "records.jsonl", [replace(record(3, task="b"), option_logits=(0.5,) * 77)])
+    content = load_json(answers.keep(run, tmp_path / "out", "icr report"))
+    cell = content["answers"]["icr"]["mr"]["2"]
+    n_items = len(content["tasks"]["mr"]["items"].split())
+    assert content["tasks"]["mr"]["n_options"] == "2" * n_items
+    assert len(content["tasks"]["mr"]["labels"]) == len(cell["chosen"]) == n_items
+    assert set(cell["chosen"]) == set("01.")
+
+
+def test_a_run_without_records_is_not_kept(run, tmp_path):
     (run / "records.jsonl").unlink()
     with pytest.raises(ValueError, match="no records"):
         answers.keep(run, tmp_path / "out", "icr report")

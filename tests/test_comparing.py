@@ -7,7 +7,7 @@ import pytest
 import tiny
 from fitted import small_fit
 from icrouting.comparing.comparison import compare
-from icrouting.comparing.ladder import LADDER, LIMITS, ladder
+from icrouting.comparing.ladder import LADDER, LIMITS, ladder, limit_of
 from icrouting.config import FitConfig
 from icrouting.evaluation import records
 from icrouting.evaluation.evaluate import Evaluation
@@ -145,6 +145,13 @@ def test_without_time_zero_shot_alone_is_measured_and_the_rest_is_named(model, t
     # The same command goes on, with minutes of its own.
     again = run(model, tmp_path / "run", PAIR)
     assert [line.method for line in again.board.lines] == list(PAIR)
+
+
+def test_a_router_that_reads_the_hidden_state_is_not_said_to_need_an_encoder(whole):
+    found, _ = whole
+    assert "encoder" not in found.board.line("icr").limit
+    assert "encoder" not in limit_of("icr", "constant:hidden")
+    assert limit_of("icr", "pinned:minilm").endswith("needs a sentence encoder beside the model")
 
 
 def test_a_method_that_does_not_fit_is_named_with_its_reason(model, tmp_path):

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import errno
 import json
 import re
@@ -451,6 +452,28 @@ def test_a_run_knows_source_from_unseen_tasks():
     entries = runs.task_entries(TASKS, ["toy"])
     assert [entry["role"] for entry in entries] == ["source", "unseen"]
     assert entries[0]["n_options"] == 2
+
+
+def test_two_tasks_of_one_name_are_refused_before_anything_is_asked(tokenizer, tmp_path):
+    decoder = Decoder.of(tiny.model("llama"), tokenizer)
+    shorter = dataclasses.replace(TASKS[0], test=TASKS[0].test[:7])
+    file = tmp_path / "records.jsonl"
+    evaluation = Evaluation(decoder, [ZeroShot(Settings())], TASKS[:1], file)
+    with pytest.raises(ValueError, match="two of the tasks are called 'toy': give each a name"):
+        evaluation.run([TASKS[0], shorter], [0], 5)
+    assert not file.exists()
+    with pytest.raises(ValueError, match="two of the tasks are called 'toy'"):
+        Evaluation(decoder, [ZeroShot(Settings())], [TASKS[0], shorter], file)
+
+
+def test_a_task_of_the_name_of_one_that_was_run_before_is_refused(tokenizer, tmp_path):
+    decoder = Decoder.of(tiny.model("llama"), tokenizer)
+    shorter = dataclasses.replace(TASKS[0], test=TASKS[0].test[:7])
+    evaluation = Evaluation(decoder, [ZeroShot(Settings())], TASKS[:1], tmp_path / "records.jsonl")
+    evaluation.run(TASKS, [0], 3)
+    evaluation.run(TASKS[:1], [0, 1], 5)
+    with pytest.raises(ValueError, match="another task that was evaluated here is called 'toy'"):
+        evaluation.run([shorter], [0], 5)
 
 
 def test_the_documented_methods_run_as_written(tokenizer, tmp_path):

@@ -9,6 +9,7 @@ from commands import on
 from icrouting import FitConfig, TaskSpec, load_task
 from icrouting.cli import main
 from icrouting.cli.filling import filled
+from icrouting.icr import InContextRouter
 from icrouting.routing.sources import Source, read_otherwise, sources_of
 from icrouting.tasks.catalogue import SPECS
 
@@ -132,6 +133,30 @@ def test_inspect_shows_the_filled_prompt_as_it_shows_the_same_one_typed(world, t
     typed = filled(None, None, ["joy"], sources_of([task], FitConfig())).prompt
     main.main([*asked, "--prompt", typed, "--options", *task.spec.options])
     assert (tmp_path / "page.html").read_text() == page
+
+
+def test_inspect_scores_a_task_s_labels_as_the_task_does(world, tmp_path, capsys):
+    router = tmp_path / "router"
+    icr = InContextRouter.from_pretrained(world / "router")
+    labels = ("account access", "account deletion")
+    source = dataclasses.replace(icr.description.sources[0], options=labels, label_scoring="sum")
+    description = dataclasses.replace(icr.description, sources=(source,))
+    dataclasses.replace(icr, description=description).save_pretrained(router)
+    asked = ["--router", str(router), "--fields", "text=joy", "--out", str(tmp_path / "page.html")]
+    main.main(["inspect", *asked])
+    assert "log p" in capsys.readouterr().out
+    assert "log-probability of all its tokens" in (tmp_path / "page.html").read_text()
+
+
+def test_inspect_takes_labels_that_begin_alike_with_a_typed_prompt(world, tmp_path, capsys):
+    router = str(world / "router")
+    asked = ["inspect", "--router", router, "--out", str(tmp_path / "page.html"), "--prompt", "a:"]
+    labels = ["--options", "account access", "account deletion"]
+    main.main([*asked, *labels, "--label-scoring", "mean"])
+    assert "the mean log-probability" in (tmp_path / "page.html").read_text()
+    with pytest.raises(SystemExit):
+        main.main([*asked, *labels])
+    assert 'choose label_scoring = "sum"' in capsys.readouterr().err
 
 
 def test_generate_goes_on_from_the_routers_template(world, capsys, monkeypatch):

@@ -76,6 +76,26 @@ def test_every_query_is_judged_once_by_a_router_that_did_not_learn_from_it():
     assert sorted(judged) == [str(number) for number in range(7)]
 
 
+@pytest.mark.parametrize(("n_new", "judged_tasks"), [(5, {"new"}), (2, {"new", "old"})])
+def test_rows_that_the_start_has_learned_from_are_learned_from_and_not_judged_on(
+    n_new, judged_tasks
+):
+    new = [dataclasses.replace(query, task="new") for query in queries([0, 1] * n_new)[:n_new]]
+    old = []
+    for place, query in enumerate(queries([0, 1, 0, 1])):
+        old.append(dataclasses.replace(query, task="old", row=100 + place))
+    judged = []
+
+    def training(rest, held, folder):
+        judged.extend(held)
+        assert len(rest) + len(held) == n_new + 4
+        return [Look(0, 1.0, 0.5)]
+
+    chosen = chosen_by_folds([*new, *old], training, 0, None, ["old"])
+    assert {query.task for query in judged} == judged_tasks
+    assert len({query.row for query in judged}) == len(judged) == chosen.n_rows
+
+
 def test_the_loss_at_a_step_is_the_mean_over_all_queries():
     looks = [[Look(0, 1.0, 0.0), Look(10, 0.4, 1.0)], [Look(0, 1.0, 0.0), Look(10, 0.8, 0.0)]]
     assert pooled(looks, [3, 1])[1] == Look(10, pytest.approx(0.5), pytest.approx(0.75))

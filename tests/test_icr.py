@@ -491,6 +491,12 @@ def test_no_tasks_are_refused(config, model, tokenizer):
         InContextRouter.fit(model, tokenizer, [], config)
 
 
+def test_two_tasks_of_one_name_are_refused(config, model, tokenizer):
+    few = dataclasses.replace(tiny.task(), train=tiny.task().train[:6])
+    with pytest.raises(ValueError, match="two of the tasks are called 'toy': give each a name"):
+        InContextRouter.fit(model, tokenizer, [tiny.task(), few], config)
+
+
 def test_layers_outside_the_model_are_refused(config, model, tokenizer):
     wrong = dataclasses.replace(config, layers=(3, 9))
     with pytest.raises(ValueError, match=r"below 5.* got \[3, 9\]"):

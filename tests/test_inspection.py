@@ -1,4 +1,5 @@
 import re
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from inspected import OPTIONS, prompts, sharp_router
 
 # fp32 round-off between kernels on logits of size 30
 CLOSE = 1e-4
+# They share a first token, and are of several lengths.
+LABELS = ("account access", "account deletion", "joy")
 HOSTILE = 'Review: <img src=x> & "it\'s" <b>joy</b>\nSentiment:'
 
 
@@ -52,6 +55,51 @@ def test_options_before_and_after_are_what_scoring_gives(world):
     ).abs().max() < CLOSE
     assert torch.equal(seen.routing.head_gates, decided.head_gates)
     assert torch.equal(seen.routing.routing_vector, decided.routing_vector)
+
+
+def slow_scores(model, tokenizer, prompt, label_scoring):
+    """Scores of whole labels, by one plain pass for each."""
+    (n_prompt,) = tokenizer(prompt, return_tensors="pt").input_ids.shape[1:]
+    scores = []
+    for label in LABELS:
+        ids = tokenizer(f"{prompt} {label}", return_tensors="pt").input_ids
+        log_probs = model(ids, use_cache=False).logits[0].log_softmax(-1)
+        steps = [log_probs[at - 1, ids[0, at]] for at in range(n_prompt, ids.shape[1])]
+        total = torch.stack(steps).sum()
+        scores.append(total / len(steps) if label_scoring == "mean" else total)
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("label_scoring", ["sum", "mean"])
+def test_labels_that_begin_alike_are_what_whole_label_scoring_gives(world, label_scoring):
+    model, tokenizer, icr = world
+    prompt = prompts()[0]
+    with pytest.raises(ValueError, match="share their first token"):
+        look(world, prompt, LABELS)
+    with torch.no_grad():
+        plain = slow_scores(model, tokenizer, prompt, label_scoring)
+    with warnings.catch_warnings(), icr.attached(model, tokenizer) as routed:
+        # Prompts with a label behind them have another form, which is nobody's business here.
+        warnings.simplefilter("error")
+        seen = inspect_prompt(routed, prompt, LABELS, label_scoring=label_scoring)
+        # The next call is routed again.
+        moved = routed.score([prompt], LABELS, label_scoring=label_scoring)[0]
+        assert routed.last == tokenizer([prompt]).input_ids
+    scores = torch.tensor([one.logits for one in seen.options]).T
+    assert (scores - torch.stack([plain, moved])).abs().max() < CLOSE
+    assert (moved - plain).abs().max() > 100 * CLOSE
+    shares = torch.tensor([one.probabilities for one in seen.options]).T
+    assert (shares - scores.softmax(-1)).abs().max() < CLOSE
+    assert "logit  routed" not in inspection.text(seen).split("next token")[0]
+    assert "log-probability of" in inspection.html(seen, "a")
+
+
+def test_whole_labels_at_strength_zero_stay_where_they_are(world):
+    model, tokenizer, icr = world
+    with icr.attached(model, tokenizer, strength=0.0) as routed:
+        seen = inspect_prompt(routed, prompts()[0], LABELS, label_scoring="sum")
+    scores = torch.tensor([one.logits for one in seen.options])
+    assert (scores[:, 0] - scores[:, 1]).abs().max() < CLOSE
 
 
 def test_top_tokens_are_the_likeliest_of_either_side(world, seen):

@@ -17,8 +17,9 @@ from icrouting.methods.named_prompts import named_prompts, prompt_digests
 from icrouting.tasks.load import load_task
 from icrouting.tasks.prompts import zero_shot
 from icrouting.tasks.task import NamedPrompt, Task, rows_digest
-from test_chat import speaking
+from test_chat import CHATML, speaking
 
+OTHER_CHATML = CHATML.replace("Be good", "Be brief")
 OPTIONS = ["negative", "positive"]
 SHOWN = "Text: dull plot\nMood: negative\nText: {text}\nMood:"
 ROWS = [
@@ -123,12 +124,28 @@ def test_all_prompts_of_the_tasks_stand_for_prompts():
     assert named_prompts(names, tasks) == ["zero-shot", "prompt:a", "prompt:b", "icr"]
 
 
-def test_a_prompt_is_told_apart_by_its_text():
+def test_a_prompt_is_told_apart_by_its_text(tokenizer):
     one, other = toy(NamedPrompt("p", SHOWN)), toy(NamedPrompt("p", f"Read.\n{SHOWN}"))
-    digests = [prompt_digests(["prompt:p"], [task]) for task in (one, other)]
+    digests = [prompt_digests(["prompt:p"], [task], tokenizer) for task in (one, other)]
     assert digests[0].keys() == digests[1].keys() == {"toy/prompt:p"}
     assert digests[0] != digests[1]
-    assert prompt_digests(["zero-shot"], [one]) == {}
+    assert prompt_digests(["zero-shot"], [one], tokenizer) == {}
+
+
+def test_a_chat_prompt_of_a_plain_task_is_told_apart_by_the_chat_template():
+    plain, chat = NamedPrompt("plain", SHOWN), NamedPrompt("chat", SHOWN, chat=True)
+    digests = []
+    for template in (CHATML, OTHER_CHATML):
+        methods = ["prompt:plain", "prompt:chat"]
+        digests.append(prompt_digests(methods, [toy(plain, chat)], speaking(template)))
+    assert digests[0].keys() == digests[1].keys()
+    changed = {name for name in digests[0] if digests[0][name] != digests[1][name]}
+    assert changed == {"the chat template of toy/prompt:chat"}
+    # A task of chats binds its run to the template by itself.
+    of_chats = toy(chat).in_chat()
+    assert prompt_digests(["prompt:chat"], [of_chats], speaking(CHATML)).keys() == {
+        "toy/prompt:chat"
+    }
 
 
 FILE = """
@@ -211,6 +228,25 @@ def test_prompts_are_methods_of_a_run_and_one_may_join_but_not_change(
     with pytest.raises(SystemExit):
         evaluate(model_folder, file, out, "zero-shot", "prompts")
     assert "the text of moods/prompt:production was another" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_another_chat_template_of_a_chat_prompt(tmp_path, capsys):
+    tiny.save(tmp_path / "model")
+    file, out = written(tmp_path, f"{PROMPT}\nchat = true\n"), tmp_path / "run"
+    arguments = (tmp_path / "model", file, out, "zero-shot", "prompts")
+    speaking(CHATML).save_pretrained(tmp_path / "model")
+    lines = evaluate(*arguments)["prompts"]
+    # A run of an earlier version goes on, as it did not say which template it had.
+    earlier = json.loads((out / "config.json").read_text())
+    del earlier["prompts"]["the chat template of moods/prompt:production"]
+    (out / "config.json").write_text(json.dumps(earlier))
+    assert evaluate(*arguments)["prompts"] == lines
+    speaking(OTHER_CHATML).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate(*arguments)
+    assert "the chat template of moods/prompt:production was another" in capsys.readouterr().err
 
 
 @pytest.mark.slow

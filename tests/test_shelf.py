@@ -105,13 +105,39 @@ def test_another_model_or_dtype_finds_nothing(model, tokenizer, tmp_path):
         assert before[1] != after[1]
 
 
-def test_another_tokenizer_of_the_same_vocabulary_finds_nothing(model, tokenizer, tmp_path):
-    before = places(model, tokenizer, tmp_path)
-    beginning = tiny.tokenizer()
-    beginning._tokenizer.post_processor = TemplateProcessing(
+def beginning_tokenizer():
+    """The tiny tokenizer, which puts a token before every text."""
+    tokenizer = tiny.tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<eos> $A", special_tokens=[("<eos>", 0)]
     )
-    after = places(model, beginning, tmp_path)
+    return tokenizer
+
+
+def test_a_folder_s_training_does_not_go_on_with_another_tokenizer(
+    model, tokenizer, tmp_path, caplog
+):
+    fit(model, tokenizer, tmp_path)
+    assert fit(model, beginning_tokenizer(), tmp_path) == fit(model, beginning_tokenizer())
+    assert "tokens was" in caplog.text
+    assert (tmp_path / "former-1" / "training.safetensors").exists()
+
+
+def test_a_folder_that_does_not_tell_its_tokenizer_goes_on(model, tokenizer, tmp_path, caplog):
+    fit(model, tokenizer, tmp_path)
+    file = tmp_path / "fit.json"
+    settings = json.loads(file.read_text())
+    # As earlier versions wrote it.
+    del settings["tokens"]
+    file.write_text(json.dumps(settings))
+    fit(model, tokenizer, tmp_path)
+    assert "it is set aside" not in caplog.text
+    assert not (tmp_path / "former-1").exists()
+
+
+def test_another_tokenizer_of_the_same_vocabulary_finds_nothing(model, tokenizer, tmp_path):
+    before = places(model, tokenizer, tmp_path)
+    after = places(model, beginning_tokenizer(), tmp_path)
     assert before[0] != after[0]
     assert before[1] != after[1]
     # Loaded anew it is the same one.

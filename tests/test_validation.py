@@ -13,7 +13,7 @@ from icrouting.config import EARLIER, PAPER
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import queries as reading
 from icrouting.fitting import training
-from icrouting.fitting.rows import rows_to_learn_from
+from icrouting.fitting.rows import n_judged, rows_to_learn_from
 from icrouting.fitting.training import Trainer
 from icrouting.fitting.validation import Look, Watch
 from icrouting.methods import Settings, controls
@@ -259,6 +259,14 @@ def test_where_passes_take_steps_enough_the_last_router_is_kept(trainers):
     assert trainer.step == 27
     assert trainer.watch.looks
     assert not trainer.watch.best
+
+
+def test_a_task_without_validation_rows_leaves_its_share_to_the_others():
+    judging = task(n_validation=120, n_train=9)
+    rehearsed = dataclasses.replace(tiny.task("old"), validation=())
+    assert n_judged([judging, rehearsed], SETTINGS) == {"toy": 100, "old": 0}
+    other = dataclasses.replace(judging, spec=dataclasses.replace(judging.spec, name="other"))
+    assert n_judged([judging, rehearsed, other], SETTINGS) == {"toy": 50, "old": 0, "other": 50}
 
 
 def test_without_min_steps_a_small_slice_stays_apart():

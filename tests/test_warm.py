@@ -10,6 +10,7 @@ import tiny
 from icrouting.config import HIDDEN, FitConfig
 from icrouting.decoder.scoring import score_options
 from icrouting.fitting import stages
+from icrouting.fitting.account import Account
 from icrouting.fitting.training import Trainer
 from icrouting.icr import InContextRouter
 from icrouting.routing.router import Router
@@ -329,3 +330,17 @@ def test_rows_that_the_old_router_may_have_learned_from_are_rehearsed_or_left_ou
         go_on(old, model, tokenizer, (known, new), FitConfig(**watched), keep=2)
     assert len({query.text for query in learned}) == 2
     assert not judged
+
+
+def test_folds_of_a_warm_start_judge_the_new_task_alone(old, model, tokenizer, trainers, tmp_path):
+    tasks = (of_few_rows("old task", 4), of_few_rows("new", 4))
+    config = FitConfig(min_steps=6, patience=2, epochs=1)
+    new = go_on(old, model, tokenizer, tasks, config, keep=5, folder=tmp_path)
+    *folds, last = trainers
+    rehearsed = [query.task for query in last.queries].count("old task")
+    assert rehearsed == 5
+    for fold in folds:
+        assert [query.task for query in fold.queries].count("old task") == rehearsed
+        assert {query.task for query in fold.held} == {"new"}
+    words = Account.of(tmp_path).in_words()
+    assert f"of {new.description.n_taken('new')[1]} rows" in words

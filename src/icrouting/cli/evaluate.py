@@ -93,7 +93,7 @@ def _evaluate(
         task_rows=rows_digest(tasks),
         router=icr.digest() if icr else None,
         chat_template=template_digest(list(tasks_by_name.values())),
-        prompts=prompt_digests(config.methods, tasks),
+        prompts=prompt_digests(config.methods, tasks, tokenizer),
         tasks=runs.task_entries(tasks, source_names),
         sources=source_names,
         notes=[*_router_cuts(icr), *_other_chats(icr, tasks), *filter(None, notes)],

@@ -7,15 +7,19 @@ from icrouting.routing.sources import Source
 from icrouting.runtime.checks import known
 from icrouting.tasks.chat import Messages, conversation
 from icrouting.tasks.rows import parse_choices
-from icrouting.tasks.task import Example, Task, TaskSpec
+from icrouting.tasks.task import Example, LabelScoring, Task, TaskSpec
 
 
 @dataclass(frozen=True)
 class Filled:
-    """A prompt, and the answers that its task chooses from: none where the prompt was typed."""
+    """A prompt, and the answers that its task chooses from: none where the prompt was typed.
+
+    `label_scoring` is how the task scores them.
+    """
 
     prompt: str | Messages
     options: tuple[str, ...]
+    label_scoring: LabelScoring = "first"
 
 
 def filled(
@@ -60,9 +64,8 @@ def filled(
     example = Example(texts, choices, 0)
     whole = Task(spec, (), ())
     question = whole.question(example)
-    if source.chat:
-        return Filled(conversation(question, source.system), whole.options(example))
-    return Filled(question, whole.options(example))
+    asked = conversation(question, source.system) if source.chat else question
+    return Filled(asked, whole.options(example), source.label_scoring)
 
 
 def _source_of(name: str | None, sources: Sequence[Source] | None) -> Source:

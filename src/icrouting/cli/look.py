@@ -19,6 +19,7 @@ from icrouting.icr import InContextRouter
 from icrouting.routing import inspection
 from icrouting.runtime.pages import counted
 from icrouting.runtime.storage import save_text
+from icrouting.tasks.task import LabelScoring
 
 
 def generate(
@@ -80,13 +81,19 @@ def inspect(
     *,
     chat: bool = False,
     system: str = "",
+    label_scoring: LabelScoring | None = None,
 ) -> None:
     """Prints what a router does to one prompt and writes it as a page."""
     icr = InContextRouter.from_pretrained(router)
     asked = filled(prompt, task, fields, icr.description.sources, chat=chat, system=system)
     model = base_of_router(model, icr)
     with icr.attached(*load(model), strength=strength, gate=False) as routed:
-        seen = inspection.inspect_prompt(routed, asked.prompt, options or asked.options or None)
+        seen = inspection.inspect_prompt(
+            routed,
+            asked.prompt,
+            options or asked.options or None,
+            label_scoring=label_scoring or asked.label_scoring,
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     save_text(out, inspection.html(seen, f"{model}, router {router} ({icr.digest()})"))
     text = inspection.text(seen)

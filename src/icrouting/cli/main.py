@@ -408,6 +408,7 @@ def inspect(
     fields: Fields = (),
     model: Base = BACKBONE,
     options: Names = (),
+    label_scoring: LabelScoring | None = None,
     strength: float = 1.0,
     out: Path = Path("inspect.html"),
     chat: bool = False,
@@ -432,6 +433,8 @@ def inspect(
         model: The base model that the router was fitted on.
         options: Answers to compare, at least two; none: those of the task, and with --prompt only
             the likeliest next tokens.
+        label_scoring: What of an answer is scored: its first token, or the sum or mean over all of
+            its tokens; None takes what the task does, and of a typed prompt the first.
         strength: Factor on the routing; 0 is the untouched model.
         out: The page; it needs nothing beside it.
         chat: The prompt is a user's turn in the model's own chat template, as it is with --task for
@@ -456,6 +459,7 @@ def inspect(
         out,
         chat=chat,
         system=system,
+        label_scoring=label_scoring,
     )
 
 

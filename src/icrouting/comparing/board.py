@@ -90,6 +90,7 @@ def board_of(
     refused: Mapping[str, str],
     fit_seconds: Mapping[str, float | None],
     n_demos: int,
+    encoder: str,
 ) -> Board:
     """Returns the board of a run's folder.
 
@@ -101,6 +102,7 @@ def board_of(
         refused: by method that does not fit, why.
         fit_seconds: what fits took that the run's files do not tell.
         n_demos: the demonstrations of a few-shot prompt.
+        encoder: what the router reads, as `FitConfig.encoder` names it.
     """
     lines = metrics.frame(records.read(folder.records))
     frames = _whole(lines, [name for name in names if name not in refused])
@@ -126,7 +128,7 @@ def board_of(
             milliseconds=1000 * median(frame.seconds),
             ratio=_ratio(run, name),
             n_cached=n_cached.get(name, 0),
-            limit=limit_of(name),
+            limit=limit_of(name, encoder),
         )
         measured.append(line)
     return Board(

@@ -119,6 +119,7 @@ class Climb:
             refused=self.refused,
             fit_seconds={ICR: budget.spent.get(ICR, {}).get("fit")},
             n_demos=n_demos(self.task, self.settings),
+            encoder=self.fit.encoder,
         )
 
     def in_force(self, name: str) -> Method:
@@ -239,7 +240,7 @@ class Climb:
             task_rows=rows,
             router=self.icr.digest() if self.icr else None,
             chat_template=template_digest([self.task]),
-            prompts=prompt_digests(names, [self.task]),
+            prompts=prompt_digests(names, [self.task], decoder.tokenizer),
             tasks=runs.task_entries([self.task], [name]),
             sources=[name],
             notes=self.notes,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from icrouting.evaluation.records import BASELINE
 from icrouting.methods.named_prompts import PREFIX
+from icrouting.routing.features import sentence_encoder
 from icrouting.tasks.task import Task
 
 ICR = "icr"
@@ -29,13 +30,11 @@ LIMITS = {
     "probe-hidden": _LABELS_ONLY,
     "task-vectors": f"is {_THIS_TASK}",
     "i2cl": f"is {_THIS_TASK} and edits every token",
-    ICR: (
-        "is not shown to help tasks that it was not fitted on, and needs a sentence encoder beside "
-        "the model"
-    ),
+    ICR: "is not shown to help tasks that it was not fitted on",
     "prefix-tuning": f"is {_THIS_TASK} and takes room in the context",
     "lora-block-more": f"is another model while attached, since it changes weights, {_THIS_TASK}",
 }
+_ENCODER_LIMIT = "needs a sentence encoder beside the model"
 _OWN_PROMPT_LIMIT = "learns nothing from your rows beyond what stands in it"
 _UNKNOWN_LIMIT = "was asked for by name: docs/rivals.md says what it is"
 
@@ -63,8 +62,15 @@ def own_prompts(task: Task) -> list[str]:
     return [PREFIX + prompt.name for prompt in task.spec.prompts]
 
 
-def limit_of(method: str) -> str:
-    """Returns what a method cannot do, as the end of a sentence that begins with "it"."""
+def limit_of(method: str, encoder: str) -> str:
+    """Returns what a method cannot do, as the end of a sentence that begins with "it".
+
+    Args:
+        method: its name.
+        encoder: what the router reads, as `FitConfig.encoder` names it.
+    """
     if method.startswith(PREFIX):
         return _OWN_PROMPT_LIMIT
+    if method == ICR and sentence_encoder(encoder) is not None:
+        return f"{LIMITS[ICR]}, and {_ENCODER_LIMIT}"
     return LIMITS.get(method, _UNKNOWN_LIMIT)

@@ -31,7 +31,8 @@ class KeptTask:
     """A task's items, in the order in which every cell holds its answers.
 
     `items` are their positions in the test split, with spaces between them. `labels` and
-    `n_options` have one digit an item: the right option and the number of options.
+    `n_options` have one digit an item: the right option and the number of options. Where an item
+    has more options than digits count, they have a number an item, with spaces between them.
     """
 
     items: str
@@ -43,10 +44,10 @@ class KeptTask:
 class KeptCell:
     """What one method answered on one task under one seed.
 
-    `chosen` has one digit an item: the option, or "." where there is no answer yet. `seconds` is
-    the median of the records', `n_tokens` their mean. `logits` are the options', to three decimals:
-    spaces between options, commas between items, nothing at an item that has none. Files that were
-    written without logits lack the field.
+    `chosen` has one digit an item, or a number as `KeptTask.labels` has: the option, or "." where
+    there is no answer yet. `seconds` is the median of the records', `n_tokens` their mean. `logits`
+    are the options', to three decimals: spaces between options, commas between items, nothing at an
+    item that has none. Files that were written without logits lack the field.
     """
 
     chosen: str
@@ -159,27 +160,32 @@ def _by_cell(
     answers: dict[str, dict[str, dict[int, KeptCell]]] = {}
     for (method, task, seed), records_by_index in records_by_cell.items():
         cells_by_seed = answers.setdefault(method, {}).setdefault(task, {})
-        cells_by_seed[seed] = _kept_cell(list(items_by_task[task]), records_by_index)
+        cells_by_seed[seed] = _kept_cell(items_by_task[task], records_by_index)
     return tasks, answers
 
 
 def _kept_task(items: Mapping[int, Record]) -> KeptTask:
-    labels = [_digit(record.label) for record in items.values()]
-    n_options = [_digit(len(record.option_logits)) for record in items.values()]
-    return KeptTask(" ".join(map(str, items)), "".join(labels), "".join(n_options))
+    as_digits = _have_digits(items)
+    labels = [record.label for record in items.values()]
+    n_options = [len(record.option_logits) for record in items.values()]
+    return KeptTask(
+        items=" ".join(map(str, items)),
+        labels=_numbers_text(labels, as_digits=as_digits),
+        n_options=_numbers_text(n_options, as_digits=as_digits),
+    )
 
 
-def _kept_cell(indices: Sequence[int], records_by_index: Mapping[int, Record]) -> KeptCell:
+def _kept_cell(items: Mapping[int, Record], records_by_index: Mapping[int, Record]) -> KeptCell:
     chosen = []
     logits = []
-    for index in indices:
+    for index in items:
         record = records_by_index.get(index)
-        chosen.append(UNANSWERED if record is None else _digit(record.prediction))
+        chosen.append(None if record is None else record.prediction)
         logits.append("" if record is None else _logits_text(record))
     seconds = median(record.seconds for record in records_by_index.values())
     n_tokens = fmean(record.n_tokens for record in records_by_index.values())
     return KeptCell(
-        chosen="".join(chosen),
+        chosen=_numbers_text(chosen, as_digits=_have_digits(items)),
         seconds=round(seconds, 4),
         n_tokens=round(n_tokens),
         logits=",".join(logits) if any(logits) else "",
@@ -193,10 +199,27 @@ def _logits_text(record: Record) -> str:
     return " ".join(f"{logit:.3f}" for logit in record.option_logits)
 
 
-def _digit(number: int) -> str:
-    if number >= len(DIGITS):
-        raise ValueError(f"answers are kept of tasks with up to {len(DIGITS) - 1} options")
-    return DIGITS[number]
+def _have_digits(items: Mapping[int, Record]) -> bool:
+    """Whether every item of a task has so few options that a digit counts them."""
+    return all(len(record.option_logits) < len(DIGITS) for record in items.values())
+
+
+def _numbers_text(numbers: Sequence[int | None], *, as_digits: bool) -> str:
+    """Numbers as digits in a row, or with spaces between them; None is where none is known."""
+    words = []
+    for number in numbers:
+        if number is None:
+            words.append(UNANSWERED)
+        else:
+            words.append(DIGITS[number] if as_digits else str(number))
+    return ("" if as_digits else " ").join(words)
+
+
+def _numbers(text: str, *, as_digits: bool) -> list[int | None]:
+    """What `_numbers_text` made a text of."""
+    words = list(text) if as_digits else text.split()
+    base = len(DIGITS) if as_digits else 10
+    return [None if word == UNANSWERED else int(word, base) for word in words]
 
 
 def _restored(
@@ -205,11 +228,17 @@ def _restored(
     """The records of one cell."""
     indices = [int(index) for index in task.items.split()]
     logits = cell.logits.split(",") if cell.logits else [""] * len(indices)
-    columns = zip(indices, task.labels, task.n_options, cell.chosen, logits, strict=True)
-    for index, label, n_options, chosen, numbers in columns:
-        if chosen == UNANSWERED:
+    # Numbers of options that no digit counts have two digits or more.
+    as_digits = len(task.n_options) == len(indices)
+    labels = _numbers(task.labels, as_digits=as_digits)
+    n_options = _numbers(task.n_options, as_digits=as_digits)
+    chosen = _numbers(cell.chosen, as_digits=as_digits)
+    columns = zip(indices, labels, n_options, chosen, logits, strict=True)
+    for index, label, n_logits, prediction, numbers in columns:
+        if prediction is None:
             continue
-        n_logits = int(n_options, len(DIGITS))
+        if label is None or n_logits is None:
+            raise ValueError(f"item {index} has an answer, and no label or no number of options")
         # The number of options is read off a record's logits, so there must be as many.
         option_logits = tuple(float(number) for number in numbers.split())
         if not option_logits:
@@ -221,8 +250,8 @@ def _restored(
             task=task_name,
             seed=seed,
             index=index,
-            label=int(label, len(DIGITS)),
-            prediction=int(chosen, len(DIGITS)),
+            label=label,
+            prediction=prediction,
             option_logits=option_logits,
             n_tokens=cell.n_tokens,
             seconds=cell.seconds,

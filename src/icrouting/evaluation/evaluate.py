@@ -17,7 +17,7 @@ from icrouting.evaluation.records import Record
 from icrouting.methods import Method
 from icrouting.runtime.processes import here, joined, mine, wait
 from icrouting.runtime.progress import track
-from icrouting.tasks.task import Task
+from icrouting.tasks.task import Task, check_names
 
 CHUNK = 50
 
@@ -58,6 +58,9 @@ class Evaluation:
         self._fitted_seeds: dict[str, int] = {}
         self._done: set[tuple[str, str, int, int]] = set()
         self._answers: defaultdict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
+        # What was asked for answers, which records know by the name alone.
+        self._task_by_name: dict[str, Task] = {}
+        check_names(sources)
         self._note(records.read(file))
 
     def run(self, tasks: Sequence[Task], seeds: Sequence[int], n_test: int) -> None:
@@ -66,7 +69,11 @@ class Evaluation:
         Methods take turns on each chunk of items, so that a slow spell of the machine meets all of
         them. A method that refuses a task (ValueError) is left out there, and `refused` says why.
         So is one that has a finite score on no item; `skipped` has the items that lack one.
+
+        Raises:
+            ValueError: two tasks have one name, or one has the name of another that was run before.
         """
+        self._check_names(tasks)
         tasks = [task.bound_to(self.decoder.tokenizer) for task in tasks]
         jobs: list[Job] = []
         for task in tasks:
@@ -78,6 +85,17 @@ class Evaluation:
         # Each process has met refusals of its own; the report is to name them all.
         self.refused = dict(joined(list(self.refused.items())))
         self._join_skipped()
+
+    def _check_names(self, tasks: Sequence[Task]) -> None:
+        """Checks that no record of one task stands for another one's."""
+        check_names(tasks)
+        for task in tasks:
+            before = self._task_by_name.setdefault(task.name, task)
+            if (before.spec, before.test) != (task.spec, task.test):
+                raise ValueError(
+                    f"another task that was evaluated here is called {task.name!r} too: give each "
+                    "a name of its own"
+                )
 
     def _run_seed(self, jobs: Sequence[Job], tasks: Sequence[Task], seed: int) -> None:
         """Fits if any process lacks an answer, then answers what is missing of this one's share."""

@@ -49,7 +49,8 @@ class RunConfig:
         sources: names of the source tasks.
         notes: what was cut short, beside what the settings say.
         chat_template: the digest of the tokenizer's chat template; None where no task is a chat.
-        prompts: the digests of the tasks' own prompts that are asked, by task and method.
+        prompts: the digests of the tasks' own prompts that are asked, by task and method, and of
+            the chat template of those that are chats where their task is none.
     """
 
     asked: EvalConfig

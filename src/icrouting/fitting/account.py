@@ -59,7 +59,7 @@ class Account:
             return (
                 f"trained for {self.step:,} of at most {self.n_steps:,} steps, which did best in "
                 f"cross-validation: loss {self.chosen.loss:.3f}, accuracy "
-                f"{self.chosen.accuracy:.0%} of {self.n_queries} rows"
+                f"{self.chosen.accuracy:.0%} of {self.chosen.n_rows or self.n_queries} rows"
             )
         if self.step < self.n_steps:
             steps = f"{self.step:,} of at most {self.n_steps:,} steps: the validation loss had "

@@ -1,6 +1,7 @@
 """Folds: how many steps suit rows that are too few to hold a slice of them back for good."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,11 @@ Training = Callable[[Sequence[Query], Sequence[Query], Path | None], Sequence[Lo
 
 
 def chosen_by_folds(
-    queries: Sequence[Query], training: Training, seed: int, folder: Path | None
+    queries: Sequence[Query],
+    training: Training,
+    seed: int,
+    folder: Path | None,
+    rehearsed: Collection[str] = (),
 ) -> Look | None:
     """Returns the step at which routers do best on queries that they did not learn from.
 
@@ -31,24 +36,32 @@ def chosen_by_folds(
         training: one training.
         seed: draws the folds.
         folder: keeps the trainings, a subfolder each; None keeps nothing.
+        rehearsed: names of the tasks that all trainings learn from and none is judged on, since
+            the router that they begin as has learned from their rows; where hardly a row is of
+            another task, all are judged on.
 
     Returns:
         The first look of the least loss; None where the examples are fewer than the folds.
     """
-    if n_rows_of(queries) < N_FOLDS:
+    judging = [query for query in queries if query.task not in rehearsed]
+    if n_rows_of(judging) < N_FOLDS:
+        judging = list(queries)
+    if n_rows_of(judging) < N_FOLDS:
         return None
-    folds = stratified(queries, seed)
+    folds = stratified(judging, seed)
+    fold_by_row = {query.row: fold for query, fold in zip(judging, folds, strict=True)}
     looks_by_fold = []
     sizes = []
     for number in range(N_FOLDS):
-        held = [query for query, fold in zip(queries, folds, strict=True) if fold == number]
-        rest = [query for query, fold in zip(queries, folds, strict=True) if fold != number]
+        held = [query for query in queries if fold_by_row.get(query.row) == number]
+        rest = [query for query in queries if fold_by_row.get(query.row) != number]
         fold_folder = None if folder is None else folder / f"fold-{number}"
         if fold_folder is not None:
             fold_folder.mkdir(exist_ok=True)
         looks_by_fold.append(training(rest, held, fold_folder))
         sizes.append(n_rows_of(held))
-    return min(pooled(looks_by_fold, sizes), key=lambda look: look.loss)
+    best = min(pooled(looks_by_fold, sizes), key=lambda look: look.loss)
+    return replace(best, n_rows=sum(sizes))
 
 
 def n_read(n_queries: int, n_judged: int, config: FitConfig) -> int:

@@ -35,9 +35,7 @@ def take_up(folder: Path, settings: dict[str, Any], shelf: Shelf) -> None:
     alone may be here.
     """
     file = folder / FIT_FILE
-    # What a fit did before these settings were there; of its dtype an earlier version kept nothing.
-    unknown = {**EARLIER, "dtype": settings["dtype"]}
-    earlier = {**unknown, **load_json(file)} if file.exists() else None
+    earlier = _begun(file, settings) if file.exists() else None
     phrases = [] if earlier is None else differences(earlier, settings)
     if earlier is not None:
         _shelve(folder, earlier, settings, shelf)
@@ -72,6 +70,15 @@ def places_of(folder: Path) -> Mapping[str, Path]:
     return {name: folder / path for name, path in load_json(file).items()}
 
 
+def _begun(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the fit that a file names; what it does not tell is as in `settings`.
+
+    Earlier versions kept nothing of a fit's dtype and tokenizer.
+    """
+    untold = {name: settings[name] for name in ("dtype", "tokens") if name in settings}
+    return {**EARLIER, **untold, **load_json(file)}
+
+
 def _under(folder: Path, path: Path) -> str:
     """Returns a path as seen from a folder that it lies in, so that both can be moved."""
     if path.is_relative_to(folder):
@@ -94,7 +101,7 @@ def _move(files: Sequence[Path], folder: Path) -> None:
 def _aside_place(folder: Path, settings: dict[str, Any]) -> Path | None:
     """Returns where a fit with these settings lies aside, None where none does."""
     for file in sorted(folder.glob(f"former-*/{FIT_FILE}")):
-        if not differences({**EARLIER, "dtype": settings["dtype"], **load_json(file)}, settings):
+        if not differences(_begun(file, settings), settings):
             return file.parent
     return None
 

@@ -105,8 +105,8 @@ def held_queries(
 ) -> list[Query]:
     """Returns queries of the tasks' validation rows, which a training is judged on.
 
-    At most 100 are drawn, as many of each task. There are none where the slices hold fewer than 10
-    rows together: so few are learned from, and cross-validated on.
+    At most 100 are drawn, as many of each task that has any. There are none where the slices hold
+    fewer than 10 rows together: so few are learned from, and cross-validated on.
 
     Args:
         decoder: the model that is routed.

@@ -39,8 +39,12 @@ def n_judged(tasks: Sequence[Task], config: FitConfig) -> dict[str, int]:
 
 
 def n_held_each(tasks: Sequence[Task]) -> int:
-    """Returns how many validation rows of each task a training is judged on, at most."""
-    return math.ceil(MOST_HELD / len(tasks))
+    """Returns how many validation rows of each task a training is judged on, at most.
+
+    A task without any, such as one that a warm start rehearses, leaves its share to the others.
+    """
+    n_judging = sum(bool(task.validation) for task in tasks)
+    return math.ceil(MOST_HELD / max(1, n_judging))
 
 
 def can_validate(tasks: Sequence[Task]) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import agree, first_one_first, is_first
 from icrouting.runtime.storage import load_metadata
-from icrouting.tasks.task import Task, rows_digest, template_digest
+from icrouting.tasks.task import Task, check_names, rows_digest, template_digest
 
 
 @usual_defaults()
@@ -72,6 +72,7 @@ def fit(
     """
     if not tasks:
         raise ValueError("a fit needs at least one source task, got none")
+    check_names(tasks)
     check_alone(decoder.model, "icr")
     tasks = [task.bound_to(decoder.tokenizer) for task in tasks]
     # A model that cannot be routed is refused before anything is computed.
@@ -128,7 +129,9 @@ def fit(
         # first step.
         first_scale = 1.0 if start is None else config.final_alpha_scale
         trainer = train(
-            decoder, extracted, untrained, queries, held, config, folder, first_scale=first_scale
+            *(decoder, extracted, untrained, queries, held, config, folder),
+            first_scale=first_scale,
+            rehearsed=() if start is None else tuple(start.description.tasks),
         )
     if folder is not None and is_first():
         # The states of a hundred rows are soon made again.
@@ -149,6 +152,7 @@ def train(
     folder: Path | None = None,
     *,
     first_scale: float = 1.0,
+    rehearsed: Collection[str] = (),
 ) -> Trainer:
     """Returns a training that has run to its end (stage 3).
 
@@ -162,6 +166,7 @@ def train(
         config: settings.
         folder: keeps checkpoints.
         first_scale: the routing vector's scale before the first step.
+        rehearsed: names of the tasks whose rows cross-validation does not judge on.
     """
 
     def trained(
@@ -180,7 +185,7 @@ def train(
 
     chosen = None
     if config.watches(len(queries)) and not held:
-        chosen = chosen_by_folds(queries, looks, config.seed, folder)
+        chosen = chosen_by_folds(queries, looks, config.seed, folder, rehearsed)
     return trained(queries, held, folder, chosen)
 
 
@@ -234,6 +239,9 @@ def claimed(
     }
     if chat_template is not None:
         settings["chat_template"] = chat_template
+    if shelf.about:
+        # The tokenizer's, which may be another one of the same model.
+        settings["tokens"] = shelf.about[EXTRACTION]["tokens"]
     # As a file gives them back, so that tuples compare as lists.
     settings = json.loads(json.dumps(settings))
     agree(**settings)

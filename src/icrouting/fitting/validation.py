@@ -34,11 +34,13 @@ class Look:
         step: steps that it had taken.
         loss: mean cross-entropy of the right option among the options, in nats.
         accuracy: share of rows whose right option scored highest.
+        n_rows: how many rows these were, where folds of them were judged; else 0.
     """
 
     step: int
     loss: float
     accuracy: float
+    n_rows: int = 0
 
     def named(self) -> dict[str, float]:
         """Returns loss and accuracy by the names that `training.jsonl` has for them."""

@@ -4,10 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from string import Formatter
 
+from transformers import PreTrainedTokenizerBase
+
 from icrouting.methods.base import Method
 from icrouting.methods.settings import Settings
 from icrouting.tasks.prompts import Prompt
-from icrouting.tasks.task import Example, NamedPrompt, Task
+from icrouting.tasks.task import Example, NamedPrompt, Task, digest_of_template
 
 PREFIX = "prompt:"
 # Stands for all of them where methods are named.
@@ -83,13 +85,25 @@ def named_prompts(names: Sequence[str], tasks: Sequence[Task]) -> list[str]:
     return list(dict.fromkeys(methods))
 
 
-def prompt_digests(methods: Sequence[str], tasks: Sequence[Task]) -> dict[str, str]:
-    """Returns 8 hex digits for what each of the named methods asks each task, by "task/method"."""
+def prompt_digests(
+    methods: Sequence[str], tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """Returns 8 hex digits for what each of the named methods asks each task, by "task/method".
+
+    Where a prompt is a chat and its task is none, so that no task names the chat template, that
+    has digits of its own.
+    """
     digests = {}
     for task in tasks:
         for prompt in task.spec.prompts:
             method = PREFIX + prompt.name
-            if method in methods:
-                digest = hashlib.sha256(repr(prompt).encode()).hexdigest()
-                digests[f"{task.name}/{method}"] = digest[:8]
+            if method not in methods:
+                continue
+            digest = hashlib.sha256(repr(prompt).encode()).hexdigest()
+            digests[f"{task.name}/{method}"] = digest[:8]
+            is_chat = task.asked_by(prompt).spec.chat and not task.spec.chat
+            # Without a template the method is refused, and answers nothing.
+            if is_chat and tokenizer.chat_template:
+                template = digest_of_template(tokenizer)
+                digests[f"the chat template of {task.name}/{method}"] = template[:8]
     return digests

@@ -184,6 +184,8 @@ class Attachment:
     def __init__(self):
         self.current = RoutedPass()
         self._is_comparing = False
+        # Whether passes run as if nothing were attached.
+        self.is_unrouted = False
         # The thread whose pass this is; None where whoever sets `routing` looks after that.
         self._thread: int | None = None
         self._attentions: dict[int, nn.Module] = {}
@@ -218,6 +220,16 @@ class Attachment:
             yield
         finally:
             self._is_comparing = False
+
+    @contextmanager
+    def unrouted(self) -> Iterator[None]:
+        """Inside, passes on the model's own kernel are wanted, and the router reads none."""
+        with self.comparing():
+            self.is_unrouted = True
+            try:
+                yield
+            finally:
+                self.is_unrouted = False
 
     def watch(self, attentions: dict[int, nn.Module]) -> None:
         """Remembers the routed layers' attention modules, by their numbers, for the checks."""

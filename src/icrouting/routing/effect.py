@@ -6,8 +6,8 @@ states that routing has changed.
 """
 
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +119,26 @@ def run_both(model: PreTrainedModel, tokens: list[int], layers: tuple[int, ...])
     rounding = ROUNDING_IN_ULP * torch.finfo(base.dtype).eps * float(logits.abs().max())
     last_weights = attn_weights[..., -1, :].clone()
     return Passes(layers, logits, last_weights, mass_moved, rounding)
+
+
+@contextmanager
+def untouched(model: PreTrainedModel, layers: tuple[int, ...]) -> Iterator[None]:
+    """Inside, an attached model computes what it does by itself, on the `eager` kernel.
+
+    Passes without a cache alone: one that was filled while it was routed is wider.
+    """
+    base = base_of(model)
+    implementation = base.config._attn_implementation
+    assert implementation is not None, (
+        "transformers gives every loaded model an attention implementation"
+    )
+    attachment = attachment_of(model, layers[0])
+    with ExitStack() as leaving:
+        if attachment is not None:
+            leaving.enter_context(attachment.unrouted())
+        leaving.callback(base.set_attn_implementation, implementation)
+        base.set_attn_implementation("eager")
+        yield
 
 
 def describe(passes: Sequence[Passes], routing: Routing) -> str:

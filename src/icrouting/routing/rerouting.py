@@ -59,7 +59,7 @@ class _Rerouter(Uncopied):
 
     def around(self, call: Call, run: Callable[[], Any]) -> Any:
         """Runs a forward that is due, by the routing of its prompt."""
-        if self._is_reading:
+        if self._is_reading or self._attachment.is_unrouted:
             return run()
         if torch.is_grad_enabled():
             self._take_up_checkpointing()

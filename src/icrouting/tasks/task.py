@@ -397,6 +397,21 @@ def spec_among(task: "str | Task | TaskSpec | None", specs: Sequence[TaskSpec]) 
     return specs_by_name[task]
 
 
+def check_names(tasks: Sequence[Task]) -> None:
+    """Checks that tasks have different names, by which alone records and routers know them.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"two of the tasks are called {name!r}: give each a name of its own "
+                "(`name=` of `Task.from_rows`, `name` in a task file)"
+            )
+
+
 def rows_digest(tasks: Sequence[Task]) -> str:
     """Returns 16 hex digits that identify the rows and templates of tasks."""
     # Run folders and routers keep these digits: what is hashed, and its order, must stay.
