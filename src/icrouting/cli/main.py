@@ -116,12 +116,13 @@ def evaluate(
 
     Killed and started again with the same --out, it goes on where it was; methods and seeds may be
     added. The methods: zero-shot, few-shot (the task's own demonstrations), multi-task-few-shot
-    (the sources'), calibration, prompt:NAME (your own, under [[prompts]] in a task file; prompts
-    for all of them), icr, icr-gated (not on prompts unlike the sources'), icr-safe (there,
-    batch-calibration); fitted on each task, or as NAME-once on the sources: task-vectors,
-    function-vectors, icv, elicit, iterative-vectors, i2cl, live, m2iv, lora-block, lora-head,
-    lora-block-more, prefix-tuning, prompt-tuning, and controls of ICR: icr-refit,
-    icr-random-basis, icr-learned-directions, icr-constant, icr-random-features,
+    (the sources'), calibration, domain-calibration, prompt:NAME (your own, under [[prompts]] in a
+    task file; prompts for all of them), icr, icr-gated (not on prompts unlike the sources'),
+    icr-safe (there, batch-calibration); fitted on each task, or as NAME-once on the sources:
+    task-vectors, function-vectors, icv, elicit, iterative-vectors, i2cl, live, m2iv, lora-block,
+    lora-head, lora-block-more, lora-qv, lora-qv-distilled (taught by few-shot prompts),
+    prefix-tuning, prompt-tuning, cartridge (a prefix that starts as demonstrations), and controls
+    of ICR: icr-refit, icr-random-basis, icr-learned-directions, icr-constant, icr-random-features,
     icr-uniform-alpha, icr-uniform-gates; on each task alone: probe-hidden, probe-encoder,
     batch-calibration (which reads no label).
 

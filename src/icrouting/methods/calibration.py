@@ -48,11 +48,7 @@ class Calibration(Method):
         n_choices = len(example.choices)
         key = rows_digest([Task(task.spec, (), ())]), n_choices
         if key not in self._levels:
-            # An example needs a label; that of a blank is never looked at.
-            blanks = []
-            for text in CONTENT_FREE:
-                fields = dict.fromkeys(example.fields, text)
-                blanks.append(Example(fields, (text,) * n_choices, label=0))
+            blanks = self.blanks(task, example)
             prompts = []
             for blank in blanks:
                 prompt = zero_shot(task, blank)
@@ -65,3 +61,12 @@ class Calibration(Method):
             scores = score(self.decoder, prompts, options, label_scoring=task.spec.label_scoring)
             self._levels[key] = scores.softmax(-1).mean(0).log()
         return self._levels[key]
+
+    def blanks(self, task: Task, example: Example) -> list[Example]:
+        """Returns what stands in the place of an example, to ask what the model leans to."""
+        blanks = []
+        for text in CONTENT_FREE:
+            fields = dict.fromkeys(example.fields, text)
+            # An example needs a label; that of a blank is never looked at.
+            blanks.append(Example(fields, (text,) * len(example.choices), label=0))
+        return blanks

@@ -245,11 +245,17 @@ def lesson_loss(
         lessons: What the student is taught.
         rows: Which of the lessons these are.
     """
+    labels = torch.tensor([lessons.labels[row] for row in rows], device=logits.device)
+    label_loss = nn.functional.cross_entropy(logits, labels)
+    return mimicry(logits, lessons, rows) + W_LABEL * label_loss
+
+
+def mimicry(
+    logits: Float[Tensor, "batch vocab"], lessons: Lessons, rows: Sequence[int]
+) -> Float[Tensor, ""]:
+    """Returns KL(teacher || student), the mean over rows, in nats; arguments as `lesson_loss`."""
     kept_log_probs = torch.stack([lessons.teacher[row] for row in rows])
     # Rounded to float16, the kept probabilities no longer sum to one.
     teacher = kept_log_probs.to(logits.device).float().log_softmax(-1)
     student = logits.log_softmax(-1)
-    mimicry = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    labels = torch.tensor([lessons.labels[row] for row in rows], device=logits.device)
-    label_loss = nn.functional.cross_entropy(logits, labels)
-    return mimicry + W_LABEL * label_loss
+    return nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -110,7 +110,7 @@ class LoraBlock(Method):
         model = decoder.base
         # peft draws the start, and dropout its masks, from the global generator.
         with torch.random.fork_rng(), injected(model, self._targets(), alpha, seed) as adapter:
-            dropouts = _dropouts(model)
+            dropouts = dropouts_of(model)
             with late_entry(model, len(decoder.layers) - 1) as entry:
 
                 def logits_of(batch_states: list[TrunkState]) -> Tensor:
@@ -129,7 +129,7 @@ class LoraBlock(Method):
                     n_epochs=self._n_epochs(),
                     rng=np.random.default_rng(seed),
                 )
-            return _folded(adapter, alpha / RANK)
+            return folded(adapter, alpha / RANK)
 
 
 class LoraHead(LoraBlock):
@@ -168,13 +168,13 @@ def _names(model: nn.Module, modules: Sequence[nn.Module | None]) -> list[str]:
     return [name for name, part in named if id(part) in ids]
 
 
-def _dropouts(model: nn.Module) -> nn.ModuleList:
+def dropouts_of(model: nn.Module) -> nn.ModuleList:
     """Returns the dropouts of a model's adapter, to be turned on and off together."""
     parts = [part for name, part in model.named_modules() if name.endswith(".lora_dropout")]
     return nn.ModuleList(parts)
 
 
-def _folded(adapter: dict[str, nn.Parameter], scale: float) -> dict[str, Tensor]:
+def folded(adapter: dict[str, nn.Parameter], scale: float) -> dict[str, Tensor]:
     """Returns an adapter's weights, those of B scaled, off the accelerator."""
     folded = {}
     for name, weight in adapter.items():

@@ -10,6 +10,8 @@ from icrouting.methods import controls
 from icrouting.methods.base import Method
 from icrouting.methods.batch_calibration import BatchCalibration, IcrSafe
 from icrouting.methods.calibration import Calibration
+from icrouting.methods.cartridge import Cartridge
+from icrouting.methods.domain_calibration import DomainCalibration
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.function_vectors import FunctionVectors
 from icrouting.methods.i2cl import I2CL
@@ -18,6 +20,7 @@ from icrouting.methods.icv import ICV
 from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.live import Live
 from icrouting.methods.lora import LoraBlock, LoraBlockMore, LoraHead
+from icrouting.methods.lora_qv import LoraQv, LoraQvDistilled
 from icrouting.methods.m2iv import M2IV
 from icrouting.methods.named_prompts import PREFIX, UserPrompt
 from icrouting.methods.probes import ProbeEncoder, ProbeHidden
@@ -28,11 +31,16 @@ from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.runtime.checks import known
 
-PLAIN: tuple[type[Method], ...] = (ZeroShot, FewShot, MultiTaskFewShot, Calibration, Icr, IcrGated)
+PLAIN: tuple[type[Method], ...] = (
+    *(ZeroShot, FewShot, MultiTaskFewShot),
+    *(Calibration, DomainCalibration),
+    *(Icr, IcrGated),
+)
 LEARNING: tuple[type[Method], ...] = (
     *(TaskVectors, FunctionVectors, ICV, Elicit, IterativeVectors),
     *(I2CL, Live, M2IV),
-    *(LoraBlock, LoraHead, LoraBlockMore, PrefixTuning, PromptTuning),
+    *(LoraBlock, LoraHead, LoraBlockMore, LoraQv, LoraQvDistilled),
+    *(PrefixTuning, PromptTuning, Cartridge),
     *(controls.Refit, controls.RandomBasis, controls.LearnedDirections, controls.ConstantFeatures),
     *(controls.RandomFeatures, controls.UniformAlpha, controls.UniformGates),
     *(ProbeHidden, ProbeEncoder),
