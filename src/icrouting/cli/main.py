@@ -119,11 +119,12 @@ def evaluate(
     (the sources'), calibration, domain-calibration, prompt:NAME (your own, under [[prompts]] in a
     task file; prompts for all of them), icr, icr-gated (not on prompts unlike the sources'),
     icr-safe (there, batch-calibration); fitted on each task, or as NAME-once on the sources:
-    task-vectors, function-vectors, icv, elicit, iterative-vectors, i2cl, live, m2iv, lora-block,
-    lora-head, lora-block-more, lora-qv, lora-qv-distilled (taught by few-shot prompts),
-    prefix-tuning, prompt-tuning, cartridge (a prefix that starts as demonstrations), and controls
-    of ICR: icr-refit, icr-random-basis, icr-learned-directions, icr-constant, icr-random-features,
-    icr-uniform-alpha, icr-uniform-gates; on each task alone: probe-hidden, probe-encoder,
+    task-vectors, task-vectors-ridge (a linear map), function-vectors, icv, elicit,
+    iterative-vectors, i2cl, live, m2iv, lora-block, lora-head, lora-block-more, lora-qv,
+    lora-qv-distilled (taught by few-shot prompts), prefix-tuning, prompt-tuning, cartridge (a
+    prefix that starts as demonstrations), and controls of ICR: icr-refit, icr-random-basis,
+    icr-learned-directions, icr-constant, icr-random-features, icr-uniform-alpha,
+    icr-uniform-gates; on each task alone: probe-hidden, probe-encoder,
     batch-calibration (which reads no label).
 
     Example: icr eval --model pinned:smollm2-135m --router my-router --data pinned:staicc

@@ -26,6 +26,7 @@ from icrouting.methods.named_prompts import PREFIX, UserPrompt
 from icrouting.methods.probes import ProbeEncoder, ProbeHidden
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
 from icrouting.methods.regimes import ONCE, InDomain, regimes
+from icrouting.methods.ridge_vectors import RidgeVectors
 from icrouting.methods.settings import Settings
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
@@ -37,7 +38,7 @@ PLAIN: tuple[type[Method], ...] = (
     *(Icr, IcrGated),
 )
 LEARNING: tuple[type[Method], ...] = (
-    *(TaskVectors, FunctionVectors, ICV, Elicit, IterativeVectors),
+    *(TaskVectors, RidgeVectors, FunctionVectors, ICV, Elicit, IterativeVectors),
     *(I2CL, Live, M2IV),
     *(LoraBlock, LoraHead, LoraBlockMore, LoraQv, LoraQvDistilled),
     *(PrefixTuning, PromptTuning, Cartridge),
