@@ -21,7 +21,7 @@ import torch
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.loading import load_model
 from icrouting.decoder.scoring import score
-from icrouting.evaluation.runs import commit
+from icrouting.evaluation import runs
 from icrouting.routing.priors import WAYS, fewest_prompts, log_prior, log_probabilities
 from icrouting.runtime.storage import load_json, save_json
 from icrouting.tasks.catalogue import SPECS
@@ -47,15 +47,18 @@ def tasks_in(data: Path, more: Path | None):
             yield file.stem, lambda file=file: load_task(str(file), "")
 
 
-def collect(model_name: str, data: Path, more: Path | None, folder: Path, n_rows: int) -> None:
+def collect(arguments: argparse.Namespace) -> None:
     """Writes the zero-shot scores and labels of every task that has no file yet."""
+    folder = arguments.scores
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [each for each in tasks_in(data, more) if not (folder / f"{each[0]}.npz").exists()]
+    known = tasks_in(arguments.data, arguments.more)
+    missing = [each for each in known if not (folder / f"{each[0]}.npz").exists()]
     if not missing:
         return
-    decoder = Decoder.of(*load_model(model_name))
+    decoder = Decoder.of(*load_model(arguments.model))
     for name, loaded in missing:
         task = loaded().bound_to(decoder.tokenizer)
+        n_rows = arguments.rows if name in SPECS else arguments.more_rows
         rows = [*task.train, *task.validation, *task.test][:n_rows]
         prompts = [task.prompt(row) for row in rows]
         options = [task.options(row) for row in rows]
@@ -176,19 +179,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--more", type=Path, default=None, help="folder of task files")
     parser.add_argument("--scores", type=Path, default=Path("scores"), help="what is kept")
-    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--rows", type=int, default=ROWS, help="of a task, at most")
+    parser.add_argument("--more-rows", type=int, default=ROWS, help="of a task of --more, at most")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--summary", action="store_true", help="print the table, measure nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if not arguments.summary:
-        collect(arguments.model, arguments.data, arguments.more, arguments.scores, arguments.rows)
+        collect(arguments)
         scores_by_task = scores_of(arguments.scores)
         content = {
-            "command": "python -m benchmarks.calibrating",
-            "commit": commit(),
+            "command": f"python -m benchmarks.{runs.command().replace('.py', '', 1)}",
+            "commit": runs.commit(),
             "model": Path(arguments.model.removeprefix("pinned:")).name,
-            "rows": arguments.rows,
+            "rows": f"{arguments.rows} of a task; {arguments.more_rows} of those of --more",
             "draws": DRAWS,
             "tasks": {name: len(labels) for name, (_, labels) in scores_by_task.items()},
             "records": measured(scores_by_task),

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +24,10 @@ class RidgeVectors(Method):
 
     The map takes the state of a bare prompt to the state of the same prompt behind demonstrations,
     5 per class, drawn anew for each of `--train-rows` rows; unlike Task Vectors' state, what comes
-    out is another for each prompt. Layer and penalty are chosen on validation rows. The penalty is held against
-    the mean square of the states, so that it means the same in every layer. After learned task
-    vectors, of which the map is the linear form; it has no published code that it was compared
-    with.
+    out is another for each prompt. Layer and penalty are chosen on validation rows. The penalty is
+    held against the mean square of the states, so that it means the same in every layer. After
+    learned task vectors, of which the map is the linear form; it has no published code that it was
+    compared with.
 
     Attributes:
         weight: of the map, [hidden_size, hidden_size].
@@ -72,8 +71,11 @@ class RidgeVectors(Method):
         n_layers = len(self.decoder.layers)
         return list(dict.fromkeys(int(depth * n_layers) for depth in DEPTHS))
 
-    def _fitted(self, states: dict[int, Any], layer: int, penalty: float) -> dict[str, Tensor]:
-        weight, bias = ridge(*states[layer], penalty)
+    def _fitted(
+        self, states: dict[int, tuple[Tensor, Tensor]], layer: int, penalty: float
+    ) -> dict[str, Tensor]:
+        bare, shown = states[layer]
+        weight, bias = ridge(bare, shown, penalty)
         return {"weight": weight, "bias": bias, "layer": torch.tensor([layer])}
 
     def applied(self, task: Task) -> Context:
