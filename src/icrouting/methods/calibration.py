@@ -38,17 +38,20 @@ class Calibration(Method):
         """Returns log p_i - log p_cf_i, up to a constant per example."""
         # Beyond an example's own options the scores are -inf, which a level of 0 leaves alone.
         levels = torch.zeros_like(scores)
+        key = self._key(task)
         for row, example in enumerate(examples):
-            level = self._level(task, example)
+            level = self._level_by(key, task, example)
             levels[row, : len(level)] = level
         return scores - levels
 
     def _level(self, task: Task, example: Example) -> Float[Tensor, "n_options"]:
         """Returns log p_cf of the options that an example of a task has."""
-        n_choices = len(example.choices)
-        key = rows_digest([Task(task.spec, (), ())]), n_choices
+        return self._level_by(self._key(task), task, example)
+
+    def _level_by(self, task_key: str, task: Task, example: Example) -> Float[Tensor, "n_options"]:
+        key = task_key, len(example.choices)
         if key not in self._levels:
-            blanks = self.blanks(task, example)
+            blanks = self._blanks(task, example)
             prompts = []
             for blank in blanks:
                 prompt = zero_shot(task, blank)
@@ -62,11 +65,16 @@ class Calibration(Method):
             self._levels[key] = scores.softmax(-1).mean(0).log()
         return self._levels[key]
 
-    def blanks(self, task: Task, example: Example) -> list[Example]:
-        """Returns what stands in the place of an example, to ask what the model leans to."""
+    def _key(self, task: Task) -> str:
+        """Returns what a task's blanks depend on."""
+        return rows_digest([Task(task.spec, (), ())])
+
+    def _blanks(self, task: Task, example: Example) -> list[Example]:
+        """Returns examples without content, of the fields and number of choices of this one."""
+        n_choices = len(example.choices)
+        # An example needs a label; that of a blank is never looked at.
         blanks = []
         for text in CONTENT_FREE:
             fields = dict.fromkeys(example.fields, text)
-            # An example needs a label; that of a blank is never looked at.
-            blanks.append(Example(fields, (text,) * len(example.choices), label=0))
+            blanks.append(Example(fields, (text,) * n_choices, label=0))
         return blanks

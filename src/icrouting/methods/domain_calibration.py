@@ -1,57 +1,70 @@
-"""Domain-context calibration: what a model answers to random words of the task's own prompts."""
+"""Domain-context calibration: option probabilities divided by those on random words of the task."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
 from icrouting.methods.calibration import Calibration
-from icrouting.tasks.task import Example, Task
+from icrouting.tasks.task import Example, Task, rows_digest
 
-# Texts of random words, as published.
 N_TEXTS = 20
 
 
 class DomainCalibration(Calibration):
-    """Zero-shot, corrected for what the model answers to random words (Fei et al. 2023).
+    """Zero-shot, corrected for what the model answers to the task's words in no order.
 
-    p_i / p_dc_i with p_dc the mean of the normalised option probabilities over N_TEXTS texts, in
-    every field and choice as many words as it has on average, drawn from the task's training rows,
-    of which no label is read. Contextual calibration has content-free texts in their place.
+    Fei et al. 2023: log p_i - log p_d_i with p_d the mean of the normalised option probabilities
+    over 20 texts. Every field's text is of that field's words in the training rows, drawn at random
+    with their frequencies, and of its mean length there; choices are made alike, of all choices'
+    words. No label is read. Differs: the paper draws words of the test inputs; these are the
+    training rows', so that no answer depends on other test items.
     """
 
     name = "domain-calibration"
     draws = True
 
-    def blanks(self, task: Task, example: Example) -> list[Example]:
-        """Returns texts of random words, with as many choices as an example has.
+    def learn(self, rng: np.random.Generator) -> None:
+        """Learns nothing from the source tasks."""
+        super().learn(rng)
+        # By identity, since to digest a task's rows takes longer than to answer one. The task
+        # stands beside its key, so that no other takes its place in memory.
+        self._keys: dict[int, tuple[Task, str]] = {}
 
-        Raises:
-            ValueError: the task has no training rows to draw words from.
-        """
+    def _key(self, task: Task) -> str:
+        if id(task) not in self._keys:
+            key = rows_digest([Task(task.spec, task.train, ())])
+            self._keys[id(task)] = task, f"{task.name} {key}"
+        return self._keys[id(task)][1]
+
+    def _blanks(self, task: Task, example: Example) -> list[Example]:
+        """Returns examples of random words, with the fields and number of choices of this one."""
         if not task.train:
             raise ValueError(
-                f"{self.name} draws words from a task's training rows, and {task.name!r} has none"
+                f"{self.name} draws words from the training rows of {task.name!r}, which has none: "
+                "give it rows, with any labels"
             )
+        n_choices = len(example.choices)
         # By the task's name, not by the order in which tasks are met.
         rng = np.random.default_rng([self.entropy, zlib.crc32(task.name.encode())])
-        field_texts = {name: [row.fields[name] for row in task.train] for name in example.fields}
-        choice_texts = [choice for row in task.train for choice in row.choices]
+        words_by_field = {}
+        for field in example.fields:
+            words_by_field[field] = [str(row.fields.get(field, "")).split() for row in task.train]
+        choice_words = [choice.split() for row in task.train for choice in row.choices]
         blanks = []
         for _ in range(N_TEXTS):
-            fields = {name: drawn_text(texts, rng) for name, texts in field_texts.items()}
-            choices = tuple(drawn_text(choice_texts, rng) for _ in example.choices)
-            # An example needs a label; that of a blank is never looked at.
+            fields = {field: _drawn(texts, rng) for field, texts in words_by_field.items()}
+            choices = tuple(_drawn(choice_words, rng) for _ in range(n_choices))
             blanks.append(Example(fields, choices, label=0))
         return blanks
 
 
-def drawn_text(texts: Iterable[str], rng: np.random.Generator) -> str:
-    """Returns as many words as texts have on average, drawn from all of theirs."""
-    lists = [text.split() for text in texts]
-    words = [word for words in lists for word in words]
-    # A column may be empty throughout.
+def _drawn(texts: Sequence[Sequence[str]], rng: np.random.Generator) -> str:
+    """Returns words of some texts at random, as many as a text has on average."""
+    words = [word for text in texts for word in text]
+    # A field may be empty in every row.
     if not words:
         return ""
-    n_words = max(1, round(len(words) / len(lists)))
-    return " ".join(str(word) for word in rng.choice(words, n_words))
+    n_words = max(1, round(len(words) / len(texts)))
+    places = rng.integers(len(words), size=n_words)
+    return " ".join(words[place] for place in places)

@@ -57,7 +57,9 @@ class RidgeVectors(Method):
         states = dict(zip(layers, zip(bare, shown, strict=True), strict=True))
         grid = [{"layer": layer, "penalty": each} for each in PENALTIES for layer in layers]
         self.choose(grid, partial(self._fitted, states))
-        self.n_labelled = len(bare_texts) + self.n_validation
+        # Any training row may be a demonstration.
+        n_train = sum(len(task.train) for task in self.sources)
+        self.n_labelled = n_train + self.n_validation
         self.n_trained = 0
 
     def _behind_demos(self, task: Task, place: int, rng: np.random.Generator) -> str:
