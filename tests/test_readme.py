@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,6 @@ def test_tables_are_those_of_the_committed_runs():
 
 
 def test_the_picture_of_who_wins_is_drawn_from_the_committed_runs():
-    import sys
-
     sys.path.append(str(ROOT / "docs"))
     import who_wins
 
@@ -96,3 +95,10 @@ def test_contributing_names_every_room_of_a_wing():
         (line,) = [line for line in lines if line.startswith(f"| `{wing.parent.name}/`")]
         rooms = {file.stem for file in wing.parent.glob("*.py") if not file.stem.startswith("__")}
         assert rooms <= set(re.findall(r"\w+", line.split("|")[3])), wing.parent.name
+
+
+def test_the_picture_of_unseen_tasks_is_drawn_from_the_committed_records():
+    sys.path.append(str(ROOT / "docs"))
+    import unseen
+
+    assert unseen.drawn() == unseen.digest(), "run python docs/unseen.py"

@@ -117,7 +117,10 @@ class IcrSafe(Icr):
         check_options(calibration, options)
         adjusted, _ = calibration.adjusted(scores, options, "")
         prompts = [self.prompt(task, example).text for example in examples]
-        return torch.where(self._are_routed(prompts)[:, None], scores, adjusted)
+        are_routed = self._are_routed(prompts)
+        # A service asks without end, and each prompt is noted anew when it is asked again.
+        self._is_routed.clear()
+        return torch.where(are_routed[:, None], scores, adjusted)
 
     def depends_on(self) -> str:
         """Returns the router's digest."""
