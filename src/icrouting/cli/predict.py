@@ -23,6 +23,7 @@ from icrouting.routing.ownership import CALIBRATION
 from icrouting.routing.predictions import LEFT_ALONE, MALFORMED, Prediction
 from icrouting.routing.shipped import known_specs
 from icrouting.runtime.appended import AppendedFile
+from icrouting.runtime.memory import give_back
 from icrouting.runtime.progress import spinner, track_lines
 from icrouting.tasks.rows import unlabelled_fields
 from icrouting.tasks.streams import KINDS, Row, Table
@@ -118,6 +119,8 @@ def predict(
             predictions = _answered(attached, spec, table, window)
             piece = b"".join(map(writer.line, window, predictions))
             answers.append(piece, len(window), _counted(answers.progress.counts, predictions))
+            # However many rows there are, a job takes as much memory.
+            give_back()
         answers.finish()
     n_now = answers.progress.n_rows - n_before
     _say_summary(answers, spec, n_now / (time.monotonic() - started))
