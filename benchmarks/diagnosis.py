@@ -16,8 +16,9 @@ that routing reads anyway. Every answer is scored as it is, and without its prio
     taken-longer    as longer, on those
     constant        as longer, by a router that reads the same of every prompt
 
-`benchmarks.reach` asks the same more widely (held-back rows, a dozen variants, the few-shot teacher,
-how well few-shot traces are predicted) and takes ten times as long; nothing of it was run on 1.5B.
+`benchmarks.reach` asks the same more widely (held-back rows, a dozen variants, the few-shot
+teacher, how well few-shot traces are predicted) and takes ten times as long; nothing of it was run
+on 1.5B.
 
 A line of OUT/records.jsonl is a task and a way, with the scores of its test rows; none is computed
 twice.
