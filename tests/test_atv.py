@@ -190,6 +190,13 @@ def test_the_control_has_the_very_network(tokenizer, small_settings):
         assert torch.equal(tensor, averaged.tensors()[name]), name
 
 
+def test_the_control_s_network_is_chosen_without_averaging(tokenizer, small_settings, monkeypatch):
+    adaptive = unfitted(Atv, "llama", tokenizer, small_settings)
+    averaged = unfitted(AtvAveraged, "llama", tokenizer, small_settings)
+    monkeypatch.setattr(AtvAveraged, "mean_vectors", lambda *args: pytest.fail("averaged"))
+    assert averaged.validated() == adaptive.validated()
+
+
 def test_the_mean_reads_no_label(tokenizer, small_settings):
     method = unfitted(AtvAveraged, "llama", tokenizer, small_settings)
     flipped = tuple(dataclasses.replace(row, label=1 - row.label) for row in TASK.train)
