@@ -122,7 +122,8 @@ def evaluate(
     task-vectors, task-vectors-ridge (a linear map), function-vectors, icv, elicit,
     iterative-vectors, i2cl, live, m2iv, lora-block, lora-head, lora-block-more, lora-qv,
     lora-qv-distilled (taught by few-shot prompts), prefix-tuning, prompt-tuning, cartridge (a
-    prefix that starts as demonstrations), and controls of ICR: icr-refit, icr-random-basis,
+    prefix that starts as demonstrations), atv (a network gives each prompt a vector), atv-averaged
+    (its control: one vector for a task), and controls of ICR: icr-refit, icr-random-basis,
     icr-learned-directions, icr-constant, icr-random-features, icr-uniform-alpha,
     icr-uniform-gates; on each task alone: probe-hidden, probe-encoder,
     batch-calibration (which reads no label).

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from icrouting.methods import controls
+from icrouting.methods.atv import Atv, AtvAveraged
 from icrouting.methods.base import Method
 from icrouting.methods.batch_calibration import BatchCalibration, IcrSafe
 from icrouting.methods.calibration import Calibration
@@ -42,6 +43,7 @@ LEARNING: tuple[type[Method], ...] = (
     *(I2CL, Live, M2IV),
     *(LoraBlock, LoraHead, LoraBlockMore, LoraQv, LoraQvDistilled),
     *(PrefixTuning, PromptTuning, Cartridge),
+    *(Atv, AtvAveraged),
     *(controls.Refit, controls.RandomBasis, controls.LearnedDirections, controls.ConstantFeatures),
     *(controls.RandomFeatures, controls.UniformAlpha, controls.UniformGates),
     *(ProbeHidden, ProbeEncoder),
