@@ -126,7 +126,8 @@ def evaluate(
     (its control: one vector for a task), and controls of ICR: icr-refit, icr-random-basis,
     icr-learned-directions, icr-constant, icr-random-features, icr-uniform-alpha,
     icr-uniform-gates; on each task alone: probe-hidden, probe-encoder,
-    batch-calibration (which reads no label).
+    probe-residual (corrects the model's own scores, from a row a class on), batch-calibration
+    (which reads no label).
 
     Example: icr eval --model pinned:smollm2-135m --router my-router --data pinned:staicc
     --tasks agnews sst2 mr --sources agnews sst2 --n-test 200 --out runs/first
@@ -170,8 +171,8 @@ def compare(
     r"""Say which method to use on your own labelled rows, at what cost, and save it.
 
     Every method learns from the same rows and answers the same held-back ones, in order of cost:
-    zero-shot, calibration, few-shot, probe-encoder, probe-hidden, task-vectors, i2cl, icr,
-    prefix-tuning, lora-block-more. It ends with a table, a recommendation that does not take noise
+    zero-shot, calibration, batch-calibration, few-shot, probe-encoder, probe-hidden,
+    probe-residual, task-vectors, i2cl, icr, prefix-tuning, lora-block-more. It ends with a table, a recommendation that does not take noise
     for a gain, and the winner in OUT/winner. Killed and started again with the same --out, it goes
     on; `icr report OUT` shows the run.
 

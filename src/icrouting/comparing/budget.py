@@ -75,6 +75,8 @@ def work_of(method: str, sizes: Sizes, settings: Settings) -> float:
         FEW_SHOT: context,
         "probe-encoder": ENCODER * (n_rows + n_validation),
         "probe-hidden": n_rows + n_validation,
+        # Rows and the prior's prompts are read for their scores, and again for their states.
+        "probe-residual": 2 * (n_rows + n_validation + min(sizes.n_train, N_PROMPTS)),
         "task-vectors": 2 * context + STEP * n_validation,
         "i2cl": n_trials * (settings.i2cl_epochs * context * STEP + n_validation),
         ICR: sizes.router,

@@ -14,6 +14,7 @@ FEW_SHOT = "few-shot"
 # that trains on all rows, as the others here do.
 LADDER = (
     *(BASELINE, "calibration", "batch-calibration", FEW_SHOT, "probe-encoder", "probe-hidden"),
+    "probe-residual",
     *("task-vectors", "i2cl", ICR, "prefix-tuning", "lora-block-more"),
 )
 
@@ -28,6 +29,7 @@ LIMITS = {
     FEW_SHOT: "shows the model a handful of your rows and lengthens every prompt by them",
     "probe-encoder": _LABELS_ONLY,
     "probe-hidden": _LABELS_ONLY,
+    "probe-residual": _LABELS_ONLY,
     "task-vectors": f"is {_THIS_TASK}",
     "i2cl": f"is {_THIS_TASK} and edits every token",
     ICR: "is not shown to help tasks that it was not fitted on",

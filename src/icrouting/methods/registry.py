@@ -25,6 +25,7 @@ from icrouting.methods.lora_qv import LoraQv, LoraQvDistilled
 from icrouting.methods.m2iv import M2IV
 from icrouting.methods.named_prompts import PREFIX, UserPrompt
 from icrouting.methods.probes import ProbeEncoder, ProbeHidden
+from icrouting.methods.residual_probe import ProbeResidual
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
 from icrouting.methods.regimes import ONCE, InDomain, regimes
 from icrouting.methods.ridge_vectors import RidgeVectors
@@ -46,7 +47,7 @@ LEARNING: tuple[type[Method], ...] = (
     *(Atv, AtvAveraged),
     *(controls.Refit, controls.RandomBasis, controls.LearnedDirections, controls.ConstantFeatures),
     *(controls.RandomFeatures, controls.UniformAlpha, controls.UniformGates),
-    *(ProbeHidden, ProbeEncoder),
+    *(ProbeHidden, ProbeEncoder, ProbeResidual),
     BatchCalibration,
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {
