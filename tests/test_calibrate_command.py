@@ -11,7 +11,7 @@ import torch
 import tiny
 from fitted import strict
 from icrouting.cli import calibrate as room
-from icrouting.cli import main
+from icrouting.cli import main, predict
 from icrouting.decoder import loading
 from icrouting.icr import InContextRouter
 from icrouting.routing.priors import WAYS
@@ -95,6 +95,22 @@ def test_another_folder_leaves_the_router_as_it_is(world, router, mood, rows, tm
     run(world, "calibrate", router, rows, "--task", mood, "--out", tmp_path / "safe")
     assert sorted(file.read_bytes() for file in router.iterdir()) == before
     assert InContextRouter.from_pretrained(tmp_path / "safe").calibrations
+
+
+def test_predict_says_at_the_end_where_rows_are_unlike_those_of_the_prior(
+    world, router, mood, rows, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(predict, "WINDOW", 35)
+    others = tmp_path / "others.jsonl"
+    lines = [json.dumps({"text": f"{'!' * 30} {n} ? {n}"}) + "\n" for n in range(70)]
+    others.write_text("".join(lines))
+    run(world, "calibrate", router, rows, "--task", mood)
+    ask = ("predict", router, "--task", "mood", "--prefix", "new_", "--out")
+    capsys.readouterr()
+    run(world, *ask, tmp_path / "answers.csv", rows)
+    assert "Look out" not in capsys.readouterr().out
+    run(world, *ask, tmp_path / "others.csv", others)
+    assert capsys.readouterr().out.count("Look out: the rows that were calibrated") == 1
 
 
 def two_moods(tmp_path):

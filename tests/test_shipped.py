@@ -1,5 +1,6 @@
 """Shipped calibrations: what a prior is tied to, and that it answers for nothing else."""
 
+import copy
 import json
 import warnings
 from dataclasses import replace
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import fitted
 import tiny
 from fitted import small_fit
+from icrouting.decoder.scoring import score_options
 from icrouting.icr import InContextRouter
-from icrouting.routing.calibration import CalibrationStream
+from icrouting.routing.calibration import BatchCalibration, CalibrationStream
 from icrouting.routing.gate import PromptGate
 from icrouting.routing.shipped import known_specs, reading_of
 from icrouting.tasks.task import TaskSpec, spec_among
@@ -132,6 +134,16 @@ def test_a_prior_of_another_strength_stands_beside_the_first(safe, model, tokeni
     assert statuses(both, model, tokenizer) == {"calibrated"}
     assert statuses(both, model, tokenizer, strength=0.5) == {"calibrated"}
     assert statuses(both, model, tokenizer, strength=0.25) == {"left alone"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_dtype_moves_a_prior_by_next_to_nothing(strict, model, tokenizer, dtype):
+    priors = []
+    for each in (model, copy.deepcopy(model).to(dtype)):
+        scores = score_options(each, tokenizer, TEXTS, OPTIONS)
+        priors.append(BatchCalibration.of(scores, OPTIONS).log_prior)
+    spread = score_options(model, tokenizer, TEXTS, OPTIONS).diff(dim=1).std()
+    assert (priors[1] - priors[0]).abs().max() < 0.01 * spread
 
 
 # -- how options are scored

@@ -267,20 +267,20 @@ class InContextRouter(ModelHubMixin):
                 now.last,
                 now.hold,
                 sources,
-                self._made_of(reader, strength),
+                self.made_of(reader.gate, strength),
                 self.calibrations,
             )
 
-    def _made_of(self, reader: Reader, strength: float) -> str:
-        """Returns what gives the scores, as calibrations keep it."""
+    def made_of(self, gate: Gate | None, strength: float = 1.0) -> str:
+        """Returns what gives scores behind a gate, at a strength, as calibrations keep it."""
         # Whatever else it may be, it is told from others while it is there.
-        gate = f"another gate, {id(reader.gate):x}"
-        if reader.gate is None:
-            gate = "no gate"
-        elif reader.gate is self.gate and self.gate is not None:
+        behind = f"another gate, {id(gate):x}"
+        if gate is None:
+            behind = "no gate"
+        elif gate is self.gate and self.gate is not None:
             # A router may be given another, which leaves other prompts alone.
-            gate = f"its own gate {self.gate.digest}"
-        return f"router {self.digest()} at strength {strength:g} with {gate}"
+            behind = f"its own gate {self.gate.digest}"
+        return f"router {self.digest()} at strength {strength:g} with {behind}"
 
     def reader(
         self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None

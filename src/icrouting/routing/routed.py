@@ -22,6 +22,7 @@ from icrouting.routing.calibration import (
     scored_by,
 )
 from icrouting.routing.effect import Passes, describe, run_both, warn_if_nothing
+from icrouting.routing.likeness import Likeness, UnlikePrompts
 from icrouting.routing.predictions import (
     CALIBRATED,
     LEFT_ALONE,
@@ -188,7 +189,8 @@ class Routed:
 
         A row that does not fit, or is too long for the model, says so in its status. A prompt that
         the gate does not know is answered by the base model, and its status is "left alone"; or
-        "calibrated", where the router came with the task's prior, which is taken away there.
+        "calibrated", where the router came with the task's prior, which is taken away there. Warns
+        (`UnlikePrompts`) where thirty or more such rows are unlike those that it is estimated from.
 
         Args:
             rows: a list of dicts, a data frame, a `datasets.Dataset` or the path of a file; further
@@ -210,13 +212,19 @@ class Routed:
 
         reader = self.reader
         with self.hold.turn(), reader.decisions.noted() as is_routed:
-            return predicted(
+            predictions = predicted(
                 reader.decoder,
                 Task(spec, (), ()).bound_to(reader.decoder.tokenizer),
                 rows_of(rows, spec),
                 prompt=zero_shot,
                 settled=settled,
             )
+        if calibration is not None:
+            likeness = Likeness([calibration])
+            likeness.add(predictions)
+            if sentence := likeness.sentence():
+                warnings.warn(sentence, UnlikePrompts, stacklevel=2)
+        return predictions
 
     def calibrate_task(
         self, rows: Any, task: str | Task | TaskSpec | None = None, *, way: Way = DEFAULT_WAY
