@@ -162,7 +162,14 @@ def test_what_could_not_be_saved_is_refused_before_a_model_is_loaded(
     like_a_source = tmp_path / "source.toml"
     (source, *_) = InContextRouter.from_pretrained(router).description.sources
     like_a_source.write_text(f'name = "{source.name}"\n{MOOD}')
+    empty = tmp_path / "empty.csv"
+    empty.write_text("text\n")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a day"\n')
     monkeypatch.setattr(room, "load", lambda *_: pytest.fail("a model was loaded"))
+    for nothing in (empty, broken):
+        line = refused(capsys, world, "calibrate", router, nothing, "--task", mood)
+        assert nothing.name in line
     ask = ("calibrate", router, rows, "--task")
     assert "holds another router" in refused(capsys, world, *ask, mood, "--out", other)
     assert "is not a router's" in refused(capsys, world, *ask, mood, "--out", theirs)

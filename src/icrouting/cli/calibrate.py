@@ -60,6 +60,10 @@ def calibrate(
     if unread:
         say(f"{rows}: not read, labels among them: {', '.join(unread)}.")
     asked = [table.asked(row) for row in chosen if not row.problem]
+    if not asked:
+        raise ValueError(
+            f"{rows} has no row that can be asked, of {n_rows:,}: give some hundred of the task's"
+        )
     base, tokenizer = load(base_of_router(model, icr))
     with icr.attached(base, tokenizer) as routed:
         calibration, predictions = routed.calibrate_task(asked, spec, way=way)
