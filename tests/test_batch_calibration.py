@@ -157,8 +157,7 @@ def test_a_prior_is_estimated_once_however_often_it_is_taken_away(
     icr, model, tokenizer, tmp_path, monkeypatch, name
 ):
     fitted.strict(icr).save_pretrained(tmp_path)
-    settings = {"router": str(tmp_path)} if name == "icr-safe" else {}
-    method = made(name, model, tokenizer, **settings)
+    method = made(name, model, tokenizer, router=str(tmp_path))
     estimates = []
     usual = calibration.log_prior
     monkeypatch.setattr(

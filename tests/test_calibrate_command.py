@@ -160,8 +160,9 @@ def test_what_could_not_be_saved_is_refused_before_a_model_is_loaded(
     theirs.mkdir()
     (theirs / "config.json").write_text("{}")
     like_a_source = tmp_path / "source.toml"
-    (source, *_) = InContextRouter.from_pretrained(router).description.sources
-    like_a_source.write_text(f'name = "{source.name}"\n{MOOD}')
+    sources = InContextRouter.from_pretrained(router).description.sources
+    assert sources
+    like_a_source.write_text(f'name = "{sources[0].name}"\n{MOOD}')
     empty = tmp_path / "empty.csv"
     empty.write_text("text\n")
     broken = tmp_path / "broken.jsonl"

@@ -91,6 +91,7 @@ def test_a_stream_after_n_prompts_is_the_batch_of_those_n(way, sizes):
         last = stream.adjusted(scores, LETTERS)
     batch = BatchCalibration.of(SCORES, LETTERS, way)
     assert stream.n_prompts == 40
+    assert stream.calibration is not None
     torch.testing.assert_close(stream.calibration.log_prior, batch.log_prior, atol=1e-6, rtol=0)
     torch.testing.assert_close(last, batch.adjusted(scores, LETTERS), atol=1e-6, rtol=0)
 

@@ -166,7 +166,7 @@ def clusters(centred: Scores, lean: Prior) -> Clusters:
     gaps = centred - lean
     squares = np.square(gaps).sum(1, keepdims=True) - 2 * apart * gaps + apart**2 * length
     densities = np.log(shares) - squares / (2 * variance)
-    fit = np.sum(logsumexp(densities, axis=1)) - n_numbers / 2 * np.log(variance)
+    fit = np.asarray(logsumexp(densities, axis=1)).sum() - n_numbers / 2 * np.log(variance)
     fit += n_even * np.log(shares).sum()
     return Clusters(lean, apart, variance, shares, float(fit))
 
