@@ -14,6 +14,7 @@ from icrouting.icr import InContextRouter
 from icrouting.methods import Settings, make
 from icrouting.methods.batch_calibration import BatchCalibration
 from icrouting.methods.saved import load_method, save_method
+from icrouting.routing import calibration
 from icrouting.routing.calibration import BatchCalibration as Prior
 from icrouting.tasks.task import Example, Task, TaskSpec
 
@@ -149,3 +150,21 @@ def test_draws_are_bounded_and_those_of_the_seed():
     rows = room.drawn_rows(TASK, np.random.default_rng(1))
     assert rows == room.drawn_rows(TASK, np.random.default_rng(1))
     assert len({id(row) for row in rows}) == len(rows) <= room.N_PROMPTS
+
+
+@pytest.mark.parametrize("name", ["batch-calibration", "icr-safe"])
+def test_a_prior_is_estimated_once_however_often_it_is_taken_away(
+    icr, model, tokenizer, tmp_path, monkeypatch, name
+):
+    fitted.strict(icr).save_pretrained(tmp_path)
+    method = made(name, model, tokenizer, router=str(tmp_path))
+    estimates = []
+    usual = calibration.log_prior
+    monkeypatch.setattr(
+        calibration, "log_prior", lambda *given: estimates.append(1) or usual(*given)
+    )
+    with method.attached(model, tokenizer, TASK) as attached:
+        first = attached.score(TEXTS[:1], OPTIONS)
+        assert torch.equal(attached.score(TEXTS[:1], OPTIONS), first)
+        attached.score(TEXTS[1:3], OPTIONS)
+    assert len(estimates) == 1

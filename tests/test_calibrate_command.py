@@ -10,7 +10,8 @@ import torch
 
 import tiny
 from fitted import strict
-from icrouting.cli import main
+from icrouting.cli import calibrate as room
+from icrouting.cli import main, predict
 from icrouting.decoder import loading
 from icrouting.icr import InContextRouter
 from icrouting.routing.priors import WAYS
@@ -94,6 +95,86 @@ def test_another_folder_leaves_the_router_as_it_is(world, router, mood, rows, tm
     run(world, "calibrate", router, rows, "--task", mood, "--out", tmp_path / "safe")
     assert sorted(file.read_bytes() for file in router.iterdir()) == before
     assert InContextRouter.from_pretrained(tmp_path / "safe").calibrations
+
+
+def test_predict_says_at_the_end_where_rows_are_unlike_those_of_the_prior(
+    world, router, mood, rows, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(predict, "WINDOW", 35)
+    others = tmp_path / "others.jsonl"
+    lines = [json.dumps({"text": f"{'!' * 30} {n} ? {n}"}) + "\n" for n in range(70)]
+    others.write_text("".join(lines))
+    run(world, "calibrate", router, rows, "--task", mood)
+    ask = ("predict", router, "--task", "mood", "--prefix", "new_", "--out")
+    capsys.readouterr()
+    run(world, *ask, tmp_path / "answers.csv", rows)
+    assert "Look out" not in capsys.readouterr().out
+    run(world, *ask, tmp_path / "others.csv", others)
+    assert capsys.readouterr().out.count("Look out: the rows that were calibrated") == 1
+
+
+def two_moods(tmp_path):
+    """Task files of two tasks."""
+    files = []
+    for name, cue in (("mood", "Mood"), ("tone", "Tone")):
+        files.append(tmp_path / f"{name}.toml")
+        files[-1].write_text(MOOD.replace("Mood", cue))
+    return files
+
+
+def names(folder):
+    return {each.spec.name for each in InContextRouter.from_pretrained(folder).calibrations}
+
+
+def test_a_second_task_leaves_the_first_ones_prior_in_another_folder(world, router, rows, tmp_path):
+    for file in two_moods(tmp_path):
+        run(world, "calibrate", router, rows, "--task", file, "--out", tmp_path / "safe")
+    assert names(tmp_path / "safe") == {"mood", "tone"}
+    assert names(router) == set()
+
+
+def test_two_processes_that_calibrate_at_once_keep_both_priors(
+    world, router, rows, tmp_path, monkeypatch
+):
+    mood, tone = two_moods(tmp_path)
+    usual = room.save
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(room, "save", usual)
+        # The other one began later, and is done before this one saves.
+        run(world, "calibrate", router, rows, "--task", tone)
+        usual(*arguments)
+
+    monkeypatch.setattr(room, "save", overtaken)
+    run(world, "calibrate", router, rows, "--task", mood)
+    assert names(router) == {"mood", "tone"}
+    assert not list(router.parent.glob("*.lock"))
+
+
+def test_what_could_not_be_saved_is_refused_before_a_model_is_loaded(
+    world, router, rows, mood, tmp_path, monkeypatch, capsys
+):
+    other = tmp_path / "other"
+    strict(InContextRouter.from_pretrained(world / "router")).save_pretrained(other)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text("{}")
+    like_a_source = tmp_path / "source.toml"
+    sources = InContextRouter.from_pretrained(router).description.sources
+    assert sources
+    like_a_source.write_text(f'name = "{sources[0].name}"\n{MOOD}')
+    empty = tmp_path / "empty.csv"
+    empty.write_text("text\n")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a day"\n')
+    monkeypatch.setattr(room, "load", lambda *_: pytest.fail("a model was loaded"))
+    for nothing in (empty, broken):
+        line = refused(capsys, world, "calibrate", router, nothing, "--task", mood)
+        assert nothing.name in line
+    ask = ("calibrate", router, rows, "--task")
+    assert "holds another router" in refused(capsys, world, *ask, mood, "--out", other)
+    assert "is not a router's" in refused(capsys, world, *ask, mood, "--out", theirs)
+    assert "and reads otherwise" in refused(capsys, world, *ask, like_a_source)
 
 
 def test_finished_answers_are_not_those_of_other_priors(

@@ -13,6 +13,7 @@ from icrouting.evaluation import records
 from icrouting.report import beyond, metrics, page
 from icrouting.report.calibrated import calibrated, without_prior
 from icrouting.report.summary import summarise
+from icrouting.routing.priors import log_prior
 
 WAYS = ("batch", "batch-probability")
 SCORES = np.random.default_rng(3).normal(size=(40, 3)) * 2
@@ -172,3 +173,13 @@ def test_the_command_shows_the_second_table_and_keeps_it(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main.main(["report", str(run), "--calibrate", "batch", "--leads"])
     assert "--leads goes with none of" in capsys.readouterr().err
+
+
+def test_options_further_apart_than_probabilities_reach_have_their_prior_too():
+    scores = SCORES - [0.0, 1000.0, 0.0]
+    far = log_prior(scores, "batch-probability")
+    # What lies so far back takes nothing from the others.
+    assert far[1] < -990
+    both = [0, 2]
+    expected = log_prior(SCORES[:, both], "batch-probability")
+    np.testing.assert_allclose(far[both] - expected, (far[both] - expected)[0], atol=1e-9)

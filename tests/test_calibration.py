@@ -1,12 +1,15 @@
 """Calibration in use: a prior from prompts without labels, taken away from further scores."""
 
 import math
+import pickle
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import null_space
+from scipy.stats import multivariate_normal
 
 import fitted
 import tiny
@@ -14,7 +17,7 @@ from fitted import small_fit
 from icrouting.icr import InContextRouter
 from icrouting.routing import calibration as room
 from icrouting.routing.calibration import BatchCalibration, CalibrationStream, mixture_of
-from icrouting.routing.priors import WAYS, log_prior, without_prior
+from icrouting.routing.priors import WAYS, clusters, log_prior, without_prior
 from icrouting.tasks.task import TaskSpec
 
 TASK = tiny.task("toy", n_train=60, n_test=30)
@@ -88,6 +91,7 @@ def test_a_stream_after_n_prompts_is_the_batch_of_those_n(way, sizes):
         last = stream.adjusted(scores, LETTERS)
     batch = BatchCalibration.of(SCORES, LETTERS, way)
     assert stream.n_prompts == 40
+    assert stream.calibration is not None
     torch.testing.assert_close(stream.calibration.log_prior, batch.log_prior, atol=1e-6, rtol=0)
     torch.testing.assert_close(last, batch.adjusted(scores, LETTERS), atol=1e-6, rtol=0)
 
@@ -206,6 +210,170 @@ def test_prompts_of_another_kind_are_told_by_their_scores():
     calibration = BatchCalibration.of(SCORES[:20], LETTERS)
     assert calibration.chance_of(SCORES[20:]) > 0.01
     assert calibration.chance_of(SCORES[20:] + torch.tensor([3.0, 0.0, 0.0])) < 1e-4
+
+
+# -- hostile numbers
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_refused(number):
+    scores = SCORES.clone()
+    scores[7, 1] = number
+    with pytest.raises(ValueError, match="NaN or infinity among those of 1 prompts"):
+        BatchCalibration.of(scores, LETTERS)
+
+
+def test_scores_of_another_width_than_the_options_are_refused():
+    with pytest.raises(ValueError, match=r"each of 2 options .* shape \(40, 3\)"):
+        BatchCalibration.of(SCORES, LETTERS[:2])
+    with pytest.raises(ValueError, match=r"each of 3 options .* shape \(40, 1\)"):
+        BatchCalibration.of(SCORES, LETTERS).adjusted(SCORES[:, :1], LETTERS)
+    with pytest.raises(ValueError, match=r"each of 3 options .* shape \(40, 2\)"):
+        CalibrationStream().adjusted(SCORES[:, :2], LETTERS)
+
+
+@pytest.mark.parametrize("n_before", [0, 2, 20])
+def test_a_stream_goes_on_after_an_error_as_if_it_had_not_been(n_before):
+    stream = CalibrationStream()
+    for row in SCORES[:n_before]:
+        stream.adjusted(row[None], LETTERS)
+    with pytest.raises(ValueError, match="the estimate is as it was"):
+        stream.adjusted(SCORES[20:].where(SCORES[20:] < 1, math.nan), LETTERS)
+    with pytest.raises(ValueError, match="options"):
+        stream.adjusted(SCORES[20:], ("a", "b"))
+    assert stream.n_prompts == n_before
+    stream.adjusted(SCORES[n_before:], LETTERS)
+    assert stream.calibration == BatchCalibration.of(SCORES, LETTERS)
+
+
+@pytest.mark.parametrize("n_before", [0, 2, 20])
+def test_a_stream_that_was_pickled_goes_on(n_before):
+    stream = CalibrationStream("batch")
+    if n_before:
+        stream.adjusted(SCORES[:n_before], LETTERS)
+    again = pickle.loads(pickle.dumps(stream))
+    for each in (stream, again):
+        each.adjusted(SCORES[n_before:], LETTERS)
+    assert again.calibration == stream.calibration
+
+
+def test_a_long_stream_is_not_copied_for_every_prompt(monkeypatch):
+    joined = []
+    usual = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda pieces: joined.append(1) or usual(pieces))
+    stream = CalibrationStream("batch")
+    stream.adjusted(SCORES.repeat(50, 1), LETTERS)
+    for row in SCORES[:38]:
+        stream.adjusted(row[None], LETTERS)
+    # At 2,000 prompts, and at 2,020.
+    assert len(joined) == 2
+    assert stream.n_prompts == 2038
+
+
+DEGENERATE = {
+    "all the same": np.zeros((9, 3)),
+    "all the same and sure": np.tile([50.0, 0.0, -50.0], (9, 1)),
+    "two prompts": np.array([[3.0, -1.0], [2.0, 1.0]]),
+    "two prompts apart": np.array([[900.0, 0.0], [0.0, 900.0]]),
+    "an option that nobody chooses": np.random.default_rng(0).normal(size=(40, 3)) - [0, 0, 300],
+    "77 prompts of 77 options": np.random.default_rng(1).normal(size=(77, 77)) * 9,
+    "one prompt far away": np.concatenate([np.zeros((30, 4)), [[1e6, 0, 0, 0]]]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_on_degenerate_batches_the_prior_is_a_number_that_keeps_to_the_scores(way, kind):
+    log_probs = torch.from_numpy(DEGENERATE[kind]).log_softmax(1).numpy()
+    prior = log_prior(DEGENERATE[kind], way)
+    assert np.isfinite(prior).all()
+    # No further from the batch's scores than labels are given back for, at most.
+    slack = 4 * log_probs.std() + 1e-3
+    assert (prior - prior.mean() <= (log_probs - log_probs.mean(1)[:, None]).max(0) + slack).all()
+    assert (prior - prior.mean() >= (log_probs - log_probs.mean(1)[:, None]).min(0) - slack).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_of_one_answer_is_answered_evenly(way):
+    scores = np.tile([2.0, 0.0, -1.0], (12, 1))
+    shares = np.exp(without_prior(scores, way))
+    np.testing.assert_allclose(shares / shares.sum(1, keepdims=True), 1 / 3, atol=0.01)
+
+
+def slow_fit(centred, best, n_even):
+    """The log posterior of clusters, by the densities of a normal distribution on the plane."""
+    k = centred.shape[1]
+    plane = null_space(np.ones((1, k)))
+    total = 0.0
+    for row in centred:
+        density = 0.0
+        for label in range(k):
+            middle = best.lean + best.apart * (np.eye(k)[label] - 1 / k)
+            normal = multivariate_normal(middle @ plane, best.variance * np.eye(k - 1))
+            density += best.shares[label] * normal.pdf(row @ plane)
+        total += math.log(density)
+    return total + n_even * np.log(best.shares).sum()
+
+
+def sample_of(n_prompts=60, k=3):
+    rng = np.random.default_rng(2)
+    labels = np.minimum(rng.geometric(0.6, n_prompts) - 1, k - 1)
+    scores = rng.normal(size=(n_prompts, k)) + 3.0 * np.eye(k)[labels] + np.linspace(1, -1, k)
+    log_probs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    return log_probs - log_probs.mean(1, keepdims=True)
+
+
+def test_the_fit_of_clusters_is_the_log_posterior_without_the_density_s_constant():
+    for n_prompts, k in ((60, 3), (48, 5)):
+        centred = sample_of(n_prompts, k)
+        for start in (centred.mean(0), np.zeros(k)):
+            best = clusters(centred, start)
+            n_even = max(10, n_prompts / 4)
+            constant = n_prompts * (k - 1) / 2 * math.log(2 * math.pi)
+            assert best.fit == pytest.approx(slow_fit(centred, best, n_even) + constant, abs=1e-6)
+
+
+def test_no_clusters_nearby_fit_better_than_those_that_are_best():
+    centred = sample_of()
+    best = clusters(centred, centred.mean(0))
+    highest = slow_fit(centred, best, 15)
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        shares = best.shares * np.exp(rng.normal(size=3) * 0.1)
+        lean = best.lean + rng.normal(size=3) * 0.1
+        near = replace(
+            best,
+            lean=lean - lean.mean(),
+            apart=best.apart * np.exp(rng.normal() * 0.1),
+            variance=best.variance * np.exp(rng.normal() * 0.1),
+            shares=shares / shares.sum(),
+        )
+        assert slow_fit(centred, near, 15) < highest + 1e-6
+
+
+def test_prompts_of_the_same_task_are_not_called_unlike_where_options_are_many():
+    rng = np.random.default_rng(4)
+    mixing = rng.normal(size=(77, 77))
+    chances = []
+    for _ in range(20):
+        scores = torch.from_numpy(rng.normal(size=(190, 77)) @ mixing).float()
+        options = tuple(f"option {place}" for place in range(77))
+        calibration = BatchCalibration.of(scores[:100], options, "batch")
+        chances.append(calibration.chance_of(scores[100:]))
+    assert min(chances) > 1e-3
+    # Chances are uniform where there is nothing to tell.
+    assert 0.25 < np.mean(chances) < 0.75
+
+
+def test_of_fewer_prompts_than_options_nothing_is_told():
+    scores = torch.from_numpy(np.random.default_rng(4).normal(size=(12, 9))).float()
+    calibration = BatchCalibration.of(scores[:9], tuple("abcdefghi"), "batch")
+    far = scores[9:] + torch.linspace(0, 90, 9)
+    assert calibration.chance_of(far[:0]) == 1
+    few = BatchCalibration.of(scores[:2, :2], ("a", "b"), "batch")
+    assert few.chance_of(scores[:0, :2]) == 1
+    with pytest.raises(ValueError, match="finite scores"):
+        calibration.chance_of(far.log())
 
 
 # -- in use

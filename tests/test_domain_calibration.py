@@ -91,3 +91,20 @@ def test_a_task_without_training_rows_is_refused_in_a_sentence(tokenizer):
     scores = torch.zeros(len(task.test), len(task.spec.options))
     with pytest.raises(ValueError, match="draws words from the training rows of 'toy'"):
         fitted(tokenizer).adjusted(task, task.test, scores)
+
+
+@pytest.mark.parametrize("name", ["calibration", "domain-calibration"])
+def test_options_further_apart_than_probabilities_reach_are_divided_too(
+    tokenizer, monkeypatch, name
+):
+    """As summed log-probabilities of long labels may be: no score becomes infinite."""
+    (method,) = make([name], Settings())
+    fit_method(method, tiny.model("llama"), tokenizer, [TASK])
+    far = torch.tensor([0.0, -300.0])
+    monkeypatch.setattr(
+        "icrouting.methods.calibration.score",
+        lambda decoder, prompts, options, **_: far.expand(len(prompts), 2).clone(),
+    )
+    scores = torch.randn(len(TASK.test), 2)
+    adjusted = method.adjusted(TASK, TASK.test, scores)
+    torch.testing.assert_close(adjusted, scores - far, atol=1e-3, rtol=0)

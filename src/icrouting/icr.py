@@ -34,7 +34,7 @@ from icrouting.routing.router import Router
 from icrouting.routing.shipped import TaskCalibration
 from icrouting.routing.sources import FormWatch
 from icrouting.runtime.showing import in_short, ranges
-from icrouting.tasks.task import Task, digest_of_template
+from icrouting.tasks.task import Task, TaskSpec, digest_of_template
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,18 +267,20 @@ class InContextRouter(ModelHubMixin):
                 now.last,
                 now.hold,
                 sources,
-                self._made_of(reader, strength),
+                self.made_of(reader.gate, strength),
                 self.calibrations,
             )
 
-    def _made_of(self, reader: Reader, strength: float) -> str:
-        """Returns what gives the scores, as calibrations keep it."""
-        gate = "another gate"
-        if reader.gate is None:
-            gate = "no gate"
-        elif reader.gate is self.gate:
-            gate = "its own gate"
-        return f"router {self.digest()} at strength {strength:g} with {gate}"
+    def made_of(self, gate: Gate | None, strength: float = 1.0) -> str:
+        """Returns what gives scores behind a gate, at a strength, as calibrations keep it."""
+        # Whatever else it may be, it is told from others while it is there.
+        behind = f"another gate, {id(gate):x}"
+        if gate is None:
+            behind = "no gate"
+        elif gate is self.gate and self.gate is not None:
+            # A router may be given another, which leaves other prompts alone.
+            behind = f"its own gate {self.gate.digest}"
+        return f"router {self.digest()} at strength {strength:g} with {behind}"
 
     def reader(
         self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None
@@ -330,14 +332,20 @@ class InContextRouter(ModelHubMixin):
             calibration: from `Routed.calibrate_task` of this router.
 
         Raises:
-            ValueError: it is of another router.
+            ValueError: it is of another router, or another template has its task's name here.
         """
         if not calibration.made_of.startswith(f"router {self.digest()} "):
             raise ValueError(
                 f"the calibration is of {calibration.made_of}, not of this router, "
                 f"{self.digest()}: estimate it with this one attached"
             )
+        shipped.check_name(calibration.spec, self.known_specs)
         return replace(self, calibrations=shipped.joined(self.calibrations, calibration))
+
+    @property
+    def known_specs(self) -> list[TaskSpec]:
+        """How the tasks read that it was fitted on, and those that it has priors of."""
+        return shipped.known_specs(self.description.sources or (), self.calibrations)
 
     def has_template_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Returns whether a tokenizer words chats as those that the router was fitted on.
@@ -433,5 +441,6 @@ class InContextRouter(ModelHubMixin):
         """
         folder = artifact.locate(str(name), revision, token)
         description, pids, router, gate = artifact.load(folder)
-        calibrations = shipped.load(folder, artifact.digest(pids, router))
+        gate_digest = "" if gate is None else gate.digest
+        calibrations = shipped.load(folder, artifact.digest(pids, router), gate_digest)
         return cls(description, pids, router, folder, gate, calibrations)

@@ -1,16 +1,20 @@
 """What `icr calibrate` does, once its arguments are parsed."""
 
+import shlex
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from icrouting.cli.loading import base_of_router, console, load
 from icrouting.cli.predict import router_spec
 from icrouting.decoder.backbone import Backbone
 from icrouting.icr import InContextRouter
+from icrouting.routing.ownership import CONFIG, check_place
 from icrouting.routing.priors import Way
-from icrouting.routing.shipped import TaskCalibration
+from icrouting.routing.shipped import TaskCalibration, check_name, joined
 from icrouting.runtime.progress import spinner
 from icrouting.tasks.rows import unlabelled_fields
 from icrouting.tasks.streams import Table
@@ -42,7 +46,11 @@ def calibrate(
             f"{router} has no gate, so it routes every prompt and leaves none to calibrate: fit "
             "it with a gate, or calibrate the scores yourself by `routed.calibrate`"
         )
+    folder = out or Path(router)
     spec = router_spec(task, icr)
+    # Before anything is computed: what could not be saved, or asked for, is said.
+    check_place(folder)
+    check_name(spec, with_priors_in(folder, icr).known_specs)
     with spinner(f"reading {rows}"):
         table = Table(rows, tuple(unlabelled_fields(spec)))
         n_rows, headings = table.survey()
@@ -52,20 +60,57 @@ def calibrate(
     if unread:
         say(f"{rows}: not read, labels among them: {', '.join(unread)}.")
     asked = [table.asked(row) for row in chosen if not row.problem]
+    if not asked:
+        raise ValueError(
+            f"{rows} has no row that can be asked, of {n_rows:,}: give some hundred of the task's"
+        )
     base, tokenizer = load(base_of_router(model, icr))
     with icr.attached(base, tokenizer) as routed:
         calibration, predictions = routed.calibrate_task(asked, spec, way=way)
-    folder = out or Path(router)
-    icr.with_calibration(calibration).save_pretrained(folder)
+    save(icr, calibration, folder)
     statuses = Counter(each.status.partition(":")[0] for each in predictions)
     listed = ", ".join(f"{status} {count:,}" for status, count in statuses.most_common())
     say(f"{spec.name}: {len(chosen):,} of {n_rows:,} rows ({listed}).")
     for line in leans_of(calibration):
         say(line)
+    answered = ["icr", "predict", str(folder), str(rows)]
+    answered += ["--task", spec.name, "--out", "answers.csv"]
     say(
         f"{folder}: rows of {spec.name!r} that the gate leaves alone are answered without this "
-        f"prior from now on. Next: icr predict {folder} {rows} --task {spec.name} --out answers.csv"
+        f"prior from now on. Next: {shlex.join(answered)}"
     )
+
+
+def with_priors_in(folder: Path, icr: InContextRouter) -> InContextRouter:
+    """Returns a router with the priors, too, that lie in the folder where it is to be saved.
+
+    Raises:
+        ValueError: another router lies there.
+    """
+    if not (folder / CONFIG).exists():
+        return icr
+    there = InContextRouter.from_pretrained(folder)
+    if there.digest() != icr.digest() or there.gate != icr.gate:
+        raise ValueError(
+            f"{folder} holds another router, {there.digest()}, which would be overwritten: choose "
+            "another --out"
+        )
+    calibrations = icr.calibrations
+    for calibration in there.calibrations:
+        calibrations = joined(calibrations, calibration)
+    return replace(icr, calibrations=calibrations)
+
+
+def save(icr: InContextRouter, calibration: TaskCalibration, folder: Path) -> None:
+    """Saves a router with a task's priors beside those that lie in the folder.
+
+    Another process may have calibrated another task since the router was loaded.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    with lock:
+        with_priors_in(folder, icr).with_calibration(calibration).save_pretrained(folder)
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def leans_of(calibration: TaskCalibration) -> list[str]:

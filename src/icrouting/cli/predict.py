@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,9 +20,10 @@ from icrouting.cli.loading import base_of_router, console, load, stoppable
 from icrouting.decoder.backbone import Backbone
 from icrouting.icr import InContextRouter
 from icrouting.methods import saved
+from icrouting.routing.likeness import Likeness, UnlikePrompts
 from icrouting.routing.ownership import CALIBRATION
 from icrouting.routing.predictions import LEFT_ALONE, MALFORMED, Prediction
-from icrouting.routing.shipped import known_specs
+from icrouting.routing.shipped import TaskCalibration, known_specs, reading_of
 from icrouting.runtime.appended import AppendedFile
 from icrouting.runtime.memory import give_back
 from icrouting.runtime.progress import spinner, track_lines
@@ -58,6 +60,7 @@ class Artifact:
         specs: how its tasks' rows become prompts.
         attach: attaches it to that model.
         takes_any_task: whether it answers tasks that it was not made for.
+        calibrations: the priors that it takes away.
     """
 
     model: Backbone
@@ -65,6 +68,7 @@ class Artifact:
     specs: list[TaskSpec]
     attach: Attach
     takes_any_task: bool = False
+    calibrations: Sequence[TaskCalibration] = ()
 
 
 def predict(
@@ -102,6 +106,7 @@ def predict(
     if answers.progress.is_finished:
         _say_summary(answers, spec, None)
         return
+    likeness = Likeness([each for each in known.calibrations if each.reading == reading_of(spec)])
     base, tokenizer = load(known.model)
     writer = Writer(writer_kind, table.delimiter() if table.is_table else ",", headings, added)
     started = time.monotonic()
@@ -116,7 +121,11 @@ def predict(
             answers.append(writer.heading(), 0, {})
         windows = _windows(islice(table.rows(), n_before, None))
         for window in track_lines(windows, "predict", len, "rows", n_rows, n_before):
-            predictions = _answered(attached, spec, table, window)
+            with warnings.catch_warnings():
+                # Of all windows together, at the end: a file may be sorted.
+                warnings.simplefilter("ignore", UnlikePrompts)
+                predictions = _answered(attached, spec, table, window)
+            likeness.add(predictions)
             piece = b"".join(map(writer.line, window, predictions))
             answers.append(piece, len(window), _counted(answers.progress.counts, predictions))
             # However many rows there are, a job takes as much memory.
@@ -124,6 +133,8 @@ def predict(
         answers.finish()
     n_now = answers.progress.n_rows - n_before
     _say_summary(answers, spec, n_now / (time.monotonic() - started))
+    if sentence := likeness.sentence():
+        console.print(f"Look out: {sentence}.", soft_wrap=True, markup=False, highlight=False)
 
 
 def _artifact(name: str, model: Backbone, *, gate: bool) -> Artifact:
@@ -156,6 +167,7 @@ def _artifact(name: str, model: Backbone, *, gate: bool) -> Artifact:
         known_specs(icr.description.sources or (), icr.calibrations),
         lambda base, tokenizer, task: icr.attached(base, tokenizer, gate=gate),
         takes_any_task=True,
+        calibrations=[each for each in icr.calibrations if each.made_of == icr.made_of(icr.gate)],
     )
 
 

@@ -3,6 +3,7 @@
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -41,6 +42,7 @@ class BatchCalibration(Method):
     learned = ("scores",)
     lacks: Mapping[str, str] = MappingProxyType({ONCE: _OWN})
     scores: Float[Tensor, "n_prompts most_options"]
+    _estimate: "Estimate | None" = None
 
     def learn(self, rng: np.random.Generator) -> None:
         """Keeps the scores of the task's prompts."""
@@ -50,15 +52,19 @@ class BatchCalibration(Method):
         options = [task.options(row) for row in rows]
         self.scores = score(self.decoder, prompts, options, label_scoring=task.spec.label_scoring)
         # Now, rather than when the first test row is asked.
-        _ = prior_of(task.spec, self.scores)
+        _ = self._prior()
 
     def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
         """Returns log-probabilities over the options, less their prior."""
-        calibration = prior_of(self.sources[0].spec, self.scores)
+        calibration = self._prior()
         options = [task.options(example) for example in examples]
         check_options(calibration, options)
         adjusted, _ = calibration.adjusted(scores, options, "")
         return adjusted
+
+    def _prior(self) -> TaskCalibration:
+        self._estimate = estimated(self._estimate, self.sources[0].spec, self.scores)
+        return self._estimate.calibration
 
     def n_cached(self, task: Task) -> int:
         """Returns the numbers of one prior: one for each option."""
@@ -81,6 +87,7 @@ class IcrSafe(Icr):
     reads_sources = True
     learned = ("scores",)
     scores: Float[Tensor, "n_prompts most_options"]
+    _estimate: "Estimate | None" = None
     # What the gate said of the prompts that were asked last.
     _is_routed: dict[tuple[int, ...], bool]
 
@@ -109,10 +116,10 @@ class IcrSafe(Icr):
 
     def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
         """Returns the scores, without the prior where prompts were left alone."""
-        spec = self.sources[0].spec
         if not has_prior(self.scores):
             return scores
-        calibration = prior_of(spec, self.scores)
+        self._estimate = estimated(self._estimate, self.sources[0].spec, self.scores)
+        calibration = self._estimate.calibration
         options = [task.options(example) for example in examples]
         check_options(calibration, options)
         adjusted, _ = calibration.adjusted(scores, options, "")
@@ -149,6 +156,31 @@ def prior_of(spec: TaskSpec, scores: Float[Tensor, "n_prompts most_options"]) ->
     n_options = scores.isfinite().sum(1).tolist()
     options = [spec.options or tuple(string.ascii_uppercase[:n]) for n in n_options]
     return TaskCalibration.of(spec, scores, options)
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A task's priors, with the scores that they are estimated from.
+
+    Attributes:
+        scores: [n_prompts, most_options].
+        calibration: the priors.
+    """
+
+    scores: Tensor
+    calibration: TaskCalibration
+
+
+def estimated(
+    last: Estimate | None, spec: TaskSpec, scores: Float[Tensor, "n_prompts most_options"]
+) -> Estimate:
+    """Returns the last estimate as long as it is of these scores, else a new one.
+
+    A new one takes longer than an answer does.
+    """
+    if last is not None and last.scores is scores:
+        return last
+    return Estimate(scores, prior_of(spec, scores))
 
 
 def check_options(calibration: TaskCalibration, options: Sequence[tuple[str, ...]]) -> None:

@@ -1,5 +1,6 @@
 """Contextual calibration: option probabilities divided by those on content-free inputs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -62,7 +63,10 @@ class Calibration(Method):
                 prompts.append(prompt)
             options = [task.options(blank) for blank in blanks]
             scores = score(self.decoder, prompts, options, label_scoring=task.spec.label_scoring)
-            self._levels[key] = scores.softmax(-1).mean(0).log()
+            levels = scores.softmax(-1).mean(0).log()
+            # Long labels' summed log-probabilities may lie further apart than a probability can.
+            exact = scores.double().log_softmax(-1).logsumexp(0) - math.log(len(scores))
+            self._levels[key] = torch.where(levels.isfinite(), levels, exact.to(levels))
         return self._levels[key]
 
     def _key(self, task: Task) -> str:

@@ -185,6 +185,11 @@ def load(folder: Path) -> tuple[Description, PIDs, Router, PromptGate | None]:
     try:
         description = _description(config)
         gate_numbers = _gate_numbers(config, description)
+    # What the parser still took may be nested too deep for whatever looks at it next.
+    except RecursionError as error:
+        raise ValueError(
+            f"{config_file} is damaged: it is nested too deep; fetch it again"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from error
     if not weights_file.is_file():

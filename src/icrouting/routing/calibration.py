@@ -9,10 +9,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import chi2
+from scipy.stats import f
 from torch import Tensor
 
 from icrouting.routing.priors import Way, fewest_prompts, log_prior, log_probabilities
+from icrouting.tasks.task import LabelScoring
 
 DEFAULT_WAY: Way = "guarded"
 # Of the chance that prompts of the same task are so unlike: below it, they are called unlike.
@@ -69,6 +70,13 @@ class BatchCalibration:
                 f"calibration by {n_prompts} prompts of {len(self.options)} options says nothing: "
                 f"give {fewest_prompts(len(self.options))} or more, better a hundred"
             )
+        _check_width(self.log_probs, self.options)
+        # Of one such prompt there would be no number left in any answer.
+        if self.log_probs.isnan().any():
+            raise ValueError(
+                "calibration needs scores that are numbers, got NaN or infinity among those of "
+                f"{int(self.log_probs.isnan().any(1).sum())} prompts: leave these out"
+            )
 
     @classmethod
     def of(
@@ -81,7 +89,8 @@ class BatchCalibration:
         """Returns the calibration by the scores of some prompts.
 
         Raises:
-            ValueError: there are fewer prompts than options, or fewer than two of either.
+            ValueError: there are fewer prompts than options, or fewer than two of either, or a
+                score is NaN or infinite; -inf rules an option out.
         """
         return cls(tuple(options), _log_probs(scores), way, made_of)
 
@@ -124,6 +133,7 @@ class BatchCalibration:
             ValueError: the statistics are of other options, or of another model or router.
         """
         self.check(options, asked_of)
+        _check_width(scores, self.options)
         return scores.log_softmax(-1) - self.log_prior.to(scores)
 
     def check(self, options: Sequence[str], asked_of: str = "") -> None:
@@ -146,21 +156,35 @@ class BatchCalibration:
     def chance_of(self, scores: Float[Tensor, "n n_options"]) -> float:
         """Returns how likely prompts like those of the estimate are as unlike them as these are.
 
-        It is the p-value of Hotelling's test of two means, by its limit for many prompts; prompts
-        of another task have one of 0, as far as their scores tell.
+        It is the p-value of Hotelling's test of two means; prompts of another task have one of 0,
+        as far as their scores tell. Of fewer prompts than options, in all, nothing can be told:
+        it is 1.
+
+        Raises:
+            ValueError: a score is not finite.
         """
         new = _log_probs(scores).double()
         known = self.log_probs.double()
+        if not (new.isfinite().all() and known.isfinite().all()):
+            raise ValueError("prompts are compared by finite scores: leave out those with others")
+        n_prompts = len(new) + len(known)
+        n_dims = len(self.options) - 1
+        n_free = n_prompts - n_dims - 1
+        if not len(new) or n_free < 1:
+            return 1.0
         # Each row's probabilities add up to 1: the last option follows from the others.
         new = (new - new[:, -1:])[:, :-1]
         known = (known - known[:, -1:])[:, :-1]
         gap = new.mean(0) - known.mean(0)
         both = torch.cat([new - new.mean(0), known - known.mean(0)])
-        covariance = both.T @ both / max(1, len(both) - 2)
+        covariance = both.T @ both / max(1, n_prompts - 2)
         covariance += LEAST_VARIANCE * torch.eye(len(gap), dtype=torch.float64)
         scale = len(new) * len(known) / (len(new) + len(known))
         distance = scale * gap @ torch.linalg.solve(covariance, gap)
-        return float(chi2.sf(float(distance), len(gap)))
+        # Its limit for many prompts, chi squared, would find most prompts of 77 options unlike.
+        return float(
+            f.sf(float(distance) * n_free / (max(1, n_prompts - 2) * n_dims), n_dims, n_free)
+        )
 
 
 class CalibrationStream:
@@ -172,24 +196,38 @@ class CalibrationStream:
 
     Attributes:
         way: how the prior is estimated.
-        calibration: the estimate so far; None before there are prompts enough.
-        n_prompts: how many prompts it has seen.
     """
 
     def __init__(self, way: Way = DEFAULT_WAY):
         self.way: Way = way
-        self.calibration: BatchCalibration | None = None
         self._applied: BatchCalibration | None = None
+        # Log-probabilities that are in no calibration: to join each of a million prompts to all
+        # before it would take the time of their square.
         self._waiting: list[Tensor] = []
+        self._joined: BatchCalibration | None = None
         self._options: tuple[str, ...] | None = None
         self._asked_of: str | None = None
 
     @property
     def n_prompts(self) -> int:
         """How many prompts it has seen."""
-        if self.calibration is not None:
-            return self.calibration.n_prompts
-        return sum(len(scores) for scores in self._waiting)
+        n_joined = 0 if self._joined is None else self._joined.n_prompts
+        return n_joined + sum(map(len, self._waiting))
+
+    @property
+    def calibration(self) -> BatchCalibration | None:
+        """The estimate so far; None before there are prompts enough."""
+        if self._options is None or self.n_prompts < fewest_prompts(len(self._options)):
+            return None
+        if self._waiting:
+            pieces = list(self._waiting)
+            if self._joined is not None:
+                pieces.insert(0, self._joined.log_probs)
+            log_probs = torch.cat(pieces)
+            asked_of = self._asked_of or ""
+            self._joined = BatchCalibration(self._options, log_probs, self.way, asked_of)
+            self._waiting.clear()
+        return self._joined
 
     def __repr__(self) -> str:
         return f"CalibrationStream({self.n_prompts} prompts, {self.way!r})"
@@ -200,24 +238,27 @@ class CalibrationStream:
         """Returns log-probabilities over the options, less their prior over all prompts so far.
 
         Raises:
-            ValueError: the options, or what gave the scores, are others than before.
+            ValueError: the options, or what gave the scores, are others than before, or a score
+                is NaN or infinite; the stream is then as it was.
         """
         self.check(options, asked_of)
+        _check_width(scores, options)
+        log_probs = _log_probs(scores)
+        # What cannot be counted joins nothing, so that the stream can go on without it.
+        if log_probs.isnan().any():
+            raise ValueError(
+                "a stream needs scores that are numbers, got NaN or infinity: leave these prompts "
+                "out; the estimate is as it was"
+            )
         self._options = tuple(options)
         self._asked_of = asked_of
-        if self.calibration is not None and self._applied is not None:
-            self.calibration = self.calibration.with_scores(scores)
-            if self.calibration.n_prompts >= (1 + RENEWED_AT) * self._applied.n_prompts:
-                self._applied = self.calibration
-            return self._applied.adjusted(scores, options, asked_of)
-        self._waiting.append(scores)
-        if self.n_prompts < fewest_prompts(len(options)):
+        self._waiting.append(log_probs)
+        n_applied = 0 if self._applied is None else self._applied.n_prompts
+        if self._applied is None or self.n_prompts >= (1 + RENEWED_AT) * n_applied:
+            self._applied = self.calibration
+        if self._applied is None:
             return scores.log_softmax(-1)
-        seen = torch.cat(self._waiting)
-        self._waiting.clear()
-        self.calibration = BatchCalibration.of(seen, options, self.way, asked_of)
-        self._applied = self.calibration
-        return self.calibration.adjusted(scores, options, asked_of)
+        return self._applied.adjusted(scores, options, asked_of)
 
     def check(self, options: Sequence[str], asked_of: str = "") -> None:
         """Checks that options, and what gives the scores, are those of before.
@@ -237,9 +278,28 @@ class CalibrationStream:
             )
 
 
+def scored_by(made_of: str, label_scoring: LabelScoring) -> str:
+    """Returns what gave scores, with the way in which options were scored."""
+    # The usual way has no words, so that priors that an earlier version kept are as they were.
+    if label_scoring == "first":
+        return made_of
+    return f"{made_of or 'a model alone'}, by the {label_scoring} over an option's tokens"
+
+
+def _check_width(scores: Tensor, options: Sequence[str]) -> None:
+    """ValueError unless there is a score for each option."""
+    if scores.ndim != 2 or scores.shape[1] != len(options):
+        raise ValueError(
+            f"calibration needs a score for each of {len(options)} options and each prompt, got "
+            f"scores of shape {tuple(scores.shape)}"
+        )
+
+
 def _log_probs(scores: Float[Tensor, "n n_options"]) -> Float[Tensor, "n n_options"]:
     """Returns log-probabilities over the options, in float32 on the processor."""
-    log_probs = log_probabilities(scores.detach().cpu().double().numpy())
+    # Infinity less infinity is NaN, which whoever asks looks for.
+    with np.errstate(invalid="ignore"):
+        log_probs = log_probabilities(scores.detach().cpu().double().numpy())
     return torch.from_numpy(np.asarray(log_probs)).float()
 
 

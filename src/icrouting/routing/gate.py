@@ -5,6 +5,7 @@ from those of a source task's prompts, in Mahalanobis distance (Lee et al. 2018)
 and nothing is run beside what routing runs. Not in the paper.
 """
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -178,6 +179,13 @@ class PromptGate:
             alone = GateNumbers((len(states),), (limit,), numbers.hidden_size)
             gates.append(PromptGate(states, alone))
         return gates
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that identify what it knows, and its limits."""
+        content = hashlib.sha256(repr(self.numbers).encode())
+        content.update(self.states.detach().cpu().contiguous().numpy().tobytes())
+        return content.hexdigest()[:16]
 
     @cached_property
     def _gaussians(self) -> list[Gaussian]:

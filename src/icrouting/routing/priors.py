@@ -77,9 +77,10 @@ def log_prior(scores: Scores, way: Way = "batch") -> Prior:
 
 def _log_mean_probability(log_probs: Scores) -> Prior:
     """Returns the logarithm of each option's mean probability, over the prompts that have it."""
-    n_open = np.maximum(np.isfinite(log_probs).sum(0), 1)
-    shares = np.exp(log_probs).sum(0) / n_open
-    return np.log(np.where(shares > 0, shares, 1.0))
+    n_open = np.isfinite(log_probs).sum(0)
+    # Long labels' summed log-probabilities may lie further apart than a probability can.
+    logs = logsumexp(log_probs, axis=0) - np.log(np.maximum(n_open, 1))
+    return np.where(n_open > 0, logs, 0.0)
 
 
 def guarded_prior(log_probs: Scores) -> Prior:
@@ -165,7 +166,7 @@ def clusters(centred: Scores, lean: Prior) -> Clusters:
     gaps = centred - lean
     squares = np.square(gaps).sum(1, keepdims=True) - 2 * apart * gaps + apart**2 * length
     densities = np.log(shares) - squares / (2 * variance)
-    fit = np.sum(logsumexp(densities, axis=1)) - n_numbers / 2 * np.log(variance)
+    fit = np.asarray(logsumexp(densities, axis=1)).sum() - n_numbers / 2 * np.log(variance)
     fit += n_even * np.log(shares).sum()
     return Clusters(lean, apart, variance, shares, float(fit))
 

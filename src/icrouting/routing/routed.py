@@ -1,6 +1,7 @@
 """A model while it is routed, and what can be asked of it."""
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,10 @@ from icrouting.routing.calibration import (
     BatchCalibration,
     Calibrating,
     mixture_of,
+    scored_by,
 )
 from icrouting.routing.effect import Passes, describe, run_both, warn_if_nothing
+from icrouting.routing.likeness import Likeness, UnlikePrompts
 from icrouting.routing.predictions import (
     CALIBRATED,
     LEFT_ALONE,
@@ -38,7 +41,7 @@ from icrouting.runtime.showing import ranges
 from icrouting.tasks.chat import Messages
 from icrouting.tasks.prompts import zero_shot
 from icrouting.tasks.streams import rows_of
-from icrouting.tasks.task import LabelScoring, Task, TaskSpec, spec_among
+from icrouting.tasks.task import LabelScoring, Task, TaskSpec, digest_of_template, spec_among
 
 # Rows that are asked at once for a prior: a bar moves between them.
 WINDOW = 64
@@ -99,23 +102,26 @@ class Routed:
                 less the prior. It costs no pass.
 
         Raises:
-            ValueError: what `score_options` says, or the calibration is of other options or of
-                another router.
+            ValueError: what `score_options` says, or the calibration is of other options, of
+                another router, strength or gate, or of another `label_scoring`.
         """
         decoder = self.reader.decoder
+        prompts = listed(prompts, "prompts")
         whole_prompts = prompts_of(prompts, decoder.tokenizer)
         one_list: list[str] = []
+        asked_of = ""
         if calibration is not None:
             # Before any pass: what does not fit costs nothing then.
             one_list = self._one_list(options)
-            calibration.check(one_list, self.made_of)
+            asked_of = self._asked_of(prompts, label_scoring)
+            calibration.check(one_list, asked_of)
         with self.hold.turn():
             scores = score(decoder, whole_prompts, options, label_scoring=label_scoring)
             # Batches may have come in another order, and the last of them alone would be
             # remembered.
             self.last[:] = tokenize(decoder.tokenizer, [prompt.text for prompt in whole_prompts])
         if calibration is not None:
-            return calibration.adjusted(scores, one_list, self.made_of)
+            return calibration.adjusted(scores, one_list, asked_of)
         return scores
 
     def calibrate(
@@ -143,17 +149,29 @@ class Routed:
         prompts = listed(prompts, "prompts")
         options = self._one_list(options)
         texts = [prompt.text for prompt in prompts_of(prompts, self.reader.decoder.tokenizer)]
-        if mixture := mixture_of(texts):
+        # Chats all end as their template does.
+        if mixture := mixture_of([_question(prompt) for prompt in prompts]):
             warnings.warn(mixture, stacklevel=2)
         fewest = fewest_prompts(len(options))
+        n_distinct = len(set(texts))
         # Before any pass, too.
-        if len(prompts) < fewest:
+        if n_distinct < fewest:
             raise ValueError(
-                f"{len(prompts)} prompts say nothing of the prior of {len(options)} options: give "
-                f"{fewest} or more, better a hundred"
+                f"{n_distinct} prompts say nothing of the prior of {len(options)} options: give "
+                f"{fewest} that differ or more, better a hundred"
             )
         scores = self.score(prompts, options, label_scoring=label_scoring)
-        return BatchCalibration.of(scores, options, way, self.made_of)
+        asked_of = self._asked_of(prompts, label_scoring)
+        return BatchCalibration.of(scores, options, way, asked_of)
+
+    def _asked_of(self, prompts: Sequence[str | Messages], label_scoring: LabelScoring) -> str:
+        """Returns what gives the scores of prompts, and how."""
+        asked_of = scored_by(self.made_of, label_scoring)
+        if all(isinstance(prompt, str) for prompt in prompts):
+            return asked_of
+        # The same turns are other prompts in the words of another template.
+        template = digest_of_template(self.reader.decoder.tokenizer)
+        return f"{asked_of}, on chats worded by template {template}"
 
     @staticmethod
     def _one_list(options: Sequence[str] | Sequence[Sequence[str]]) -> list[str]:
@@ -171,7 +189,8 @@ class Routed:
 
         A row that does not fit, or is too long for the model, says so in its status. A prompt that
         the gate does not know is answered by the base model, and its status is "left alone"; or
-        "calibrated", where the router came with the task's prior, which is taken away there.
+        "calibrated", where the router came with the task's prior, which is taken away there. Warns
+        (`UnlikePrompts`) where thirty or more such rows are unlike those that it is estimated from.
 
         Args:
             rows: a list of dicts, a data frame, a `datasets.Dataset` or the path of a file; further
@@ -193,13 +212,19 @@ class Routed:
 
         reader = self.reader
         with self.hold.turn(), reader.decisions.noted() as is_routed:
-            return predicted(
+            predictions = predicted(
                 reader.decoder,
                 Task(spec, (), ()).bound_to(reader.decoder.tokenizer),
                 rows_of(rows, spec),
                 prompt=zero_shot,
                 settled=settled,
             )
+        if calibration is not None:
+            likeness = Likeness([calibration])
+            likeness.add(predictions)
+            if sentence := likeness.sentence():
+                warnings.warn(sentence, UnlikePrompts, stacklevel=2)
+        return predictions
 
     def calibrate_task(
         self, rows: Any, task: str | Task | TaskSpec | None = None, *, way: Way = DEFAULT_WAY
@@ -219,6 +244,8 @@ class Routed:
         """
         spec = spec_among(task, known_specs(self.sources, self.calibrations))
         left_alone: list[tuple[Sequence[str], Tensor]] = []
+        # One prompt many times says as little as once.
+        distinct: dict[Sequence[str], set[tuple[int, ...]]] = defaultdict(set)
 
         def settled(task: Task, asked: Sequence[Asked], scores: Tensor) -> tuple[Tensor, list[str]]:
             statuses = [self._status(row, is_routed) for row in asked]
@@ -226,6 +253,7 @@ class Routed:
                 own_scores = row_scores[: len(row.options)]
                 if status == LEFT_ALONE and own_scores.isfinite().all():
                     left_alone.append((row.options, own_scores))
+                    distinct[row.options].add(tuple(row.tokens))
             return scores, statuses
 
         reader = self.reader
@@ -244,10 +272,22 @@ class Routed:
                 f"none of {len(predictions)} rows was left alone by a gate: routed prompts are "
                 "answered by what the router learned, and get no prior"
             )
-        options = [row_options for row_options, _ in left_alone]
+        enough = []
+        for row_options, row_scores in left_alone:
+            if len(distinct[row_options]) >= fewest_prompts(len(row_options)):
+                enough.append((row_options, row_scores))
+        if not enough:
+            most = max(map(len, distinct.values()))
+            raise ValueError(
+                f"calibration of {spec.name!r} has {most} prompts of one list of options that "
+                "differ: give as many prompts as options or more, better a hundred"
+            )
+        options = [row_options for row_options, _ in enough]
         # Where rows have fewer options than others, the end is of no account.
-        scores = pad_sequence([row_scores for _, row_scores in left_alone], batch_first=True)
-        return TaskCalibration.of(spec, scores, options, way, self.made_of), predictions
+        scores = pad_sequence([row_scores for _, row_scores in enough], batch_first=True)
+        template = self._chat_template_of(spec)
+        calibration = TaskCalibration.of(spec, scores, options, way, self.made_of, template)
+        return calibration, predictions
 
     def _status(self, row: Asked, is_routed: Mapping[tuple[int, ...], bool]) -> str:
         # What no gate was asked about was routed.
@@ -255,12 +295,28 @@ class Routed:
 
     def _calibration_of(self, spec: TaskSpec) -> TaskCalibration | None:
         """Returns the priors that came with the router for a task; None where there are none."""
-        reading = reading_of(spec)
+        template = self._chat_template_of(spec)
+        others = []
         for calibration in self.calibrations:
-            if calibration.reading == reading:
-                # Another strength, or another gate, leaves others alone: then there is none.
-                return calibration if calibration.made_of == self.made_of else None
+            # Another strength, or another gate, leaves others alone: then there is none.
+            if (calibration.reading, calibration.made_of) != (reading_of(spec), self.made_of):
+                continue
+            # An earlier version did not keep the template.
+            if calibration.chat_template in ("", template):
+                return calibration
+            others.append(calibration)
+        if others:
+            warnings.warn(
+                f"the prior of {spec.name!r} is of chats that another chat template worded, so it "
+                "is not used here: calibrate with this tokenizer, or set the `chat_template` that "
+                "it had",
+                stacklevel=3,
+            )
         return None
+
+    def _chat_template_of(self, spec: TaskSpec) -> str:
+        """Returns digits that identify what words a task's chats; empty where it has none."""
+        return digest_of_template(self.reader.decoder.tokenizer) if spec.chat else ""
 
     def _calibrated(
         self,
@@ -322,6 +378,11 @@ class Routed:
         # Each of these passes was routed, too.
         self.last[:] = distinct
         return passes, self.reader.of_tokens(distinct)
+
+
+def _question(prompt: str | Messages) -> str:
+    """Returns what a prompt asks: a text as it is, of a chat its last turn."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def routing_summary(

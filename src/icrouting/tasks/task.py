@@ -383,6 +383,7 @@ def spec_among(task: "str | Task | TaskSpec | None", specs: Sequence[TaskSpec]) 
         return task
     specs_by_name = {spec.name: spec for spec in specs}
     names = ", ".join(specs_by_name)
+    n_alike = sum(spec.name == task for spec in specs)
     if not specs:
         raise ValueError(
             "it is not known here how rows become prompts, as an earlier version saved this: give "
@@ -394,6 +395,11 @@ def spec_among(task: "str | Task | TaskSpec | None", specs: Sequence[TaskSpec]) 
         return specs[0]
     if task not in specs_by_name:
         raise ValueError(f"no task {task!r} is known here: expected one of {names}")
+    if n_alike > 1:
+        raise ValueError(
+            f"{n_alike} templates are known here as {task!r}: give the task or its spec, and to "
+            f"`icr predict` the task file (--task {task}.toml)"
+        )
     return specs_by_name[task]
 
 
