@@ -15,7 +15,13 @@ from icrouting.decoder.hooks import edited_inputs
 from icrouting.decoder.scoring import score
 from icrouting.decoder.states import last_outputs
 from icrouting.methods.base import Scores
-from icrouting.methods.batch_calibration import check_options, drawn_rows, has_prior, prior_of
+from icrouting.methods.batch_calibration import (
+    Estimate,
+    check_options,
+    drawn_rows,
+    estimated,
+    has_prior,
+)
 from icrouting.methods.probes import Probe
 from icrouting.routing.pids import late_third
 from icrouting.runtime.defaults import usual_defaults
@@ -73,6 +79,7 @@ class ProbeResidual(Probe):
     cached = ("weight", "bias")
     scores: Float[Tensor, "n_prompts n_options"]
     calibrated: Float[Tensor, "1"]
+    _estimate: Estimate | None = None
 
     def features(self, texts: Sequence[str]) -> Float[Tensor, "n_texts n_features"]:
         """Returns the states that enter the routed layers and the vocabulary head."""
@@ -157,7 +164,8 @@ class ProbeResidual(Probe):
         """Returns log-probabilities over the options, less their prior where it is asked."""
         if not calibrated:
             return scores.log_softmax(1)
-        calibration = prior_of(self.sources[0].spec, self.scores)
+        self._estimate = estimated(self._estimate, self.sources[0].spec, self.scores)
+        calibration = self._estimate.calibration
         options = [task.options(example) for example in examples]
         check_options(calibration, options)
         return calibration.adjusted(scores, options, "")[0].log_softmax(1)
