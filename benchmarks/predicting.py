@@ -5,7 +5,8 @@
 
 "speed" takes turns on one file of rows: the bare model's passes on the very batches, the routed
 model's, and the whole command, from the rows' file to the answers' (the model is loaded before).
-"memory" runs the command in a process for each number of rows, and samples its anonymous memory.
+"memory" runs the command in a process for each number of rows, and samples its anonymous memory;
+all sizes have the same rows, the larger ones again and again.
 """
 
 import argparse
@@ -32,9 +33,9 @@ from icrouting.runtime.storage import load_json, save_json
 from icrouting.tasks.load import load_task
 
 
-def write_rows(task, n_rows: int, file: Path) -> list[str]:
-    """Writes rows of a task, again and again, and returns their prompts."""
-    examples = [*task.test, *task.train]
+def write_rows(task, n_rows: int, file: Path, n_distinct: int | None = None) -> list[str]:
+    """Writes the first rows of a task, again and again, and returns their prompts."""
+    examples = [*task.test, *task.train][:n_distinct]
     examples = [examples[n % len(examples)] for n in range(n_rows)]
     pd.DataFrame([dict(example.fields) for example in examples]).to_csv(file, index=False)
     return [task.prompt(example) for example in examples]
@@ -107,7 +108,9 @@ def predict(arguments, rows: Path, out: Path) -> None:
 def measure_memory(arguments, folder: Path) -> None:
     """One process's part: the peak of the command on some rows."""
     rows = folder / "rows.csv"
-    write_rows(load_task(arguments.task, arguments.data), arguments.memory_rows, rows)
+    # The same rows in every size: more of them hold longer ones, which take more by themselves.
+    task = load_task(arguments.task, arguments.data)
+    write_rows(task, arguments.memory_rows, rows, min(arguments.sizes))
     with Peak() as peak:
         predict(arguments, rows, folder / "answers.csv")
     save_json(arguments.out, {"rows": arguments.memory_rows, "peak MB": peak.peak})
@@ -120,6 +123,7 @@ def memory(arguments, folder: Path) -> dict:
         same = ["--router", arguments.router, "--model", arguments.model, "--data", arguments.data]
         command = [sys.executable, "-m", "benchmarks.predicting", *same, "--task", arguments.task]
         command += ["--memory-rows", str(n_rows), "--out", str(part)]
+        command += ["--sizes", *map(str, arguments.sizes)]
         subprocess.run(command, check=True)
         peaks[str(n_rows)] = load_json(part)["peak MB"]
     smallest, *_, largest = peaks.values()

@@ -172,9 +172,9 @@ def compare(
 
     Every method learns from the same rows and answers the same held-back ones, in order of cost:
     zero-shot, calibration, batch-calibration, few-shot, probe-encoder, probe-hidden,
-    probe-residual, task-vectors, i2cl, icr, prefix-tuning, lora-block-more. It ends with a table, a recommendation that does not take noise
-    for a gain, and the winner in OUT/winner. Killed and started again with the same --out, it goes
-    on; `icr report OUT` shows the run.
+    probe-residual, task-vectors, i2cl, icr, prefix-tuning, lora-block-more. It ends with a table, a
+    recommendation that does not take noise for a gain, and the winner in OUT/winner. Killed and
+    started again with the same --out, it goes on; `icr report OUT` shows the run.
 
     Example: icr compare --data tickets.csv --template "Ticket: {text}\nTeam:" --label team
     --model pinned:smollm2-135m --encoder pinned:minilm --out runs/tickets

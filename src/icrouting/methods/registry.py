@@ -25,9 +25,9 @@ from icrouting.methods.lora_qv import LoraQv, LoraQvDistilled
 from icrouting.methods.m2iv import M2IV
 from icrouting.methods.named_prompts import PREFIX, UserPrompt
 from icrouting.methods.probes import ProbeEncoder, ProbeHidden
-from icrouting.methods.residual_probe import ProbeResidual
 from icrouting.methods.prompting import FewShot, MultiTaskFewShot, ZeroShot
 from icrouting.methods.regimes import ONCE, InDomain, regimes
+from icrouting.methods.residual_probe import ProbeResidual
 from icrouting.methods.ridge_vectors import RidgeVectors
 from icrouting.methods.settings import Settings
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning

@@ -176,19 +176,25 @@ class ProbeResidual(Probe):
         allowed = allowed[: self.settings.tries]
         if len(allowed) == 1 or len(rows.labels) < 2:
             return allowed[0]
-        folds = np.array_split(rng.permutation(len(rows.labels)), N_FOLDS)
-        least_loss = np.inf
-        chosen = allowed[0]
-        for calibrated, C in allowed:
-            log_probs = _left_out(rows, calibrated, C, folds)
-            right = log_probs.argmax(1) == rows.labels
-            loss = -log_probs[np.arange(len(rows.labels)), rows.labels].mean()
-            tried: dict[str, Any] = {"calibrated": calibrated, "C": C}
-            self.tried.append({**tried, "accuracy": float(right.mean()), "loss": float(loss)})
-            if loss < least_loss:
-                least_loss = loss
-                chosen = (calibrated, C)
-        return chosen
+        self.tried += cross_validated(rows, allowed, rng)
+        best = min(self.tried, key=lambda setting: setting["loss"])
+        return best["calibrated"], best["C"]
+
+
+def cross_validated(
+    rows: Rows, settings: Sequence[tuple[bool, float]], rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Returns each setting with its "accuracy" and log-"loss" on rows that were left out."""
+    n_rows = len(rows.labels)
+    folds = np.array_split(rng.permutation(n_rows), N_FOLDS)
+    tried = []
+    for calibrated, C in settings:
+        log_probs = _left_out(rows, calibrated, C, folds)
+        right = log_probs.argmax(1) == rows.labels
+        loss = -log_probs[np.arange(n_rows), rows.labels].mean()
+        measured = {"accuracy": float(right.mean()), "loss": float(loss)}
+        tried.append({"calibrated": calibrated, "C": C, **measured})
+    return tried
 
 
 def _left_out(rows: Rows, calibrated: bool, C: float, folds: Sequence[Array]) -> Array:
