@@ -58,7 +58,7 @@ def test_no_size_adds_nothing():
 def test_an_option_that_a_row_lacks_stays_ruled_out_and_moves_nothing():
     offsets = OFFSETS.copy()
     offsets[LABELS == 0, 2] = -np.inf
-    weight, bias = residual_fit(FEATURES, offsets, LABELS, 1.0)
+    weight, _ = residual_fit(FEATURES, offsets, LABELS, 1.0)
     assert np.isfinite(weight).all()
     # As if the option were so unlikely there that it makes no difference.
     offsets[LABELS == 0, 2] = -1e3
