@@ -10,6 +10,7 @@ from icrouting.runtime.checks import check
 from icrouting.runtime.showing import changed
 
 Basis = Literal["pca", "whitened", "random"]
+ExtractFrom = Literal["few-shot", "zero-shot", "shuffled"]
 # In place of a sentence encoder: the backbone's own hidden state entering the first routed layer.
 HIDDEN = "hidden"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -29,6 +30,9 @@ class FitConfig:
         n_prompts: few-shot extraction prompts per source task.
         demos_per_class: demonstrations per class in them.
         queries_per_context: prompts that share their demonstrations, which are then computed once.
+        extract_from: which prompts the directions are extracted from: "few-shot" ones (paper), the
+            same queries as "zero-shot" prompts, or few-shot ones whose demonstrations have their
+            answers "shuffled" among themselves (controls).
         encoder: what the router reads of a prompt: a sentence encoder (hub id, folder or
             "pinned:minilm"), or "hidden", the backbone's own hidden state entering the first routed
             layer, which needs no second model. Behind "constant:" or "random:" it gives its width
@@ -72,6 +76,7 @@ class FitConfig:
     n_prompts: PositiveInt = 100
     demos_per_class: PositiveInt = 5
     queries_per_context: PositiveInt = 1
+    extract_from: ExtractFrom = "few-shot"
     encoder: str = DEFAULT_ENCODER
     hidden_width: PositiveInt = 256
     n_queries: PositiveInt = 1000
@@ -97,6 +102,20 @@ class FitConfig:
     def __repr__(self) -> str:
         return changed(self)
 
+    @property
+    def shown_per_class(self) -> int:
+        """How many demonstrations of a class an extraction prompt shows, at most."""
+        return 0 if self.extract_from == "zero-shot" else self.demos_per_class
+
+    def variants(self) -> list[str]:
+        """Returns a phrase for each ablation of the paper's method that these settings ask for."""
+        phrases = []
+        if self.extract_from == "zero-shot":
+            phrases.append("directions of zero-shot prompts")
+        if self.extract_from == "shuffled":
+            phrases.append("directions of prompts with shuffled answers")
+        return phrases
+
     def n_steps(self, n_queries: int) -> int:
         """Returns how many steps a training on so many queries takes, unless it stops before."""
         return max(self.min_steps, self.n_steps_of_passes(n_queries))
@@ -119,7 +138,7 @@ class FitConfig:
 
 
 # What fits did before these settings were there; files of earlier versions do without them.
-EARLIER = {"min_steps": 0, "patience": 0}
+EARLIER = {"min_steps": 0, "patience": 0, "extract_from": "few-shot"}
 
 # The paper's own settings (sections 2 to 4), but for AG News, of which it takes 10,000 prompts.
 PAPER = FitConfig(

@@ -91,9 +91,10 @@ class InContextRouter(ModelHubMixin):
     def __repr__(self) -> str:
         fitted = self.description
         tasks = ", ".join(fitted.tasks) or "unnamed tasks"
+        variants = "".join(f"{phrase}, " for phrase in fitted.fit.variants())
         return (
-            f"InContextRouter({fitted.base_model!r}, fitted on {in_short(tasks)}, "
-            f"layers {ranges(fitted.layers)}, rank {fitted.fit.rank}, digest {self.digest()})"
+            f"InContextRouter({fitted.base_model!r}, fitted on {in_short(tasks)}, layers "
+            f"{ranges(fitted.layers)}, rank {fitted.fit.rank}, {variants}digest {self.digest()})"
         )
 
     def __eq__(self, other: object) -> bool:

@@ -30,6 +30,7 @@ SHAPING = (
     "n_prompts",
     "demos_per_class",
     "queries_per_context",
+    "extract_from",
     "encoder",
     "hidden_width",
     "final_alpha_scale",

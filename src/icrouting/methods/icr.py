@@ -60,7 +60,7 @@ class Icr(Method):
         n_queries = sum(n for _, n in counts)
         n_contexts = 0
         # A context that several prompts share is run by itself.
-        if config.queries_per_context > 1:
+        if config.queries_per_context > 1 and config.shown_per_class:
             n_contexts = sum(math.ceil(n / config.queries_per_context) for n in n_prompts)
         n_labelled = description.n_judged
         for (_, n), n_rows in zip(counts, tasks.values(), strict=True):
@@ -97,7 +97,7 @@ def most_labelled(tasks: Sequence[Task], config: FitConfig) -> int:
 
     A bound, since demonstrations are drawn anew for each prompt.
     """
-    demos_per_class = config.n_prompts * config.demos_per_class
+    demos_per_class = config.n_prompts * config.shown_per_class
     most = sum(n_judged(tasks, config).values())
     for task in tasks:
         rows = rows_to_learn_from(task, tasks, config)

@@ -1,0 +1,54 @@
+"""Variants: a router that was fitted by an ablation of the paper's method says so everywhere."""
+
+import pytest
+
+import tiny
+from fitted import small_fit
+from icrouting.config import EARLIER, PAPER, FitConfig
+from icrouting.icr import InContextRouter
+from icrouting.runtime.storage import load_json
+
+VARIANTS = [
+    ({"extract_from": "zero-shot"}, "directions of zero-shot prompts"),
+    ({"extract_from": "shuffled"}, "directions of prompts with shuffled answers"),
+]
+
+
+def fitted(tokenizer, **changes):
+    return InContextRouter.fit(
+        tiny.model("llama"), tokenizer, [tiny.task()], small_fit(**changes), gate=False
+    )
+
+
+@pytest.mark.parametrize(("changes", "phrase"), VARIANTS)
+def test_a_router_says_what_is_unlike_the_paper_and_keeps_it(changes, phrase, tokenizer, tmp_path):
+    icr = fitted(tokenizer, **changes)
+    assert phrase in repr(icr)
+    icr.save_pretrained(tmp_path)
+    assert f"| unlike the paper | {phrase} |" in (tmp_path / "README.md").read_text()
+    again = InContextRouter.from_pretrained(tmp_path)
+    assert again == icr
+    assert repr(again) == repr(icr)
+    for name, value in changes.items():
+        assert getattr(again.description.fit, name) == value
+
+
+def test_a_router_like_the_paper_s_says_nothing_and_its_file_is_as_it_was(tokenizer, tmp_path):
+    icr = fitted(tokenizer)
+    assert "directions" not in repr(icr)
+    icr.save_pretrained(tmp_path)
+    assert "unlike the paper" not in (tmp_path / "README.md").read_text()
+    fit = load_json(tmp_path / "config.json")["fit"]
+    assert not (EARLIER.keys() - {"min_steps", "patience"}) & fit.keys()
+
+
+def test_neither_the_paper_nor_the_defaults_are_a_variant():
+    assert PAPER.variants() == FitConfig().variants() == []
+
+
+def test_a_card_of_zero_shot_directions_names_no_demonstrations(tokenizer, tmp_path):
+    icr = fitted(tokenizer, extract_from="zero-shot", demos_per_class=3)
+    (source,) = icr.description.sources
+    assert source.n_demos == 0
+    icr.save_pretrained(tmp_path)
+    assert "| source task | zero-shot prompts |" in (tmp_path / "README.md").read_text()
