@@ -30,7 +30,7 @@ from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Gate, Reader
 from icrouting.routing.rerouting import rerouted, unrouted
 from icrouting.routing.routed import Routed
-from icrouting.routing.router import Router
+from icrouting.routing.router import Router, Spread, check_spread
 from icrouting.routing.shipped import TaskCalibration
 from icrouting.routing.sources import FormWatch
 from icrouting.runtime.showing import in_short, ranges
@@ -204,6 +204,7 @@ class InContextRouter(ModelHubMixin):
         *,
         strength: float = 1.0,
         gate: Gate | bool | None = True,
+        spread: Spread | None = None,
     ) -> Iterator[Routed]:
         """Inside, every plain `model(...)` and `model.generate(...)` is routed by its prompt.
 
@@ -218,21 +219,28 @@ class InContextRouter(ModelHubMixin):
                 it has a gate; False and None route every prompt. Or what gives each prompt a
                 further factor, [batch], from the states that enter the first routed layer,
                 [q_len, hidden_size] each; the method "icr-gated" has one.
+            spread: a control that keeps the magnitude and takes away where it goes: "alpha" gives
+                all directions of a layer the same, "gates" all heads (`Routing.spread`).
 
         Raises:
             ValueError: another base model, or one that is attached already.
         """
         decoder = Decoder.of(model, tokenizer)
-        with self.attached_to(decoder, strength=strength, gate=gate) as routed:
+        with self.attached_to(decoder, strength=strength, gate=gate, spread=spread) as routed:
             yield routed
 
     @contextmanager
     def attached_to(
-        self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | bool | None = True
+        self,
+        decoder: Decoder,
+        *,
+        strength: float = 1.0,
+        gate: Gate | bool | None = True,
+        spread: Spread | None = None,
     ) -> Iterator[Routed]:
         """Does what `attached` does, for a decoder."""
         prompt_gate = self._gate_asked_for(gate)
-        reader = self.reader(decoder, strength=strength, gate=prompt_gate)
+        reader = self.reader(decoder, strength=strength, gate=prompt_gate, spread=spread)
         sources = self.description.sources
         if not self.has_template_of(decoder.tokenizer):
             warnings.warn(
@@ -279,12 +287,19 @@ class InContextRouter(ModelHubMixin):
             gate = "no gate"
         elif reader.gate is self.gate:
             gate = "its own gate"
-        return f"router {self.digest()} at strength {strength:g} with {gate}"
+        spread = "" if reader.spread is None else f", {reader.spread} spread evenly"
+        return f"router {self.digest()} at strength {strength:g} with {gate}{spread}"
 
     def reader(
-        self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None
+        self,
+        decoder: Decoder,
+        *,
+        strength: float = 1.0,
+        gate: Gate | None = None,
+        spread: Spread | None = None,
     ) -> Reader:
         """Returns what reads prompts for this router; ValueError for another model or encoder."""
+        check_spread(spread)
         if not math.isfinite(strength):
             raise ValueError(f"strength must be a finite number, got {strength}")
         fitted = self.description
@@ -301,7 +316,7 @@ class InContextRouter(ModelHubMixin):
             )
         # Training ended at this scale of alpha (section 4).
         scale = strength * fitted.fit.final_alpha_scale
-        return Reader(decoder, features, self.router, self.pids.layers[0], scale, gate)
+        return Reader(decoder, features, self.router, self.pids.layers[0], scale, gate, spread)
 
     @property
     def base_model(self) -> str:

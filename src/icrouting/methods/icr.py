@@ -83,8 +83,12 @@ class Icr(Method):
     def _reader(self, gate: Gate | None = None) -> Reader:
         """What reads prompts; a decoder is held against the router once, not at every entry."""
         if self._checked is None or self._checked[0] is not self.decoder:
-            self._checked = self.decoder, self._router.reader(self.decoder, gate=gate)
+            self._checked = self.decoder, self._read_by(gate)
         return self._checked[1]
+
+    def _read_by(self, gate: Gate | None) -> Reader:
+        """Returns the router's reader, which a control has another one of."""
+        return self._router.reader(self.decoder, gate=gate)
 
     def n_cached(self, task: Task) -> int:
         """Returns the size of the PIDs; the paper counts neither router nor sentence encoder."""

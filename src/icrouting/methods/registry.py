@@ -29,6 +29,7 @@ from icrouting.methods.regimes import ONCE, InDomain, regimes
 from icrouting.methods.ridge_vectors import RidgeVectors
 from icrouting.methods.settings import Settings
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
+from icrouting.methods.spread import SpreadAlpha, SpreadGates
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.runtime.checks import known
 
@@ -36,6 +37,7 @@ PLAIN: tuple[type[Method], ...] = (
     *(ZeroShot, FewShot, MultiTaskFewShot),
     *(Calibration, DomainCalibration),
     *(Icr, IcrGated),
+    *(SpreadAlpha, SpreadGates),
 )
 LEARNING: tuple[type[Method], ...] = (
     *(TaskVectors, RidgeVectors, FunctionVectors, ICV, Elicit, IterativeVectors),

@@ -73,7 +73,9 @@ class Routed:
     def __repr__(self) -> str:
         name = self.reader.decoder.model.config.name_or_path
         layers = ranges(self.layers)
-        return f"Routed({name!r}, layers {layers}, strength {self.strength:g})"
+        spread = self.reader.spread
+        ending = "" if spread is None else f", {spread} spread evenly"
+        return f"Routed({name!r}, layers {layers}, strength {self.strength:g}{ending})"
 
     def score(
         self,

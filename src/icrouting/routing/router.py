@@ -8,6 +8,7 @@ untrained router leaves the model unchanged.
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,15 @@ from torch import Generator, Tensor, nn
 
 from icrouting.routing.pids import PIDs
 from icrouting.runtime.equality import are_equal
+
+# What of a routing is spread evenly, as a control.
+Spread = Literal["alpha", "gates"]
+
+
+def check_spread(value: object) -> None:
+    """ValueError for what cannot be spread; None spreads nothing."""
+    if value not in (None, *get_args(Spread)):
+        raise ValueError(f"spread must be 'alpha', 'gates' or None, got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +48,19 @@ class Routing:
     def scaled(self, strength: float | Tensor) -> "Routing":
         """The same routing with alpha multiplied by `strength`."""
         return Routing(self.routing_vector * strength, self.head_gates)
+
+    def spread(self, what: Spread) -> "Routing":
+        """The same routing with its magnitude spread evenly (the paper's uniform ablations).
+
+        In each layer of each query every direction gets the mean |alpha| of all, or every head the
+        mean gate of all. The paper does not define the magnitude: this is that of its sparsity
+        terms, |.|_1, so alpha loses its signs.
+        """
+        if what == "alpha":
+            mean_alpha = self.routing_vector.abs().mean(-1, keepdim=True)
+            return Routing(mean_alpha.expand_as(self.routing_vector), self.head_gates)
+        mean_gate = self.head_gates.mean(-1, keepdim=True)
+        return Routing(self.routing_vector, mean_gate.expand_as(self.head_gates))
 
     def repeated(self, n_rows: int) -> "Routing":
         """The same routing for rows that are a multiple of the queries.
