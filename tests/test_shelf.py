@@ -99,7 +99,7 @@ def test_every_setting_of_a_fit_is_either_of_a_stage_or_of_none():
     """A setting that is added to the fit must be decided on here."""
     of_no_stage = {"rank", "basis", "encoder", "hidden_width", "ce_scope", "w_conf", "w_spar"}
     of_no_stage |= {"w_gate", "deepest_weight", "final_alpha_scale", "lr", "batch_size", "epochs"}
-    of_no_stage |= {"grad_clip", "layers", "min_steps", "patience"}
+    of_no_stage |= {"grad_clip", "layers", "min_steps", "patience", "bias_rows"}
     of_a_stage = {*EXTRACTION_SETTINGS, *TRUNK_SETTINGS}
     assert set(vars(CONFIG)) == of_a_stage | of_no_stage
 

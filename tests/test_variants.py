@@ -10,6 +10,7 @@ from icrouting.runtime.storage import load_json
 
 VARIANTS = [
     ({"extract_from": "zero-shot"}, "directions of zero-shot prompts"),
+    ({"bias_rows": "last"}, "bias from the last prompt row on"),
     ({"extract_from": "shuffled"}, "directions of prompts with shuffled answers"),
 ]
 

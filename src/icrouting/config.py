@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -10,10 +10,18 @@ from icrouting.runtime.checks import check
 from icrouting.runtime.showing import changed
 
 Basis = Literal["pca", "whitened", "random"]
+# Which queries' rows of a routed layer's attention get the bias.
+BiasRows = Literal["all", "last"]
 ExtractFrom = Literal["few-shot", "zero-shot", "shuffled"]
 # In place of a sentence encoder: the backbone's own hidden state entering the first routed layer.
 HIDDEN = "hidden"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def check_bias_rows(value: object) -> None:
+    """ValueError for rows that cannot be chosen."""
+    if value not in get_args(BiasRows):
+        raise ValueError(f"bias_rows must be 'all' or 'last', got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,9 @@ class FitConfig:
             "pinned:minilm"), or "hidden", the backbone's own hidden state entering the first routed
             layer, which needs no second model. Behind "constant:" or "random:" it gives its width
             alone, to features that say nothing (controls).
+        bias_rows: which rows of attention logits get the bias: "all" of them (equation 10), or from
+            the "last" prompt row on, so that row and those that are generated (an appendix of the
+            paper may be read so).
         hidden_width: width of the router's hidden layers.
         n_queries: training queries per source task.
         max_tokens: longer zero-shot prompts lose their beginning [tokens].
@@ -78,6 +89,7 @@ class FitConfig:
     queries_per_context: PositiveInt = 1
     extract_from: ExtractFrom = "few-shot"
     encoder: str = DEFAULT_ENCODER
+    bias_rows: BiasRows = "all"
     hidden_width: PositiveInt = 256
     n_queries: PositiveInt = 1000
     max_tokens: PositiveInt = 512
@@ -114,6 +126,8 @@ class FitConfig:
             phrases.append("directions of zero-shot prompts")
         if self.extract_from == "shuffled":
             phrases.append("directions of prompts with shuffled answers")
+        if self.bias_rows == "last":
+            phrases.append("bias from the last prompt row on")
         return phrases
 
     def n_steps(self, n_queries: int) -> int:
@@ -138,7 +152,7 @@ class FitConfig:
 
 
 # What fits did before these settings were there; files of earlier versions do without them.
-EARLIER = {"min_steps": 0, "patience": 0, "extract_from": "few-shot"}
+EARLIER = {"min_steps": 0, "patience": 0, "extract_from": "few-shot", "bias_rows": "all"}
 
 # The paper's own settings (sections 2 to 4), but for AG News, of which it takes 10,000 prompts.
 PAPER = FitConfig(

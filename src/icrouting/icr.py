@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard, ModelHubMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from icrouting.config import FitConfig
+from icrouting.config import BiasRows, FitConfig, check_bias_rows
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import stages as fitting
 from icrouting.fitting.gating import fit_gate
@@ -205,6 +205,7 @@ class InContextRouter(ModelHubMixin):
         strength: float = 1.0,
         gate: Gate | bool | None = True,
         spread: Spread | None = None,
+        bias_rows: BiasRows | None = None,
     ) -> Iterator[Routed]:
         """Inside, every plain `model(...)` and `model.generate(...)` is routed by its prompt.
 
@@ -221,12 +222,16 @@ class InContextRouter(ModelHubMixin):
                 [q_len, hidden_size] each; the method "icr-gated" has one.
             spread: a control that keeps the magnitude and takes away where it goes: "alpha" gives
                 all directions of a layer the same, "gates" all heads (`Routing.spread`).
+            bias_rows: which rows of attention logits get the bias, "all" or from the "last" prompt
+                row on (`FitConfig.bias_rows`); None adds it where the router was fitted with it.
 
         Raises:
             ValueError: another base model, or one that is attached already.
         """
         decoder = Decoder.of(model, tokenizer)
-        with self.attached_to(decoder, strength=strength, gate=gate, spread=spread) as routed:
+        with self.attached_to(
+            decoder, strength=strength, gate=gate, spread=spread, bias_rows=bias_rows
+        ) as routed:
             yield routed
 
     @contextmanager
@@ -237,6 +242,7 @@ class InContextRouter(ModelHubMixin):
         strength: float = 1.0,
         gate: Gate | bool | None = True,
         spread: Spread | None = None,
+        bias_rows: BiasRows | None = None,
     ) -> Iterator[Routed]:
         """Does what `attached` does, for a decoder."""
         prompt_gate = self._gate_asked_for(gate)
@@ -251,7 +257,7 @@ class InContextRouter(ModelHubMixin):
             )
         if sources:
             reader = replace(reader, forms=FormWatch(sources, decoder.tokenizer))
-        with self.attached_by(reader, strength=strength) as routed:
+        with self.attached_by(reader, strength=strength, bias_rows=bias_rows) as routed:
             yield routed
 
     def _gate_asked_for(self, gate: Gate | bool | None) -> Gate | None:
@@ -261,13 +267,17 @@ class InContextRouter(ModelHubMixin):
         return None if gate is False else gate
 
     @contextmanager
-    def attached_by(self, reader: Reader, *, strength: float = 1.0) -> Iterator[Routed]:
+    def attached_by(
+        self, reader: Reader, *, strength: float = 1.0, bias_rows: BiasRows | None = None
+    ) -> Iterator[Routed]:
         """Does what `attached` does, for a reader, whose model has been looked at already.
 
         Of a prompt's form it says nothing, unless the reader does.
         """
+        bias_rows = bias_rows or self.description.fit.bias_rows
+        check_bias_rows(bias_rows)
         # Exact in every dtype at strength 0: wider heads round differently below float32.
-        with rerouted(reader, self.pids) if strength else unrouted(reader) as now:
+        with rerouted(reader, self.pids, bias_rows) if strength else unrouted(reader) as now:
             sources = self.description.sources or ()
             yield Routed(
                 reader,
@@ -276,11 +286,12 @@ class InContextRouter(ModelHubMixin):
                 now.last,
                 now.hold,
                 sources,
-                self._made_of(reader, strength),
+                self._made_of(reader, strength, bias_rows),
                 self.calibrations,
+                bias_rows,
             )
 
-    def _made_of(self, reader: Reader, strength: float) -> str:
+    def _made_of(self, reader: Reader, strength: float, bias_rows: BiasRows) -> str:
         """Returns what gives the scores, as calibrations keep it."""
         gate = "another gate"
         if reader.gate is None:
@@ -288,7 +299,8 @@ class InContextRouter(ModelHubMixin):
         elif reader.gate is self.gate:
             gate = "its own gate"
         spread = "" if reader.spread is None else f", {reader.spread} spread evenly"
-        return f"router {self.digest()} at strength {strength:g} with {gate}{spread}"
+        rows = "" if bias_rows == "all" else ", bias from the last prompt row on"
+        return f"router {self.digest()} at strength {strength:g} with {gate}{spread}{rows}"
 
     def reader(
         self,

@@ -32,6 +32,7 @@ SHAPING = (
     "queries_per_context",
     "extract_from",
     "encoder",
+    "bias_rows",
     "hidden_width",
     "final_alpha_scale",
 )

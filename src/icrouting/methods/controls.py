@@ -106,7 +106,8 @@ class Refit(Method):
         one = torch.ones(len(layers), rank)
         pids = PIDs(layers, self.query_directions, self.key_directions, one, one, one, one, "pca")
         scale = self.config.final_alpha_scale
-        return rerouted(Reader(self.decoder, features, router, layers[0], scale), pids)
+        reader = Reader(self.decoder, features, router, layers[0], scale)
+        return rerouted(reader, pids, self.config.bias_rows)
 
     def depends_on(self) -> str:
         """Returns the configuration and the fingerprint of what the router reads.
