@@ -79,6 +79,7 @@ def places(model, tokenizer, root, tasks=None, layers=LAYERS, **changes):
         ({"queries_per_context": 2}, False, True),
         ({"extract_from": "zero-shot"}, False, True),
         ({"extract_from": "shuffled"}, False, True),
+        ({"pooling": "last-4"}, False, True),
         ({"skip_nan": True}, False, True),
         ({"layers": (3,)}, False, True),
         ({"layers": (2, 3)}, False, False),

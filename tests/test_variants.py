@@ -10,6 +10,8 @@ from icrouting.runtime.storage import load_json
 
 VARIANTS = [
     ({"extract_from": "zero-shot"}, "directions of zero-shot prompts"),
+    ({"pooling": "last-4"}, "directions of the mean of the last 4 tokens"),
+    ({"pooling": "rollout"}, "directions of all tokens, by attention rollout"),
     ({"bias_rows": "last"}, "bias from the last prompt row on"),
     ({"extract_from": "shuffled"}, "directions of prompts with shuffled answers"),
 ]

@@ -16,6 +16,8 @@ ExtractFrom = Literal["few-shot", "zero-shot", "shuffled"]
 # In place of a sentence encoder: the backbone's own hidden state entering the first routed layer.
 HIDDEN = "hidden"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+# Which tokens of a prompt give the queries and keys that directions are extracted from.
+Pooling = Literal["last", "last-4", "last-8", "rollout"]
 
 
 def check_bias_rows(value: object) -> None:
@@ -41,6 +43,9 @@ class FitConfig:
         extract_from: which prompts the directions are extracted from: "few-shot" ones (paper), the
             same queries as "zero-shot" prompts, or few-shot ones whose demonstrations have their
             answers "shuffled" among themselves (controls).
+        pooling: what extraction takes of a prompt: the queries and keys of its "last" token
+            (paper), their mean over the "last-4" or "last-8", or over all of its tokens, weighted
+            by attention "rollout" (the paper's ablations).
         encoder: what the router reads of a prompt: a sentence encoder (hub id, folder or
             "pinned:minilm"), or "hidden", the backbone's own hidden state entering the first routed
             layer, which needs no second model. Behind "constant:" or "random:" it gives its width
@@ -88,6 +93,7 @@ class FitConfig:
     demos_per_class: PositiveInt = 5
     queries_per_context: PositiveInt = 1
     extract_from: ExtractFrom = "few-shot"
+    pooling: Pooling = "last"
     encoder: str = DEFAULT_ENCODER
     bias_rows: BiasRows = "all"
     hidden_width: PositiveInt = 256
@@ -126,6 +132,11 @@ class FitConfig:
             phrases.append("directions of zero-shot prompts")
         if self.extract_from == "shuffled":
             phrases.append("directions of prompts with shuffled answers")
+        if self.pooling == "rollout":
+            phrases.append("directions of all tokens, by attention rollout")
+        elif self.pooling != "last":
+            n_tokens = self.pooling.removeprefix("last-")
+            phrases.append(f"directions of the mean of the last {n_tokens} tokens")
         if self.bias_rows == "last":
             phrases.append("bias from the last prompt row on")
         return phrases
@@ -152,7 +163,13 @@ class FitConfig:
 
 
 # What fits did before these settings were there; files of earlier versions do without them.
-EARLIER = {"min_steps": 0, "patience": 0, "extract_from": "few-shot", "bias_rows": "all"}
+EARLIER = {
+    "min_steps": 0,
+    "patience": 0,
+    "extract_from": "few-shot",
+    "pooling": "last",
+    "bias_rows": "all",
+}
 
 # The paper's own settings (sections 2 to 4), but for AG News, of which it takes 10,000 prompts.
 PAPER = FitConfig(

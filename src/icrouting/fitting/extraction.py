@@ -148,7 +148,11 @@ def extract(
         block = list(islice(prompts, BLOCK))
         turn = number % processes.num_processes
         if turn == processes.process_index:
-            extraction.add(capture_last_tokens(decoder, block, layers, skip_nan=config.skip_nan))
+            extraction.add(
+                capture_last_tokens(
+                    decoder, block, layers, skip_nan=config.skip_nan, pooling=config.pooling
+                )
+            )
         extraction.n_done += len(block)
         is_last = start == starts[-1]
         # Only then has every process run what `n_done` counts.

@@ -37,7 +37,7 @@ N_READ = 200
 # The settings of a fit that the extraction depends on, beside model, layers and rows.
 EXTRACTION_SETTINGS = (
     *("n_prompts", "demos_per_class", "queries_per_context", "skip_nan", "seed"),
-    *("extract_from",),
+    *("extract_from", "pooling"),
 )
 # Those that the trunk depends on.
 TRUNK_SETTINGS = ("n_queries", "max_tokens", "seed")

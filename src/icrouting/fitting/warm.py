@@ -31,6 +31,7 @@ SHAPING = (
     "demos_per_class",
     "queries_per_context",
     "extract_from",
+    "pooling",
     "encoder",
     "bias_rows",
     "hidden_width",
