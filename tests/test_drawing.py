@@ -8,10 +8,12 @@ import torch
 
 import tiny
 from fitted import small_fit
+from icrouting.config import FitConfig
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting.capture import capture_last_tokens
-from icrouting.fitting.drawing import drawn_prompts, shuffled_answers
+from icrouting.fitting.drawing import drawn_prompts, nearest_demos, shuffled_answers
 from icrouting.fitting.extraction import extract
+from icrouting.routing.encoder import load_encoder
 from icrouting.tasks.prompts import Prompt, balanced_demos, few_shot
 from icrouting.tasks.task import Example, Task, TaskSpec
 
@@ -85,6 +87,86 @@ def test_a_shuffled_answer_is_one_that_its_row_offers():
         assert answer in quiz.options(row)
     assert answers != [quiz.answer(row) for row in rows]
     assert Counter(answers) == Counter(quiz.answer(row) for row in rows)
+
+
+def demos_of(prompt):
+    """The training rows that a toy prompt shows, as questions in their order."""
+    return ["Review: " + question for question, _ in questions_and_answers(prompt)]
+
+
+@pytest.mark.parametrize("selection", ["random", "nearest"])
+def test_other_demonstrations_are_as_many_before_the_same_queries(selection, encoder_folder):
+    encoder = str(encoder_folder)
+    prompts = drawn(demo_selection=selection, encoder=encoder)
+    plain = drawn()
+    assert [prompt.query for prompt in prompts] == [prompt.query for prompt in plain]
+    right = {TASK.question(row): TASK.answer(row) for row in TASK.train}
+    for prompt in prompts:
+        shown = demos_of(prompt)
+        assert len(set(shown)) == 6
+        assert prompt.query not in shown
+        for question, answer in questions_and_answers(prompt):
+            assert right["Review: " + question] == answer
+    assert prompts != plain
+
+
+def test_random_demonstrations_are_drawn_from_all_rows_whatever_their_class():
+    prompts = drawn(demo_selection="random", n_prompts=40)
+    shown = Counter(question for prompt in prompts for question in demos_of(prompt))
+    assert len(shown) == len(TASK.train)
+    counts = [
+        sum(answer == "positive" for _, answer in questions_and_answers(prompt))
+        for prompt in prompts
+    ]
+    assert len(set(counts)) > 2, "not balanced"
+    assert 2 < sum(counts) / len(counts) < 4
+
+
+def test_prompts_that_share_random_demonstrations_are_none_of_them():
+    prompts = drawn(demo_selection="random", queries_per_context=4, demos_per_class=9)
+    assert len({prompt.context for prompt in prompts}) == 3
+    for prompt in prompts:
+        sharing = {other.query for other in prompts if other.context == prompt.context}
+        assert not sharing & set(demos_of(prompt))
+
+
+def test_nearest_demonstrations_are_those_of_the_largest_cosine_the_nearest_last(encoder_folder):
+    """Against a sort of all rows, one by one."""
+    encode = load_encoder(str(encoder_folder), "cpu")
+    prompts = drawn(demo_selection="nearest", encoder=str(encoder_folder))
+    questions = [TASK.question(row) for row in TASK.train]
+    vectors = {question: encode([question])[0] for question in questions}
+    for prompt in prompts:
+        query = vectors[prompt.query]
+        cosines = {}
+        for question in questions:
+            if question != prompt.query:
+                cosines[question] = float(torch.cosine_similarity(query, vectors[question], dim=0))
+        shown = [cosines[question] for question in demos_of(prompt)]
+        largest = sorted(cosines.values())[-6:]
+        assert shown == pytest.approx(largest, abs=1e-5)
+
+
+def test_of_a_row_that_stands_twice_the_other_one_is_nearest():
+    vectors = torch.eye(4)[[0, 1, 0, 2]]
+    rows = TASK.train[:4]
+    task = Task(TASK.spec, rows, ())
+    assert nearest_demos(task, 1, vectors, 2) == [rows[0]]
+    assert nearest_demos(task, 2, vectors, 2) == [rows[1], rows[0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"extract_from": "zero-shot", "demo_selection": "random"}, "have no demonstrations"),
+        ({"demo_selection": "nearest", "queries_per_context": 2}, "each query's own"),
+        ({"demo_selection": "nearest", "encoder": "hidden"}, "found by a sentence encoder"),
+        ({"demo_selection": "nearest", "encoder": "random:hidden"}, "found by a sentence encoder"),
+    ],
+)
+def test_demonstrations_that_do_not_go_with_the_prompts_are_refused(changes, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        FitConfig(**changes)
 
 
 @pytest.mark.parametrize("extract_from", ["zero-shot", "shuffled"])

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 
 import tiny
@@ -24,7 +25,7 @@ from icrouting.fitting.shelf import (
 from icrouting.fitting.training import Trainer
 from icrouting.icr import InContextRouter
 from icrouting.runtime.locks import locked
-from icrouting.runtime.storage import save_tensors
+from icrouting.runtime.storage import load_tensors, save_tensors
 
 LAYERS = (3, 4)
 CONFIG = small_fit(layers=LAYERS, hidden_width=5)
@@ -80,6 +81,7 @@ def places(model, tokenizer, root, tasks=None, layers=LAYERS, **changes):
         ({"extract_from": "zero-shot"}, False, True),
         ({"extract_from": "shuffled"}, False, True),
         ({"pooling": "last-4"}, False, True),
+        ({"demo_selection": "random"}, False, True),
         ({"skip_nan": True}, False, True),
         ({"layers": (3,)}, False, True),
         ({"layers": (2, 3)}, False, False),
@@ -114,6 +116,26 @@ def test_a_stage_is_found_by_what_earlier_versions_knew_of(model, tokenizer, tmp
     assert about[EXTRACTION].keys() == common | of_prompts | {"layers"}
     of_queries = {"n_queries", "max_tokens", "seed"}
     assert about[TRUNK].keys() == common | of_queries | {"first_layer"}
+
+
+def test_nearest_demonstrations_are_those_of_one_encoder(
+    model, tokenizer, tmp_path, encoder_folder
+):
+    """Whose weights count, wherever they lie."""
+    nearest = {"demo_selection": "nearest"}
+    first = places(model, tokenizer, tmp_path, **nearest, encoder=str(encoder_folder))
+    assert first[0] != places(model, tokenizer, tmp_path)[0]
+    shutil.copytree(encoder_folder, tmp_path / "copy")
+    copied = places(model, tokenizer, tmp_path, **nearest, encoder=str(tmp_path / "copy"))
+    assert copied == first
+    weights = tmp_path / "copy" / "model.safetensors"
+    tensors, _ = load_tensors(weights)
+    changed = {name: value + 1.0 for name, value in tensors.items()}
+    save_file(changed, weights, {"format": "pt"})
+    shutil.move(tmp_path / "copy", tmp_path / "other")
+    other = places(model, tokenizer, tmp_path, **nearest, encoder=str(tmp_path / "other"))
+    assert other[0] != first[0]
+    assert other[1] == first[1]
 
 
 def test_another_model_or_dtype_finds_nothing(model, tokenizer, tmp_path):

@@ -10,6 +10,7 @@ from icrouting.runtime.storage import load_json
 
 VARIANTS = [
     ({"extract_from": "zero-shot"}, "directions of zero-shot prompts"),
+    ({"demo_selection": "random"}, "demonstrations drawn at random"),
     ({"pooling": "last-4"}, "directions of the mean of the last 4 tokens"),
     ({"pooling": "rollout"}, "directions of all tokens, by attention rollout"),
     ({"bias_rows": "last"}, "bias from the last prompt row on"),
@@ -55,3 +56,15 @@ def test_a_card_of_zero_shot_directions_names_no_demonstrations(tokenizer, tmp_p
     assert source.n_demos == 0
     icr.save_pretrained(tmp_path)
     assert "| source task | zero-shot prompts |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_router_of_nearest_demonstrations_says_so_and_keeps_it(
+    tokenizer, encoder_folder, tmp_path
+):
+    icr = fitted(tokenizer, demo_selection="nearest", encoder=str(encoder_folder))
+    icr.save_pretrained(tmp_path)
+    assert "demonstrations nearest to their query" in (tmp_path / "README.md").read_text()
+    again = InContextRouter.from_pretrained(tmp_path)
+    assert again == icr
+    assert "demonstrations nearest to their query" in repr(again)
+    assert icr.pids != fitted(tokenizer, encoder=str(encoder_folder)).pids

@@ -16,6 +16,7 @@ ExtractFrom = Literal["few-shot", "zero-shot", "shuffled"]
 # In place of a sentence encoder: the backbone's own hidden state entering the first routed layer.
 HIDDEN = "hidden"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+DemoSelection = Literal["balanced", "random", "nearest"]
 # Which tokens of a prompt give the queries and keys that directions are extracted from.
 Pooling = Literal["last", "last-4", "last-8", "rollout"]
 
@@ -40,6 +41,9 @@ class FitConfig:
         n_prompts: few-shot extraction prompts per source task.
         demos_per_class: demonstrations per class in them.
         queries_per_context: prompts that share their demonstrations, which are then computed once.
+        demo_selection: which training rows they are: "balanced" over the classes (paper), or as
+            many drawn at "random" from all, or the "nearest" to the query by the sentence encoder,
+            the nearest last (the paper's ablation).
         extract_from: which prompts the directions are extracted from: "few-shot" ones (paper), the
             same queries as "zero-shot" prompts, or few-shot ones whose demonstrations have their
             answers "shuffled" among themselves (controls).
@@ -92,6 +96,7 @@ class FitConfig:
     n_prompts: PositiveInt = 100
     demos_per_class: PositiveInt = 5
     queries_per_context: PositiveInt = 1
+    demo_selection: DemoSelection = "balanced"
     extract_from: ExtractFrom = "few-shot"
     pooling: Pooling = "last"
     encoder: str = DEFAULT_ENCODER
@@ -116,6 +121,25 @@ class FitConfig:
 
     def __post_init__(self):
         check(self)
+        self._check_demos()
+
+    def _check_demos(self) -> None:
+        """ValueError where the choice of demonstrations does not go with another setting."""
+        if self.demo_selection != "balanced" and self.extract_from == "zero-shot":
+            raise ValueError(
+                f'zero-shot prompts have no demonstrations: leave demo_selection at "balanced", '
+                f"got {self.demo_selection!r}"
+            )
+        if self.demo_selection == "nearest" and self.queries_per_context > 1:
+            raise ValueError(
+                "the nearest demonstrations are each query's own: leave queries_per_context at 1, "
+                f"got {self.queries_per_context}"
+            )
+        if self.demo_selection == "nearest" and self.encoder.split(":")[-1] == HIDDEN:
+            raise ValueError(
+                "the nearest demonstrations are found by a sentence encoder: set encoder to one, "
+                f"got {self.encoder!r}"
+            )
 
     def __repr__(self) -> str:
         return changed(self)
@@ -128,6 +152,10 @@ class FitConfig:
     def variants(self) -> list[str]:
         """Returns a phrase for each ablation of the paper's method that these settings ask for."""
         phrases = []
+        if self.demo_selection == "random":
+            phrases.append("demonstrations drawn at random")
+        if self.demo_selection == "nearest":
+            phrases.append("demonstrations nearest to their query")
         if self.extract_from == "zero-shot":
             phrases.append("directions of zero-shot prompts")
         if self.extract_from == "shuffled":
@@ -166,6 +194,7 @@ class FitConfig:
 EARLIER = {
     "min_steps": 0,
     "patience": 0,
+    "demo_selection": "balanced",
     "extract_from": "few-shot",
     "pooling": "last",
     "bias_rows": "all",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,6 +81,9 @@ def prompts_by_task(
     Raises:
         ValueError: all prompts of a task are.
     """
+    # Which rows are nearest takes an encoder's pass over all of them: of a few any will do.
+    if config.demo_selection == "nearest":
+        config = replace(config, demo_selection="random")
     # As `extraction` draws them.
     rng = np.random.default_rng(config.seed)
     by_task = {}

@@ -18,6 +18,7 @@ from pathlib import Path
 from icrouting.config import EARLIER, FitConfig
 from icrouting.decoder.batches import tokenize
 from icrouting.decoder.decoder import Decoder
+from icrouting.fitting.drawing import demo_encoder
 from icrouting.fitting.extraction import MOMENTS_FILE
 from icrouting.fitting.pca import QKMoments
 from icrouting.fitting.rows import rows_to_learn_from
@@ -37,7 +38,7 @@ N_READ = 200
 # The settings of a fit that the extraction depends on, beside model, layers and rows.
 EXTRACTION_SETTINGS = (
     *("n_prompts", "demos_per_class", "queries_per_context", "skip_nan", "seed"),
-    *("extract_from", "pooling"),
+    *("demo_selection", "extract_from", "pooling"),
 )
 # Those that the trunk depends on.
 TRUNK_SETTINGS = ("n_queries", "max_tokens", "seed")
@@ -90,6 +91,9 @@ class Shelf:
             # What an earlier version extracted is found by what it knew of.
             if name not in EARLIER or values[name] != EARLIER[name]:
                 extraction[name] = values[name]
+        encoder = demo_encoder(config)
+        if encoder is not None:
+            extraction["encoder"] = encoder.fingerprint
         # Of few rows, those that are held back elsewhere are learned from too.
         learned = [
             replace(task, train=tuple(rows_to_learn_from(task, tasks, config))) for task in tasks

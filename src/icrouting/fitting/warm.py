@@ -30,6 +30,7 @@ SHAPING = (
     "n_prompts",
     "demos_per_class",
     "queries_per_context",
+    "demo_selection",
     "extract_from",
     "pooling",
     "encoder",
