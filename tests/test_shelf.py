@@ -72,6 +72,7 @@ def places(model, tokenizer, root, tasks=None, layers=LAYERS, **changes):
         ({"w_gate": 1.0}, True, True),
         ({"rank": 2}, True, True),
         ({"basis": "random"}, True, True),
+        ({"basis": "learned"}, True, True),
         ({"hidden_width": 9}, True, True),
         ({"n_queries": 7}, True, False),
         ({"max_tokens": 9}, True, False),

@@ -10,6 +10,8 @@ from icrouting.runtime.storage import load_json
 
 VARIANTS = [
     ({"extract_from": "zero-shot"}, "directions of zero-shot prompts"),
+    ({"basis": "learned"}, "directions trained with the router"),
+    ({"basis": "gaussian"}, "Gaussian directions"),
     ({"demo_selection": "random"}, "demonstrations drawn at random"),
     ({"pooling": "last-4"}, "directions of the mean of the last 4 tokens"),
     ({"pooling": "rollout"}, "directions of all tokens, by attention rollout"),

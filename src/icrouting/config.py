@@ -9,7 +9,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from icrouting.runtime.checks import check
 from icrouting.runtime.showing import changed
 
-Basis = Literal["pca", "whitened", "random"]
+Basis = Literal["pca", "whitened", "random", "gaussian", "learned"]
 # Which queries' rows of a routed layer's attention get the bias.
 BiasRows = Literal["all", "last"]
 ExtractFrom = Literal["few-shot", "zero-shot", "shuffled"]
@@ -37,7 +37,9 @@ class FitConfig:
     Attributes:
         layers: routed layers; None routes the last third.
         rank: PIDs per layer.
-        basis: "pca" (paper), "whitened" or "random".
+        basis: the directions: "pca" (paper), these "whitened", or "learned" beside the router, from
+            where PCA has them; or drawn, "random" ones made orthonormal (paper, ablation) or
+            "gaussian" ones as they are drawn, of length 1 on average.
         n_prompts: few-shot extraction prompts per source task.
         demos_per_class: demonstrations per class in them.
         queries_per_context: prompts that share their demonstrations, which are then computed once.
@@ -152,6 +154,10 @@ class FitConfig:
     def variants(self) -> list[str]:
         """Returns a phrase for each ablation of the paper's method that these settings ask for."""
         phrases = []
+        if self.basis == "learned":
+            phrases.append("directions trained with the router")
+        if self.basis == "gaussian":
+            phrases.append("Gaussian directions")
         if self.demo_selection == "random":
             phrases.append("demonstrations drawn at random")
         if self.demo_selection == "nearest":

@@ -70,11 +70,15 @@ class Icr(Method):
             n_labelled = most_labelled(sources, config)
         # Rows that training read, repeats too.
         n_steps = n_read(n_queries, description.n_judged, config)
+        n_trained = sum(weights.numel() for weights in self._router.router.parameters())
+        pids = self._router.pids
+        if config.basis == "learned":
+            n_trained += pids.query_pids.numel() + pids.key_pids.numel()
         return {
             "method": Icr.name,
             "fits": 1,
             "labelled": n_labelled,
-            "trained": sum(weights.numel() for weights in self._router.router.parameters()),
+            "trained": n_trained,
             "forwards": sum(n_prompts) + n_contexts + n_queries + n_steps,
             "backwards": n_steps,
             "seconds": None,

@@ -7,13 +7,14 @@ g_alpha and g_gamma are two-layer perceptrons. The last layer of g_alpha starts 
 untrained router leaves the model unchanged.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from icrouting.decoder.families import device_of
 from icrouting.routing.pids import PIDs
 from icrouting.runtime.equality import are_equal
 
@@ -148,6 +149,20 @@ class Router(nn.Module):
         itself.
         """
         return pids
+
+    def learn_directions(self, pids: PIDs) -> PIDs:
+        """Returns the directions as parameters of this router, which start where they are."""
+        device = device_of(self)
+        self.query_pids = nn.Parameter(pids.query_pids.to(device))
+        self.key_pids = nn.Parameter(pids.key_pids.to(device))
+        return replace(pids, query_pids=self.query_pids, key_pids=self.key_pids)
+
+    def leave_directions(self, pids: PIDs) -> PIDs:
+        """Returns learned directions as they are by now, no longer this router's."""
+        query_pids = self.query_pids.detach().cpu()
+        key_pids = self.key_pids.detach().cpu()
+        del self.query_pids, self.key_pids
+        return replace(pids, query_pids=query_pids, key_pids=key_pids)
 
     def forward(self, features: Float[Tensor, "batch n_features"]) -> Routing:
         """Returns the routing of a batch of queries, in float32."""
