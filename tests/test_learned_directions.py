@@ -14,6 +14,7 @@ from icrouting.icr import InContextRouter
 from icrouting.methods.controls import Refit, UniformAlpha, _TrainedDirections
 from icrouting.methods.icr import Icr
 from icrouting.methods.settings import Settings
+from icrouting.routing.router import Router
 
 TASK = tiny.task()
 LEARNED = small_fit(basis="learned", lr=0.01, epochs=3, w_gate=0.0)
@@ -92,13 +93,27 @@ def test_the_best_router_on_validation_rows_has_its_own_directions(tokenizer, tr
 
 def test_a_fit_that_goes_on_from_them_keeps_them(tokenizer):
     start = fitted(tokenizer)
+    before = start.pids.query_pids.clone()
     other = tiny.task("other")
     config = small_fit(basis="pca", layers=(3, 4), lr=0.01)
     icr = InContextRouter.fit(
         tiny.model("llama"), tokenizer, [other], config, start=start, gate=False
     )
-    assert torch.equal(icr.pids.query_pids, start.pids.query_pids)
+    assert torch.equal(icr.pids.query_pids, before)
+    assert torch.equal(start.pids.query_pids, before)
     assert icr.description.fit.basis == "learned"
+
+
+@pytest.mark.parametrize("kind", [Router, _TrainedDirections])
+def test_a_training_moves_its_own_copy_alone(kind):
+    """Each fold of a cross-validation starts from the same directions, and so does the fit."""
+    pids = tiny.pids(tiny.model("llama"))
+    before = pids.query_pids.clone()
+    router = kind(12, 2, 6, 3, 5)
+    router.learn_directions(pids)
+    with torch.no_grad():
+        router.query_pids += 1
+    assert torch.equal(pids.query_pids, before)
 
 
 @pytest.mark.parametrize("kind", [Refit, UniformAlpha])

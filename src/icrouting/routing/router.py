@@ -153,8 +153,9 @@ class Router(nn.Module):
     def learn_directions(self, pids: PIDs) -> PIDs:
         """Returns the directions as parameters of this router, which start where they are."""
         device = device_of(self)
-        self.query_pids = nn.Parameter(pids.query_pids.to(device))
-        self.key_pids = nn.Parameter(pids.key_pids.to(device))
+        # Clones, since training moves them in place, and other trainings start from these too.
+        self.query_pids = nn.Parameter(pids.query_pids.detach().clone().to(device))
+        self.key_pids = nn.Parameter(pids.key_pids.detach().clone().to(device))
         return replace(pids, query_pids=self.query_pids, key_pids=self.key_pids)
 
     def leave_directions(self, pids: PIDs) -> PIDs:
