@@ -3,6 +3,7 @@
 import pytest
 
 import tiny
+from commands import evaluate, fit
 from fitted import small_fit
 from icrouting.config import EARLIER, PAPER, FitConfig
 from icrouting.icr import InContextRouter
@@ -70,3 +71,19 @@ def test_a_router_of_nearest_demonstrations_says_so_and_keeps_it(
     assert again == icr
     assert "demonstrations nearest to their query" in repr(again)
     assert icr.pids != fitted(tokenizer, encoder=str(encoder_folder)).pids
+
+
+@pytest.mark.slow
+def test_commands_fit_and_evaluate_a_variant(world, encoder_folder, tmp_path, capsys):
+    """Through the options of `icr fit`, and the methods of `icr eval`."""
+    options = "--extract-from shuffled --pooling rollout --demo-selection random --bias-rows last"
+    router = tmp_path / "router"
+    fit(world, encoder_folder, router, *options.split(), "--basis", "learned")
+    saved = InContextRouter.from_pretrained(router).description.fit
+    assert (saved.extract_from, saved.pooling) == ("shuffled", "rollout")
+    assert (saved.demo_selection, saved.bias_rows, saved.basis) == ("random", "last", "learned")
+    methods = ["icr", "icr-spread-alpha", "icr-spread-gates"]
+    evaluate(world, tmp_path / "run", "--router", str(router), "--methods", "zero-shot", *methods)
+    table = capsys.readouterr().out
+    for name in methods[1:]:
+        assert name in table

@@ -43,7 +43,7 @@ class FitConfig:
         n_prompts: few-shot extraction prompts per source task.
         demos_per_class: demonstrations per class in them.
         queries_per_context: prompts that share their demonstrations, which are then computed once.
-        demo_selection: which training rows they are: "balanced" over the classes (paper), or as
+        demo_selection: which rows demonstrations are: "balanced" over the classes (paper), or as
             many drawn at "random" from all, or the "nearest" to the query by the sentence encoder,
             the nearest last (the paper's ablation).
         extract_from: which prompts the directions are extracted from: "few-shot" ones (paper), the
