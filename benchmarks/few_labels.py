@@ -30,8 +30,8 @@ from icrouting.routing.priors import fewest_prompts, log_prior
 from icrouting.runtime.storage import load_json, save_json
 from icrouting.tasks.catalogue import SPECS
 
-PER_CLASS = (1, 4, 8, 16, 32)
-DRAWS = 5
+PER_CLASS = (4, 8, 16, 32)
+DRAWS = 3
 # Of the probes beside; the residual one chooses its own.
 C = 1.0
 BESIDE = ("zero-shot", "calibrated", "self-taught", "few-shot", "few-shot calibrated")
@@ -129,6 +129,7 @@ def measure(states: Path, out: Path) -> None:
         rounded = {way: [round(float(x), 2) for x in each] for way, each in right.items()}
         tasks[file.stem] = {"pool": len(cell.pool), "right": rounded}
         print(file.stem, {way: round(float(each.mean()), 3) for way, each in right.items()})
+    out.parent.mkdir(parents=True, exist_ok=True)
     save_json(out, {"model": states.name, "commit": commit(), "draws": DRAWS, "tasks": tasks})
     if left_out:
         print(f"left out, as their rows are too few: {', '.join(left_out)}")

@@ -32,8 +32,9 @@ def rows_of(routing, *rows):
 class Bench:
     """A family's tiny model, an artificial router for it, and three prompts of unlike lengths."""
 
-    def __init__(self, encoder, family="llama"):
+    def __init__(self, encoder, family="llama", bias_rows="all"):
         self.encoder, self.family, self.tokenizer = encoder, family, tiny.tokenizer()
+        self.bias_rows = bias_rows
         toy = tiny.task()
         self.texts = [f"{'dull ' * extra}{toy.prompt(toy.test[extra])}" for extra in range(3)]
         self.model = self.fresh()
@@ -43,13 +44,14 @@ class Bench:
         assert self.routing.routing_vector.std(0).mean() > 0.1, "prompts must be routed differently"
 
     def of(self, family):
-        return Bench(self.encoder, family)
+        return Bench(self.encoder, family, self.bias_rows)
 
     def fresh(self, kernel="sdpa"):
         return tiny.model(self.family, kernel)
 
     def router(self, seed=0, layers=(3, 4)):
-        fit = FitConfig(layers=layers, rank=3, hidden_width=13, encoder=str(self.encoder))
+        shape = {"layers": layers, "rank": 3, "hidden_width": 13}
+        fit = FitConfig(**shape, encoder=str(self.encoder), bias_rows=self.bias_rows)
         features = features_of(str(self.encoder), Decoder.of(self.model, self.tokenizer), "cpu")
         described = (Decoder.of(self.model, self.tokenizer), [tiny.task()], fit, layers, features)
         generator = torch.Generator().manual_seed(seed)
@@ -79,13 +81,21 @@ class Bench:
     def attached(self, model=None):
         return self.icr.attached(self.model if model is None else model, self.tokenizer)
 
+    def reference(self, dense, row):
+        """The dense reference, routed by one prompt, which what it reads begins with."""
+        first_biased = None
+        if self.bias_rows == "last":
+            first_biased = [self.inputs(row)["input_ids"].shape[1] - 1]
+        routing = rows_of(self.routing, row)
+        return reference_routed(base_of(dense), self.icr.pids, routing, first_biased)
+
     def slow_logits(self, row, dense=None, input_ids=None):
         """One prompt's logits, or those of tokens that begin with it."""
         dense, ids = (
             dense or self.fresh("eager"),
             self.inputs(row)["input_ids"] if input_ids is None else input_ids,
         )
-        with reference_routed(base_of(dense), self.icr.pids, rows_of(self.routing, row)):
+        with self.reference(dense, row):
             return dense(input_ids=ids, use_cache=False).logits
 
     def slow_tokens(self, row, dense=None, input_ids=None, **settings):
@@ -97,7 +107,7 @@ class Bench:
             dense or self.fresh("eager"),
             self.inputs(row)["input_ids"] if input_ids is None else input_ids,
         )
-        with reference_routed(base_of(dense), self.icr.pids, rows_of(self.routing, row)):
+        with self.reference(dense, row):
             return self.tokens(
                 dense,
                 {"input_ids": ids, "attention_mask": torch.ones_like(ids)},

@@ -32,10 +32,10 @@ def before_rotary(states, cos, sin):
 
 
 @contextmanager
-def reference_routed(model, pids, routing):
+def reference_routed(model, pids, routing, first_biased=None):
     """Inside, an eager model without a cache computes every layer densely.
 
-    The routed ones are computed with their bias.
+    The routed ones are computed with their bias: in all rows, or from a row of each query on.
     """
     rotary, unrotated = {}, (torch.zeros(1, 1, 0), torch.zeros(1, 1, 0))
 
@@ -62,6 +62,8 @@ def reference_routed(model, pids, routing):
                 bias = (
                     z_query @ torch.diag(routing.routing_vector[row // times, position]) @ z_key.T
                 )
+                if first_biased is not None:
+                    bias[: first_biased[row // times]] = 0
                 gates = routing.head_gates[row // times, position]
             heads = (query[row], key[row], value[row], attention_mask[row, 0] == 0)
             rows.append(dense_attention(*heads, scaling, bias, gates, softcap))

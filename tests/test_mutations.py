@@ -91,6 +91,10 @@ FORGED_FIT = {
     "encoder": NO_TEXT,
     "basis": [*NO_TEXT, "", "fourier"],
     "ce_scope": [*NO_TEXT, "", "all"],
+    "demo_selection": [*NO_TEXT, "", "far", 3],
+    "pooling": [*NO_TEXT, "", "last-5", "mean", 4],
+    "bias_rows": [*NO_TEXT, "", "first", 3],
+    "extract_from": [*NO_TEXT, "", "few", 3],
     "layers": [[], [3], [4, 3], [3, 99], ["3", "4"], [3.0, 4.0], "34", 34, {}, True],
 }
 

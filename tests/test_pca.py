@@ -118,6 +118,30 @@ def test_the_random_basis_is_drawn_from_its_generator():
     assert not torch.equal(first, other)
 
 
+def test_the_gaussian_basis_spans_what_the_random_one_does_and_is_of_length_one_on_average():
+    moments = moments_of(*sample())
+    random = fit(moments, "random")
+    gaussian = fit(moments, "gaussian")
+    for orthonormal, columns in (
+        (random.query_pids, gaussian.query_pids),
+        (random.key_pids, gaussian.key_pids),
+    ):
+        basis = torch.linalg.qr(columns.double()).Q
+        for layer in range(N_LAYERS):
+            difference = projector(basis[layer]) - projector(orthonormal[layer].double())
+            assert difference.abs().max() < 1e-6
+        assert (columns.norm(dim=1) - 1).abs().max() > 0.01, "and not orthonormal"
+    squares = [fit(moments, "gaussian", seed=seed).query_pids.square().sum(1) for seed in range(40)]
+    assert abs(float(torch.stack(squares).mean()) - 1) < 0.05
+
+
+def test_learned_directions_start_where_pca_has_them():
+    moments = moments_of(*sample())
+    learned = fit(moments, "learned")
+    assert learned.basis == "learned"
+    assert torch.equal(learned.query_directions(), fit(moments, "pca").query_directions())
+
+
 def test_too_few_prompts_and_too_wide_a_rank_are_refused():
     query, key = sample(3)
     with pytest.raises(ValueError, match="more than 3 prompts, got 3"):

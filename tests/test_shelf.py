@@ -7,17 +7,25 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 
 import tiny
 from fitted import small_fit
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import extraction, stages, trunk
-from icrouting.fitting.shelf import EXTRACTION, TRUNK, Shelf, delete_trunks
+from icrouting.fitting.shelf import (
+    EXTRACTION,
+    EXTRACTION_SETTINGS,
+    TRUNK,
+    TRUNK_SETTINGS,
+    Shelf,
+    delete_trunks,
+)
 from icrouting.fitting.training import Trainer
 from icrouting.icr import InContextRouter
 from icrouting.runtime.locks import locked
-from icrouting.runtime.storage import save_tensors
+from icrouting.runtime.storage import load_tensors, save_tensors
 
 LAYERS = (3, 4)
 CONFIG = small_fit(layers=LAYERS, hidden_width=5)
@@ -64,12 +72,17 @@ def places(model, tokenizer, root, tasks=None, layers=LAYERS, **changes):
         ({"w_gate": 1.0}, True, True),
         ({"rank": 2}, True, True),
         ({"basis": "random"}, True, True),
+        ({"basis": "learned"}, True, True),
         ({"hidden_width": 9}, True, True),
         ({"n_queries": 7}, True, False),
         ({"max_tokens": 9}, True, False),
         ({"n_prompts": 9}, False, True),
         ({"demos_per_class": 2}, False, True),
         ({"queries_per_context": 2}, False, True),
+        ({"extract_from": "zero-shot"}, False, True),
+        ({"extract_from": "shuffled"}, False, True),
+        ({"pooling": "last-4"}, False, True),
+        ({"demo_selection": "random"}, False, True),
         ({"skip_nan": True}, False, True),
         ({"layers": (3,)}, False, True),
         ({"layers": (2, 3)}, False, False),
@@ -86,15 +99,44 @@ def test_a_stage_is_kept_where_nothing_changes_it(
     assert (before[0] == after[0], before[1] == after[1]) == (is_extraction_kept, is_trunk_kept)
 
 
-def test_every_setting_of_a_fit_is_either_of_a_stage_or_of_none(model, tokenizer, tmp_path):
+def test_every_setting_of_a_fit_is_either_of_a_stage_or_of_none():
     """A setting that is added to the fit must be decided on here."""
     of_no_stage = {"rank", "basis", "encoder", "hidden_width", "ce_scope", "w_conf", "w_spar"}
     of_no_stage |= {"w_gate", "deepest_weight", "final_alpha_scale", "lr", "batch_size", "epochs"}
-    of_no_stage |= {"grad_clip", "layers", "min_steps", "patience"}
+    of_no_stage |= {"grad_clip", "layers", "min_steps", "patience", "bias_rows"}
+    of_a_stage = {*EXTRACTION_SETTINGS, *TRUNK_SETTINGS}
+    assert set(vars(CONFIG)) == of_a_stage | of_no_stage
+
+
+def test_a_stage_is_found_by_what_earlier_versions_knew_of(model, tokenizer, tmp_path):
+    """A setting that they lacked is named where it is not what they did."""
     decoder = Decoder.of(model, tokenizer)
     about = Shelf.of(tmp_path, decoder, [tiny.task()], LAYERS, CONFIG).about
-    named = about[EXTRACTION].keys() | about[TRUNK].keys() | of_no_stage
-    assert set(vars(CONFIG)) <= named
+    common = {"model", "dtype", "context_length", "tokens", "rows"}
+    of_prompts = {"n_prompts", "demos_per_class", "queries_per_context", "skip_nan", "seed"}
+    assert about[EXTRACTION].keys() == common | of_prompts | {"layers"}
+    of_queries = {"n_queries", "max_tokens", "seed"}
+    assert about[TRUNK].keys() == common | of_queries | {"first_layer"}
+
+
+def test_nearest_demonstrations_are_those_of_one_encoder(
+    model, tokenizer, tmp_path, encoder_folder
+):
+    """Whose weights count, wherever they lie."""
+    nearest = {"demo_selection": "nearest"}
+    first = places(model, tokenizer, tmp_path, **nearest, encoder=str(encoder_folder))
+    assert first[0] != places(model, tokenizer, tmp_path)[0]
+    shutil.copytree(encoder_folder, tmp_path / "copy")
+    copied = places(model, tokenizer, tmp_path, **nearest, encoder=str(tmp_path / "copy"))
+    assert copied == first
+    weights = tmp_path / "copy" / "model.safetensors"
+    tensors, _ = load_tensors(weights)
+    changed = {name: value + 1.0 for name, value in tensors.items()}
+    save_file(changed, weights, {"format": "pt"})
+    shutil.move(tmp_path / "copy", tmp_path / "other")
+    other = places(model, tokenizer, tmp_path, **nearest, encoder=str(tmp_path / "other"))
+    assert other[0] != first[0]
+    assert other[1] == first[1]
 
 
 def test_another_model_or_dtype_finds_nothing(model, tokenizer, tmp_path):

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard, ModelHubMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from icrouting.config import FitConfig
+from icrouting.config import BiasRows, FitConfig, check_bias_rows
 from icrouting.decoder.decoder import Decoder
 from icrouting.fitting import stages as fitting
 from icrouting.fitting.gating import fit_gate
@@ -30,7 +30,7 @@ from icrouting.routing.pids import PIDs
 from icrouting.routing.reader import Gate, Reader
 from icrouting.routing.rerouting import rerouted, unrouted
 from icrouting.routing.routed import Routed
-from icrouting.routing.router import Router
+from icrouting.routing.router import Router, Spread, check_spread
 from icrouting.routing.shipped import TaskCalibration
 from icrouting.routing.sources import FormWatch
 from icrouting.runtime.showing import in_short, ranges
@@ -91,9 +91,10 @@ class InContextRouter(ModelHubMixin):
     def __repr__(self) -> str:
         fitted = self.description
         tasks = ", ".join(fitted.tasks) or "unnamed tasks"
+        variants = "".join(f"{phrase}, " for phrase in fitted.fit.variants())
         return (
-            f"InContextRouter({fitted.base_model!r}, fitted on {in_short(tasks)}, "
-            f"layers {ranges(fitted.layers)}, rank {fitted.fit.rank}, digest {self.digest()})"
+            f"InContextRouter({fitted.base_model!r}, fitted on {in_short(tasks)}, layers "
+            f"{ranges(fitted.layers)}, rank {fitted.fit.rank}, {variants}digest {self.digest()})"
         )
 
     def __eq__(self, other: object) -> bool:
@@ -203,6 +204,8 @@ class InContextRouter(ModelHubMixin):
         *,
         strength: float = 1.0,
         gate: Gate | bool | None = True,
+        spread: Spread | None = None,
+        bias_rows: BiasRows | None = None,
     ) -> Iterator[Routed]:
         """Inside, every plain `model(...)` and `model.generate(...)` is routed by its prompt.
 
@@ -217,21 +220,33 @@ class InContextRouter(ModelHubMixin):
                 it has a gate; False and None route every prompt. Or what gives each prompt a
                 further factor, [batch], from the states that enter the first routed layer,
                 [q_len, hidden_size] each; the method "icr-gated" has one.
+            spread: a control that keeps the magnitude and takes away where it goes: "alpha" gives
+                all directions of a layer the same, "gates" all heads (`Routing.spread`).
+            bias_rows: which rows of attention logits get the bias, "all" or from the "last" prompt
+                row on (`FitConfig.bias_rows`); None adds it where the router was fitted with it.
 
         Raises:
             ValueError: another base model, or one that is attached already.
         """
         decoder = Decoder.of(model, tokenizer)
-        with self.attached_to(decoder, strength=strength, gate=gate) as routed:
+        with self.attached_to(
+            decoder, strength=strength, gate=gate, spread=spread, bias_rows=bias_rows
+        ) as routed:
             yield routed
 
     @contextmanager
     def attached_to(
-        self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | bool | None = True
+        self,
+        decoder: Decoder,
+        *,
+        strength: float = 1.0,
+        gate: Gate | bool | None = True,
+        spread: Spread | None = None,
+        bias_rows: BiasRows | None = None,
     ) -> Iterator[Routed]:
         """Does what `attached` does, for a decoder."""
         prompt_gate = self._gate_asked_for(gate)
-        reader = self.reader(decoder, strength=strength, gate=prompt_gate)
+        reader = self.reader(decoder, strength=strength, gate=prompt_gate, spread=spread)
         sources = self.description.sources
         if not self.has_template_of(decoder.tokenizer):
             warnings.warn(
@@ -242,7 +257,7 @@ class InContextRouter(ModelHubMixin):
             )
         if sources:
             reader = replace(reader, forms=FormWatch(sources, decoder.tokenizer))
-        with self.attached_by(reader, strength=strength) as routed:
+        with self.attached_by(reader, strength=strength, bias_rows=bias_rows) as routed:
             yield routed
 
     def _gate_asked_for(self, gate: Gate | bool | None) -> Gate | None:
@@ -252,13 +267,17 @@ class InContextRouter(ModelHubMixin):
         return None if gate is False else gate
 
     @contextmanager
-    def attached_by(self, reader: Reader, *, strength: float = 1.0) -> Iterator[Routed]:
+    def attached_by(
+        self, reader: Reader, *, strength: float = 1.0, bias_rows: BiasRows | None = None
+    ) -> Iterator[Routed]:
         """Does what `attached` does, for a reader, whose model has been looked at already.
 
         Of a prompt's form it says nothing, unless the reader does.
         """
+        bias_rows = bias_rows or self.description.fit.bias_rows
+        check_bias_rows(bias_rows)
         # Exact in every dtype at strength 0: wider heads round differently below float32.
-        with rerouted(reader, self.pids) if strength else unrouted(reader) as now:
+        with rerouted(reader, self.pids, bias_rows) if strength else unrouted(reader) as now:
             sources = self.description.sources or ()
             yield Routed(
                 reader,
@@ -267,12 +286,23 @@ class InContextRouter(ModelHubMixin):
                 now.last,
                 now.hold,
                 sources,
-                self.made_of(reader.gate, strength),
+                self.made_of(reader.gate, strength, spread=reader.spread, bias_rows=bias_rows),
                 self.calibrations,
+                bias_rows,
             )
 
-    def made_of(self, gate: Gate | None, strength: float = 1.0) -> str:
-        """Returns what gives scores behind a gate, at a strength, as calibrations keep it."""
+    def made_of(
+        self,
+        gate: Gate | None,
+        strength: float = 1.0,
+        *,
+        spread: Spread | None = None,
+        bias_rows: BiasRows | None = None,
+    ) -> str:
+        """Returns what gives scores behind a gate, at a strength, as calibrations keep it.
+
+        The other two are as in `attached`.
+        """
         # Whatever else it may be, it is told from others while it is there.
         behind = f"another gate, {id(gate):x}"
         if gate is None:
@@ -280,12 +310,24 @@ class InContextRouter(ModelHubMixin):
         elif gate is self.gate and self.gate is not None:
             # A router may be given another, which leaves other prompts alone.
             behind = f"its own gate {self.gate.digest}"
-        return f"router {self.digest()} at strength {strength:g} with {behind}"
+        spread_phrase = "" if spread is None else f", {spread} spread evenly"
+        rows = bias_rows or self.description.fit.bias_rows
+        rows_phrase = "" if rows == "all" else ", bias from the last prompt row on"
+        return (
+            f"router {self.digest()} at strength {strength:g} with {behind}"
+            f"{spread_phrase}{rows_phrase}"
+        )
 
     def reader(
-        self, decoder: Decoder, *, strength: float = 1.0, gate: Gate | None = None
+        self,
+        decoder: Decoder,
+        *,
+        strength: float = 1.0,
+        gate: Gate | None = None,
+        spread: Spread | None = None,
     ) -> Reader:
         """Returns what reads prompts for this router; ValueError for another model or encoder."""
+        check_spread(spread)
         if not math.isfinite(strength):
             raise ValueError(f"strength must be a finite number, got {strength}")
         fitted = self.description
@@ -302,7 +344,7 @@ class InContextRouter(ModelHubMixin):
             )
         # Training ended at this scale of alpha (section 4).
         scale = strength * fitted.fit.final_alpha_scale
-        return Reader(decoder, features, self.router, self.pids.layers[0], scale, gate)
+        return Reader(decoder, features, self.router, self.pids.layers[0], scale, gate, spread)
 
     @property
     def base_model(self) -> str:

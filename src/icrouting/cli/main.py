@@ -118,8 +118,9 @@ def evaluate(
     added. The methods: zero-shot, few-shot (the task's own demonstrations), multi-task-few-shot
     (the sources'), calibration, domain-calibration, prompt:NAME (your own, under [[prompts]] in a
     task file; prompts for all of them), icr, icr-gated (not on prompts unlike the sources'),
-    icr-safe (there, batch-calibration); fitted on each task, or as NAME-once on the sources:
-    task-vectors, task-vectors-ridge (a linear map), function-vectors, icv, elicit,
+    icr-safe (there, batch-calibration), icr-spread-alpha and icr-spread-gates (controls: its
+    magnitude spread evenly over directions, or heads); fitted on each task, or as NAME-once on the
+    sources: task-vectors, task-vectors-ridge (a linear map), function-vectors, icv, elicit,
     iterative-vectors, i2cl, live, m2iv, lora-block, lora-head, lora-block-more, lora-qv,
     lora-qv-distilled (taught by few-shot prompts), prefix-tuning, prompt-tuning, cartridge (a
     prefix that starts as demonstrations), atv (a network gives each prompt a vector), atv-averaged

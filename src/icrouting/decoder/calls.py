@@ -63,6 +63,11 @@ class PromptTokens:
         """The width of the rows, padding included."""
         return self.input_ids.shape[1]
 
+    def ends(self) -> Int[Tensor, "batch"]:
+        """Returns the column of each row's last real token, on the processor."""
+        is_real = self.is_real.cpu()
+        return (is_real * torch.arange(self.q_len, device="cpu")).argmax(1)
+
     def first(self, n_columns: int) -> "PromptTokens":
         """Returns the first columns of all rows."""
         return PromptTokens(self.input_ids[:, :n_columns], self.is_real[:, :n_columns])

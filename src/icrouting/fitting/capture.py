@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from icrouting.config import Pooling
 from icrouting.decoder.batches import finite_rows
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.families import attention_of, dims_of, family_of
 from icrouting.decoder.passes import after_prefix, by_context
 from icrouting.decoder.sites import watched
+from icrouting.fitting.pooling import pooled
 from icrouting.tasks.prompts import Prompt
 
 # Tokens of a batch, padded.
@@ -48,6 +51,7 @@ def capture_last_tokens(
     *,
     skip_nan: bool = False,
     token_budget: int | None = None,
+    pooling: Pooling = "last",
 ) -> Iterator[QueriesAndKeys]:
     """Yields the last token's queries and keys of a batch of prompts at a time.
 
@@ -61,13 +65,17 @@ def capture_last_tokens(
         layers: the routed layers.
         skip_nan: leave out a prompt whose queries or keys are not finite.
         token_budget: tokens of a batch, padded; None takes the decoder's.
+        pooling: which other tokens count, see `FitConfig`; contexts are then run with each prompt,
+            as the tokens may be theirs.
 
     Raises:
         ValueError: a prompt's queries or keys are not finite, and it is not to be left out.
     """
     token_lists = decoder.tokenize([prompt.text for prompt in prompts])
     budget = token_budget or decoder.token_budget or TOKEN_BUDGET
-    with captured(decoder.model, layers) as stores:
+    if pooling != "last":
+        prompts = [replace(prompt, context="", query=prompt.text) for prompt in prompts]
+    with pooled(decoder, pooling) as weights_of, captured(decoder.model, layers) as stores:
         for cache, batch in by_context(decoder, prompts, token_lists, budget):
             if cache is not None:
                 after_prefix(decoder.model, cache, batch)
@@ -77,17 +85,31 @@ def capture_last_tokens(
                 decoder.stack(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
             # On the processor, as layers may lie on several devices.
             last = batch.last.cpu()
-            query = _at([store["query"] for store in stores], last)
-            key = _at([store["key"] for store in stores], last)
+            weights = weights_of(batch.attention_mask.cpu())
+            query = _of([store["query"] for store in stores], last, weights)
+            key = _of([store["key"] for store in stores], last, weights)
             is_finite = (query.isfinite().all(-1) & key.isfinite().all(-1)).all(0)
             texts = [prompts[row].query for row in batch.rows]
             finite = finite_rows(is_finite, texts, "queries or keys", skip_nan)
             yield query[:, finite], key[:, finite]
 
 
-def _at(
-    layer_outputs: Sequence[Float[Tensor, "batch q_len width"]], positions: Int[Tensor, "batch"]
+def _of(
+    layer_outputs: Sequence[Float[Tensor, "batch q_len width"]],
+    last: Int[Tensor, "batch"],
+    weights: Float[Tensor, "batch q_len"] | None,
 ) -> Float[Tensor, "n_layers batch width"]:
-    """Returns every layer's output at one position of each row, in float32."""
-    rows = torch.arange(len(positions))
-    return torch.stack([output[rows, positions].float().cpu() for output in layer_outputs])
+    """Returns every layer's output at each row's last position, or its weighted mean.
+
+    They are in float32, on the processor.
+    """
+    rows = torch.arange(len(last))
+    if weights is None:
+        return torch.stack([output[rows, last].float().cpu() for output in layer_outputs])
+    means = []
+    for output in layer_outputs:
+        # Padding may hold what is not finite, which a weight of zero does not take away.
+        is_counted = (weights > 0).to(output.device)[..., None]
+        counted = output.float().masked_fill(~is_counted, 0.0)
+        means.append((weights.to(output.device)[:, None] @ counted)[:, 0].cpu())
+    return torch.stack(means)

@@ -15,12 +15,13 @@ from icrouting.decoder.batches import fits, tokenize
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.sites import Dims
 from icrouting.fitting.capture import capture_last_tokens
+from icrouting.fitting.drawing import drawn_prompts
 from icrouting.fitting.lengths import none_fits
 from icrouting.fitting.pca import QKMoments
 from icrouting.runtime.processes import decided, here, is_first, total
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors
-from icrouting.tasks.prompts import Prompt, extraction_prompts
+from icrouting.tasks.prompts import Prompt
 from icrouting.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ def extract(
 ) -> QKMoments:
     """Returns the moments of few-shot prompts of all source tasks, pooled (stage 1).
 
+    What other prompts they are of, `config.extract_from` says.
     Processes take blocks of prompts in turn. What all of them saw is kept at the end of a round, so
     that any number of processes can go on from there. Prompts that are longer than the model's
     context are left out, with a warning that names the rows that make them so.
@@ -146,7 +148,11 @@ def extract(
         block = list(islice(prompts, BLOCK))
         turn = number % processes.num_processes
         if turn == processes.process_index:
-            extraction.add(capture_last_tokens(decoder, block, layers, skip_nan=config.skip_nan))
+            extraction.add(
+                capture_last_tokens(
+                    decoder, block, layers, skip_nan=config.skip_nan, pooling=config.pooling
+                )
+            )
         extraction.n_done += len(block)
         is_last = start == starts[-1]
         # Only then has every process run what `n_done` counts.
@@ -166,9 +172,7 @@ def _drawn(decoder: Decoder, tasks: Sequence[Task], config: FitConfig) -> Iterat
     for task in tasks:
         n_drawn = 0
         long_prompts: list[Prompt] = []
-        for prompt in extraction_prompts(
-            task, config.n_prompts, config.demos_per_class, rng, config.queries_per_context
-        ):
+        for prompt in drawn_prompts(task, config, rng, config.n_prompts):
             n_drawn += 1
             if limit is None or fits(decoder.tokenizer, prompt.text, limit):
                 yield prompt
@@ -177,12 +181,12 @@ def _drawn(decoder: Decoder, tasks: Sequence[Task], config: FitConfig) -> Iterat
         if limit is None or not long_prompts:
             continue
         if len(long_prompts) == n_drawn:
-            raise none_fits(task, limit, config.demos_per_class)
+            raise none_fits(task, limit, config)
         if is_first():
             log.warning(
-                "left out: %d of %d few-shot prompts of %r, as longer than the model's context of "
+                "left out: %d of %d %s prompts of %r, as longer than the model's context of "
                 "%d tokens; the longest row of each: %s",
-                *(len(long_prompts), n_drawn, task.name, limit),
+                *(len(long_prompts), n_drawn, config.extract_from, task.name, limit),
                 _longest_rows(decoder, task, long_prompts),
             )
 

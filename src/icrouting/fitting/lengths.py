@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from icrouting.config import FitConfig
+from icrouting.fitting.drawing import drawn_prompts
 from icrouting.fitting.rows import rows_to_learn_from
-from icrouting.tasks.prompts import extraction_prompts
 from icrouting.tasks.task import Task
 
 # Gives the lengths of texts in tokens, which need not be whole where they are reckoned.
@@ -55,11 +55,15 @@ def measured(
     )
 
 
-def none_fits(task: Task, context_length: int, demos_per_class: int) -> ValueError:
-    """Returns the error where no few-shot prompt of a task fits a model's context."""
+def none_fits(task: Task, context_length: int, config: FitConfig) -> ValueError:
+    """Returns the error where no extraction prompt of a task fits a model's context."""
+    advice = "leave the task out"
+    if config.shown_per_class:
+        advice = f"lower demos_per_class ({config.demos_per_class}), or {advice}"
+    kind = "few-shot" if config.shown_per_class else "zero-shot"
     return ValueError(
-        f"every few-shot prompt of task {task.name!r} is longer than the model's context of "
-        f"{context_length} tokens: lower demos_per_class ({demos_per_class}), or leave the task out"
+        f"every {kind} prompt of task {task.name!r} is longer than the model's context of "
+        f"{context_length} tokens: {advice}"
     )
 
 
@@ -77,14 +81,15 @@ def prompts_by_task(
     Raises:
         ValueError: all prompts of a task are.
     """
+    # Which rows are nearest takes an encoder's pass over all of them: of a few any will do.
+    if config.demo_selection == "nearest":
+        config = replace(config, demo_selection="random")
     # As `extraction` draws them.
     rng = np.random.default_rng(config.seed)
     by_task = {}
     for task in tasks:
         n_prompts = min(config.n_prompts, len(task.train))
-        prompts = extraction_prompts(
-            task, min(n_prompts, sample), config.demos_per_class, rng, config.queries_per_context
-        )
+        prompts = drawn_prompts(task, config, rng, min(n_prompts, sample))
         texts = [prompt.text for prompt in prompts]
         fitting = texts
         if context_length is not None:
@@ -92,7 +97,7 @@ def prompts_by_task(
             places = range(len(texts))
             fitting = [texts[place] for place in places if lengths[place] <= context_length]
             if not fitting:
-                raise none_fits(task, context_length, config.demos_per_class)
+                raise none_fits(task, context_length, config)
         count = round(n_prompts * len(fitting) / len(texts))
         by_task[task.name] = measured(fitting, count, token_counts)
     return by_task

@@ -111,7 +111,7 @@ def fit_pids(
         layers: the routed layers, in the order of the moments.
         rank: directions per layer.
         basis: how they are chosen, see `FitConfig`.
-        generator: draws the random basis.
+        generator: draws the random and the Gaussian basis, which span the same.
 
     Raises:
         ValueError: too few prompts or too narrow keys for `rank`, or a layer that tells no prompts
@@ -146,13 +146,15 @@ def _directions(
     _check_varied(moments, side)
     n_layers, width = moments.tensors()[f"{side}_sum"].shape
     gaussian = None
-    if basis == "random":
+    if basis in ("random", "gaussian"):
         gaussian = torch.randn(n_layers, width, rank, dtype=torch.float64, generator=generator)
     # Layer by layer, since decomposing takes several times a covariance's memory.
     layers = []
     for place in range(n_layers):
         covariance = moments.of_layer(place).covariance(side)
-        if gaussian is not None:
+        if basis == "gaussian" and gaussian is not None:
+            columns = gaussian[place : place + 1] / width**0.5
+        elif gaussian is not None:
             columns = torch.linalg.qr(gaussian[place : place + 1]).Q
         else:
             # `eigh` gives eigenvalues in ascending order.

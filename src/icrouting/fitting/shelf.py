@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from icrouting.config import FitConfig
+from icrouting.config import EARLIER, FitConfig
 from icrouting.decoder.batches import tokenize
 from icrouting.decoder.decoder import Decoder
+from icrouting.fitting.drawing import demo_encoder
 from icrouting.fitting.extraction import MOMENTS_FILE
 from icrouting.fitting.pca import QKMoments
 from icrouting.fitting.rows import rows_to_learn_from
@@ -35,7 +36,10 @@ N_DIGITS = 16
 # Training rows of a task that are tokenized to know the tokenizer by.
 N_READ = 200
 # The settings of a fit that the extraction depends on, beside model, layers and rows.
-EXTRACTION_SETTINGS = ("n_prompts", "demos_per_class", "queries_per_context", "skip_nan", "seed")
+EXTRACTION_SETTINGS = (
+    *("n_prompts", "demos_per_class", "queries_per_context", "skip_nan", "seed"),
+    *("demo_selection", "extract_from", "pooling"),
+)
 # Those that the trunk depends on.
 TRUNK_SETTINGS = ("n_queries", "max_tokens", "seed")
 _PID_TENSORS = (
@@ -83,7 +87,13 @@ class Shelf:
         }
         values = vars(config)
         extraction = {**common, "rows": _digest_of_rows(tasks), "layers": list(layers)}
-        extraction |= {name: values[name] for name in EXTRACTION_SETTINGS}
+        for name in EXTRACTION_SETTINGS:
+            # What an earlier version extracted is found by what it knew of.
+            if name not in EARLIER or values[name] != EARLIER[name]:
+                extraction[name] = values[name]
+        encoder = demo_encoder(config)
+        if encoder is not None:
+            extraction["encoder"] = encoder.fingerprint
         # Of few rows, those that are held back elsewhere are learned from too.
         learned = [
             replace(task, train=tuple(rows_to_learn_from(task, tasks, config))) for task in tasks

@@ -107,6 +107,8 @@ def fit(
             start.put_into(router, scale)
         return router
 
+    # A router that is gone on from keeps its directions, however it came by them.
+    learns_directions = config.basis == "learned" and start is None
     # The model's weights take no gradient: what is trained is the router.
     with (
         claimed(folder, config, tasks, decoder, shelf, start, template),
@@ -132,14 +134,16 @@ def fit(
             *(decoder, extracted, untrained, queries, held, config, folder),
             first_scale=first_scale,
             rehearsed=() if start is None else tuple(start.description.tasks),
+            learns_directions=learns_directions,
         )
     if folder is not None and is_first():
         # The states of a hundred rows are soon made again.
         shutil.rmtree(folder / HELD, ignore_errors=True)
     router = trainer.router
+    pids = router.leave_directions(trainer.pids) if learns_directions else trainer.pids
     # From here on the router reads features as they are.
     router.absorb(*scale)
-    return trainer.pids, router.eval().requires_grad_(False), features
+    return pids, router.eval().requires_grad_(False), features
 
 
 def train(
@@ -153,6 +157,7 @@ def train(
     *,
     first_scale: float = 1.0,
     rehearsed: Collection[str] = (),
+    learns_directions: bool = False,
 ) -> Trainer:
     """Returns a training that has run to its end (stage 3).
 
@@ -167,6 +172,7 @@ def train(
         folder: keeps checkpoints.
         first_scale: the routing vector's scale before the first step.
         rehearsed: names of the tasks whose rows cross-validation does not judge on.
+        learns_directions: whether directions are trained along, as parameters of the router.
     """
 
     def trained(
@@ -174,6 +180,8 @@ def train(
     ) -> Trainer:
         router = untrained()
         pids = router.adopt(extracted)
+        if learns_directions:
+            pids = router.learn_directions(pids)
         trainer = Trainer(
             decoder, pids, router, rest, config, folder, held, chosen, first_scale=first_scale
         )

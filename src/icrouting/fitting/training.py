@@ -144,8 +144,9 @@ class Trainer:
         routing = self.router(features.to(device))
         final = self.config.final_alpha_scale
         scale = alpha_scale(self.step, self.n_steps, final, self.first_scale)
-        attachment.routing = routing.scaled(scale)
         batch, hidden = pad_states([query.state for query in queries], self.decoder.pad_id)
+        is_from_last = self.config.bias_rows == "last"
+        attachment.route(routing.scaled(scale), batch.last if is_from_last else None)
         logits = entry(batch.to(device), hidden)
         texts = [query.text for query in queries]
         is_finite = logits.isfinite().all(-1)

@@ -178,8 +178,9 @@ def _figures(
     What is not finite has zeros.
     """
     features = torch.stack([query.features for query in queries])
-    attachment.routing = router(features.to(decoder.device)).scaled(config.final_alpha_scale)
+    routing = router(features.to(decoder.device)).scaled(config.final_alpha_scale)
     batch, hidden = pad_states([query.state for query in queries], decoder.pad_id)
+    attachment.route(routing, batch.last if config.bias_rows == "last" else None)
     logits = entry(batch.to(decoder.device), hidden).cpu()
     texts = [query.text for query in queries]
     finite = finite_rows(logits.isfinite().all(-1), texts, "logits", config.skip_nan)

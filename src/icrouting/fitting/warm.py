@@ -30,7 +30,11 @@ SHAPING = (
     "n_prompts",
     "demos_per_class",
     "queries_per_context",
+    "demo_selection",
+    "extract_from",
+    "pooling",
     "encoder",
+    "bias_rows",
     "hidden_width",
     "final_alpha_scale",
 )

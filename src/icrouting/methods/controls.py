@@ -11,7 +11,6 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from icrouting.config import DEFAULT_ENCODER, EARLIER, Basis, FitConfig
-from icrouting.decoder.families import device_of
 from icrouting.fitting import stages
 from icrouting.icr import InContextRouter
 from icrouting.methods.base import Context, Method
@@ -82,6 +81,9 @@ class Refit(Method):
                 weights.append(parameter.cpu())
         self.weights = parameters_to_vector(weights)
         self.n_trained = sum(parameter.numel() for parameter in router.parameters())
+        # What a fit trains by its own settings is no part of the router any more.
+        if self.config.basis == "learned":
+            self.n_trained += pids.query_pids.numel() + pids.key_pids.numel()
         self.n_labelled = most_labelled(self.sources, self.config)
 
     @usual_defaults()
@@ -106,7 +108,8 @@ class Refit(Method):
         one = torch.ones(len(layers), rank)
         pids = PIDs(layers, self.query_directions, self.key_directions, one, one, one, one, "pca")
         scale = self.config.final_alpha_scale
-        return rerouted(Reader(self.decoder, features, router, layers[0], scale), pids)
+        reader = Reader(self.decoder, features, router, layers[0], scale)
+        return rerouted(reader, pids, self.config.bias_rows)
 
     def depends_on(self) -> str:
         """Returns the configuration and the fingerprint of what the router reads.
@@ -149,10 +152,7 @@ class _TrainedDirections(Router):
 
     def adopt(self, pids: PIDs) -> PIDs:
         """Returns the directions as parameters of the router, which start at the PIDs."""
-        device = device_of(self)
-        self.query_pids = nn.Parameter(pids.query_pids.to(device))
-        self.key_pids = nn.Parameter(pids.key_pids.to(device))
-        return replace(pids, query_pids=self.query_pids, key_pids=self.key_pids)
+        return self.learn_directions(pids)
 
 
 class LearnedDirections(RandomBasis):

@@ -60,7 +60,7 @@ class Icr(Method):
         n_queries = sum(n for _, n in counts)
         n_contexts = 0
         # A context that several prompts share is run by itself.
-        if config.queries_per_context > 1:
+        if config.queries_per_context > 1 and config.shown_per_class:
             n_contexts = sum(math.ceil(n / config.queries_per_context) for n in n_prompts)
         n_labelled = description.n_judged
         for (_, n), n_rows in zip(counts, tasks.values(), strict=True):
@@ -70,11 +70,15 @@ class Icr(Method):
             n_labelled = most_labelled(sources, config)
         # Rows that training read, repeats too.
         n_steps = n_read(n_queries, description.n_judged, config)
+        n_trained = sum(weights.numel() for weights in self._router.router.parameters())
+        pids = self._router.pids
+        if config.basis == "learned":
+            n_trained += pids.query_pids.numel() + pids.key_pids.numel()
         return {
             "method": Icr.name,
             "fits": 1,
             "labelled": n_labelled,
-            "trained": sum(weights.numel() for weights in self._router.router.parameters()),
+            "trained": n_trained,
             "forwards": sum(n_prompts) + n_contexts + n_queries + n_steps,
             "backwards": n_steps,
             "seconds": None,
@@ -83,8 +87,12 @@ class Icr(Method):
     def _reader(self, gate: Gate | None = None) -> Reader:
         """What reads prompts; a decoder is held against the router once, not at every entry."""
         if self._checked is None or self._checked[0] is not self.decoder:
-            self._checked = self.decoder, self._router.reader(self.decoder, gate=gate)
+            self._checked = self.decoder, self._read_by(gate)
         return self._checked[1]
+
+    def _read_by(self, gate: Gate | None) -> Reader:
+        """Returns the router's reader, which a control has another one of."""
+        return self._router.reader(self.decoder, gate=gate)
 
     def n_cached(self, task: Task) -> int:
         """Returns the size of the PIDs; the paper counts neither router nor sentence encoder."""
@@ -97,7 +105,7 @@ def most_labelled(tasks: Sequence[Task], config: FitConfig) -> int:
 
     A bound, since demonstrations are drawn anew for each prompt.
     """
-    demos_per_class = config.n_prompts * config.demos_per_class
+    demos_per_class = config.n_prompts * config.shown_per_class
     most = sum(n_judged(tasks, config).values())
     for task in tasks:
         rows = rows_to_learn_from(task, tasks, config)

@@ -31,6 +31,7 @@ from icrouting.methods.residual_probe import ProbeResidual
 from icrouting.methods.ridge_vectors import RidgeVectors
 from icrouting.methods.settings import Settings
 from icrouting.methods.soft_prompts import PrefixTuning, PromptTuning
+from icrouting.methods.spread import SpreadAlpha, SpreadGates
 from icrouting.methods.task_vectors import TaskVectors
 from icrouting.runtime.checks import known
 
@@ -38,6 +39,7 @@ PLAIN: tuple[type[Method], ...] = (
     *(ZeroShot, FewShot, MultiTaskFewShot),
     *(Calibration, DomainCalibration),
     *(Icr, IcrGated),
+    *(SpreadAlpha, SpreadGates),
 )
 LEARNING: tuple[type[Method], ...] = (
     *(TaskVectors, RidgeVectors, FunctionVectors, ICV, Elicit, IterativeVectors),

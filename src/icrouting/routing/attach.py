@@ -56,7 +56,8 @@ def _attention_function(original: str) -> Callable:
         # Where there is a cache, it has widened them.
         if key.shape[-1] == width:
             key, value = layer.widen_cached(key, value)
-        query = layer.widen_queries(query, weights)
+        first_biased = layer.attachment.current.first_biased(query.shape[0])
+        query = layer.widen_queries(query, weights, first_biased)
         output, attn_weights = kernel(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

@@ -96,9 +96,18 @@ class RoutedLayer(Uncopied):
         z_key = self.key_directions.project(self.states.take("key"))
         return widen_key(key, z_key), widen_value(value, self.rank)
 
-    def widen_queries(self, query: Tensor, weights: Tensor) -> Tensor:
-        """Returns queries of the current tokens, widened; `weights` have a row for each row."""
+    def widen_queries(
+        self, query: Tensor, weights: Tensor, first_biased: Tensor | None = None
+    ) -> Tensor:
+        """Returns queries of the current tokens, widened; `weights` have a row for each row.
+
+        From `first_biased` on, [batch], a row's tokens get the bias; None is from the first on.
+        """
         z_query = self.query_directions.project(self.states.take("query"))
+        if first_biased is not None:
+            columns = torch.arange(z_query.shape[1], device=z_query.device)
+            is_biased = columns >= first_biased.to(z_query.device)[:, None]
+            z_query = z_query * is_biased[..., None]
         return widen_query(query, z_query, weights)
 
     def swap_cache(
@@ -145,6 +154,9 @@ class RoutedPass:
 
     Attributes:
         routing: one row per query; None makes the first routed layer an error.
+        ends: of each query, the column of its prompt's last token, from which on the bias is added;
+            None adds it to all.
+        n_seen: columns that are in the cache before this pass.
         repeated: by the number of rows, the routing with a row for each; None where it adds
             nothing.
         weights: those of the layers that ran, by their place among the routed ones and the number
@@ -153,6 +165,8 @@ class RoutedPass:
     """
 
     routing: Routing | None = None
+    ends: Tensor | None = None
+    n_seen: int = 0
     repeated: dict[int, Routing | None] = field(default_factory=dict)
     weights: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
@@ -169,6 +183,19 @@ class RoutedPass:
         if n_rows not in self.repeated:
             self.repeated[n_rows] = routing.repeated(n_rows) if _adds(routing) else None
         return self.repeated[n_rows]
+
+    def first_biased(self, n_rows: int) -> Tensor | None:
+        """Returns the first column of each row of this pass that gets the bias, [n_rows].
+
+        None where all columns do, as in every step behind the prompt.
+        """
+        if self.ends is None:
+            return None
+        first = (self.ends - self.n_seen).clamp_min(0)
+        if not first.any():
+            return None
+        # As the routing is repeated: those of a query stand side by side.
+        return first.repeat_interleave(n_rows // len(first))
 
 
 class Attachment:
@@ -198,6 +225,10 @@ class Attachment:
     @routing.setter
     def routing(self, routing: Routing | None) -> None:
         self.current = RoutedPass(routing)
+
+    def route(self, routing: Routing, ends: Tensor | None) -> None:
+        """Sets `routing`, and the columns of the prompts' last tokens (`RoutedPass.ends`)."""
+        self.current = RoutedPass(routing, ends)
 
     @contextmanager
     def running(self, routed_pass: RoutedPass) -> Iterator[None]:

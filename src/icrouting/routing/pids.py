@@ -19,7 +19,9 @@ from icrouting.runtime.showing import ranges
 
 @dataclass(frozen=True, eq=False)
 class PIDs:
-    """Directions of queries and keys, one pair of bases with orthonormal columns per routed layer.
+    """Directions of queries and keys, one pair of bases per routed layer.
+
+    Their columns are orthonormal, but where the basis says otherwise.
 
     Attributes:
         layers: the routed layers.
@@ -30,8 +32,10 @@ class PIDs:
         query_explained: share of the queries' variance along each direction.
         key_explained: that of the keys'.
         basis: "pca" (the paper's), "whitened" (each PID divided by its standard deviation where it
-            is used; Differs: lets the learning rate be ten times higher) or "random" (an
-            orthonormal control).
+            is used; Differs: lets the learning rate be ten times higher), "random" (an orthonormal
+            control), "gaussian" (its columns before they were made orthonormal, divided by the root
+            of their width) or "learned" (trained beside the router, orthonormal no more; deviations
+            and shares are those of the PCA that it began from).
     """
 
     layers: tuple[int, ...]

@@ -12,7 +12,7 @@ from icrouting.decoder.families import device_of
 from icrouting.decoder.partial import entering_states
 from icrouting.routing.features import Features
 from icrouting.routing.gate import Decisions
-from icrouting.routing.router import Router, Routing
+from icrouting.routing.router import Router, Routing, Spread
 from icrouting.routing.sources import FormWatch
 from icrouting.runtime.defaults import usual_defaults
 
@@ -31,6 +31,7 @@ class Reader:
         scale: factor on the routing vector.
         gate: gives each prompt a further factor, from the states that enter the first routed layer;
             None is 1.
+        spread: whose magnitude is spread evenly, as a control; None leaves the routing as it is.
         forms: looks at the form of prompts; None does not.
         decisions: notes what the gate says, for who asks.
     """
@@ -41,6 +42,7 @@ class Reader:
     first_layer: int
     scale: float
     gate: Gate | None = None
+    spread: Spread | None = None
     forms: FormWatch | None = None
     decisions: Decisions = field(default_factory=Decisions)
 
@@ -62,7 +64,11 @@ class Reader:
         device = device_of(self.router)
         # The router is small, and trained in float32.
         with torch.autocast(device.type, enabled=False):
-            routing = self.router(features.to(device)).scaled(self.scale)
+            routing = self.router(features.to(device))
+        # Before it is scaled, as a negative strength is to keep its sign.
+        if self.spread is not None:
+            routing = routing.spread(self.spread)
+        routing = routing.scaled(self.scale)
         if self.gate is not None:
             factors = self._factors(self.gate, routing, states)
             self.decisions.note([token_lists[row] for row in read_rows], factors)

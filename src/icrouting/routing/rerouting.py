@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache
 
+from icrouting.config import BiasRows
 from icrouting.decoder.calls import Call, Generation, PromptTokens
 from icrouting.decoder.families import CACHE, attention_of
 from icrouting.decoder.guards import Hook, Uncopied, lock_of
@@ -28,6 +29,19 @@ def _no_cache() -> None:
     """What stands for a forward without a cache."""
 
 
+@dataclass(frozen=True, eq=False)
+class _PromptRouting:
+    """The routing of prompts.
+
+    Attributes:
+        routing: one row per prompt.
+        ends: the columns of the prompts' last tokens; None where the bias is added to all.
+    """
+
+    routing: Routing
+    ends: Tensor | None
+
+
 class _Rerouter(Uncopied):
     """Gives every forward pass the routing of its prompt.
 
@@ -36,24 +50,31 @@ class _Rerouter(Uncopied):
     holds for every later step with that cache. Inside `generate` the routing of the prompt holds
     for every forward, whatever else runs meanwhile, and however the prompt is cut or speculated on.
 
+    With `bias_rows` "last" the bias is added from the last token of that prompt on.
+
     Attributes:
         last: the tokens of the prompts that were routed last.
     """
 
     def __init__(
-        self, reader: Reader, attachment: Attachment, take_up_checkpointing: Callable[[], None]
+        self,
+        reader: Reader,
+        attachment: Attachment,
+        take_up_checkpointing: Callable[[], None],
+        bias_rows: BiasRows,
     ):
         self.last: list[list[int]] = []
         self._reader = reader
+        self._bias_rows = bias_rows
         self._attachment = attachment
         self._take_up_checkpointing = take_up_checkpointing
-        self._routing_by_cache: weakref.WeakKeyDictionary[Cache, Routing]
+        self._routing_by_cache: weakref.WeakKeyDictionary[Cache, _PromptRouting]
         self._routing_by_cache = weakref.WeakKeyDictionary()
         # The outermost `generate` that runs, the prompt to route it by, and its routing once that
         # is read.
         self._generation: Generation | None = None
         self._prompts: PromptTokens | None = None
-        self._held: Routing | None = None
+        self._held: _PromptRouting | None = None
         self._forward: _Forward | None = None
         self._is_reading = False
 
@@ -82,6 +103,8 @@ class _Rerouter(Uncopied):
         """Finds the routing of a forward, or leaves it to the first routed layer to read it."""
         if call.outermost is not self._generation:
             self._follow(call.outermost)
+        if self._bias_rows == "last":
+            forward.routed_pass.n_seen = call.n_seen
         if self._held is not None:
             self._use(self._held, forward)
         elif self._prompts is None and call.n_seen > 0:
@@ -101,7 +124,7 @@ class _Rerouter(Uncopied):
         else:
             self._prompts = generation.prompts()
 
-    def _routing_of(self, forward: "_Forward") -> Routing:
+    def _routing_of(self, forward: "_Forward") -> _PromptRouting:
         """Returns the routing of the cache that a forward goes on from."""
         cache = forward.cache()
         routing = None if cache is None else self._routing_by_cache.get(cache)
@@ -132,7 +155,8 @@ class _Rerouter(Uncopied):
         self._is_reading = True
         try:
             self.last[:] = prompts.token_lists()
-            self._use(self._reader.of_tokens(self.last), forward)
+            routing = self._reader.of_tokens(self.last)
+            self._use(self._of_prompts(routing, prompts), forward)
         finally:
             self._is_reading = False
 
@@ -145,12 +169,18 @@ class _Rerouter(Uncopied):
         prompts = forward.pending
         hidden = entering_of(args, kwargs)[:, : prompts.q_len]
         self.last[:] = prompts.token_lists()
-        self._use(self._reader.of_states(self.last, prompts.real(hidden)), forward)
+        routing = self._reader.of_states(self.last, prompts.real(hidden))
+        self._use(self._of_prompts(routing, prompts), forward)
 
-    def _use(self, routing: Routing, forward: "_Forward") -> None:
+    def _of_prompts(self, routing: Routing, prompts: PromptTokens) -> _PromptRouting:
+        """Returns a routing with what is to be known of the prompts that it was read from."""
+        return _PromptRouting(routing, prompts.ends() if self._bias_rows == "last" else None)
+
+    def _use(self, routing: _PromptRouting, forward: "_Forward") -> None:
         """Routes a forward, and all that go on from its prompt."""
         forward.pending = None
-        forward.routed_pass.routing = routing
+        forward.routed_pass.routing = routing.routing
+        forward.routed_pass.ends = routing.ends
         if self._prompts is not None:
             self._held = routing
         cache = forward.cache()
@@ -163,7 +193,8 @@ class _Rerouter(Uncopied):
         cache = output.get(CACHE) if isinstance(output, dict) else None
         routing = forward.routed_pass.routing
         if isinstance(cache, Cache) and routing is not None:
-            self._routing_by_cache.setdefault(cache, routing)
+            prompt_routing = _PromptRouting(routing, forward.routed_pass.ends)
+            self._routing_by_cache.setdefault(cache, prompt_routing)
 
 
 class _Forward:
@@ -196,8 +227,14 @@ class Rerouted:
 
 
 @contextmanager
-def rerouted(reader: Reader, pids: PIDs) -> Iterator[Rerouted]:
-    """Inside, plain calls of the reader's model are routed; on leaving, it is as it was found."""
+def rerouted(reader: Reader, pids: PIDs, bias_rows: BiasRows = "all") -> Iterator[Rerouted]:
+    """Inside, plain calls of the reader's model are routed; on leaving, it is as it was found.
+
+    Args:
+        reader: reads prompts.
+        pids: the directions.
+        bias_rows: which rows of attention logits get the bias (`FitConfig.bias_rows`).
+    """
     decoder = reader.decoder
     # Here too, so that nobody waits for a call to end and is refused then.
     check_alone(decoder.base, "icr")
@@ -205,7 +242,7 @@ def rerouted(reader: Reader, pids: PIDs) -> Iterator[Rerouted]:
         # Not between two hooks does another thread's call get its turn.
         with lock_of(decoder.base):
             attachment = leaving.enter_context(attach(decoder.model, pids))
-            rerouter = _enter(leaving, reader, attachment, pids)
+            rerouter = _enter(leaving, reader, attachment, pids, bias_rows)
         try:
             yield Rerouted(attachment.hold, rerouter.last)
         finally:
@@ -213,13 +250,15 @@ def rerouted(reader: Reader, pids: PIDs) -> Iterator[Rerouted]:
                 leaving.close()
 
 
-def _enter(leaving: ExitStack, reader: Reader, attachment: Attachment, pids: PIDs) -> _Rerouter:
+def _enter(
+    leaving: ExitStack, reader: Reader, attachment: Attachment, pids: PIDs, bias_rows: BiasRows
+) -> _Rerouter:
     """Puts what reroutes an attached model on it, to be taken away on leaving."""
     decoder = reader.decoder
     hold = attachment.hold
     modules = [decoder.stack, *decoder.layers]
     take_up = leaving.enter_context(checkpointing_followed(modules, attachment))
-    rerouter = _Rerouter(reader, attachment, take_up)
+    rerouter = _Rerouter(reader, attachment, take_up, bias_rows)
     # The stack is watched, since it may be called by itself.
     leaving.enter_context(tracked(decoder.stack, decoder.model, rerouter.around, hold))
     first_layer = decoder.layers[reader.first_layer]

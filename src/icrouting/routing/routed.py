@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from icrouting.config import BiasRows
 from icrouting.decoder.batches import tokenize
 from icrouting.decoder.hold import Hold
 from icrouting.decoder.scoring import score
@@ -62,6 +63,7 @@ class Routed:
         made_of: what gives the scores: the router, its strength and its gate.
         calibrations: the priors that came with the router, by which `predict` calibrates what the
             gate leaves alone.
+        bias_rows: which rows of attention logits get the bias (`FitConfig.bias_rows`).
     """
 
     reader: Reader
@@ -72,11 +74,16 @@ class Routed:
     sources: tuple[Source, ...] = ()
     made_of: str = ""
     calibrations: tuple[TaskCalibration, ...] = ()
+    bias_rows: BiasRows = "all"
 
     def __repr__(self) -> str:
         name = self.reader.decoder.model.config.name_or_path
         layers = ranges(self.layers)
-        return f"Routed({name!r}, layers {layers}, strength {self.strength:g})"
+        spread = self.reader.spread
+        ending = "" if spread is None else f", {spread} spread evenly"
+        if self.bias_rows == "last":
+            ending += ", bias from the last prompt row on"
+        return f"Routed({name!r}, layers {layers}, strength {self.strength:g}{ending})"
 
     def score(
         self,

@@ -7,14 +7,25 @@ g_alpha and g_gamma are two-layer perceptrons. The last layer of g_alpha starts 
 untrained router leaves the model unchanged.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from icrouting.decoder.families import device_of
 from icrouting.routing.pids import PIDs
 from icrouting.runtime.equality import are_equal
+
+# What of a routing is spread evenly, as a control.
+Spread = Literal["alpha", "gates"]
+
+
+def check_spread(value: object) -> None:
+    """ValueError for what cannot be spread; None spreads nothing."""
+    if value not in (None, *get_args(Spread)):
+        raise ValueError(f"spread must be 'alpha', 'gates' or None, got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +49,19 @@ class Routing:
     def scaled(self, strength: float | Tensor) -> "Routing":
         """The same routing with alpha multiplied by `strength`."""
         return Routing(self.routing_vector * strength, self.head_gates)
+
+    def spread(self, what: Spread) -> "Routing":
+        """The same routing with its magnitude spread evenly (the paper's uniform ablations).
+
+        In each layer of each query every direction gets the mean |alpha| of all, or every head the
+        mean gate of all. The paper does not define the magnitude: this is that of its sparsity
+        terms, |.|_1, so alpha loses its signs.
+        """
+        if what == "alpha":
+            mean_alpha = self.routing_vector.abs().mean(-1, keepdim=True)
+            return Routing(mean_alpha.expand_as(self.routing_vector), self.head_gates)
+        mean_gate = self.head_gates.mean(-1, keepdim=True)
+        return Routing(self.routing_vector, mean_gate.expand_as(self.head_gates))
 
     def repeated(self, n_rows: int) -> "Routing":
         """The same routing for rows that are a multiple of the queries.
@@ -125,6 +149,21 @@ class Router(nn.Module):
         itself.
         """
         return pids
+
+    def learn_directions(self, pids: PIDs) -> PIDs:
+        """Returns the directions as parameters of this router, which start where they are."""
+        device = device_of(self)
+        # Clones, since training moves them in place, and other trainings start from these too.
+        self.query_pids = nn.Parameter(pids.query_pids.detach().clone().to(device))
+        self.key_pids = nn.Parameter(pids.key_pids.detach().clone().to(device))
+        return replace(pids, query_pids=self.query_pids, key_pids=self.key_pids)
+
+    def leave_directions(self, pids: PIDs) -> PIDs:
+        """Returns learned directions as they are by now, no longer this router's."""
+        query_pids = self.query_pids.detach().cpu()
+        key_pids = self.key_pids.detach().cpu()
+        del self.query_pids, self.key_pids
+        return replace(pids, query_pids=query_pids, key_pids=key_pids)
 
     def forward(self, features: Float[Tensor, "batch n_features"]) -> Routing:
         """Returns the routing of a batch of queries, in float32."""

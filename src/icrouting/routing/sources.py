@@ -196,7 +196,7 @@ def sources_of(
             example=prompts[shortest],
             n_lines=line_counts.pop() if len(line_counts) == 1 else None,
             n_prompts=min(fit.n_prompts, len(task.train)),
-            n_demos=int(np.minimum(class_sizes, fit.demos_per_class).sum()),
+            n_demos=int(np.minimum(class_sizes, fit.shown_per_class).sum()),
             n_queries=n_learned[task.name],
             chat=task.spec.chat,
             system=task.spec.system,

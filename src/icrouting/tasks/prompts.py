@@ -128,10 +128,18 @@ def extraction_prompts(
     Every query has demonstrations of its own. Differs: with `per_context` above 1, that many share
     theirs.
     """
-    queries = rng.permutation(len(task.train))[:n_prompts].tolist()
-    for start in range(0, len(queries), per_context):
+    for sharing, demos in shared_episodes(task, n_prompts, per_class, rng, per_context):
+        for place in sharing:
+            yield few_shot(task, task.train[place], [(task, demo) for demo in demos])
+
+
+def shared_episodes(
+    task: Task, n_queries: int, per_class: int, rng: np.random.Generator, per_context: int
+) -> Iterator[tuple[list[int], list[Example]]]:
+    """Yields the places of training queries, with the balanced demonstrations that they share."""
+    places = rng.permutation(len(task.train))[:n_queries].tolist()
+    for start in range(0, len(places), per_context):
         # None of those that share a context may stand in it with its answer.
-        sharing = queries[start : start + per_context]
+        sharing = places[start : start + per_context]
         demos = balanced_demos(task, per_class, rng, exclude=sharing)
-        for index in sharing:
-            yield few_shot(task, task.train[index], [(task, demo) for demo in demos])
+        yield sharing, demos
