@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,7 @@ Calibration = Literal["batch", "batch-probability", "guarded"]
 BACKBONE = Backbone()
 FITTING = FitConfig()
 EVALUATION = EvalConfig()
+Routers = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]FOLDER ...")]
 Fields = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=TEXT ...")]
 
 
@@ -109,6 +111,7 @@ def fit(
 
 def evaluate(
     out: Path,
+    router: Routers = (),
     calibrate: Calibration | None = None,
     config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION,
 ) -> None:
@@ -132,14 +135,16 @@ def evaluate(
 
     Args:
         out: The run's folder.
+        router: Folder or hub id of a fitted router, for "icr" and the methods that build on it; its
+            controls are fitted as it was. NAME=FOLDER is a column NAME beside it; several may be
+            given, of one base model (--router small=router-4 large=router-12).
         calibrate: A second table, of what methods add to batch calibration: see icr report.
         config: What to evaluate, below.
     """
     from icrouting.cli import reading
 
     reading.check_out(out)
-    if config.settings.router is not None:
-        reading.check_router(config.settings.router)
+    config = reading.with_routers(config, router)
     names = (*config.tasks, *(config.sources or ()))
     loaded = reading.read_first(names, config.data, chat=config.chat)
     tasks = dict(zip(dict.fromkeys(names), loaded, strict=True))
@@ -164,6 +169,7 @@ def compare(
     minutes: float = 10.0,
     methods: Names = (),
     seed: int = 0,
+    router: str | None = None,
     settings: Annotated[Settings, tyro.conf.arg(name="")] = COMPARED,
 ) -> None:
     r"""Say which method to use on your own labelled rows, at what cost, and save it.
@@ -196,7 +202,8 @@ def compare(
             named. The same command, started again, has as many minutes again.
         methods: What to compare instead of the list above; zero-shot is always among it.
         seed: Draws the held-back rows, demonstrations and fits.
-        settings: The methods' settings below; --router is none, since one is fitted here.
+        router: None is to be given, since one is fitted here.
+        settings: The methods' settings below.
     """
     from icrouting.cli import reading
 
@@ -222,7 +229,7 @@ def compare(
         model,
         minutes=minutes,
         methods=methods,
-        settings=settings,
+        settings=replace(settings, router=router),
         seed=seed,
         data=str(task or data),
     )
