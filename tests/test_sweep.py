@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from children import finish, start
 from commands import on
 from icrouting.cli import main
 from icrouting.cli import sweep as room
@@ -233,3 +234,31 @@ def test_a_value_that_a_fit_refuses_is_told_for_the_whole_grid_before_anything_r
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert why in line
     assert not (tmp_path / "out").exists()
+
+
+def test_seeds_fit_each_setting_anew_and_are_one_row(world, encoder_folder, tmp_path):
+    out = tmp_path / "out"
+    sweep(world, encoder_folder, out, "rank=2", "--seeds", "0", "1")
+    assert {folder.name for folder in (out / "fits").iterdir()} == {
+        "rank=2 seed=0",
+        "rank=2 seed=1",
+    }
+    content = json.loads((out / "sweep.json").read_text())
+    (line, _) = [line for line in content["lines"] if line["group"] == "source"]
+    assert line["name"] == "rank=2"
+    first, second = (logits_of(out / "run", f"rank=2 seed={seed}") for seed in (0, 1))
+    assert first != second
+
+
+@pytest.mark.processes
+def test_processes_share_a_sweep(swept, world, encoder_folder, tmp_path):
+    where = [*on(world), "--encoder", str(encoder_folder), "--out", str(tmp_path / "out")]
+    how = [*FIT.split(), "--sources", "sst2", "--tasks", "sst2", "mr", "--n-test", "7"]
+    assert finish(start(2, "sweep", "rank=2,3", *where, *how)) == [0, 0]
+    both = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert {(line["name"], line["group"]) for line in both["lines"]} == {
+        (line["name"], line["group"])
+        for line in json.loads((swept / "sweep.json").read_text())["lines"]
+    }
+    shared, alone = answers_of(tmp_path / "out" / "run"), answers_of(swept / "run")
+    assert sorted(key for key, _ in shared) == sorted(key for key, _ in alone)

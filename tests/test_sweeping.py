@@ -293,3 +293,51 @@ def test_the_picture_is_the_same_for_the_same_figures_and_names_every_row(made):
     svg = picture.picture(table_of(made))
     assert svg == picture.picture(table_of(made))
     xml.etree.ElementTree.fromstring(svg)
+
+
+def test_seeds_fit_every_setting_as_often_and_are_pooled(made):
+    swept = grid("rank=4,8", seeds=(0, 7))
+    assert names(swept) == ["rank=4", "rank=8"]
+    assert list(swept.fits) == ["rank=4 seed=0", "rank=4 seed=7", "rank=8 seed=0", "rank=8 seed=7"]
+    assert swept.fits["rank=8 seed=7"].fit == FitConfig(seed=7)
+    assert swept.reference_fit.name == "rank=8 seed=0"
+    with pytest.raises(ValueError, match="seed is an axis"):
+        grid("seed=1,2", seeds=(0,))
+
+
+def test_a_pooled_lead_pairs_fits_of_one_seed(made):
+    run, _ = made
+    draw = random.Random(3)
+    fits = {
+        f"rank={rank} seed={seed}": (f"rank={rank}", seed) for rank in (4, 8) for seed in (0, 7)
+    }
+    run_records = []
+    right = {}
+    for name, (setting, fit_seed) in fits.items():
+        for index in range(19):
+            right[setting, fit_seed, index] = draw.randrange(2)
+            for seed in (0, 7):
+                prediction = 1 - right[setting, fit_seed, index]
+                record = Record(name, "a", seed, index, 0, prediction, (0.0,) * 3, 5, 0.1)
+                run_records.append(record)
+    table = Table.of(run, run_records, ["rank=4", "rank=8"], "rank=8", fits)
+    line = table.line("rank=4", "source")
+    by_seed = {
+        seed: sum(right["rank=4", seed, i] - right["rank=8", seed, i] for i in range(19)) / 19
+        for seed in (0, 7)
+    }
+    assert line.lead_by_seed == pytest.approx(by_seed)
+    assert line.lead.value == pytest.approx(sum(by_seed.values()) / 2)
+    assert line.lead.n == 1
+    assert "by seed" in table.markdown()
+
+
+def test_where_nothing_is_ahead_of_the_reference_it_is_highest(made):
+    run, _ = made
+    run_records = [
+        Record(name, "a", 0, index, 0, index % 2, (0.0,) * 3, 5, 0.1)
+        for name in SETTINGS
+        for index in range(20)
+    ]
+    conclusion = Table.of(run, run_records, SETTINGS, "rank=8").conclusion()
+    assert "the reference rank=8 is highest" in conclusion

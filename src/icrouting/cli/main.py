@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 import icrouting
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
-from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names, Seeds
+from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
 from icrouting.methods.settings import COMPARED, Settings
 from icrouting.sweeping.presets import PRESETS
 from icrouting.tasks.task import LabelScoring, Task
@@ -173,7 +173,7 @@ def sweep(
     tasks: Names = HUB_TASKS,
     methods: Names = ("zero-shot",),
     n_test: PositiveInt = 500,
-    seeds: Seeds = [0],  # noqa: B006
+    seeds: tuple[NonNegativeInt, ...] = (),
     chat: bool = False,
     token_budget: PositiveInt | None = None,
     stages: Path | None = None,
@@ -213,7 +213,8 @@ def sweep(
         methods: What is asked beside the settings. Those that build on ICR take the reference's
             router.
         n_test: Test items per task (all, where a task has fewer).
-        seeds: Each draws the demonstrations and fits of methods anew; settings draw by --seed.
+        seeds: Fit every setting, and draw for the methods beside, anew for each of these; the table
+            pools them. By default once, settings by --seed.
         chat: Ask every task in the model's own chat template.
         token_budget: Padded tokens of a forward pass. None takes what each kind of pass takes.
         stages: Folder for what fits share in place of OUT/stages, for further fits to share too.
@@ -228,7 +229,7 @@ def sweep(
 
     reading.check_out(out)
     base = SweepBase(config, tuple(dict.fromkeys(sources)))
-    asked = Asked.of(axes, preset, base, one_by_one=one_by_one, reference=reference)
+    asked = Asked.of(axes, preset, base, one_by_one=one_by_one, reference=reference, seeds=seeds)
     names = (*tasks, *sources)
     loaded = reading.read_first(names, data, chat=chat)
     task_by_name = dict(zip(dict.fromkeys(names), loaded, strict=True))
@@ -241,7 +242,7 @@ def sweep(
         methods=tuple(dict.fromkeys((*methods, *asked.methods))),
         chat=chat,
         n_test=n_test,
-        seeds=seeds,
+        seeds=list(seeds) or [0],
         skip_nan=config.skip_nan,
         token_budget=token_budget,
         model=model,

@@ -127,12 +127,13 @@ def _run(folder: SweepFolder, evaluation: EvalConfig, grid: Grid) -> EvalConfig:
     """Returns the run's settings, in which each setting of the grid is a column."""
     entrants = []
     sources: dict[str, None] = {}
-    for setting in grid.settings:
-        entrants.append(setting.entrant(str(folder.router(setting.fit_name))))
-        sources |= dict.fromkeys(setting.sources)
+    for column in grid.columns:
+        fitted = column.fitted
+        entrants.append(fitted.entrant(str(folder.router(fitted.fit_name))))
+        sources |= dict.fromkeys(fitted.sources)
     settings = evaluation.settings
     if any(name.startswith("icr") for name in evaluation.methods):
-        router = str(folder.router(grid.reference.fit_name))
+        router = str(folder.router(grid.reference_fit.fit_name))
         settings = replace(settings, router=router)
     return replace(evaluation, entrants=tuple(entrants), sources=tuple(sources), settings=settings)
 
@@ -157,7 +158,12 @@ def _finish(folder: SweepFolder, asked: Asked, grid: Grid) -> None:
     run_folder = RunFolder(folder.run)
     run = read_run(run_folder)
     names = [setting.name for setting in grid.settings]
-    table = Table.of(run, records.read(run_folder.records), names, grid.reference.name)
+    fits = {}
+    for column in grid.columns:
+        if column.seed is not None:
+            fits[column.fitted.name] = (column.setting, column.seed)
+    run_records = records.read(run_folder.records)
+    table = Table.of(run, run_records, names, grid.reference.name, fits or None)
     origin = {"command": command(), "commit": commit(), "model": run.model, "dtype": run.dtype}
     content = {
         **origin,
@@ -165,6 +171,7 @@ def _finish(folder: SweepFolder, asked: Asked, grid: Grid) -> None:
         "one_by_one": asked.one_by_one,
         "reference": table.reference,
         "settings": {setting.name: dict(setting.values) for setting in grid.settings},
+        "seeds": list(grid.seeds),
         "groups": {name: list(tasks) for name, tasks in table.groups.items()},
         "n_test": run.n_test,
         "notes": run.notes,

@@ -20,6 +20,7 @@ class Asked:
             one that is as the base, else the first.
         found: what the paper found, in a sentence; empty where nobody says.
         methods: asked beside the settings, for a preset.
+        seeds: for each of which every setting is fitted; none is once.
     """
 
     axes: tuple[Axis, ...]
@@ -28,6 +29,7 @@ class Asked:
     reference: str | None
     found: str = ""
     methods: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -38,6 +40,7 @@ class Asked:
         *,
         one_by_one: bool = False,
         reference: str | None = None,
+        seeds: Sequence[int] = (),
     ) -> "Asked":
         """Returns what axes or a preset ask for.
 
@@ -47,6 +50,7 @@ class Asked:
             base: what is not varied.
             one_by_one: see `Grid.of`.
             reference: see `Grid.of`.
+            seeds: see `Grid.of`.
 
         Raises:
             ValueError: an unknown axis or preset (near matches are named), both or neither of
@@ -71,6 +75,7 @@ class Asked:
                 f"{known_preset.found} ({known_preset.section})",
                 known_preset.methods,
             )
+        asked = replace(asked, seeds=tuple(seeds))
         # A value that no fit takes is refused at once, whatever model it is.
         asked.grid(None)
         return asked
@@ -78,4 +83,6 @@ class Asked:
     def grid(self, n_layers: int | None) -> Grid:
         """Returns all settings on a model of this depth; None tells what is known without it."""
         base = replace(self.base, n_layers=n_layers)
-        return Grid.of(self.axes, base, one_by_one=self.one_by_one, reference=self.reference)
+        return Grid.of(
+            self.axes, base, one_by_one=self.one_by_one, reference=self.reference, seeds=self.seeds
+        )

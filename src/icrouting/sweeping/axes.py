@@ -116,6 +116,11 @@ class Setting:
         """The name of its fit, which settings that differ in how it is attached share."""
         return named({name: value for name, value in self.values.items() if name not in ATTACHED})
 
+    def seeded(self, seed: int) -> "Setting":
+        """Returns the setting with its fit drawn by another seed, which its name says."""
+        values = {**self.values, "seed": str(seed)}
+        return replace(self, values=values, fit=replace(self.fit, seed=seed))
+
     def entrant(self, folder: str) -> Entrant:
         """Returns the setting as a column of a run, with the folder of its router."""
         return Entrant(self.name, folder, **self.attached)

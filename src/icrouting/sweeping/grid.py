@@ -13,6 +13,21 @@ SINGLE = "single"
 
 
 @dataclass(frozen=True)
+class Column:
+    """One router of a sweep: a setting, and what it is fitted as.
+
+    Attributes:
+        setting: the name of the setting.
+        fitted: the setting, with the seed of its fit where there are several.
+        seed: that seed; None where each setting is fitted once.
+    """
+
+    setting: str
+    fitted: Setting
+    seed: int | None
+
+
+@dataclass(frozen=True)
 class Grid:
     """The settings of a sweep, in the order of its table.
 
@@ -20,15 +35,23 @@ class Grid:
         axes: what varies.
         settings: one for each combination of their values, or for each value alone.
         reference: the one that the others are held against.
+        seeds: each setting is fitted anew for each of them; none is once, by the fit's own.
     """
 
     axes: tuple[Axis, ...]
     settings: tuple[Setting, ...]
     reference: Setting
+    seeds: tuple[int, ...] = ()
 
     @classmethod
     def of(
-        cls, axes: Sequence[Axis], base: Base, *, one_by_one: bool = False, reference: str | None
+        cls,
+        axes: Sequence[Axis],
+        base: Base,
+        *,
+        one_by_one: bool = False,
+        reference: str | None,
+        seeds: Sequence[int] = (),
     ) -> "Grid":
         """Returns all settings of some axes.
 
@@ -39,6 +62,7 @@ class Grid:
                 with each value of the other axes.
             reference: such as "rank=8" or "rank=8 basis=pca"; None takes the setting that is as
                 the base, else the first one.
+            seeds: for each of which every setting is fitted.
 
         Raises:
             ValueError: a value does not fit its axis, two settings are the same, or no setting is
@@ -48,6 +72,8 @@ class Grid:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the axis {name} is given twice: list all of its values in one")
+        if seeds and "seed" in names:
+            raise ValueError("seed is an axis, and --seeds fits each setting anew: leave one out")
         whole_axes = tuple(_with_single_layers(axis, base) for axis in axes)
         settings = []
         for values in _combinations(whole_axes, one_by_one=one_by_one):
@@ -55,15 +81,32 @@ class Grid:
             if not (one_by_one and values and same_as_base(values, base)):
                 settings.append(Setting.of(values, base))
         _check_differ(settings)
-        return cls(whole_axes, tuple(settings), _reference(settings, base, reference))
+        chosen = _reference(settings, base, reference)
+        return cls(whole_axes, tuple(settings), chosen, tuple(dict.fromkeys(seeds)))
+
+    @property
+    def columns(self) -> list[Column]:
+        """What is evaluated: every setting, as often as it is fitted."""
+        columns = []
+        for setting in self.settings:
+            if not self.seeds:
+                columns.append(Column(setting.name, setting, None))
+            for seed in self.seeds:
+                columns.append(Column(setting.name, setting.seeded(seed), seed))
+        return columns
 
     @property
     def fits(self) -> dict[str, Setting]:
-        """The settings that need a fit of their own, by the name of the fit."""
+        """What needs a fit of its own, by the name of the fit."""
         fits: dict[str, Setting] = {}
-        for setting in self.settings:
-            fits.setdefault(setting.fit_name, setting)
+        for column in self.columns:
+            fits.setdefault(column.fitted.fit_name, column.fitted)
         return fits
+
+    @property
+    def reference_fit(self) -> Setting:
+        """The reference as it is fitted, for methods that build on one router."""
+        return self.reference.seeded(self.seeds[0]) if self.seeds else self.reference
 
 
 def _with_single_layers(axis: Axis, base: Base) -> Axis:

@@ -31,7 +31,7 @@ def picture(table: Table) -> str:
     _name_rows(accuracies, table)
     leads.axvline(0, color="black", linewidth=1, zorder=1)
     accuracies.set_xlabel("accuracy, %")
-    leads.set_xlabel("points above the reference")
+    leads.set_xlabel("points above the reference\n(filled: the interval is beside 0)")
     for axes in (accuracies, leads):
         axes.grid(True, axis="x")
     handles = []

@@ -1,7 +1,7 @@
 """Table: what a sweep's settings score, and how far each is from the reference, item by item."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan
 from typing import Any
 
@@ -38,6 +38,7 @@ class Line:
         accuracy: mean over the tasks, each of which weighs alike.
         lead: mean over the tasks of the paired difference to the reference; `n` is 0 where there
             is none.
+        lead_by_seed: that of each seed, where a setting is fitted for several.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Line:
     group: str
     accuracy: Estimate
     lead: Estimate
+    lead_by_seed: Mapping[int, float]
 
     def columns(self) -> dict[str, Any]:
         """Returns the line as one of the CSV."""
@@ -76,10 +78,28 @@ class Table:
 
     @classmethod
     def of(
-        cls, run: Run, run_records: Iterable[Record], settings: Sequence[str], reference: str
+        cls,
+        run: Run,
+        run_records: Iterable[Record],
+        settings: Sequence[str],
+        reference: str,
+        fits: Mapping[str, tuple[str, int]] | None = None,
     ) -> "Table":
-        """Returns the table of a run whose routers are the settings, by their names."""
-        cells = counted(metrics.frame(run_records), run.refused)
+        """Returns the table of a run whose routers are the settings.
+
+        Args:
+            run: the run.
+            run_records: its records.
+            settings: their names.
+            reference: the name of the one that leads are over.
+            fits: of each router, by its name in the run, the setting and the seed of its fit; None
+                where routers have the settings' names.
+        """
+        refused = run.refused
+        if fits is not None:
+            run_records = _pooled(run_records, fits)
+            refused = [(fits.get(name, (name,))[0], *rest) for name, *rest in run.refused]
+        cells = counted(metrics.frame(run_records), refused)
         groups = groups_of(sections_of(run.tasks))
         others = [method for method in run.methods if method not in run.routers]
         kinds = dict.fromkeys(settings, SETTING) | dict.fromkeys(others, METHOD)
@@ -122,6 +142,7 @@ class Table:
                 # There is no lead of the reference over itself.
                 if isinstance(value, float) and isnan(value):
                     del columns[name]
+            columns["lead_by_seed"] = list(line.lead_by_seed.values())
             lines.append(columns)
         return lines
 
@@ -151,7 +172,9 @@ class Table:
             accuracy += f", {line.accuracy.n} of {n_tasks} tasks"
         if name == self.reference or not line.lead.n:
             return [accuracy, NONE]
-        return [accuracy, _signed(line.lead)]
+        by_seed = [points(lead, is_signed=True) for lead in line.lead_by_seed.values()]
+        ending = f", by seed {' '.join(by_seed)}" if len(by_seed) > 1 else ""
+        return [accuracy, _signed(line.lead) + ending]
 
     def markdown(self) -> str:
         """Returns the table in Markdown."""
@@ -177,7 +200,8 @@ class Table:
                 lines.append(line)
         if len(lines) < 2:
             return ""
-        best = max(lines, key=lambda line: line.accuracy.value)
+        # Of those that are level, the reference: nothing is ahead of it.
+        best = max(lines, key=lambda line: (line.accuracy.value, line.name == self.reference))
         if best.name == self.reference:
             return f"On the {group} tasks the reference {best.name} is highest."
         doubt = "; not distinguishable from no difference" if best.lead.low <= 0 else ""
@@ -199,6 +223,7 @@ def _line(
     """What a setting or method scores on a group of tasks, and its lead over the reference."""
     accuracies = []
     leads = []
+    leads_by_seed = []
     for task in tasks:
         if (name, task) not in cells:
             continue
@@ -207,7 +232,24 @@ def _line(
         if name != reference and (reference, task) in cells:
             difference = metrics.difference(records, cells[reference, task])
             leads.append(difference.columns("lead"))
-    return Line(name, kind, group, _mean(accuracies, "accuracy"), _mean(leads, "lead"))
+            pairs = metrics.paired(records, cells[reference, task])
+            leads_by_seed.append(pairs.groupby("seed").change.mean())
+    by_seed: dict[int, float] = {}
+    if leads_by_seed:
+        # A seed that some task lacks has no mean over the tasks.
+        by_seed = pd.concat(leads_by_seed, axis=1).dropna().mean(axis=1).to_dict()
+    return Line(name, kind, group, _mean(accuracies, "accuracy"), _mean(leads, "lead"), by_seed)
+
+
+def _pooled(run_records: Iterable[Record], fits: Mapping[str, tuple[str, int]]) -> list[Record]:
+    """Records under their settings' names, each seed's those of the fit of that seed."""
+    pooled = []
+    for record in run_records:
+        setting, seed = fits.get(record.method, (record.method, record.seed))
+        # A router answers all seeds alike, and so those of other fits, too.
+        if record.seed == seed:
+            pooled.append(replace(record, method=setting))
+    return pooled
 
 
 def _mean(estimates: Sequence[Mapping[str, float]], name: str) -> Estimate:
