@@ -19,7 +19,7 @@ from icrouting.sweeping import picture, words
 from icrouting.sweeping.asked import Asked
 from icrouting.sweeping.axes import Axis, Base, Setting
 from icrouting.sweeping.grid import Grid
-from icrouting.sweeping.once import Stages
+from icrouting.sweeping.once import Stages, in_order
 from icrouting.sweeping.presets import PRESETS, preset_of
 from icrouting.sweeping.table import Table
 
@@ -161,7 +161,9 @@ def test_every_preset_makes_settings_and_a_reference(name, n_layers):
         (["lr=1e-4,1e-3"], 1, 1, 1),
         (["n_prompts=10,20"], 2, 2, 1),
         (["n_queries=10,20"], 1, 1, 2),
-        (["layers=late,8+11"], 2, 2, 1),
+        (["layers=late,8+11"], 1, 2, 1),
+        (["layers=late,7+11"], 2, 2, 2),
+        (["layers=early,middle,late,all"], 1, 4, 3),
         (["sources=1,3"], 2, 2, 2),
         (["seed=1,2"], 2, 2, 2),
     ],
@@ -195,6 +197,14 @@ def made():
     config = {**fake_config(), "tasks": TASKS, "routers": routers, "refused": [], "skipped": []}
     config |= {"methods": ["zero-shot", *SETTINGS]}
     return Run.of(config), run_records
+
+
+def test_fits_of_more_layers_come_first_and_others_as_they_are():
+    fits = grid("layers=early,late,all", "rank=4,8").fits
+    assert in_order(fits, 12) == [
+        *("layers=all rank=4", "layers=all rank=8"),
+        *("layers=early rank=4", "layers=early rank=8", "layers=late rank=4", "layers=late rank=8"),
+    ]
 
 
 def table_of(made):

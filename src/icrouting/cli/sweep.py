@@ -31,7 +31,7 @@ from icrouting.sweeping.asked import Asked
 from icrouting.sweeping.axes import Setting
 from icrouting.sweeping.folder import SweepFolder
 from icrouting.sweeping.grid import Grid
-from icrouting.sweeping.once import Stages
+from icrouting.sweeping.once import Stages, in_order
 from icrouting.sweeping.picture import picture
 from icrouting.sweeping.table import Table
 from icrouting.tasks.task import Task
@@ -66,8 +66,11 @@ def sweep(
             return
         with first_one_first():
             loaded = load(evaluation.model)
-        for place, (name, setting) in enumerate(grid.fits.items(), start=1):
-            console.print(f"fit {place} of {len(grid.fits)}: {name}", markup=False)
+        fits = grid.fits
+        n_layers = Sizes.of(loaded[0]).n_layers
+        for place, name in enumerate(in_order(fits, n_layers), start=1):
+            console.print(f"fit {place} of {len(fits)}: {name}", markup=False)
+            setting = fits[name]
             fitting.fit(
                 folder.router(name),
                 evaluation.model,

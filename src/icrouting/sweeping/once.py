@@ -27,12 +27,12 @@ class Stages:
         for name, setting in fits.items():
             fit = setting.fit
             layers = fit.layers or late_third(n_layers)
-            extraction = (setting.sources, layers, _values(fit, EXTRACTION_SETTINGS))
+            extraction = (_prompts(setting), _widest(setting, fits, n_layers))
             # The rows that are judged on depend on these two.
             is_judged = bool(fit.min_steps and fit.patience)
             trunk = (setting.sources, layers[0], _values(fit, TRUNK_SETTINGS), is_judged)
             extractions.setdefault(extraction, []).append(name)
-            pids.setdefault((extraction, fit.basis, fit.rank), []).append(name)
+            pids.setdefault((extraction, layers, fit.basis, fit.rank), []).append(name)
             trunks.setdefault(trunk, []).append(name)
         return cls(list(extractions.values()), list(pids.values()), list(trunks.values()))
 
@@ -46,6 +46,37 @@ class Stages:
             f"training: {counted(n_fits, 'fit')}",
             f"evaluation: one run of {counted(n_settings, 'setting')}; what else is asked, once",
         ]
+
+
+def in_order(fits: Mapping[str, Setting], n_layers: int) -> list[str]:
+    """Returns the names of fits in an order in which each finds the most that others computed.
+
+    What an extraction of more layers saw holds what one of fewer layers sees.
+    """
+
+    def n_routed(name: str) -> int:
+        return len(fits[name].fit.layers or late_third(n_layers))
+
+    return sorted(fits, key=n_routed, reverse=True)
+
+
+def _prompts(setting: Setting) -> Hashable:
+    """What the prompts of an extraction depend on."""
+    return setting.sources, _values(setting.fit, EXTRACTION_SETTINGS)
+
+
+def _widest(setting: Setting, fits: Mapping[str, Setting], n_layers: int) -> tuple[int, ...]:
+    """The layers of the extraction that a fit takes: the most that hold all of its own."""
+    layers = setting.fit.layers or late_third(n_layers)
+    # As `fitting.shelf.load_wider_moments`.
+    if setting.fit.skip_nan:
+        return layers
+    holding = [layers]
+    for other in fits.values():
+        other_layers = other.fit.layers or late_third(n_layers)
+        if set(layers) < set(other_layers) and _prompts(other) == _prompts(setting):
+            holding.append(other_layers)
+    return max(holding, key=len)
 
 
 def _values(fit: FitConfig, names: tuple[str, ...]) -> tuple[Hashable, ...]:
