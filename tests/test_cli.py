@@ -520,7 +520,7 @@ def test_a_run_that_is_stopped_later_says_what_it_keeps(world, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "eval", "compare", "report", "generate", "inspect", "demo"]
+    "command", ["fit", "eval", "sweep", "compare", "report", "generate", "inspect", "demo"]
 )
 def test_help_teaches_every_option(command, capsys):
     with pytest.raises(SystemExit) as caught:

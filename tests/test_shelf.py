@@ -337,3 +337,35 @@ def test_a_fit_in_another_dtype_is_another_fit(tokenizer, tmp_path, caplog):
     again = fit(tiny.model("llama"), tokenizer, tmp_path)
     assert "dtype was" in caplog.text
     assert again.digest() == anew.digest()
+
+
+@pytest.mark.parametrize("basis", ["pca", "random"])
+def test_what_more_layers_saw_serves_fewer_bit_for_bit(basis, model, tokenizer, tmp_path, ran):
+    fit(model, tokenizer, shelf=tmp_path / "shelf", layers=(2, 3, 4), rank=2)
+    ran.clear()
+    taken = fit(model, tokenizer, shelf=tmp_path / "shelf", layers=(2, 4), basis=basis)
+    assert "extraction" not in ran
+    alone = fit(model, tokenizer, layers=(2, 4), basis=basis)
+    assert torch.equal(taken.pids.query_pids, alone.pids.query_pids)
+    assert taken.digest() == alone.digest()
+
+
+def test_what_other_prompts_or_fewer_layers_saw_serves_nobody(model, tokenizer, tmp_path, ran):
+    fit(model, tokenizer, shelf=tmp_path / "shelf", layers=(3, 4))
+    for changes in ({"layers": (2, 3, 4)}, {"layers": (4,), "n_prompts": 11}):
+        ran.clear()
+        fit(model, tokenizer, shelf=tmp_path / "shelf", **changes)
+        assert "extraction" in ran
+
+
+def test_fits_on_one_shelf_read_validation_rows_once(model, tokenizer, tmp_path, ran):
+    watched = {"patience": 2, "min_steps": 5, "tasks": [tiny.task("sst2"), tiny.task("mr")]}
+    alone = fit(model, tokenizer, folder=tmp_path / "alone", rank=2, **watched)
+    ran.clear()
+    for rank in (3, 2):
+        shared = fit(
+            model, tokenizer, tmp_path / f"{rank}", tmp_path / "shelf", rank=rank, **watched
+        )
+    # The training queries' and the validation rows'.
+    assert ran.count("trunk") == 2
+    assert shared.digest() == alone.digest()

@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from icrouting import methods as registry
-from icrouting.cli.loading import base_of_router, console, load, load_tasks, stoppable
+from icrouting.cli.loading import Loaded, base_of_router, console, load, load_tasks, stoppable
 from icrouting.cli.reading import check_names
 from icrouting.cli.report import show
+from icrouting.cli.routers import Routers
 from icrouting.config import DEFAULT_ENCODER
 from icrouting.decoder.backbone import DEFAULT_MODEL
 from icrouting.decoder.batches import context_length
@@ -20,20 +21,22 @@ from icrouting.evaluation.folder import RunFolder
 from icrouting.evaluation.items import within
 from icrouting.evaluation.outcome import complete
 from icrouting.evaluation.runs import RunConfig
-from icrouting.icr import InContextRouter
 from icrouting.methods import Method
 from icrouting.methods.named_prompts import ALL, named_prompts, prompt_digests
 from icrouting.report.calibrated import Way
 from icrouting.routing.features import sentence_encoder
-from icrouting.routing.sources import as_learned, read_otherwise
+from icrouting.routing.sources import as_learned
 from icrouting.runtime.processes import first_one_first, is_first
 from icrouting.tasks.task import Task, rows_digest, template_digest
 
-PAPER_FIT = 5000  # prompts and queries a task
-
 
 def evaluate(
-    out: Path, config: EvalConfig, tasks: Mapping[str, Task], calibration: Way | None = None
+    out: Path,
+    config: EvalConfig,
+    tasks: Mapping[str, Task],
+    calibration: Way | None = None,
+    *,
+    loaded: Loaded | None = None,
 ) -> None:
     """Evaluates methods into a run folder and prints the table.
 
@@ -42,9 +45,10 @@ def evaluate(
         config: what to evaluate.
         tasks: the tasks and sources that it names, by these names, which may be files'.
         calibration: how answers are calibrated for a second table; None makes none.
+        loaded: the model, where it is there already.
     """
     with stoppable(lambda: _kept(RunFolder(out))):
-        _evaluate(out, config, tasks, calibration)
+        _evaluate(out, config, tasks, calibration, loaded)
 
 
 def _kept(folder: RunFolder) -> str:
@@ -58,22 +62,27 @@ def _kept(folder: RunFolder) -> str:
 
 
 def _evaluate(
-    out: Path, config: EvalConfig, read_tasks: Mapping[str, Task], calibration: Way | None
+    out: Path,
+    config: EvalConfig,
+    read_tasks: Mapping[str, Task],
+    calibration: Way | None,
+    loaded: Loaded | None,
 ) -> None:
     console.quiet = not is_first()
     folder = RunFolder(out)
-    router = config.settings.router
-    icr = InContextRouter.from_pretrained(router) if router else None
-    config = _named(config, icr, folder)
+    routers = Routers.of(config)
+    config = _named(replace(config, methods=config.columns), routers, folder)
     # Those that are known before the tasks are: a mistake in a name stops the command at once.
-    methods = registry.make([name for name in config.methods if name != ALL], config.settings)
+    methods = _made(config, [name for name in config.methods if name != ALL])
     reads_sources = any(method.reads_sources for method in methods)
     with first_one_first():  # which may have to download
-        tasks, sources = _load_tasks(config, read_tasks, icr, reads_sources)
-        source_names = _source_names(config, icr, sources)
-        _say_what_reads_otherwise(icr, tasks)
+        tasks, sources = _load_tasks(config, read_tasks, routers, reads_sources)
+        source_names = _source_names(config, routers, sources)
+        for line in routers.read_otherwise(tasks):
+            advice = "what routing does to another prompt was not learned and may do harm"
+            console.print(f"{line}: {advice}", markup=False)
         config = replace(config, methods=_with_prompts(config.methods, tasks))
-        model, tokenizer = load(config.model)
+        model, tokenizer = loaded or load(config.model)
     methods = _in_order(methods, config)
     tasks_by_name: dict[str, Task] = {}
     notes = []
@@ -91,12 +100,13 @@ def _evaluate(
         dtype=str(model.dtype).removeprefix("torch."),
         rows=rows_digest(list(tasks_by_name.values())),
         task_rows=rows_digest(tasks),
-        router=icr.digest() if icr else None,
+        router=routers.unnamed.digest() if routers.unnamed else None,
+        routers=routers.identities,
         chat_template=template_digest(list(tasks_by_name.values())),
         prompts=prompt_digests(config.methods, tasks, tokenizer),
         tasks=runs.task_entries(tasks, source_names),
         sources=source_names,
-        notes=[*_router_cuts(icr), *_other_chats(icr, tasks), *filter(None, notes)],
+        notes=[*routers.notes(tasks), *filter(None, notes)],
     )
     with runs.claimed(folder, run_config):
         evaluation = Evaluation(
@@ -110,13 +120,13 @@ def _evaluate(
         # Ends when all processes have ended theirs.
         evaluation.run(tasks, config.seeds, config.n_test)
         if is_first():
-            finish(folder, evaluation, tasks, config.seeds[-1], icr, calibration)
+            finish(folder, evaluation, tasks, config.seeds[-1], routers, calibration)
 
 
 def _load_tasks(
     config: EvalConfig,
     read_tasks: Mapping[str, Task],
-    icr: InContextRouter | None,
+    routers: Routers,
     reads_sources: bool,
 ) -> tuple[list[Task], list[Task]]:
     """Returns the tasks to test on, and the sources; none of these where nobody reads their rows.
@@ -125,7 +135,7 @@ def _load_tasks(
     """
     task_names = list(dict.fromkeys(config.tasks))
     source_names = [] if config.sources is None else list(dict.fromkeys(config.sources))
-    if config.sources is None and icr is None and reads_sources:
+    if config.sources is None and routers.any is None and reads_sources:
         source_names = list(USUAL_SOURCES)
     # By the name that the user gave, which may be a file's.
     task_of = dict(read_tasks)
@@ -136,8 +146,8 @@ def _load_tasks(
         check_names(list(task_of.values()), list(task_of))
     tasks = [task_of[name] for name in task_names]
     sources = [task_of[name] for name in source_names]
-    if config.sources is None and icr is not None and reads_sources:
-        sources = _sources_of_router(icr, tasks, config)
+    if config.sources is None and routers.any is not None and reads_sources:
+        sources = _sources_of_routers(routers, tasks, config)
     return tasks, sources
 
 
@@ -156,20 +166,22 @@ def _in_order(methods: Sequence[Method], config: EvalConfig) -> list[Method]:
     """Returns the methods that a run asks for, those among them that were made already."""
     made = {method.name: method for method in methods}
     new_names = [name for name in config.methods if name not in made]
-    made |= {method.name: method for method in registry.make(new_names, config.settings)}
+    made |= {method.name: method for method in _made(config, new_names)}
     return [made[name] for name in dict.fromkeys(config.methods)]
 
 
-def _sources_of_router(
-    icr: InContextRouter, tasks: Sequence[Task], config: EvalConfig
-) -> list[Task]:
-    """Returns the tasks that a router was fitted on, those that are loaded already as they are."""
+def _made(config: EvalConfig, names: Sequence[str]) -> list[Method]:
+    return registry.make(names, config.settings, config.entrants)
+
+
+def _sources_of_routers(routers: Routers, tasks: Sequence[Task], config: EvalConfig) -> list[Task]:
+    """Returns the tasks that routers were fitted on, those that are loaded already as they are."""
     tasks_by_name = {task.name: task for task in tasks}
-    names = list(icr.description.tasks)
+    names = routers.task_names
     others = [name for name in names if name not in tasks_by_name]
     try:
         loaded = load_tasks(others, config.data, chat=config.chat)
-        loaded = [as_learned(task, icr.description.sources or ()) for task in loaded]
+        loaded = [as_learned(task, routers.sources) for task in loaded]
     except ValueError as error:
         raise ValueError(
             f"the router was fitted on {', '.join(names)}, and a method here reads their rows "
@@ -179,24 +191,20 @@ def _sources_of_router(
     return [tasks_by_name[name] for name in names]
 
 
-def _source_names(
-    config: EvalConfig, icr: InContextRouter | None, sources: Sequence[Task]
-) -> list[str]:
+def _source_names(config: EvalConfig, routers: Routers, sources: Sequence[Task]) -> list[str]:
     """Returns the names of the tasks that were learned from.
 
     A router says itself what it was fitted on; ValueError where --sources says otherwise. Tasks are
     the same by name, whatever their rows.
     """
     asked = None if config.sources is None else [task.name for task in sources]
-    if icr is None:
+    if routers.any is None:
         return list(USUAL_SOURCES) if asked is None else asked
-    fitted = list(icr.description.tasks)
-    if not fitted and asked is None:
-        raise ValueError(
-            "the router does not say which tasks it was fitted on: name them with --sources"
-        )
     if asked is None:
-        return fitted
+        return routers.task_names
+    # A router that does not say what it was fitted on is taken at the user's word.
+    says_all = all(icr.description.tasks for icr in routers.by_name.values())
+    fitted = routers.task_names if says_all else []
     if fitted and set(asked) != set(fitted):
         raise ValueError(
             f"the router was fitted on {', '.join(fitted)}, and --sources names "
@@ -205,22 +213,14 @@ def _source_names(
     return asked
 
 
-def _say_what_reads_otherwise(icr: InContextRouter | None, tasks: Sequence[Task]) -> None:
-    """Prints which tasks the router was fitted on by another template or other options."""
-    if icr is None or icr.description.sources is None:
-        return
-    for line in read_otherwise(icr.description.sources, tasks):
-        advice = "what routing does to another prompt was not learned and may do harm"
-        console.print(f"{line}: {advice}", markup=False)
-
-
-def _named(config: EvalConfig, icr: InContextRouter | None, folder: RunFolder) -> EvalConfig:
+def _named(config: EvalConfig, routers: Routers, folder: RunFolder) -> EvalConfig:
     """Returns what was asked for, with model and sentence encoder by name.
 
     Where the user names none they are the router's, so that nothing else is looked for.
     """
     encoder = config.settings.encoder
     model = config.model
+    icr = routers.any
     if icr is not None:
         model = base_of_router(model, icr)
         encoder = encoder or sentence_encoder(icr.description.fit.encoder)
@@ -231,45 +231,18 @@ def _named(config: EvalConfig, icr: InContextRouter | None, folder: RunFolder) -
     return replace(config, model=model.or_else(DEFAULT_MODEL), settings=settings)
 
 
-def _router_cuts(icr: InContextRouter | None) -> list[str]:
-    """What a router learned from less than the paper's did."""
-    if icr is None:
-        return []
-    description = icr.description
-    counts = [description.n_taken(task) for task in description.tasks]
-    # A router may not know of any task.
-    n_prompts = max((n for n, _ in counts), default=description.fit.n_prompts)
-    n_queries = max((n for _, n in counts), default=description.fit.n_queries)
-    if min(n_prompts, n_queries) >= PAPER_FIT:
-        return []
-    learned = f"{n_prompts} prompts, {n_queries} queries a task at most"
-    return [f"ICR learned once, from {learned} (paper: {PAPER_FIT:,})."]
-
-
-def _other_chats(icr: InContextRouter | None, tasks: Sequence[Task]) -> list[str]:
-    """Says where tasks are asked in chats and a router learned from none, or the other way."""
-    if icr is None or not icr.description.sources:
-        return []
-    learned = {source.chat for source in icr.description.sources}
-    names = [task.name for task in tasks if task.spec.chat not in learned]
-    if not names:
-        return []
-    kind = "plain prompts" if learned == {False} else "chats"
-    return [f"ICR learned from {kind}, and is asked otherwise: {', '.join(names)}."]
-
-
 def finish(
     folder: RunFolder,
     evaluation: Evaluation,
     tasks: Sequence[Task],
     seed: int,
-    icr: InContextRouter | None,
+    routers: Routers,
     calibration: Way | None = None,
 ) -> None:
     """Adds to a run what its report shows beside the records, and shows it."""
     n_cells = len(evaluation.methods) * len(tasks)
     _say_refused(evaluation.refused, n_cells)
-    complete(folder, evaluation, tasks, seed, icr)
+    complete(folder, evaluation, tasks, seed, routers.unnamed, routers.named)
     show(folder.path, calibration=calibration)
 
 

@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 
 from icrouting.cli import ending
-from icrouting.cli.loading import console, load, stoppable
+from icrouting.cli.loading import Loaded, console, load, stoppable
 from icrouting.cli.warm import Beginning
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
@@ -39,11 +39,13 @@ def fit(
     gate: bool = True,
     n_check: int = 0,
     asked: Sequence[str] = (),
+    loaded: Loaded | None = None,
 ) -> InContextRouter:
     """Returns a router that is fitted and saved to `out`, or was finished there already.
 
     One that was not is asked `n_check` held-back rows of each task. `asked` are the words of the
-    command that name data and tasks, for the command that is said to be next.
+    command that name data and tasks, for the command that is said to be next. `loaded` is the
+    model where it is there already.
     """
     if n_check < 0:
         raise ValueError(f"check must be a number of rows, 0 or more, got {n_check}")
@@ -59,6 +61,7 @@ def fit(
             gate,
             n_check,
             asked,
+            loaded,
         )
 
 
@@ -83,6 +86,7 @@ def _fit(
     gate: bool,
     n_check: int,
     asked: Sequence[str],
+    loaded: Loaded | None,
 ) -> InContextRouter:
     shared = stages_folder or out / "fit"
     console.quiet = not is_first()
@@ -104,7 +108,7 @@ def _fit(
                 is_extracted=beginning.start is None,
             )
             planned.check(*plan.room_of(shared), is_spread=model.device_map is not None)
-        base, tokenizer = load(model)
+        base, tokenizer = loaded or load(model)
     is_new = not _is_saved(out)
     if not is_new:
         icr = InContextRouter.from_pretrained(out)

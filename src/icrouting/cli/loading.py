@@ -10,6 +10,8 @@ from icrouting.decoder.backbone import Backbone
 from icrouting.decoder.loading import dtype_of, load_model
 from icrouting.icr import InContextRouter
 
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
 
 def load(model: Backbone) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a model and its tokenizer, without the loaders' bars."""

@@ -3,17 +3,19 @@
 import io
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 import icrouting
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
 from icrouting.methods.settings import COMPARED, Settings
+from icrouting.sweeping.presets import PRESETS
 from icrouting.tasks.task import LabelScoring, Task
 
 # As `routing.priors.Way`, which comes with what takes seconds to import.
@@ -23,6 +25,10 @@ Calibration = Literal["batch", "batch-probability", "guarded"]
 BACKBONE = Backbone()
 FITTING = FitConfig()
 EVALUATION = EvalConfig()
+SETTINGS = Settings()
+Routers = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]FOLDER ...")]
+_PRESET_HELP = f"Instead of axes, one of the paper's ablations: {', '.join(PRESETS)}."
+Preset = Annotated[str | None, tyro.conf.arg(metavar="NAME", help=_PRESET_HELP)]
 Fields = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=TEXT ...")]
 
 
@@ -109,6 +115,7 @@ def fit(
 
 def evaluate(
     out: Path,
+    router: Routers = (),
     calibrate: Calibration | None = None,
     config: Annotated[EvalConfig, tyro.conf.arg(name="")] = EVALUATION,
 ) -> None:
@@ -135,14 +142,16 @@ def evaluate(
 
     Args:
         out: The run's folder.
+        router: Folder or hub id of a fitted router, for "icr" and the methods that build on it; its
+            controls are fitted as it was. NAME=FOLDER is a column NAME beside it; several may be
+            given, of one base model (--router small=router-4 large=router-12).
         calibrate: A second table, of what methods add to batch calibration: see icr report.
         config: What to evaluate, below.
     """
     from icrouting.cli import reading
 
     reading.check_out(out)
-    if config.settings.router is not None:
-        reading.check_router(config.settings.router)
+    config = reading.with_routers(config, router)
     names = (*config.tasks, *(config.sources or ()))
     loaded = reading.read_first(names, config.data, chat=config.chat)
     tasks = dict(zip(dict.fromkeys(names), loaded, strict=True))
@@ -150,6 +159,99 @@ def evaluate(
     from icrouting.cli import evaluate as room
 
     room.evaluate(out, config, tasks, calibrate)
+
+
+def sweep(
+    out: Path,
+    axes: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="AXIS=VALUE,VALUE ...")
+    ] = (),
+    preset: Preset = None,
+    reference: str | None = None,
+    one_by_one: bool = False,
+    dry_run: bool = False,
+    model: Base = BACKBONE,
+    data: str = "hub",
+    sources: Names = HUB_TASKS[:5],
+    tasks: Names = HUB_TASKS,
+    methods: Names = ("zero-shot",),
+    n_test: PositiveInt = 500,
+    seeds: tuple[NonNegativeInt, ...] = (),
+    chat: bool = False,
+    token_budget: PositiveInt | None = None,
+    stages: Path | None = None,
+    gate: bool = True,
+    config: Annotated[FitConfig, tyro.conf.arg(name="")] = FITTING,
+    settings: Annotated[Settings, tyro.conf.arg(name="eval")] = SETTINGS,
+) -> None:
+    """Fit a router for every value of a setting, and compare them all in one table.
+
+    An axis is any option of `icr fit` below with its values: rank=4,8,12. Several axes make a grid.
+    Beside these, strength=0,0.5,1 attaches one router more or less strongly, and sources=1,3 or
+    sources=agnews,agnews+sst2 takes some of the sources. layers takes early, middle, late, all,
+    20-29, 3+5 and single (each layer alone); encoder takes hidden, constant, random and sentence.
+
+    What does not depend on an axis is computed once: the model is loaded once, fits share
+    extraction, PIDs and trunk, and zero-shot is asked once. Killed and started again, it goes on;
+    values may be added. OUT/sweep.md, .csv, .json and .svg hold the table: accuracy on source and
+    unseen tasks, and the paired difference to the reference with its interval. OUT/run is a run for
+    `icr report`, OUT/fits holds the routers.
+
+    Example: icr sweep rank=4,8,12 --model pinned:smollm2-135m --encoder pinned:minilm
+    --data pinned:staicc --sources agnews sst2 --tasks agnews sst2 mr --n-test 200 --out runs/rank
+
+    Args:
+        out: The sweep's folder.
+        axes: What varies, and its values.
+        preset: One of the paper's ablations by name, see above.
+        reference: The setting that the others are held against, such as "rank=8" or "rank=8
+            basis=pca"; by default the one that is as the options say, else the first.
+        one_by_one: Try each value alone beside the fit as the options say, instead of the grid of
+            all axes.
+        dry_run: Print the grid and what is computed once, and end.
+        model: The model below.
+        data: "hub", a folder with NAME/train.jsonl and NAME/test.jsonl, or "pinned:staicc".
+        sources: Source tasks that routers are fitted on: names, or task files of your own.
+        tasks: Tasks to test on; those that no setting was fitted on count as unseen.
+        methods: What is asked beside the settings. Those that build on ICR take the reference's
+            router.
+        n_test: Test items per task (all, where a task has fewer).
+        seeds: Fit every setting, and draw for the methods beside, anew for each of these; the table
+            pools them. By default once, settings by --seed.
+        chat: Ask every task in the model's own chat template.
+        token_budget: Padded tokens of a forward pass. None takes what each kind of pass takes.
+        stages: Folder for what fits share in place of OUT/stages, for further fits to share too.
+        gate: Whether the routers are to know prompts unlike those of their tasks, for `icr predict`
+            and "icr-gated"; settings route every prompt.
+        config: The fit's settings below, where an axis does not say otherwise.
+        settings: The settings of the methods beside.
+    """
+    from icrouting.cli import reading
+    from icrouting.sweeping.asked import Asked
+    from icrouting.sweeping.axes import Base as SweepBase
+
+    reading.check_out(out)
+    base = SweepBase(config, tuple(dict.fromkeys(sources)))
+    asked = Asked.of(axes, preset, base, one_by_one=one_by_one, reference=reference, seeds=seeds)
+    names = (*tasks, *sources)
+    loaded = reading.read_first(names, data, chat=chat)
+    task_by_name = dict(zip(dict.fromkeys(names), loaded, strict=True))
+    # Here, once the rows are known to fit: this room imports torch.
+    from icrouting.cli import sweep as room
+
+    evaluation = EvalConfig(
+        data=data,
+        tasks=tasks,
+        methods=tuple(dict.fromkeys((*methods, *asked.methods))),
+        chat=chat,
+        n_test=n_test,
+        seeds=list(seeds) or [0],
+        skip_nan=config.skip_nan,
+        token_budget=token_budget,
+        model=model,
+        settings=settings,
+    )
+    room.sweep(out, asked, evaluation, task_by_name, stages=stages, gate=gate, dry_run=dry_run)
 
 
 def compare(
@@ -167,6 +269,7 @@ def compare(
     minutes: float = 10.0,
     methods: Names = (),
     seed: int = 0,
+    router: str | None = None,
     settings: Annotated[Settings, tyro.conf.arg(name="")] = COMPARED,
 ) -> None:
     r"""Say which method to use on your own labelled rows, at what cost, and save it.
@@ -199,7 +302,8 @@ def compare(
             named. The same command, started again, has as many minutes again.
         methods: What to compare instead of the list above; zero-shot is always among it.
         seed: Draws the held-back rows, demonstrations and fits.
-        settings: The methods' settings below; --router is none, since one is fitted here.
+        router: None is to be given, since one is fitted here.
+        settings: The methods' settings below.
     """
     from icrouting.cli import reading
 
@@ -225,7 +329,7 @@ def compare(
         model,
         minutes=minutes,
         methods=methods,
-        settings=settings,
+        settings=replace(settings, router=router),
         seed=seed,
         data=str(task or data),
     )
@@ -531,6 +635,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = {
         "fit": fit,
         "eval": evaluate,
+        "sweep": sweep,
         "compare": compare,
         "report": report,
         "predict": predict,

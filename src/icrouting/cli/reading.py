@@ -3,11 +3,14 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 
 from rich.console import Console
 
+from icrouting.evaluation.config import EvalConfig
+from icrouting.methods.settings import Entrant
 from icrouting.runtime.files import load_json
 from icrouting.runtime.launch import first_one_first, is_first
 from icrouting.runtime.progress import spinner
@@ -86,6 +89,48 @@ def check_router(name: str) -> None:
     may_be_id = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
     if folder.exists() or not may_be_id:
         raise ValueError(f"no router at {name!r}: expected a folder or a hub id")
+
+
+def with_routers(config: EvalConfig, routers: Sequence[str]) -> EvalConfig:
+    """Returns what to evaluate, with the routers that `--router` names: FOLDER, or NAME=FOLDER.
+
+    Raises:
+        ValueError: two have no name or one name, or a folder is missing or holds no router.
+    """
+    unnamed = [router for router in (config.settings.router,) if router is not None]
+    entrants = list(config.entrants)
+    for text in routers:
+        name, folder = _named_folder(text)
+        check_router(folder)
+        if name is None:
+            unnamed.append(folder)
+        else:
+            entrants.append(Entrant(name, folder))
+    if len(unnamed) > 1:
+        raise ValueError(
+            f"several routers without a name ({', '.join(unnamed)}): give each a name of its own, "
+            "as in --router one=FOLDER other=FOLDER"
+        )
+    names = [entrant.name for entrant in entrants]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two routers are called {name!r}: give each a name of its own")
+    settings = replace(config.settings, router=unnamed[0] if unnamed else None)
+    return replace(config, settings=settings, entrants=tuple(entrants))
+
+
+def _named_folder(text: str) -> tuple[str | None, str]:
+    """Returns the name and the folder of NAME=FOLDER; None for a bare folder or hub id.
+
+    Both may hold the sign: where a part behind one is a folder, the first such sign divides them.
+    """
+    if Path(text).exists() or "=" not in text:
+        return None, text
+    places = [place for place, letter in enumerate(text) if letter == "="]
+    for place in places:
+        if Path(text[place + 1 :]).is_dir():
+            return text[:place], text[place + 1 :]
+    return text[: places[0]], text[places[0] + 1 :]
 
 
 def check_start(router: str | None, keep: int) -> None:

@@ -7,7 +7,7 @@ import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from icrouting.decoder.backbone import Backbone
-from icrouting.methods.settings import Settings
+from icrouting.methods.settings import Entrant, Settings
 from icrouting.runtime.checks import check
 from icrouting.tasks.catalogue import PAPER_TASKS
 
@@ -15,6 +15,8 @@ from icrouting.tasks.catalogue import PAPER_TASKS
 HUB_TASKS = tuple(name for name in PAPER_TASKS if name != "ai2scie")
 # What methods learn from where nothing is said, and no router says it.
 USUAL_SOURCES = HUB_TASKS[:5]
+# The method of a router without a name of its own.
+ROUTED = "icr"
 # How options read on the command line: names in a row, and a group's options without its prefix.
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
 Base = Annotated[Backbone, tyro.conf.arg(name="")]
@@ -41,6 +43,7 @@ class EvalConfig:
             rounding alone, so a run may go on with one.
         model: The model below.
         settings: The methods' settings below.
+        entrants: Routers with names of their own, each a column beside the methods.
     """
 
     data: str = "hub"
@@ -54,6 +57,24 @@ class EvalConfig:
     token_budget: PositiveInt | None = None
     model: Base = field(default_factory=Backbone)
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    # On the command line they are --router's.
+    entrants: tyro.conf.Suppress[tyro.conf.Fixed[tuple[Entrant, ...]]] = ()
 
     def __post_init__(self):
         check(self)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The methods with all entrants among them.
+
+        They come behind "icr", or in its place where it has no router of its own.
+        """
+        named = [entrant.name for entrant in self.entrants if entrant.name not in self.methods]
+        if not named:
+            return self.methods
+        names = list(self.methods)
+        place = names.index(ROUTED) + 1 if ROUTED in names else len(names)
+        names[place:place] = named
+        if self.settings.router is None:
+            names = [name for name in names if name != ROUTED]
+        return tuple(names)

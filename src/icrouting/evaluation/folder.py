@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from icrouting.runtime.storage import load_json, save_json
 
@@ -77,6 +78,14 @@ class RunFolder:
         """The router's training curve, one step a line."""
         return self.path / TRAINING
 
+    def routing_of(self, name: str) -> Path:
+        """What the router did that has a name of its own."""
+        return self.path / f"routing-{quote(name, safe='')}.json"
+
+    def training_of(self, name: str) -> Path:
+        """The training curve of the router that has a name of its own."""
+        return self.path / f"training-{quote(name, safe='')}.jsonl"
+
     @property
     def summary(self) -> Path:
         """The report as figures."""
@@ -119,8 +128,8 @@ class RunFolder:
         """Adds to config.json what a run found."""
         self.write_config({**self.read_config(), **outcome.entries()})
 
-    def take_training(self, fit_folder: Path) -> None:
-        """Copies the training curve that a router's fit left, if it did."""
+    def take_training(self, fit_folder: Path, name: str | None = None) -> None:
+        """Copies the training curve that the fit of a router (`name`: its own) left, if it did."""
         curve = fit_folder / TRAINING
         if curve.exists():
-            shutil.copyfile(curve, self.training)
+            shutil.copyfile(curve, self.training if name is None else self.training_of(name))

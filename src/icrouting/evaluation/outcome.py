@@ -22,21 +22,38 @@ def complete(
     tasks: Sequence[Task],
     seed: int,
     icr: InContextRouter | None,
+    routers: Mapping[str, InContextRouter] | None = None,
 ) -> None:
     """Adds to a run's folder what its report shows beside the records.
 
     That is refusals, times, costs, what the router did on each task, and its training curve; so
-    the report can be remade without the model.
+    the report can be remade without the model. `icr` is the router without a name of its own,
+    `routers` are those that have one.
     """
     records.gather(folder.records)
     folder.add(outcome_of(evaluation, tasks, seed, folder))
     write_tried(folder.fits, folder.read_config()["methods"], folder.tried)
     if icr is not None:
-        # Prompts of unseen tasks are no surprise here.
-        with icr.attached_by(icr.reader(evaluation.decoder)) as routed:
-            save_json(folder.routing, routing_summary(routed, icr.pids.layers, tasks))
+        save_json(folder.routing, _routing_by(icr, evaluation, tasks))
         if icr.folder is not None:
             folder.take_training(icr.folder / "fit")
+    drawn: set[str] = set()
+    for name, router in (routers or {}).items():
+        # Attached otherwise, a router decides the same.
+        if router.digest() not in drawn and not folder.routing_of(name).exists():
+            save_json(folder.routing_of(name), _routing_by(router, evaluation, tasks))
+            if router.folder is not None:
+                folder.take_training(router.folder / "fit", name)
+        drawn.add(router.digest())
+
+
+def _routing_by(
+    icr: InContextRouter, evaluation: Evaluation, tasks: Sequence[Task]
+) -> dict[str, Any]:
+    """What a router does on each task."""
+    # Prompts of unseen tasks are no surprise here.
+    with icr.attached_by(icr.reader(evaluation.decoder)) as routed:
+        return routing_summary(routed, icr.pids.layers, tasks)
 
 
 def outcome_of(

@@ -24,7 +24,10 @@ from icrouting.runtime.processes import agree, first_one_first, is_first
 from icrouting.tasks.task import Task
 
 # What a run may take more of when it is resumed; all else makes it the same measurement.
-_GROWING = ("methods", "seeds", "n_test", "router", "notes", "skip_nan", "token_budget", "prompts")
+_GROWING = (
+    *("methods", "seeds", "n_test", "router", "routers", "notes"),
+    *("skip_nan", "token_budget", "prompts"),
+)
 # What every run writes, those of the first version too.
 _WRITTEN = ("command", "methods", "seeds", "n_test", "router", "notes")
 # What is written of chats alone, so that a run without the words had none.
@@ -49,6 +52,7 @@ class RunConfig:
         sources: names of the source tasks.
         notes: what was cut short, beside what the settings say.
         chat_template: the digest of the tokenizer's chat template; None where no task is a chat.
+        routers: what identifies each router that has a name of its own, by that name.
         prompts: the digests of the tasks' own prompts that are asked, by task and method, and of
             the chat template of those that are chats where their task is none.
     """
@@ -64,6 +68,7 @@ class RunConfig:
     notes: list[str]
     chat_template: str | None = None
     prompts: dict[str, str] = field(default_factory=dict)
+    routers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         check(self)
@@ -81,7 +86,7 @@ class RunConfig:
             "rows": self.rows,
             "task_rows": self.task_rows,
             "router": self.router,
-            "methods": _unique(asked.methods),
+            "methods": _unique(asked.columns),
             "tasks": self.tasks,
             "sources": self.sources,
             "seeds": _unique(asked.seeds),
@@ -89,10 +94,10 @@ class RunConfig:
             "skip_nan": asked.skip_nan,
             "token_budget": asked.token_budget,
             "notes": self.notes,
-            **self._of_chats_and_prompts(),
+            **self._of_some_runs(),
         }
 
-    def _of_chats_and_prompts(self) -> dict[str, Any]:
+    def _of_some_runs(self) -> dict[str, Any]:
         """What runs of earlier versions lack, where it is not as theirs was."""
         content: dict[str, Any] = {}
         if self.asked.chat:
@@ -101,6 +106,8 @@ class RunConfig:
             content["chat_template"] = self.chat_template
         if self.prompts:
             content["prompts"] = self.prompts
+        if self.routers:
+            content["routers"] = self.routers
         return content
 
 
@@ -177,6 +184,9 @@ def claim(folder: RunFolder, config: RunConfig) -> None:
     prompts = _prompts_of(begun) | _prompts_of(wanted)
     if prompts:
         grown["prompts"] = prompts
+    routers = _routers_of(begun) | _routers_of(wanted)
+    if routers:
+        grown["routers"] = routers
     if command() not in begun["command"]:
         grown["command"] = f"{begun['command']} && {command()}"
     content = {**wanted, **begun, **grown}
@@ -225,7 +235,27 @@ def _changes(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         if begun_prompts.get(name, digest) != digest:
             changed_prompts.append(f"the text of {name} was another")
     # What an earlier version did not write down is taken to be as it is.
-    return differences({**held, **begun}, held, _short) + changed_prompts
+    changes = differences({**held, **begun}, held, _short) + changed_prompts
+    return changes + _changed_routers(begun, wanted)
+
+
+def _changed_routers(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Names that another router stands behind than before, in words."""
+    begun_routers = _routers_of(begun)
+    changes = []
+    for name, router in _routers_of(wanted).items():
+        begun_router = begun_routers.get(name, router)
+        if begun_router != router:
+            changes.append(f"{name} was router {begun_router}, is {router}")
+        # Records know a method by its name alone.
+        elif name in begun["methods"] and name not in begun_routers:
+            changes.append(f"{name} was a method, is router {router}")
+    return changes
+
+
+def _routers_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """What identifies the named routers in a run's configuration."""
+    return dict(config.get("routers", {}))
 
 
 def _prompts_of(config: Mapping[str, Any]) -> dict[str, str]:

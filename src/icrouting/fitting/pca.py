@@ -1,5 +1,6 @@
 """PCA: streaming moments of queries and keys, and the directions in them (section 2)."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -77,10 +78,17 @@ class QKMoments:
 
     def of_layer(self, place: int) -> "QKMoments":
         """The moments of the layer at a place among the routed ones; not a copy."""
+        return self._of(slice(place, place + 1))
+
+    def of_layers(self, places: Sequence[int]) -> "QKMoments":
+        """The moments of the layers at some places among the routed ones."""
+        return self._of(list(places))
+
+    def _of(self, places: slice | list[int]) -> "QKMoments":
         layer_state = {"count": self._state["count"]}
         for name, value in self._state.items():
             if name != "count":
-                layer_state[name] = value[place : place + 1]
+                layer_state[name] = value[places]
         return self.from_tensors(layer_state)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
     SHELF/extraction-<digest>/   stage.json, moments.safetensors, pids-<basis>-<rank>.safetensors
     SHELF/trunk-<digest>/        stage.json, trunk.bin, trunk.safetensors
+    SHELF/held-<digest>/         the same of validation rows, where fits share a shelf
 
 A digest is that of the settings in stage.json, so that what does not change a stage (a learning
 rate, for the trunk the rank too) finds it again, and what does change it never does. Several
@@ -26,11 +27,18 @@ from icrouting.fitting.trunk import TRUNK_FILE
 from icrouting.routing.pids import PIDs
 from icrouting.runtime.locks import locked
 from icrouting.runtime.processes import decided, is_first, wait
-from icrouting.runtime.storage import load_metadata, load_tensors, save_json, save_tensors
+from icrouting.runtime.storage import (
+    load_json,
+    load_metadata,
+    load_tensors,
+    save_json,
+    save_tensors,
+)
 from icrouting.tasks.task import Task, rows_digest, template_digest
 
 EXTRACTION = "extraction"
 TRUNK = "trunk"
+HELD = "held"
 STAGE_FILE = "stage.json"
 N_DIGITS = 16
 # Training rows of a task that are tokenized to know the tokenizer by.
@@ -138,6 +146,27 @@ class Shelf:
         return phrases
 
 
+@contextmanager
+def opened_held(root: Path | None, shelf: Shelf, tasks: Sequence[Task]) -> Iterator[Path | None]:
+    """Inside, the folder of validation rows' states on a shared shelf is this run's alone.
+
+    Args:
+        root: the shared shelf; None has no such folder.
+        shelf: where the fit's other stages lie.
+        tasks: the source tasks.
+    """
+    if root is None:
+        yield None
+        return
+    about = dict(shelf.about[TRUNK])
+    # Whatever is trained on.
+    del about["n_queries"]
+    about["rows"] = _digest_of_rows([replace(task, train=task.validation) for task in tasks])
+    folder = root / f"{HELD}-{_digest(about)}"
+    with locked(folder, is_patient=True):
+        yield folder
+
+
 def delete_trunks(root: Path) -> None:
     """Deletes the states of all trunks of a shelf, which are as large as their tokens are many.
 
@@ -183,6 +212,28 @@ def load_moments(folder: Path | None) -> QKMoments | None:
         return None
     tensors, _ = load_tensors(folder / MOMENTS_FILE)
     return QKMoments.from_tensors(tensors)
+
+
+def load_wider_moments(shelf: Shelf) -> QKMoments | None:
+    """Returns an extraction's moments, taken from a whole one of the same prompts and more layers.
+
+    None where the shelf has no such extraction. Where prompts are skipped that are not finite, more
+    layers may skip more of them, and nothing is taken.
+    """
+    if shelf.extraction is None or shelf.about[EXTRACTION]["skip_nan"]:
+        return None
+    wanted = json.loads(json.dumps(shelf.about[EXTRACTION]))
+    layers = wanted.pop("layers")
+    for file in sorted(shelf.extraction.parent.glob(f"{EXTRACTION}-*/{STAGE_FILE}")):
+        content = load_json(file)
+        wider_layers = content.pop("layers", [])
+        is_of_same_prompts = content == {"stage": EXTRACTION, **wanted}
+        is_wider = is_of_same_prompts and set(layers) < set(wider_layers)
+        if decided(is_wider and _is_whole(file.parent)):
+            tensors, _ = load_tensors(file.parent / MOMENTS_FILE)
+            moments = QKMoments.from_tensors(tensors)
+            return moments.of_layers([wider_layers.index(layer) for layer in layers])
+    return None
 
 
 def _is_whole(folder: Path) -> bool:

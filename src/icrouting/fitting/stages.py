@@ -23,6 +23,8 @@ from icrouting.fitting.shelf import (
     Shelf,
     load_moments,
     load_pids,
+    load_wider_moments,
+    opened_held,
     save_pids,
 )
 from icrouting.fitting.training import CHECKPOINT_FILE, Trainer
@@ -124,7 +126,10 @@ def fit(
             scale = start.scale(scale)
         held: list[Query] = []
         if config.patience:
-            held = held_queries(decoder, tasks, features, scale, layers[0], config, folder)
+            with opened_held(stages, shelf, tasks) as place:
+                held = held_queries(
+                    *(decoder, tasks, features, scale, layers[0], config), place or folder
+                )
         if read_queries is not None:
             read_queries(queries)
         # A warm start goes on where its own training ended, so that nothing changes before the
@@ -210,6 +215,8 @@ def extract_pids(
         pids = load_pids(place, layers, config)
         if pids is None:
             moments = load_moments(place)
+            if moments is None:
+                moments = load_wider_moments(shelf)
             if moments is None:
                 moments = extract(decoder, tasks, layers, config, place)
             generator = torch.Generator().manual_seed(config.seed)

@@ -2,10 +2,45 @@
 
 from dataclasses import dataclass
 
-from pydantic import PositiveInt
+import tyro
+from pydantic import FiniteFloat, PositiveInt
 
 from icrouting.runtime.checks import check
 from icrouting.runtime.showing import changed
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A fitted router that a run knows by a name of its own, as a method beside the others.
+
+    Attributes:
+        name: What records, tables and pictures call it.
+        router: Folder or hub id.
+        strength: Factor on its routing vector.
+
+    Raises:
+        ValueError: The name cannot stand in a table or in a pair of methods.
+    """
+
+    name: str
+    router: str
+    strength: FiniteFloat = 1.0
+
+    def __post_init__(self):
+        check(self)
+        # A slash parts the methods of a pair; a dash begins an option.
+        if self.name != self.name.strip() or not self.name.isprintable():
+            raise ValueError(
+                f"a router's name must be printable, without spaces around it, got {self.name!r}"
+            )
+        if not self.name or "/" in self.name or self.name.startswith("-"):
+            raise ValueError(
+                f"a router's name must hold no '/' and not begin with '-', got {self.name!r}"
+            )
+
+    def identified_by(self, digest: str) -> str:
+        """Returns what identifies it in a run: its router's digest, and how that is attached."""
+        return digest if self.strength == 1 else f"{digest} at strength {self.strength:g}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +67,8 @@ class Settings:
 
     demos_per_class: PositiveInt = 5
     demos_per_source: PositiveInt = 3
-    router: str | None = None
+    # On the command line it is an option of its own, which takes several.
+    router: tyro.conf.Suppress[tyro.conf.Fixed[str | None]] = None
     i2cl_epochs: PositiveInt = 100
     tries: PositiveInt = 12
     train_rows: PositiveInt = 1000

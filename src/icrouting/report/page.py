@@ -102,6 +102,7 @@ def html(report: Report, folder: RunFolder) -> str:
         baseline=BASELINE,
         most_options=MOST_OPTIONS,
         pictures={name: _data_uri(svg) for name, svg in pictures.items()},
+        routers=_pictures_by_router(report.run, folder),
         confusions={name: _data_uri(svg) for name, svg in _confusions(summary).items()},
     )
 
@@ -149,12 +150,30 @@ def _pictures(report: Report, folder: RunFolder) -> dict[str, str]:
         pictures["costs"] = figures.costs(summary, report.run.n_cached())
     if summary.lines.gain_n.any():
         pictures["gains"] = figures.gains(summary)
-    if folder.routing.exists():
-        pictures.update(_routing_pictures(load_json(folder.routing)))
-    steps = read_lines(folder.training, dict)
+    pictures.update(_pictures_of_router(folder.routing, folder.training))
+    return pictures
+
+
+def _pictures_of_router(routing: Path, training: Path) -> dict[str, str]:
+    """What a router did and how it was trained, of the files of it that there are."""
+    pictures = {}
+    if routing.exists():
+        pictures.update(_routing_pictures(load_json(routing)))
+    steps = read_lines(training, dict)
     if steps:
         pictures["training"] = figures.training(steps)
     return pictures
+
+
+def _pictures_by_router(run: Run, folder: RunFolder) -> dict[str, dict[str, str]]:
+    """The pictures of each router that has a name of its own, as the page shows them."""
+    pictures_by_router = {}
+    for name in run.routers:
+        pictures = _pictures_of_router(folder.routing_of(name), folder.training_of(name))
+        if pictures:
+            uris = {picture: _data_uri(svg) for picture, svg in pictures.items()}
+            pictures_by_router[name] = uris
+    return pictures_by_router
 
 
 def _routing_pictures(routing: Mapping[str, Any]) -> dict[str, str]:

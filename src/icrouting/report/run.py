@@ -1,7 +1,7 @@
 """A run as its report needs it: the content of config.json, read once and held against types."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from icrouting.evaluation.folder import RunFolder
@@ -74,6 +74,7 @@ class Run:
         timing: what was measured in turns; None if nothing was.
         fits: what fits took; empty where nothing is fitted.
         as_written: all of config.json, in its order, for the list of what else there is.
+        routers: what identifies each router that has a name of its own, by that name.
     """
 
     command: str
@@ -92,12 +93,14 @@ class Run:
     timing: Timing | None
     fits: list[FitCost]
     as_written: Mapping[str, Any]
+    routers: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Run":
         """Returns what a run's config.json says; ValueError if a report could not be made of it."""
         # What runs of earlier versions did not write, and unfinished ones have yet to.
         absent = {"dtype": None, "router": None, "notes": [], "refused": [], "skipped": []}
+        absent["routers"] = {}
         known = {name: content[name] for name in cls.__annotations__ if name in content}
         run = read(cls, {**absent, "timing": None, "fits": [], **known, "as_written": {}})
         return replace(run, as_written=content)
