@@ -1,0 +1,56 @@
+"""Parts: each analysis by name, as a function of a study and as pictures of its tables."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from icrouting.analysing import prompt_pictures, routing_pictures
+from icrouting.analysing.attention import attention
+from icrouting.analysing.few_shot import few_shot
+from icrouting.analysing.importance import importance
+from icrouting.analysing.intervention import intervention
+from icrouting.analysing.pictures import Picture
+from icrouting.analysing.study import Study
+
+
+@dataclass(frozen=True)
+class Part:
+    """An analysis.
+
+    Attributes:
+        title: heads its section of the page.
+        tables: computes it.
+        pictures: draws its tables.
+        settings: what of the configuration it depends on, beside what all parts do.
+        shows_demos: whether it runs few-shot prompts of the test rows.
+    """
+
+    title: str
+    tables: Callable[[Study], dict[str, pd.DataFrame]]
+    pictures: Callable[[Mapping[str, pd.DataFrame]], list[Picture]]
+    settings: tuple[str, ...] = ()
+    shows_demos: bool = False
+
+
+ANALYSES = {
+    "importance": Part("What the router asks for", importance, routing_pictures.importance),
+    "intervention": Part(
+        "What is lost without it",
+        intervention,
+        routing_pictures.intervention,
+        settings=("per_layer",),
+    ),
+    "few-shot": Part(
+        "Does routing do what demonstrations do?",
+        few_shot,
+        prompt_pictures.few_shot,
+        shows_demos=True,
+    ),
+    "attention": Part(
+        "Does attention move as demonstrations move it?",
+        attention,
+        prompt_pictures.attention,
+        shows_demos=True,
+    ),
+}
