@@ -35,7 +35,7 @@ def few_shot(study: Study) -> dict[str, pd.DataFrame]:
     """
     with spinner("few-shot prompts"):
         zero, routed = study.zero_and_routed
-        demonstrated = study.few_shot_log_probs
+        demonstrated = study.few_shot_traces.log_probs
     log_probs = {"zero-shot": zero, "routed": routed, "few-shot": demonstrated}
     pairs = []
     accuracies = []

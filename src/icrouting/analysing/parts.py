@@ -5,13 +5,22 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from icrouting.analysing import prompt_pictures, routing_pictures
+from icrouting.analysing import (
+    direction_pictures,
+    further_pictures,
+    prompt_pictures,
+    routing_pictures,
+)
 from icrouting.analysing.attention import attention
+from icrouting.analysing.cost import cost
+from icrouting.analysing.directions import directions
 from icrouting.analysing.few_shot import few_shot
 from icrouting.analysing.importance import importance
 from icrouting.analysing.intervention import intervention
 from icrouting.analysing.pictures import Picture
+from icrouting.analysing.space import space
 from icrouting.analysing.study import Study
+from icrouting.analysing.tokens import tokens
 
 
 @dataclass(frozen=True)
@@ -53,4 +62,23 @@ ANALYSES = {
         prompt_pictures.attention,
         shows_demos=True,
     ),
+    "directions": Part(
+        "What tasks share",
+        directions,
+        direction_pictures.directions,
+        settings=("n_prompts",),
+    ),
+    "tokens": Part(
+        "Which words become likelier",
+        tokens,
+        further_pictures.tokens,
+        shows_demos=True,
+    ),
+    "space": Part(
+        "Where prompts lie, and what they foretell",
+        space,
+        further_pictures.space,
+        shows_demos=True,
+    ),
+    "cost": Part("What it costs", cost, further_pictures.cost),
 }

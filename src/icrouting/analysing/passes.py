@@ -7,6 +7,7 @@ that do the same give the same numbers, to the last digit.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,24 +16,46 @@ from torch import Tensor
 from icrouting.decoder.batches import Batch, by_length, finite_rows, pad
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.partial import late_entry, watch_entering
-from icrouting.decoder.passes import TOKEN_BUDGET, next_token_logits
+from icrouting.decoder.passes import TOKEN_BUDGET, by_context, next_token_logits, read_batch
+from icrouting.fitting.capture import captured
 from icrouting.routing.attach import attach
 from icrouting.routing.pids import PIDs
 from icrouting.routing.router import Routing
+from icrouting.tasks.prompts import Prompt
 
 # From a routing with a row for each prompt, log-probabilities of the next token.
 RoutedPass = Callable[[Routing], Float[Tensor, "n_prompts vocab"]]
 
 
-def next_log_probs(
-    decoder: Decoder, token_lists: Sequence[Sequence[int]]
-) -> Float[Tensor, "n_prompts vocab"]:
-    """Returns the model's own log-probabilities of the token after each prompt, in float64."""
-    rows: list[Tensor] = [torch.empty(0)] * len(token_lists)
-    with torch.no_grad():
-        for batch in _batches(decoder, token_lists):
-            _put(rows, batch, next_token_logits(decoder.model, batch))
-    return _log_probs(rows)
+@dataclass(frozen=True, eq=False)
+class Traces:
+    """What prompts leave, each behind the context that it shares with others.
+
+    Attributes:
+        log_probs: of the token after each prompt, in float64.
+        queries: the last token's queries in some layers, before rotary embedding, in float32.
+    """
+
+    log_probs: Float[Tensor, "n_prompts vocab"]
+    queries: Float[Tensor, "n_prompts n_layers query_width"]
+
+
+def traces_of(decoder: Decoder, prompts: Sequence[Prompt], layers: Sequence[int]) -> Traces:
+    """Returns what the model itself does with prompts; contexts that several share run once."""
+    token_lists = decoder.tokenize([prompt.text for prompt in prompts])
+    rows: list[Tensor] = [torch.empty(0)] * len(prompts)
+    queries: list[Tensor] = [torch.empty(0)] * len(prompts)
+    budget = decoder.token_budget or TOKEN_BUDGET
+    with torch.no_grad(), captured(decoder.model, layers) as stores:
+        for cache, batch in by_context(decoder, prompts, token_lists, budget):
+            logits, _ = read_batch(decoder.model, batch, cache, use_cache=False)
+            _put(rows, batch, logits)
+            places = torch.arange(len(batch.rows))
+            last = batch.last.cpu()
+            by_layer = [store["query"].cpu()[places, last].float() for store in stores]
+            for place, row in enumerate(batch.rows):
+                queries[row] = torch.stack([layer[place] for layer in by_layer])
+    return Traces(_log_probs(rows), torch.stack(queries))
 
 
 @contextmanager

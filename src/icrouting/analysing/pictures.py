@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from icrouting.report.figures import COLOURS, SHAPES, WIDTH, in_our_style
+from icrouting.runtime.pages import MINUS
 
 # What the page gives its own colours. Okabe and Ito's are told apart with every common colour
 # blindness, and shapes repeat the distinction.
@@ -67,14 +68,14 @@ class Marks:
     highs: Sequence[float]
 
 
-def _themed(draw: Callable[P, Figure]) -> Callable[P, str]:
-    """Makes of a function that draws one that returns the picture as inline SVG."""
+def _themed(draw: Callable[P, str]) -> Callable[P, str]:
+    """Has a function draw in our style and the page's colours."""
 
     @in_our_style
     @wraps(draw)
     def drawn(*args: P.args, **settings: P.kwargs) -> str:
         with matplotlib.rc_context(_THEME):
-            return inline(draw(*args, **settings))
+            return draw(*args, **settings)
 
     return drawn
 
@@ -113,7 +114,7 @@ def lines(
     y_from: float | None = None,
     y_to: float | None = None,
     marked_from: float | None = None,
-) -> Figure:
+) -> str:
     """Returns lines with marks, x and y by name.
 
     Args:
@@ -130,7 +131,7 @@ def lines(
     axes = figure.subplots()
     for place, (name, (x, y)) in enumerate(series.items()):
         colour, shape = _look(place)
-        axes.plot(x, y, color=colour, marker=shape, markersize=4, linewidth=1.3, label=name)
+        axes.plot(x, y, color=colour, marker=shape, markersize=4, linewidth=1.3, label=_plain(name))
         if bands and name in bands:
             low, high = bands[name]
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -147,7 +148,7 @@ def lines(
     axes.set_ylim(bottom=y_from, top=y_to)
     axes.grid(True)
     _legend(figure, axes, len(series))
-    return figure
+    return inline(figure)
 
 
 @_themed
@@ -158,7 +159,7 @@ def dots(
     *,
     zero: bool = True,
     log: bool = False,
-) -> Figure:
+) -> str:
     """Returns estimates with intervals, a row for each name, the first on top.
 
     Args:
@@ -176,19 +177,19 @@ def dots(
         colour, shape = _look(place)
         heights = np.arange(len(rows)) + step * (place + 0.5) - 0.4
         axes.hlines(heights, marks.lows, marks.highs, color=colour, linewidth=1.2)
-        axes.plot(marks.values, heights, shape, color=colour, markersize=4.5, label=name)
+        axes.plot(marks.values, heights, shape, color=colour, markersize=4.5, label=_plain(name))
     if zero and not log:
         axes.axvline(0, color=INK, linewidth=1, zorder=1)
     if log:
         _log_axis(axes, [value for marks in series.values() for value in marks.values])
     for place in range(1, len(rows)):
         axes.axhline(place - 0.5, color=FAINT, linewidth=0.6)
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_yticks(range(len(rows)), [_plain(row) for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(x_label)
     axes.grid(True, axis="x")
     _legend(figure, axes, len(series))
-    return figure
+    return inline(figure)
 
 
 def _log_axis(axes: Axes, values: Sequence[float]) -> None:
@@ -212,7 +213,7 @@ def matrix(
     low: float | None = None,
     high: float | None = None,
     signed: bool = False,
-) -> Figure:
+) -> str:
     """Returns a heat map with its scale, the first row on top.
 
     Args:
@@ -243,12 +244,12 @@ def matrix(
     every = max(1, -(-n_columns // 16))
     places = np.arange(0, n_columns, every)
     is_long = max(map(len, columns), default=0) > 4
-    axes.set_xticks(places + 0.5, [columns[place] for place in places], fontsize=8)
+    axes.set_xticks(places + 0.5, [_plain(columns[place]) for place in places], fontsize=8)
     if is_long and n_columns > 3:
         axes.tick_params(axis="x", rotation=40)
         for text in axes.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor")
-    axes.set_yticks(np.arange(n_rows) + 0.5, list(rows), fontsize=8)
+    axes.set_yticks(np.arange(n_rows) + 0.5, [_plain(row) for row in rows], fontsize=8)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.invert_yaxis()
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -259,7 +260,7 @@ def matrix(
     scale.locator = MaxNLocator(nbins=5)
     scale.update_ticks()
     scale.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    return figure
+    return inline(figure)
 
 
 def _write(axes: Axes, values: np.ndarray, texts: Sequence[Sequence[str]], image: Any) -> None:
@@ -286,7 +287,7 @@ def scatter(
     hollow: Sequence[str],
     x_label: str,
     y_label: str,
-) -> Figure:
+) -> str:
     """Returns points by group, those of some groups hollow."""
     figure = Figure(figsize=(WIDTH, 3.9 + 0.16 * ((len(groups) + 1) // 2)))
     axes = figure.subplots()
@@ -294,12 +295,18 @@ def scatter(
         colour, shape = _look(place)
         face = "none" if name in hollow else colour
         axes.plot(
-            x, y, shape, markeredgecolor=colour, markerfacecolor=face, markersize=5, label=name
+            x,
+            y,
+            shape,
+            markeredgecolor=colour,
+            markerfacecolor=face,
+            markersize=5,
+            label=_plain(name),
         )
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(True)
     _legend(figure, axes, len(groups))
-    return figure
+    return inline(figure)
 
 
 def _look(place: int) -> tuple[str, str]:
@@ -312,3 +319,13 @@ def _legend(figure: Figure, axes: Axes, n: int) -> None:
         # Long names would not fit side by side on a phone's width.
         longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
         figure.legend(loc="outside upper left", ncols=2 if longest > 16 else 3, fontsize=8)
+
+
+def or_dash(value: float, form: str = ".2f") -> str:
+    """Returns a number as text, a dash where there is none."""
+    return NONE if np.isnan(value) else format(value, form).replace("-", MINUS)
+
+
+def _plain(text: str) -> str:
+    """A text that is drawn as it is, where a pair of dollars would be read as mathematics."""
+    return text.replace("$", r"\$")

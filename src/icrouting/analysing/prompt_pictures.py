@@ -109,7 +109,7 @@ def attention(tables: Tables) -> list[Picture]:
             },
             "layer, counted from the input (shaded: routed)",
             "share of attention (total variation)",
-            y_from=0,
+            y_from=0.0,
             marked_from=first - 0.5,
         ),
         f"In the layers from {first} on routing moves {100 * routed.routing_within.mean():.1f} % "

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
 from icrouting.analysing import pictures
@@ -52,7 +51,7 @@ def _top_heads(units: pd.DataFrame) -> Picture:
             f"importance: mean gate of the head {TIMES} mean |alpha|",
             texts=texts,
             x_label="layer",
-            low=0,
+            low=0.0,
         ),
         f"In {n_alike} of {numbers.shape[1]} layers the same head is the most important one on "
         f"all {len(numbers)} tasks.",
@@ -141,7 +140,7 @@ def _laws(table: pd.DataFrame) -> Picture:
             [str(layer) for layer in numbers],
             "KL(whole router ‖ without the layer), nats",
             x_label="layer that is switched off",
-            low=0,
+            low=0.0,
         ),
         f"Checked: switching off nothing changes {nothing:.1f} nats, and switching off everything "
         f"is {everything:.1f} nats from zero-shot.",
@@ -149,8 +148,3 @@ def _laws(table: pd.DataFrame) -> Picture:
         "of the whole router, in nats.",
         "intervention",
     )
-
-
-def or_dash(value: float, form: str = ".2f") -> str:
-    """Returns a number as text, a dash where there is none."""
-    return pictures.NONE if np.isnan(value) else format(value, form)

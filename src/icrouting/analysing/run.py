@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 
 import icrouting
-from icrouting.analysing.config import PARTS
 from icrouting.analysing.parts import ANALYSES, Part
 from icrouting.analysing.pictures import Picture
 from icrouting.analysing.study import Study
@@ -136,6 +135,3 @@ def found(study: Study, folder: AnalysisFolder, name: str, fingerprint: str) -> 
     tables = folder.read(name, list(computed))
     assert tables is not None, "the tables were just written"
     return Finding(name, part, tables, was_kept=False)
-
-
-assert list(ANALYSES) == [name for name in PARTS if name in ANALYSES]

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icrouting.analysing.config import AnalysisConfig
-from icrouting.analysing.passes import next_log_probs, routed_passes
+from icrouting.analysing.passes import Traces, routed_passes, traces_of
 from icrouting.decoder.decoder import Decoder
 from icrouting.decoder.scoring import option_ids
 from icrouting.evaluation.items import draw_items
@@ -145,9 +145,10 @@ class Study:
             return plain, run(routing)
 
     @cached_property
-    def few_shot_log_probs(self) -> Float[Tensor, "n_items vocab"]:
-        """The next token's log-probabilities behind few-shot prompts."""
-        return next_log_probs(self.decoder, self.contexts)
+    def few_shot_traces(self) -> Traces:
+        """What few-shot prompts leave: the next token, and queries in the routed layers."""
+        prompts = [item.few_shot for item in self.items]
+        return traces_of(self.decoder, prompts, self.layers)
 
     def is_right(self, log_probs: Float[Tensor, "n_items vocab"]) -> Float[np.ndarray, "n_items"]:
         """Returns 1 where the likeliest option is the right one, 0 where it is not.
