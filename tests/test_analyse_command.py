@@ -148,6 +148,13 @@ def test_a_part_that_the_command_does_not_know_ends_it_before_any_work(capsys, w
     assert not list(tmp_path.iterdir())
 
 
+def test_too_few_prompts_for_a_part_end_the_command_before_any_part(capsys, world, tmp_path):
+    where = [str(world / "router"), "--out", str(tmp_path), *on(world)]
+    error = refusal(capsys, *where, "--n-prompts", "4")
+    assert "two draws of 2 directions need more than 5 few-shot prompts" in error
+    assert not list(tmp_path.glob("*.csv"))
+
+
 def test_no_part_at_all_is_refused():
     with pytest.raises(ValueError, match="parts: name one or more"):
         AnalysisConfig(parts=())

@@ -1,5 +1,7 @@
 """Analyses of a router: use, interventions, and what demonstrations do beside it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -218,6 +220,12 @@ def test_attention_rows_are_those_that_routing_is_seen_to_move(study):
     assert (by_hand - passes.mass_moved).abs().max() < CLOSE
 
 
+def test_the_last_rows_of_attention_are_the_last_of_all_rows(study):
+    tokens = study.queries[2]
+    whole = attention_rows(study.decoder, tokens, len(tokens))
+    assert torch.equal(attention_rows(study.decoder, tokens, 2), whole[:, :, -2:])
+
+
 def test_below_the_first_routed_layer_routing_moves_no_attention(moves):
     assert (moves[moves.layer < 3].routing == 0.0).all()
 
@@ -240,6 +248,13 @@ def test_attention_that_moves_alike_is_correlated_by_one():
     figures = moved(plain, shifted, torch.cat([torch.zeros(2, 5, 3), shifted], -1))
     assert figures["alike"] == pytest.approx(1)
     assert figures["demonstrations_get"] == 0
+
+
+def test_prompts_whose_tokens_do_not_end_their_few_shot_prompts_are_refused(study):
+    torn = replace(study)
+    torn.__dict__["queries"] = [[*query[:-1], 5] for query in study.queries]
+    with pytest.raises(ValueError, match="leave the part attention out"):
+        attention(torn)
 
 
 def test_the_attention_implementation_is_put_back(study):

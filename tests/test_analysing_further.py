@@ -263,6 +263,14 @@ def test_a_whole_prompt_costs_what_a_fit_is_reckoned_by(study):
     assert cost.prompt_flops(sizes, 20) == pytest.approx(reckoned + head)
 
 
+def test_a_kept_context_costs_attention_of_every_new_token_to_every_kept_one(study):
+    sizes = Sizes.of(study.decoder.base)
+    pairs = 5 * 7
+    more = cost.prompt_flops(sizes, 5, 7) - cost.prompt_flops(sizes, 5)
+    # A product and a sum for each number of a query, with keys and then with values.
+    assert more == pairs * sizes.n_layers * sizes.query_width * 2 * 2
+
+
 def test_few_shot_costs_more_with_every_demonstration_and_more_than_kept(costs):
     by_prompt = {name: lines.set_index("n_demos").flop for name, lines in costs.groupby("prompt")}
     assert by_prompt[cost.FEW_SHOT].is_monotonic_increasing

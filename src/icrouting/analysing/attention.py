@@ -80,7 +80,11 @@ def attention(study: Study) -> dict[str, pd.DataFrame]:
     `demonstrations_get`, what falls on the demonstrations. `alike` is the correlation of the two
     changes within the query, NaN where routing changes nothing; its interval is over items. `n`
     counts the items: one is left out whose tokens do not end its few-shot prompt, or are too few.
+
+    Raises:
+        ValueError: all of them are left out.
     """
+    check_rows(study)
     measured: dict[tuple[str, int], list[dict[str, float]]] = {}
     rows = range(len(study.items))
     for row in track(rows, "attention", [1] * len(rows), "prompts"):
@@ -100,11 +104,6 @@ def attention(study: Study) -> dict[str, pd.DataFrame]:
                 **with_interval("alike", [frame.alike.to_numpy()]),
             }
         )
-    if not lines:
-        raise ValueError(
-            "no query's tokens end its few-shot prompt's, so that attention cannot be held "
-            "together: leave the part attention out"
-        )
     return {"attention": pd.DataFrame(lines)}
 
 
@@ -112,11 +111,10 @@ def _figures(study: Study, row: int) -> list[dict[str, float]]:
     """The figures of an item, a dict a layer; none where its rows do not match."""
     query = study.queries[row]
     context = study.contexts[row]
-    # A tokenizer may begin every text by a token of its own, which demonstrations stand behind.
-    n_rows = n_shared_end(query, context)
-    n_before = len(query) - n_rows
-    if n_rows < FEWEST or query[:n_before] != context[:n_before]:
+    n_rows = _n_rows(query, context)
+    if not n_rows:
         return []
+    n_before = len(query) - n_rows
     routing = Routing(study.routing.routing_vector[[row]], study.routing.head_gates[[row]])
     plain = attention_rows(study.decoder, query, n_rows)
     routed = attention_rows(study.decoder, query, n_rows, study.icr.pids, routing)
@@ -126,6 +124,25 @@ def _figures(study: Study, row: int) -> list[dict[str, float]]:
         own_rows = [plain[layer], routed[layer], shown[layer]]
         figures.append(moved(*own_rows, n_before=n_before))
     return figures
+
+
+def check_rows(study: Study) -> None:
+    """Checks that some item's tokens end its few-shot prompt; ValueError where none's do."""
+    pairs = zip(study.queries, study.contexts, strict=True)
+    if not any(_n_rows(query, context) for query, context in pairs):
+        raise ValueError(
+            "no test prompt's tokens end its few-shot prompt's, so that attention cannot be held "
+            "together: leave the part attention out"
+        )
+
+
+def _n_rows(query: Sequence[int], context: Sequence[int]) -> int:
+    """How many tokens of a query are held against themselves in its few-shot prompt."""
+    # A tokenizer may begin every text by a token of its own, which demonstrations stand behind.
+    n_rows = n_shared_end(query, context)
+    n_before = len(query) - n_rows
+    is_alike = list(query[:n_before]) == list(context[:n_before])
+    return n_rows if is_alike and n_rows >= FEWEST else 0
 
 
 def n_shared_end(query: Sequence[int], context: Sequence[int]) -> int:

@@ -94,7 +94,6 @@ def _overlap(table: pd.DataFrame) -> Picture:
             "overlap of subspaces, %, mean over layers, queries and keys",
             texts=[[f"{100 * value:.0f}" for value in row] for row in values],
             low=0.0,
-            high=100.0,
         ),
         says,
         "On the diagonal stands the overlap of two draws of the same task: as much as this many "
@@ -115,15 +114,16 @@ def _spectrum(table: pd.DataFrame) -> Picture:
     explained = by_rank.explained.mean()
     gap = by_rank.gap.mean()
     largest = gap.idxmax()
-    eighth = min(8, int(explained.index.max()))
+    rank = int(table[table.is_routers]["rank"].iloc[0])
+    says = f"At the router's rank, {rank}, {100 * explained[rank]:.0f} % of the variance of "
+    says += f"few-shot prompts is explained, and the next eigenvalue is {100 * gap[rank]:.0f} % "
+    says += f"smaller; the widest such gap is after rank {largest} ({100 * gap[largest]:.0f} %)."
     return Picture(
         "Variance that a rank explains",
         pictures.lines(
             series, "rank", "variance explained, %", bands=bands, y_from=0.0, y_to=100.0
         ),
-        f"{eighth} directions explain {100 * explained[eighth]:.0f} % of the variance of "
-        f"few-shot prompts; the gap to the next eigenvalue is {100 * gap[eighth]:.0f} % of the last one "
-        f"there, and widest after rank {largest} ({100 * gap[largest]:.0f} %).",
+        says,
         "Pooled over tasks; bands go from the lowest to the highest layer. A spiked covariance "
         "would bend sharply at the number of its spikes.",
         "spectrum",

@@ -43,21 +43,15 @@ def directions(study: Study) -> dict[str, pd.DataFrame]:
     tasks; NaN where a task uses all alike. "overlap": of the subspaces of two tasks, each by side,
     mean over layers, with the mean principal angle in degrees; of a task and itself it is that of
     its two draws, and `chance` that of random subspaces. "spectrum": by side, layer and rank, the
-    share of variance explained up to it, and the gap to the next eigenvalue as a share of its own.
+    share of variance explained up to it, and the gap to the next eigenvalue as a share of its own;
+    `is_routers` marks the router's rank.
     "stability": the overlap of the subspaces of two draws of `n` prompts each, pooled over tasks.
 
     Raises:
         ValueError: there are too few prompts for two draws of the router's rank.
     """
+    check_draws(study)
     rank = study.icr.pids.rank
-    n_half = study.config.n_prompts // 2
-    n_fewest = min(len(task.train) for task in study.tasks.values())
-    if min(n_half, n_fewest // 2) <= rank:
-        raise ValueError(
-            f"two draws of {rank} directions need more than {2 * rank + 1} few-shot prompts of "
-            f"each task, got {min(study.config.n_prompts, n_fewest)}: raise --n-prompts, or leave "
-            "the part directions out"
-        )
     draws = _draws(study)
     return {
         "correlation": correlation(study),
@@ -65,6 +59,23 @@ def directions(study: Study) -> dict[str, pd.DataFrame]:
         "spectrum": pd.DataFrame(_spectra(study, draws, rank)),
         "stability": pd.DataFrame(_stability(draws, rank)),
     }
+
+
+def check_draws(study: Study) -> None:
+    """Checks that there are few-shot prompts enough for two draws of the router's rank.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    rank = study.icr.pids.rank
+    n_fewest = min(len(task.train) for task in study.tasks.values())
+    n_prompts = min(study.config.n_prompts, n_fewest)
+    if n_prompts // 2 <= rank:
+        raise ValueError(
+            f"two draws of {rank} directions need more than {2 * rank + 1} few-shot prompts of "
+            f"each task, got {n_prompts}: raise --n-prompts, name tasks of more training rows, or "
+            "leave the part directions out"
+        )
 
 
 def correlation(study: Study) -> pd.DataFrame:
@@ -161,6 +172,7 @@ def _spectra(study: Study, draws: list[dict[str, Vectors]], rank: int) -> Iterat
             for place in range(n_shown):
                 gap = float(1 - spectrum[place + 1] / spectrum[place])
                 line = {"side": side, "layer": layer, "rank": place + 1}
+                line["is_routers"] = place + 1 == rank
                 yield {**line, "explained": float(shares[place]), "gap": gap}
 
 

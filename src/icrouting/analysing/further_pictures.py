@@ -25,9 +25,10 @@ def tokens(tables: Tables) -> list[Picture]:
     n_compared = min(N_COMPARED, len(top["routing"]), len(top["few_shot"]))
     first_ids = [set(lines.id.head(n_compared)) for lines in top.values()]
     n_shared = len(first_ids[0] & first_ids[1])
-    both = f"Of the {n_compared} tokens with the highest scores by either, {n_shared} are the same."
+    both = f"Of the {n_compared} highest by routing and by demonstrations, {n_shared} are the same."
     drawn = []
-    for name, who in (("routing", "Routing"), ("few_shot", "Demonstrations")):
+    whose = (("routing", "Routing", "raises"), ("few_shot", "Demonstrations", "raise"))
+    for name, who, verb in whose:
         lines = top[name].head(N_SHOWN)
         if lines.empty:
             continue
@@ -38,13 +39,9 @@ def tokens(tables: Tables) -> list[Picture]:
         raised = ", ".join(lines.token.head(5))
         drawn.append(
             Picture(
-                f"Tokens that {who.lower()} raises on every task"
-                if name == "routing"
-                else "Tokens that demonstrations raise on every task",
+                f"Tokens that {who.lower()} {verb} on every task",
                 pictures.dots(lines.token.tolist(), series, "change of the log-probability, nats"),
-                f"{who} raises most steadily {raised}. {both}"
-                if name == "routing"
-                else f"{who} raise most steadily {raised}. {both}",
+                f"{who} {verb} most steadily {raised}. {both}",
                 "The highest scores first: stability over tasks, share of prompts on which the "
                 "token rises, and how many tokens it rises above (ICLness). The marks are mean "
                 "changes against zero-shot, over tasks.",
@@ -123,8 +120,9 @@ def _prediction(table: pd.DataFrame) -> Picture:
         f"{means[0]} within a task and {means[1]} from other tasks, mean over tasks "
         "(0: no better than the mean; a dash: too few prompts).",
         "Right of the line: the zero-shot prompt tells something of what its few-shot prompt does "
-        "along the router's directions. By ridge regression, on few prompts: a low value may be "
-        "their number's fault.",
+        "along the router's directions. From the other tasks it is about these tasks' mean, so "
+        "that telling the task apart counts too. By ridge regression, on few prompts: a low value "
+        "may be their number's fault.",
         "prediction",
     )
 
@@ -158,7 +156,7 @@ def _flop(table: pd.DataFrame) -> Picture:
             _series(table, "flop_ratio"),
             "demonstrations",
             "FLOP, as a multiple of zero-shot",
-            y_from=0.0,
+            y_log=True,
         ),
         f"Routing takes {ours:.2f} times the arithmetic of zero-shot; ten demonstrations take "
         f"{ten[FEW_SHOT]:.1f} times as much, and {ten[KEPT]:.2f} where their keys and values are "
@@ -183,7 +181,7 @@ def _kept(table: pd.DataFrame) -> Picture:
     )
     return Picture(
         "Numbers kept beside the model",
-        pictures.lines(series, "demonstrations", "millions of numbers", y_from=0.0),
+        pictures.lines(series, "demonstrations", "millions of numbers", y_log=True),
         f"The directions are as many numbers as the keys and values of "
         f"{ours.kept / per_demo:.1f} demonstrations; with the router, of "
         f"{ours.kept_with_router / per_demo:.1f}.",

@@ -11,9 +11,9 @@ from icrouting.analysing import (
     prompt_pictures,
     routing_pictures,
 )
-from icrouting.analysing.attention import attention
+from icrouting.analysing.attention import attention, check_rows
 from icrouting.analysing.cost import cost
-from icrouting.analysing.directions import directions
+from icrouting.analysing.directions import check_draws, directions
 from icrouting.analysing.few_shot import few_shot
 from icrouting.analysing.importance import importance
 from icrouting.analysing.intervention import intervention
@@ -33,6 +33,7 @@ class Part:
         pictures: draws its tables.
         settings: what of the configuration it depends on, beside what all parts do.
         shows_demos: whether it runs few-shot prompts of the test rows.
+        check: asks, before any pass, whether it can be computed.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Part:
     pictures: Callable[[Mapping[str, pd.DataFrame]], list[Picture]]
     settings: tuple[str, ...] = ()
     shows_demos: bool = False
+    check: Callable[[Study], None] | None = None
 
 
 ANALYSES = {
@@ -61,12 +63,14 @@ ANALYSES = {
         attention,
         prompt_pictures.attention,
         shows_demos=True,
+        check=check_rows,
     ),
     "directions": Part(
         "What tasks share",
         directions,
         direction_pictures.directions,
         settings=("n_prompts",),
+        check=check_draws,
     ),
     "tokens": Part(
         "Which words become likelier",

@@ -111,6 +111,7 @@ def lines(
     *,
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     x_log: bool = False,
+    y_log: bool = False,
     y_from: float | None = None,
     y_to: float | None = None,
     marked_from: float | None = None,
@@ -123,6 +124,7 @@ def lines(
         y_label: names the axis up, with its unit.
         bands: low and high ends around some of the lines.
         x_log: whether the axis across is logarithmic.
+        y_log: whether the axis up is; a 0 is not drawn there.
         y_from: where the axis up begins; None where its values do.
         y_to: where it ends.
         marked_from: a place on the axis across from which on it is shaded.
@@ -137,9 +139,13 @@ def lines(
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     if x_log:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
+        x_values = next(iter(series.values()))[0]
+        axes.set_xticks(x_values, [f"{x:g}" for x in x_values], minor=False)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    if y_log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     if marked_from is not None:
         right = axes.get_xlim()[1]
         axes.axvspan(marked_from, right, color=FAINT, alpha=0.35, linewidth=0, zorder=0)
@@ -318,7 +324,8 @@ def _legend(figure: Figure, axes: Axes, n: int) -> None:
     if n > 1:
         # Long names would not fit side by side on a phone's width.
         longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
-        figure.legend(loc="outside upper left", ncols=2 if longest > 16 else 3, fontsize=8)
+        n_columns = 3 if longest <= 16 else 2 if longest <= 30 else 1
+        figure.legend(loc="outside upper left", ncols=n_columns, fontsize=8)
 
 
 def or_dash(value: float, form: str = ".2f") -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from icrouting.analysing import pictures
-from icrouting.analysing.pictures import Marks, Picture
+from icrouting.analysing.pictures import Marks, Picture, or_dash
 from icrouting.analysing.study import MEAN
 
 Tables = Mapping[str, pd.DataFrame]
@@ -83,7 +83,8 @@ def _accuracies(accuracies: pd.DataFrame, changes: pd.DataFrame) -> Picture:
         "Accuracy of these prompts",
         pictures.dots(tasks, series, "accuracy, %", zero=False),
         f"What routing adds to log-probabilities points as what demonstrations add by a cosine of "
-        f"{cosine['vocabulary']:.2f} over the vocabulary and {cosine['options']:.2f} among the "
+        f"{or_dash(cosine['vocabulary'])} over the vocabulary and {or_dash(cosine['options'])} "
+        "among the "
         "options (1: the same change; 0: nothing to do with it), mean over tasks.",
         "For orientation: few prompts, wide intervals; `icr eval` measures accuracy.",
         "accuracies",
@@ -140,9 +141,9 @@ def _alike(table: pd.DataFrame, first: int) -> Picture:
             "correlation of the two changes",
             bands=bands,
         ),
-        f"The correlation of what routing and what demonstrations change is {mean:.2f} in the mean "
-        f"over layers and tasks; it is above 0 by more than noise in {clear} of {len(routed)} "
-        "layers and tasks.",
+        f"The correlation of what routing and what demonstrations change is {or_dash(mean)} in "
+        f"the mean over layers and tasks; it is above 0 by more than noise in {clear} of "
+        f"{len(routed)} layers and tasks, where one in forty would be by chance.",
         "1: routing moves attention among the query's tokens as demonstrations do; 0: it has "
         "nothing to do with it. Bands are 95 % intervals over prompts.",
         "attention",

@@ -108,7 +108,8 @@ def _lost(table: pd.DataFrame) -> Picture:
     clear = [str(layer) for layer in mean.index[(mean.lost_low > 0) | (mean.lost_high < 0)]]
     says = "No single layer's absence moves accuracy by more than these prompts can tell from 0."
     if clear:
-        says = f"Accuracy moves by more than noise, either way, without layer {', '.join(clear)}."
+        says = f"Accuracy moves by more than noise, either way, without layer {', '.join(clear)}; "
+        says += f"of {len(mean)} layers one in twenty would do so by chance."
     return Picture(
         "What accuracy loses without a layer",
         pictures.dots(

@@ -117,6 +117,10 @@ def analyse(study: Study, folder: AnalysisFolder) -> Iterator[Finding]:
         # Before any pass: a few-shot prompt that does not fit is said at once.
         _ = study.contexts
     for name in chosen:
+        check = ANALYSES[name].check
+        if check is not None:
+            check(study)
+    for name in chosen:
         yield found(study, folder, name, fingerprint)
 
 

@@ -166,7 +166,7 @@ class Study:
 
     def among_options(
         self, log_probs: Float[Tensor, "n_items vocab"]
-    ) -> list[Float[Tensor, "n_options"] | None]:
+    ) -> list[Float[Tensor, "_"] | None]:
         """Returns each item's log-probabilities among its options; None where these are mixed."""
         rows: list[Tensor | None] = []
         for item, row in zip(self.items, log_probs, strict=True):

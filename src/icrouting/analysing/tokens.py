@@ -27,7 +27,7 @@ LEAST_PROBABILITY = 1e-5
 N_KEPT = 200
 
 
-def score(changes: list[Float[Tensor, "n_prompts vocab"]]) -> pd.DataFrame:
+def score(changes: list[Float[Tensor, "_ vocab"]]) -> pd.DataFrame:
     """Returns a line for each token: its change in nats, the score's factors and the score.
 
     Args:

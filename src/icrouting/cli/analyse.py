@@ -44,7 +44,8 @@ def analyse_router(router: str, out: Path, model: Backbone, config: AnalysisConf
         for finding in analyse(study, folder):
             findings.append(finding)
             _show(finding)
-        save_text(folder.page, page.html(study, findings, folder, about))
+            # After every part, so that one who stops it has a page too.
+            save_text(folder.page, page.html(study, findings, folder, about))
     console.print(f"page: {folder.page}", soft_wrap=True, markup=False, highlight=False)
 
 
