@@ -1,9 +1,9 @@
 """What the part directions looks like, with a sentence of figures each."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
@@ -11,7 +11,8 @@ from icrouting.analysing import pictures
 from icrouting.analysing.directions import ROUTER, SIDES
 from icrouting.analysing.pictures import Picture, or_dash
 
-Tables = Mapping[str, pd.DataFrame]
+# Frames, whose columns no type checker knows.
+Tables = Mapping[str, Any]
 SIDE_NAMES = {"query": "queries", "key": "keys"}
 
 
@@ -38,7 +39,7 @@ def clustered(values: np.ndarray) -> list[int]:
     return leaves_list(linkage(condensed, "average", optimal_ordering=True)).tolist()
 
 
-def _correlation(table: pd.DataFrame) -> Picture:
+def _correlation(table: Any) -> Picture:
     square = table.pivot(index="task", columns="other", values="rho")
     names = list(table.task.unique())
     values = square.loc[names, names].to_numpy()
@@ -72,7 +73,7 @@ def _correlation(table: pd.DataFrame) -> Picture:
     )
 
 
-def _overlap(table: pd.DataFrame) -> Picture:
+def _overlap(table: Any) -> Picture:
     mean = table.groupby(["task", "other"], sort=False).overlap.mean().unstack(sort=False)
     tasks = list(table.task.unique())
     mean = mean.loc[tasks, [*tasks, ROUTER]]
@@ -102,7 +103,7 @@ def _overlap(table: pd.DataFrame) -> Picture:
     )
 
 
-def _spectrum(table: pd.DataFrame) -> Picture:
+def _spectrum(table: Any) -> Picture:
     series = {}
     bands = {}
     for side in SIDES:
@@ -130,7 +131,7 @@ def _spectrum(table: pd.DataFrame) -> Picture:
     )
 
 
-def _stability(table: pd.DataFrame) -> Picture:
+def _stability(table: Any) -> Picture:
     series = {}
     bands = {}
     for side in SIDES:

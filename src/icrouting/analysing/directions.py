@@ -13,6 +13,7 @@ explains, how far its last eigenvalue is from the next one, and whether more pro
 
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -88,7 +89,8 @@ def correlation(study: Study) -> pd.DataFrame:
         for other in study.task_names:
             rho = float("nan")
             if not is_constant(values[task]) and not is_constant(values[other]):
-                rho = float(spearmanr(values[task], values[other]).statistic)
+                result: Any = spearmanr(values[task], values[other])
+                rho = float(result.statistic)
             lines.append({"task": task, "other": other, "rho": rho})
     return pd.DataFrame(lines)
 

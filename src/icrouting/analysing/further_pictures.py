@@ -1,8 +1,7 @@
 """What the parts tokens, space and cost look like, with a sentence of figures each."""
 
 from collections.abc import Mapping
-
-import pandas as pd
+from typing import Any
 
 from icrouting.analysing import pictures
 from icrouting.analysing.cost import FEW_SHOT, KEPT, ROUTED
@@ -10,7 +9,8 @@ from icrouting.analysing.pictures import Marks, Picture, or_dash
 from icrouting.analysing.space import ACROSS, READS, WITHIN
 from icrouting.runtime.pages import MINUS
 
-Tables = Mapping[str, pd.DataFrame]
+# Frames, whose columns no type checker knows.
+Tables = Mapping[str, Any]
 N_SHOWN = 15
 N_COMPARED = 50
 
@@ -66,7 +66,7 @@ def space(tables: Tables) -> list[Picture]:
     return [_map(tables["map"]), _prediction(tables["prediction"])]
 
 
-def _map(table: pd.DataFrame) -> Picture:
+def _map(table: Any) -> Picture:
     groups = {}
     hollow = []
     for task, lines in table.groupby("task", sort=False):
@@ -99,7 +99,7 @@ def _map(table: pd.DataFrame) -> Picture:
     )
 
 
-def _prediction(table: pd.DataFrame) -> Picture:
+def _prediction(table: Any) -> Picture:
     tasks = list(table.task.unique())
     series = {}
     best = []
@@ -133,7 +133,7 @@ def cost(tables: Tables) -> list[Picture]:
     return [_flop(table), _kept(table)]
 
 
-def _series(table: pd.DataFrame, column: str, factor: float = 1.0) -> dict:
+def _series(table: Any, column: str, factor: float = 1.0) -> dict:
     series = {}
     for prompt in (ROUTED, FEW_SHOT, KEPT):
         lines = table[table.prompt == prompt]
@@ -147,7 +147,7 @@ def _series(table: pd.DataFrame, column: str, factor: float = 1.0) -> dict:
     return series
 
 
-def _flop(table: pd.DataFrame) -> Picture:
+def _flop(table: Any) -> Picture:
     ours = float(table[table.prompt == ROUTED].flop_ratio.iloc[0])
     ten = table[table.n_demos == 10].set_index("prompt").flop_ratio
     return Picture(
@@ -167,7 +167,7 @@ def _flop(table: pd.DataFrame) -> Picture:
     )
 
 
-def _kept(table: pd.DataFrame) -> Picture:
+def _kept(table: Any) -> Picture:
     ours = table[table.prompt == ROUTED].iloc[0]
     kept = table[table.prompt == KEPT]
     per_demo = float(kept.kept.iloc[-1] / kept.n_demos.iloc[-1])

@@ -25,7 +25,7 @@ FAINT = "#d5d5d6"
 SERIES = (COLOURS[2], COLOURS[4], COLOURS[3], COLOURS[1], COLOURS[5], COLOURS[6], INK)
 _VARIABLES = {INK: "ink", FAINT: "faint", COLOURS[2]: "blue", COLOURS[3]: "green"}
 _VARIABLES |= {COLOURS[4]: "red"}
-_THEME = {
+_THEME: dict[Any, Any] = {
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -250,7 +250,7 @@ def matrix(
     every = max(1, -(-n_columns // 16))
     places = np.arange(0, n_columns, every)
     is_long = max(map(len, columns), default=0) > 4
-    axes.set_xticks(places + 0.5, [_plain(columns[place]) for place in places], fontsize=8)
+    axes.set_xticks(places + 0.5, [_plain(columns[int(place)]) for place in places], fontsize=8)
     if is_long and n_columns > 3:
         axes.tick_params(axis="x", rotation=40)
         for text in axes.get_xticklabels():
@@ -279,7 +279,7 @@ def _write(axes: Axes, values: np.ndarray, texts: Sequence[Sequence[str]], image
         axes.text(
             column + 0.5,
             row + 0.5,
-            texts[row][column],
+            texts[int(row)][int(column)],
             color=colour,
             ha="center",
             va="center",

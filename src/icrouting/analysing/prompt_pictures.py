@@ -1,18 +1,19 @@
 """What the parts few-shot and attention look like, with a sentence of figures each."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from icrouting.analysing import pictures
 from icrouting.analysing.pictures import Marks, Picture, or_dash
 from icrouting.analysing.study import MEAN
 
-Tables = Mapping[str, pd.DataFrame]
+# Frames, whose columns no type checker knows.
+Tables = Mapping[str, Any]
 
 
-def marks_of(lines: pd.DataFrame, name: str, factor: float = 1) -> Marks:
+def marks_of(lines: Any, name: str, factor: float = 1) -> Marks:
     """Returns a column and its interval as marks."""
     columns = (name, f"{name}_low", f"{name}_high")
     return Marks(*((factor * lines[column]).tolist() for column in columns))
@@ -29,7 +30,7 @@ def few_shot(tables: Tables) -> list[Picture]:
     ]
 
 
-def _divergence(pairs: pd.DataFrame, scope: str) -> Picture:
+def _divergence(pairs: Any, scope: str) -> Picture:
     lines = pairs[(pairs.scope == scope) & (pairs["first"] == "few-shot")]
     tasks = list(lines.task.unique())
     series = {}
@@ -56,7 +57,7 @@ def _divergence(pairs: pd.DataFrame, scope: str) -> Picture:
     )
 
 
-def _agreement(pairs: pd.DataFrame) -> Picture:
+def _agreement(pairs: Any) -> Picture:
     lines = pairs[(pairs["first"] == "few-shot") & (pairs.scope == "options")]
     tasks = list(lines.task.unique())
     series = {}
@@ -73,7 +74,7 @@ def _agreement(pairs: pd.DataFrame) -> Picture:
     )
 
 
-def _accuracies(accuracies: pd.DataFrame, changes: pd.DataFrame) -> Picture:
+def _accuracies(accuracies: Any, changes: Any) -> Picture:
     tasks = list(accuracies.task.unique())
     series = {}
     for prompt, lines in accuracies.groupby("prompt", sort=False):
@@ -124,7 +125,7 @@ def attention(tables: Tables) -> list[Picture]:
     return [moved, _alike(table, first)]
 
 
-def _alike(table: pd.DataFrame, first: int) -> Picture:
+def _alike(table: Any, first: int) -> Picture:
     routed = table[table.layer >= first]
     series = {}
     bands = {}

@@ -1,8 +1,7 @@
 """What the parts importance and intervention look like, with a sentence of figures each."""
 
 from collections.abc import Mapping
-
-import pandas as pd
+from typing import Any
 
 from icrouting.analysing import pictures
 from icrouting.analysing.intervention import EVERYTHING, NOTHING
@@ -10,7 +9,8 @@ from icrouting.analysing.pictures import Marks, Picture
 from icrouting.analysing.study import MEAN
 
 TIMES = "\N{MULTIPLICATION SIGN}"
-Tables = Mapping[str, pd.DataFrame]
+# Frames, whose columns no type checker knows.
+Tables = Mapping[str, Any]
 
 
 def importance(tables: Tables) -> list[Picture]:
@@ -35,7 +35,7 @@ def importance(tables: Tables) -> list[Picture]:
     return [by_layer, _top_heads(units)]
 
 
-def _top_heads(units: pd.DataFrame) -> Picture:
+def _top_heads(units: Any) -> Picture:
     tops = units[(units.kind == "head") & units.is_top]
     numbers = tops.pivot(index="task", columns="layer", values="number")
     numbers = numbers.loc[tops.task.unique()]
@@ -66,7 +66,7 @@ def intervention(tables: Tables) -> list[Picture]:
     return [_divergence(table[table.task == MEAN]), _lost(table), _laws(table)]
 
 
-def _divergence(mean: pd.DataFrame) -> Picture:
+def _divergence(mean: Any) -> Picture:
     """KL by layer; of heads and directions the one whose absence changes most."""
     layers = sorted(layer for layer in mean.layer.unique() if layer >= 0)
     series = {}
@@ -94,7 +94,7 @@ def _divergence(mean: pd.DataFrame) -> Picture:
     )
 
 
-def _lost(table: pd.DataFrame) -> Picture:
+def _lost(table: Any) -> Picture:
     off = table[table.off.isin(["layer", EVERYTHING])]
     order = [EVERYTHING, *sorted(layer for layer in off.layer.unique() if layer >= 0)]
     series = {}
@@ -124,7 +124,7 @@ def _lost(table: pd.DataFrame) -> Picture:
     )
 
 
-def _laws(table: pd.DataFrame) -> Picture:
+def _laws(table: Any) -> Picture:
     """By task, how far the router is from zero-shot, and what its strongest layers take off it."""
     tasks = [task for task in table.task.unique() if task != MEAN]
     whole = table[table.off == NOTHING].set_index("task").kl_zero_shot

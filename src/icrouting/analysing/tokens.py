@@ -14,6 +14,8 @@ our readings. A token that no prompt finds likely says nothing: those whose mean
 below 1e-5 under all three prompts are left out of the tables, not of the ranks.
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -71,7 +73,9 @@ def tokens(study: Study) -> dict[str, pd.DataFrame]:
     is_likely = (likeliest >= LEAST_PROBABILITY).numpy()
     # A model may have more outputs than its tokenizer has tokens.
     is_likely &= np.arange(len(is_likely)) < len(study.decoder.tokenizer)
-    table = pd.concat([scores[name].add_prefix(f"{name}_") for name in scores], axis=1)[is_likely]
+    table: Any = pd.concat([scores[name].add_prefix(f"{name}_") for name in scores], axis=1)[
+        is_likely
+    ]
     for name in scores:
         ranks = table[f"{name}_score"].rank(ascending=False, method="first")
         table.insert(0, f"{name}_rank", ranks.astype(int))
