@@ -11,6 +11,7 @@ import tiny
 from icrouting.analysing import cost, directions, space, tokens
 from icrouting.analysing.config import AnalysisConfig
 from icrouting.analysing.direction_pictures import clustered
+from icrouting.analysing.parts import ANALYSES
 from icrouting.analysing.prediction import r2
 from icrouting.analysing.study import Study, is_constant
 from icrouting.decoder.decoder import Decoder
@@ -46,6 +47,38 @@ def words(study):
 @pytest.fixture(scope="module")
 def costs(study):
     return cost.cost(study)["cost"]
+
+
+def pictures_of(study):
+    pictures = []
+    for part in ANALYSES.values():
+        pictures += part.pictures(part.tables(study))
+    return pictures
+
+
+@pytest.mark.slow
+def test_a_router_that_changes_nothing_is_drawn_and_said_without_a_figure_that_is_none(
+    tokenizer, encoder_folder
+):
+    model = tiny.model("llama")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        icr = sharp_router(model, tokenizer, encoder_folder, monkeypatch)
+    for parameter in icr.router.parameters():
+        parameter.data.zero_()
+    config = AnalysisConfig(n_test=3, n_prompts=8)
+    study = Study.of(icr, Decoder.of(model, tokenizer), [tiny.task()], config)
+    assert not [picture.says for picture in pictures_of(study) if "nan" in picture.says]
+
+
+@pytest.mark.slow
+def test_options_that_share_their_first_token_leave_accuracy_out(tokenizer, study):
+    task = tiny.task()
+    labels = ("joy of acting", "joy of plot")
+    spec = replace(task.spec, options=labels, label_scoring="sum")
+    config = AnalysisConfig(n_test=3, n_prompts=8)
+    mixed = Study.of(study.icr, study.decoder, [replace(task, spec=spec)], config)
+    assert np.isnan(mixed.is_right(mixed.zero_and_routed[0])).all()
+    assert not [picture.says for picture in pictures_of(mixed) if "nan" in picture.says]
 
 
 def random_bases(seed, n_layers=3, width=11, rank=4):

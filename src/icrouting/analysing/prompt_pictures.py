@@ -67,8 +67,8 @@ def _agreement(pairs: Any) -> Picture:
     return Picture(
         "Same option as few-shot",
         pictures.dots(tasks, series, "prompts answered as few-shot answers them, %", zero=False),
-        f"Zero-shot answers {mean['zero-shot']:.0f} % of prompts as few-shot does, routed "
-        f"{mean['routed']:.0f} %, mean over tasks.",
+        f"Zero-shot answers {or_dash(mean['zero-shot'], '.0f')} % of prompts as few-shot does, "
+        f"routed {or_dash(mean['routed'], '.0f')} %, mean over tasks.",
         "To the right: more prompts get the option that few-shot prompts get, right or wrong.",
         "pairs",
     )

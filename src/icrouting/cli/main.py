@@ -468,7 +468,7 @@ def inspect(
 
 
 def analyse(
-    router: Annotated[str, tyro.conf.Positional],
+    router: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ROUTER")],
     out: Path,
     model: Base = BACKBONE,
     config: Annotated[AnalysisConfig, tyro.conf.arg(name="")] = ANALYSIS,
