@@ -143,8 +143,8 @@ def _laws(table: Any) -> Picture:
             x_label="layer that is switched off",
             low=0.0,
         ),
-        f"Checked: switching off nothing changes {nothing:.1f} nats, and switching off everything "
-        f"is {everything:.1f} nats from zero-shot.",
+        f"Checked: switching off nothing changes {nothing:.3g} nats, and switching off everything "
+        f"is {everything:.3g} nats from zero-shot.",
         "Bright: the task's next token is moved by this layer. In brackets: KL(zero-shot ‖ routed) "
         "of the whole router, in nats.",
         "intervention",
