@@ -10,16 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import RidgeCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from benchmarks.reach_parts import TRACES_FILE, directions
+from icrouting.analysing.prediction import predicted, r2
 from icrouting.routing.pids import late_third
 from icrouting.runtime.storage import load_tensors
 
 RANK = 8
-STRENGTHS = np.logspace(0, 6, 13)
 READS = ("encoder", "hidden")
 
 
@@ -27,20 +24,6 @@ def coefficients(trace: dict, pids) -> np.ndarray:
     """Returns the projections of a task's few-shot queries, [n_rows, n_layers, rank]."""
     queries = trace["query"][list(pids.layers)]
     return torch.einsum("lnw,lwr->nlr", queries, pids.query_pids).numpy()
-
-
-def predicted(known: np.ndarray, wanted: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Returns what ridge regression, learned on known rows, predicts for others."""
-    regression = make_pipeline(StandardScaler(), RidgeCV(STRENGTHS))
-    flat = wanted.reshape(len(wanted), -1)
-    return regression.fit(known, flat).predict(asked).reshape(-1, *wanted.shape[1:])
-
-
-def r2(true: np.ndarray, guessed: np.ndarray, mean: np.ndarray) -> float:
-    """Returns the share of the squares about a mean that is explained, a mean over layers."""
-    left = ((true - guessed) ** 2).sum((0, 2))
-    whole = ((true - mean) ** 2).sum((0, 2))
-    return float((1 - left / whole).mean())
 
 
 def row_of(traces: dict[str, dict], task: str, reads: str, layers: tuple[int, ...]) -> list[float]:

@@ -11,6 +11,7 @@ import tyro
 from pydantic import NonNegativeInt, PositiveInt
 
 import icrouting
+from icrouting.analysing.config import AnalysisConfig
 from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
@@ -29,6 +30,7 @@ SETTINGS = Settings()
 Routers = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]FOLDER ...")]
 _PRESET_HELP = f"Instead of axes, one of the paper's ablations: {', '.join(PRESETS)}."
 Preset = Annotated[str | None, tyro.conf.arg(metavar="NAME", help=_PRESET_HELP)]
+ANALYSIS = AnalysisConfig()
 Fields = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=TEXT ...")]
 
 
@@ -572,6 +574,39 @@ def inspect(
     )
 
 
+def analyse(
+    router: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ROUTER")],
+    out: Path,
+    model: Base = BACKBONE,
+    config: Annotated[AnalysisConfig, tyro.conf.arg(name="")] = ANALYSIS,
+) -> None:
+    """Show what a router does and why, as one HTML page with its numbers as CSV beside it.
+
+    Layers, heads and directions by use and by what is lost without them; whether the next token and
+    attention move as demonstrations move them; what tasks share; words that become likelier; a map
+    of routings; cost. Each picture comes with a sentence that says what it shows. A part that was
+    computed is kept in OUT until the router, the model, the rows or its settings change: killed and
+    started again, the command goes on with the next part.
+
+    Example: icr analyse my-router --model pinned:smollm2-135m --data pinned:staicc
+    --tasks agnews sst2 trec sst5 mr --out runs/analysis
+
+    Args:
+        router: Folder or hub id of a fitted router, which says its model, encoder and source tasks.
+        out: The folder of the page, analysis.html, and of the CSV files.
+        model: The model below.
+        config: What to analyse, below.
+    """
+    from icrouting.cli import reading
+
+    reading.check_analysed(router)
+    reading.check_out(out)
+    # Here, once the place is known to be one: this room imports torch.
+    from icrouting.cli import analyse as room
+
+    room.analyse_router(router, out, model, config)
+
+
 def demo(out: Path = Path("runs/demo"), quick: bool = False) -> None:
     """Fit a router on SmolLM2-135M and compare it with zero-shot and few-shot, offline.
 
@@ -642,6 +677,7 @@ def main(arguments: list[str] | None = None) -> None:
         "calibrate": calibrate,
         "generate": generate,
         "inspect": inspect,
+        "analyse": analyse,
         "demo": demo,
     }
     about = (

@@ -133,6 +133,28 @@ def _named_folder(text: str) -> tuple[str | None, str]:
     return text[: places[0]], text[places[0] + 1 :]
 
 
+def check_analysed(name: str) -> None:
+    """Checks that what is to be analysed is a router, as far as it can be seen at once.
+
+    Raises:
+        ValueError: it is a run, which measured a router or none, or what `check_router` says.
+    """
+    folder = Path(name)
+    file = folder / "config.json"
+    if (folder / "records.jsonl").is_file() and file.is_file():
+        digest = load_json(file).get("router")
+        if digest is None:
+            raise ValueError(
+                f"{folder} is a run without routing: it measured no router that could be analysed; "
+                "name the folder of a router"
+            )
+        raise ValueError(
+            f"{folder} is a run and keeps no router: name the folder of the one that it measured "
+            f"({digest}), which its --router was"
+        )
+    check_router(name)
+
+
 def check_start(router: str | None, keep: int) -> None:
     """Checks what `--from` and `--keep` name, as far as it can be seen at once.
 

@@ -43,6 +43,12 @@ class SentenceEncoder:
         self.n_features = width
         self.fingerprint = weights_digest(self._encoder)
 
+    @property
+    def n_matrix(self) -> int:
+        """Number of its weights without embeddings, which are looked up and multiply nothing."""
+        tables = {m.weight for m in self._encoder.modules() if isinstance(m, torch.nn.Embedding)}
+        return sum(weight.numel() for weight in {*self._encoder.parameters()} - tables)
+
     @usual_defaults()
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "batch n_features"]:
