@@ -104,7 +104,8 @@ def columns_held(way, spreads=None):
         columns = parts.to(key.dtype).expand(-1, key.shape[1], -1, -1)
         return torch.cat([key, columns], -1), torch.nn.functional.pad(value, (0, layer.rank))
 
-    def widen_queries(layer, query, weights):
+    def widen_queries(layer, query, weights, first_biased=None):
+        assert first_biased is None, "measured where every token gets the bias"
         columns = layer.query_directions.project(layer.states.take("query"))[:, None] * weights
         if spreads is not None:
             # The weights are divided by the model's scaling of logits, which comes back here.

@@ -25,7 +25,7 @@ from icrouting.decoder.partial import LateEntry, entering_states, late_entry
 from icrouting.decoder.passes import after_prefix, by_context, next_token_logits
 from icrouting.decoder.scoring import counted_tokens
 from icrouting.fitting import queries as reading
-from icrouting.fitting.capture import _at, captured
+from icrouting.fitting.capture import captured
 from icrouting.fitting.pca import QKMoments, fit_pids
 from icrouting.fitting.queries import Query
 from icrouting.fitting.shelf import load_pids, save_pids
@@ -248,7 +248,11 @@ def traced(
                 ids = option_ids[row]
                 scores[row, : len(ids)] = row_logits[ids]
             last = batch.last.cpu()
-            sides = [_at([store[side] for store in stores], last) for side in ("query", "key")]
+            rows = torch.arange(len(last))
+            sides = []
+            for side in ("query", "key"):
+                outputs = [store[side][rows, last].float().cpu() for store in stores]
+                sides.append(torch.stack(outputs))
             blocks.append(sides)
             order += batch.rows
     in_order = torch.tensor(order).argsort()

@@ -8,8 +8,9 @@ import torch
 import tiny
 from commands import FIT, make_world, on
 from icrouting.cli import main
-from icrouting.cli.evaluate import _load_tasks, _other_chats
+from icrouting.cli.evaluate import _load_tasks
 from icrouting.cli.reading import load_tasks
+from icrouting.cli.routers import Routers, _other_chats
 from icrouting.decoder.decoder import Decoder
 from icrouting.evaluation import runs
 from icrouting.evaluation.config import EvalConfig
@@ -82,13 +83,13 @@ def test_eval_chat_is_a_run_of_its_own_and_goes_on(chat_world, tmp_path, capsys)
 
 def test_a_router_that_is_asked_otherwise_than_it_learned_is_noted(chat_world):
     icr = InContextRouter.from_pretrained(chat_world / "chat-router")
-    (note,) = _other_chats(icr, [tiny.task()])
-    assert note == "ICR learned from chats, and is asked otherwise: toy."
-    assert _other_chats(icr, [tiny.task().in_chat()]) == []
+    note = _other_chats(icr, [tiny.task()])
+    assert note == "learned from chats, and is asked otherwise: toy."
+    assert _other_chats(icr, [tiny.task().in_chat()]) == ""
     plain = InContextRouter.from_pretrained(chat_world / "router")
-    (note,) = _other_chats(plain, [tiny.task().in_chat()])
-    assert note == "ICR learned from plain prompts, and is asked otherwise: toy."
-    assert _other_chats(plain, [tiny.task()]) == _other_chats(None, [tiny.task()]) == []
+    note = _other_chats(plain, [tiny.task().in_chat()])
+    assert note == "learned from plain prompts, and is asked otherwise: toy."
+    assert _other_chats(plain, [tiny.task()]) == ""
 
 
 def test_a_router_s_sources_are_read_as_it_learned_from_them(chat_world):
@@ -96,7 +97,8 @@ def test_a_router_s_sources_are_read_as_it_learned_from_them(chat_world):
         icr = InContextRouter.from_pretrained(chat_world / folder)
         config = EvalConfig(data=str(chat_world / "data"), tasks=("mr",))
         read_tasks = dict(zip(config.tasks, load_tasks(config.tasks, config.data), strict=True))
-        tasks, (source,) = _load_tasks(config, read_tasks, icr, reads_sources=True)
+        routers = Routers(icr, (), {})
+        tasks, (source,) = _load_tasks(config, read_tasks, routers, reads_sources=True)
         assert (tasks[0].spec.chat, source.spec.chat) == (False, is_chat)
 
 

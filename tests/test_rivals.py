@@ -30,6 +30,7 @@ from icrouting.methods.iterative_vectors import IterativeVectors
 from icrouting.methods.probes import ProbeEncoder
 from icrouting.methods.regimes import ONCE
 from icrouting.methods.registry import LEARNING
+from icrouting.methods.residual_probe import ProbeResidual
 from icrouting.methods.saved import load_method, save_method
 from icrouting.methods.soft_prompts import PromptTuning
 from icrouting.methods.task_vectors import TaskVectors
@@ -192,7 +193,12 @@ def test_a_fit_is_made_by_its_seed_and_by_no_test_row(kind, tokenizer, small_set
 
 
 @pytest.mark.slow
-@EVERY
+@pytest.mark.parametrize(
+    "kind",
+    # The residual probe chooses by cross-validation: see its own tests.
+    [kind for kind in LEARNING if kind is not ProbeResidual],
+    ids=lambda kind: kind.name,
+)
 def test_what_is_in_force_is_the_best_that_was_tried_and_all_of_it_is_kept(
     kind, tokenizer, small_settings, monkeypatch
 ):

@@ -113,7 +113,7 @@ def test_a_name_can_stand_in_a_pair_of_methods():
         (["rank=4", "rank=8"], {}, "the axis rank is given twice"),
         (["rank=0"], {}, "rank=0: .*greater than 0"),
         (["rank=many"], {}, "rank=many: .*integer"),
-        (["basis=pcs"], {}, "basis=pcs: .*'pca', 'whitened' or 'random'"),
+        (["basis=pcs"], {}, "basis=pcs: .*'pca', 'whitened', 'random'"),
         (["lr=nan"], {}, "lr=nan"),
         (["strength=inf"], {}, "strength=inf"),
         (["layers=last"], {}, "layers=last: expected early"),
@@ -149,7 +149,7 @@ def test_a_mistake_is_told_before_the_model_is_known(axes, preset, why):
 def test_every_preset_makes_settings_and_a_reference(name, n_layers):
     asked = Asked.of([], name, Base(FitConfig(), BASE.sources))
     swept = asked.grid(n_layers)
-    assert len(swept.settings) > 1
+    assert len(swept.settings) > 1 or preset_of(name).methods
     assert swept.reference in swept.settings
     assert preset_of(name).found.endswith(".")
 
