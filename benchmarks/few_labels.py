@@ -30,6 +30,7 @@ from icrouting.routing.priors import fewest_prompts, log_prior
 from icrouting.runtime.storage import load_json, save_json
 from icrouting.tasks.catalogue import SPECS
 
+PAPERS_UNSEEN = ("ai2scie", "cb", "copa", "creak", "mr", "mrpc", "sst5")
 PER_CLASS = (4, 8, 16, 32)
 DRAWS = 3
 # Of the probes beside; the residual one chooses its own.
@@ -137,24 +138,22 @@ def measure(states: Path, out: Path) -> None:
 
 def groups_of(tasks) -> dict[str, list[str]]:
     """Returns the names of tasks by kind: the paper's sources, its unseen ones, the varied ones."""
-    kinds = {
-        "the paper's sources": [name for name in tasks if _kind(name) == "in-domain"],
-        "the paper's seven unseen": [
-            name for name in tasks if name in SPECS and _kind(name) != "in-domain"
-        ],
-        "further tasks": [name for name in tasks if name not in SPECS],
-    }
+    kinds = {"the paper's sources": [], "the paper's unseen ones": [], "further tasks": []}
+    for name in tasks:
+        if name in SPECS and SPECS[name].group == "in-domain":
+            kinds["the paper's sources"].append(name)
+        elif name in PAPERS_UNSEEN:
+            kinds["the paper's unseen ones"].append(name)
+        else:
+            kinds["further tasks"].append(name)
     return {kind: names for kind, names in kinds.items() if names}
-
-
-def _kind(name: str) -> str:
-    return SPECS[name].group if name in SPECS else ""
 
 
 def summarise(out: Path) -> None:
     """Prints a table for each kind of task."""
     record = load_json(out)
-    for kind, names in groups_of(record["tasks"]).items():
+    groups = {**groups_of(record["tasks"]), "all": list(record["tasks"])}
+    for kind, names in groups.items():
         print(f"\n{record['model']}, {kind}: {len(names)} tasks ({', '.join(names)})")
         print("| way | accuracy | over calibrated | over few-shot |\n|---|---|---|---|")
         right = {name: record["tasks"][name]["right"] for name in names}
