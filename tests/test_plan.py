@@ -334,3 +334,22 @@ def test_a_model_without_attention_heads_is_refused_in_a_sentence():
         )
     with pytest.raises(ValueError, match="'mamba' models cannot be routed"):
         planned(mamba)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"n_prompts": 2, "rank": 4}, "4 directions need more than 4 prompts, got 4"),
+        ({"rank": 4096}, "rank must lie in 1"),
+    ],
+)
+def test_directions_that_no_extraction_could_give_are_refused_before_it_runs(
+    changes, why, tokenizer, monkeypatch
+):
+    config = replace(SMALL, **changes)
+    with pytest.raises(ValueError, match=why):
+        planned(tiny.model("llama"), config=config)
+    # The fit alone, as from Python, refuses too, and reads no prompt.
+    monkeypatch.setattr("icrouting.fitting.extraction.capture_last_tokens", None)
+    with pytest.raises(ValueError, match=why):
+        InContextRouter.fit(tiny.model("llama"), tokenizer, TASKS, config)

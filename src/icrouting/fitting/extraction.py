@@ -18,6 +18,7 @@ from icrouting.fitting.capture import capture_last_tokens
 from icrouting.fitting.drawing import drawn_prompts
 from icrouting.fitting.lengths import none_fits
 from icrouting.fitting.pca import QKMoments
+from icrouting.fitting.rows import n_extracted
 from icrouting.runtime.processes import decided, here, is_first, total
 from icrouting.runtime.progress import track
 from icrouting.runtime.storage import load_tensors, save_tensors
@@ -138,7 +139,7 @@ def extract(
     for _ in islice(prompts, extraction.n_done):
         pass
     # At most: where some are left out, the last blocks are empty.
-    n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
+    n_prompts = n_extracted(tasks, config)
     starts = range(extraction.n_done, n_prompts, BLOCK)
     sizes = [min(BLOCK, n_prompts - start) for start in starts]
     processes = here()

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icrouting.config import FitConfig
 from icrouting.decoder.batches import context_length, tokenize
+from icrouting.decoder.families import dims_of
 from icrouting.fitting.lengths import Texts, TokenCounts, prompts_by_task, queries_by_task
 from icrouting.fitting.reckoning import Reckoning, Sizes
-from icrouting.fitting.rows import n_judged
+from icrouting.fitting.rows import check_rank, n_judged
 from icrouting.routing.pids import check_layers, late_third
 from icrouting.tasks.task import Task
 
@@ -171,6 +172,8 @@ def plan_fit(
     tasks = [task.bound_to(tokenizer) for task in tasks]
     sizes = Sizes.of(model)
     layers = check_layers(config.layers or late_third(sizes.n_layers), sizes.n_layers)
+    if is_extracted:
+        check_rank(tasks, config, dims_of(model))
     token_counts = _token_counts(tokenizer)
     limit = context_length(model)
     prompts = {}

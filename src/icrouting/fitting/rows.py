@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from icrouting.config import FitConfig
+from icrouting.decoder.sites import Dims
 from icrouting.tasks.task import Example, Task
 
 # Validation rows of all tasks together: more of them cost time, fewer say nothing.
@@ -29,6 +30,30 @@ def n_learned(tasks: Sequence[Task], config: FitConfig) -> dict[str, int]:
     """Returns how many rows of each task a training learns from."""
     n_rows = {task.name: len(rows_to_learn_from(task, tasks, config)) for task in tasks}
     return {name: min(config.n_queries, n) for name, n in n_rows.items()}
+
+
+def n_extracted(tasks: Sequence[Task], config: FitConfig) -> int:
+    """Returns how many few-shot prompts an extraction reads, of all tasks together."""
+    return sum(min(config.n_prompts, len(task.train)) for task in tasks)
+
+
+def check_rank(tasks: Sequence[Task], config: FitConfig, dims: Dims) -> None:
+    """Checks that an extraction can give as many directions as are asked, before it is run.
+
+    Raises:
+        ValueError: the keys are too narrow for `config.rank`, or the prompts too few.
+    """
+    key_width = dims.n_kv_heads * dims.head_dim
+    n_prompts = n_extracted(tasks, config)
+    if config.rank > key_width:
+        raise ValueError(
+            f"rank must lie in 1..{key_width} (the width of the keys), got {config.rank}"
+        )
+    if n_prompts <= config.rank:
+        raise ValueError(
+            f"{config.rank} directions need more than {config.rank} prompts, got {n_prompts}: "
+            "add prompts or tasks"
+        )
 
 
 def n_judged(tasks: Sequence[Task], config: FitConfig) -> dict[str, int]:

@@ -17,6 +17,7 @@ from icrouting.fitting.folds import chosen_by_folds
 from icrouting.fitting.former import places_of, take_up
 from icrouting.fitting.pca import fit_pids
 from icrouting.fitting.queries import HELD, Query, held_queries, training_queries
+from icrouting.fitting.rows import check_rank, n_extracted
 from icrouting.fitting.shelf import (
     EXTRACTION,
     TRUNK,
@@ -86,6 +87,8 @@ def fit(
             "what enters layer 0 has read the last token alone: "
             "with hidden states, route from layer 1 up"
         )
+    if start is None:
+        check_rank(tasks, config, decoder.dims)
     # So is an encoder that is not there, before a folder is made.
     features = features_of(config.encoder, decoder, str(decoder.device))
     # Processes share batches by their number, and another budget makes others.
@@ -282,7 +285,7 @@ def kept_stages(
     tasks = [task.bound_to(decoder.tokenizer) for task in tasks]
     n_layers = decoder.dims.n_layers
     layers = check_layers(config.layers or late_third(n_layers), n_layers)
-    n_prompts = sum(min(config.n_prompts, len(task.train)) for task in tasks)
+    n_prompts = n_extracted(tasks, config)
     shelf = Shelf.of(stages, decoder, tasks, layers, config)
     # The directions are those of the router that it goes on from.
     if start is not None:

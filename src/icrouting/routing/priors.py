@@ -48,7 +48,8 @@ def log_probabilities(scores: Scores) -> Scores:
 def log_prior(scores: Scores, way: Way = "batch") -> Prior:
     """Returns what is to be taken away from each option's log-probability, up to a constant.
 
-    An option that is ruled out on a prompt (-inf) has no part in the mean there.
+    An option that is ruled out on a prompt (-inf) has no part in the mean there. Where one is,
+    "guarded" is "batch": prompts with other options open have no place in one picture.
 
     Args:
         scores: the options' logits, or summed log-probabilities, of a task's prompts.
@@ -67,7 +68,6 @@ def log_prior(scores: Scores, way: Way = "batch") -> Prior:
     is_open = np.isfinite(log_probs)
     if way == "batch-probability":
         return _log_mean_probability(log_probs)
-    # Where options are ruled out, prompts have no place among others.
     if way == "batch" or not is_open.all():
         # An option that is ruled out everywhere is ruled out whatever its prior: it needs none.
         n_open = np.maximum(is_open.sum(0), 1)
