@@ -20,6 +20,7 @@ from icrouting.decoder.texts import prompts_of, whole_prompts_of
 from icrouting.evaluation.predictor import Predictor
 from icrouting.icr import InContextRouter
 from icrouting.methods import METHODS, Settings, make
+from icrouting.methods.saved import load_method, save_method
 from icrouting.tasks.chat import Chat, conversation, rendered
 from icrouting.tasks.prompts import behind, demonstration, few_shot, zero_shot
 from icrouting.tasks.task import rows_digest
@@ -346,6 +347,21 @@ def test_a_saved_router_knows_that_its_sources_are_chats(icr, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert f"routed.score([[{user(toy.example)!r}]], ['negative', 'positive'])" in card
     assert "as a user's turn of a chat" in card
+
+
+def test_a_saved_method_of_chats_is_for_the_template_that_worded_them(llama, tmp_path):
+    (probe,) = make(["probe-hidden"], Settings(**SMALL))
+    task = chat_task()
+    save_method(fit_method(probe, llama, speaking(), [task]).on(task), tmp_path / "chats")
+    assert load_method(tmp_path / "chats", llama, speaking()).sources[0].spec.chat
+    with pytest.raises(ValueError, match="another chat template"):
+        load_method(tmp_path / "chats", llama, speaking(DATED))
+    # Without chats the template says nothing, and the file is the one it always was.
+    (plain,) = make(["probe-hidden"], Settings(**SMALL))
+    toy = tiny.task()
+    save_method(fit_method(plain, llama, speaking(), [toy]).on(toy), tmp_path / "plain")
+    load_method(tmp_path / "plain", llama, speaking(DATED))
+    assert "chat_template" not in json.loads((tmp_path / "plain" / "method.json").read_text())
 
 
 def test_a_router_without_chats_writes_the_file_that_it_always_wrote(saved_router):

@@ -1,6 +1,7 @@
 """What a method learned, as a folder that others can take up."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from icrouting.methods.settings import Settings
 from icrouting.runtime.checks import check_same, known, read
 from icrouting.runtime.defaults import usual_defaults
 from icrouting.runtime.storage import load_json, load_tensors, save_json, save_tensors, unshared
-from icrouting.tasks.task import Task, TaskSpec
+from icrouting.tasks.task import Task, TaskSpec, digest_of_template
 
 CONFIG = "method.json"
 TENSORS = "method.safetensors"
@@ -42,6 +43,8 @@ class Saved:
     cost: dict[str, int | float]
     tensors_sha256: str
     specs: list[TaskSpec]
+    # Of the tokenizer that worded the sources' chats; None without chats, and in earlier versions.
+    chat_template: str | None
 
 
 def save_method(method: Method, folder: str | Path) -> None:
@@ -76,11 +79,14 @@ def save_method(method: Method, folder: str | Path) -> None:
         cost=fit.cost,
         tensors_sha256=_digest(folder),
         specs=[task.spec for task in method.sources],
+        chat_template=_template_of(method.sources, method.decoder.tokenizer),
     )
     content = asdict(saved)
     # What was learned from no task has none to tell of, as in an earlier version.
     if not saved.specs:
         del content["specs"]
+    if saved.chat_template is None:
+        del content["chat_template"]
     save_json(folder / CONFIG, content)
 
 
@@ -96,12 +102,17 @@ def load_method(
         tokenizer: its tokenizer.
 
     Raises:
-        ValueError: a damaged folder, another model or another encoder.
+        ValueError: a damaged folder, another model, another encoder or another chat template.
     """
     folder = Path(folder)
     saved = read_saved(folder)
     decoder = Decoder.of(model, tokenizer)
     decoder.check_fitted_on(str(folder), saved.model, saved.fingerprint, saved.base_weights)
+    if saved.chat_template not in (None, digest_of_template(tokenizer)):
+        raise ValueError(
+            f"{folder} was learned from chats that another chat template worded: load it with the "
+            "tokenizer it was fitted with, or set that `chat_template`"
+        )
     # Those with a router are not LEARNING's: they have no regimes to choose from.
     kinds = {kind.name: kind for kind in (*LEARNING, IcrGated, IcrSafe)}
     kind = known("method", saved.method, kinds)
@@ -124,7 +135,7 @@ def read_saved(folder: Path) -> Saved:
     # The two files are written one after the other; a kill in between leaves no pair.
     digest = _digest(folder)
     # An earlier version kept no digest, and nothing of the model's weights or of how tasks read.
-    content = {"tensors_sha256": digest, "base_weights": {}, "specs": []}
+    content = {"tensors_sha256": digest, "base_weights": {}, "specs": [], "chat_template": None}
     content |= load_json(folder / CONFIG)
     saved = read(Saved, content)
     if saved.tensors_sha256 != digest:
@@ -133,6 +144,13 @@ def read_saved(folder: Path) -> Saved:
             "save the method again"
         )
     return saved
+
+
+def _template_of(sources: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns digits that identify the template of the sources' chats; None where none is one."""
+    if not any(task.spec.chat for task in sources):
+        return None
+    return digest_of_template(tokenizer)
 
 
 def _digest(folder: Path) -> str:
