@@ -14,6 +14,9 @@ with them.
     residual     the method `probe-residual`: a correction of the model's own scores, sized by
                  cross-validation
     few-shot     five demonstrations a class before every prompt, one draw
+    distilled    the same correction, fitted to what few-shot prompts answer to the pool's prompts
+                 (five labels a class, those of the demonstrations; where there is a teacher's file);
+                 "calibrated" is to what they answer without their prior
 """
 
 import argparse
@@ -35,7 +38,6 @@ PER_CLASS = (4, 8, 16, 32)
 DRAWS = 3
 # Of the probes beside; the residual one chooses its own.
 C = 1.0
-BESIDE = ("zero-shot", "calibrated", "self-taught", "few-shot", "few-shot calibrated")
 
 
 class Cell:
@@ -55,11 +57,21 @@ class Cell:
         self.pool = np.flatnonzero(is_pool & is_usual)
         self.test = np.flatnonzero(~is_pool & is_usual)
         self.few_shot = content["few_shot"][is_usual[~is_pool], :usual].astype(float)
+        self.teacher = self._teacher(file.with_suffix(".teacher.npz"), is_usual)
         states = np.concatenate([content["entering"], content["last"]], axis=1).astype(float)
         batch = states[self.pool[:N_PROMPTS]]
         deviation = batch.std(0)
         deviation[deviation <= 1e-6 * np.abs(batch.mean(0))] = np.inf
         self.features = (states - batch.mean(0)) / deviation / np.sqrt(states.shape[1])
+
+    def _teacher(self, file: Path, is_usual: np.ndarray) -> dict[str, np.ndarray] | None:
+        """Returns the pool's "rows" that are no demonstration, and few-shot "scores" of them."""
+        if not file.exists():
+            return None
+        content = np.load(file)
+        is_taught = content["is_new"] & is_usual[: len(content["is_new"])]
+        rows = np.flatnonzero(is_taught)
+        return {"rows": rows, "scores": content["few_shot"][rows, : self.n_options].astype(float)}
 
     def calibrated(self, log_probs, batch) -> np.ndarray:
         """Returns log-probabilities without the prior of a batch of prompts."""
@@ -86,6 +98,31 @@ class Cell:
             ),
         }
 
+    def distilled(self) -> dict[str, np.ndarray]:
+        """Returns what a correction gives that is fitted to few-shot answers; empty without any."""
+        if self.teacher is None:
+            return {}
+        picked = self.teacher["rows"]
+        raw = log_softmax(self.teacher["scores"], axis=1)
+        teachers = {"distilled": raw, "distilled calibrated": self.calibrated(raw, raw)}
+        right = {}
+        for way, log_probs in teachers.items():
+            rng = np.random.default_rng(0)
+            right[way] = self.right(self._residual(picked, np.exp(log_probs), rng))
+        return right
+
+    def _residual(self, picked, targets, rng) -> np.ndarray:
+        """Returns the test rows' scores by a correction that is fitted to some rows of the pool."""
+        batch = self.log_probs[self.pool[:N_PROMPTS]]
+        by_kind = {True: self.calibrated(self.log_probs, batch), False: self.log_probs}
+        offsets = {kind: log_probs[picked] for kind, log_probs in by_kind.items()}
+        rows = Rows(self.features[picked], offsets, targets)
+        tried = cross_validated(rows, GRID, rng)
+        best = min(tried, key=lambda setting: setting["loss"])
+        kind = best["calibrated"]
+        weight, bias = residual_fit(rows.features, offsets[kind], targets, best["C"])
+        return by_kind[kind][self.test] + self.features[self.test] @ weight.T + bias
+
     def learned(self, per_class: int, draw: int) -> dict[str, np.ndarray]:
         """Returns what so many labels a class give, of one draw."""
         rng = np.random.default_rng([draw, per_class])
@@ -93,20 +130,11 @@ class Cell:
         for label in range(self.n_options):
             of_label = self.pool[self.labels[self.pool] == label]
             picked += rng.permutation(of_label)[:per_class].tolist()
-        batch = self.log_probs[self.pool[:N_PROMPTS]]
-        by_kind = {True: self.calibrated(self.log_probs, batch), False: self.log_probs}
-        offsets = {kind: log_probs[picked] for kind, log_probs in by_kind.items()}
-        rows = Rows(self.features[picked], offsets, self.labels[picked])
-        tried = cross_validated(rows, GRID, rng)
-        best = min(tried, key=lambda setting: setting["loss"])
-        kind = best["calibrated"]
-        weight, bias = residual_fit(rows.features, offsets[kind], rows.labels, best["C"])
-        features = self.features[self.test]
-        residual = by_kind[kind][self.test] + features @ weight.T + bias
-        nothing = np.zeros_like(offsets[kind])
-        weight, bias = residual_fit(rows.features, nothing, rows.labels, C)
+        residual = self._residual(picked, self.labels[picked], rng)
+        nothing = np.zeros((len(picked), self.n_options))
+        weight, bias = residual_fit(self.features[picked], nothing, self.labels[picked], C)
         return {
-            "probe": self.right(features @ weight.T + bias),
+            "probe": self.right(self.features[self.test] @ weight.T + bias),
             "residual": self.right(residual),
         }
 
@@ -116,13 +144,13 @@ def measure(states: Path, out: Path) -> None:
     tasks = {}
     left_out = []
     for file in sorted(states.glob("*.npz")):
-        if file.name.endswith(".part.npz"):
+        if file.name.endswith((".part.npz", ".teacher.npz")):
             continue
         cell = Cell(file)
         if len(cell.pool) < fewest_prompts(cell.n_options):
             left_out.append(file.stem)
             continue
-        right = cell.beside()
+        right = {**cell.beside(), **cell.distilled()}
         for per_class in PER_CLASS:
             draws = [cell.learned(per_class, draw) for draw in range(DRAWS)]
             for way in draws[0]:
@@ -157,7 +185,9 @@ def summarise(out: Path) -> None:
         print(f"\n{record['model']}, {kind}: {len(names)} tasks ({', '.join(names)})")
         print("| way | accuracy | over calibrated | over few-shot |\n|---|---|---|---|")
         right = {name: record["tasks"][name]["right"] for name in names}
-        for way in right[names[0]]:
+        # Without a teacher's file a task has no "distilled".
+        ways = [way for way in right[names[0]] if all(way in right[name] for name in names)]
+        for way in ways:
             cells = [f"{100 * np.mean([np.mean(right[name][way]) for name in names]):.1f}"]
             for other in ("calibrated", "few-shot"):
                 gaps = [np.array(right[n][way]) - np.array(right[n][other]) for n in names]

@@ -48,12 +48,12 @@ class Rows:
         features: standardised, [n_rows, n_features].
         offsets: what the model itself says of the options, by whether its prior is taken away:
             log-probabilities [n_rows, n_options], -inf where a row has fewer options.
-        labels: [n_rows].
+        targets: labels [n_rows], or each row's probabilities of all options.
     """
 
     features: Array
     offsets: dict[bool, Array]
-    labels: Array
+    targets: Array
 
 
 class ProbeResidual(Probe):
@@ -104,7 +104,7 @@ class ProbeResidual(Probe):
         self.scores = self._plain_scores(task, batch)
         rows, mean, deviation = self._rows(task, batch, labelled)
         calibrated, C = self._chosen(rows, rng)
-        weight, bias = residual_fit(rows.features, rows.offsets[calibrated], rows.labels, C)
+        weight, bias = residual_fit(rows.features, rows.offsets[calibrated], rows.targets, C)
         # The scaling goes into the weight, so that it takes features as they are.
         weight = weight / deviation
         bias = bias - weight @ mean
@@ -130,6 +130,10 @@ class ProbeResidual(Probe):
         """Returns the numbers of the correction and of one prior."""
         return super().n_cached(task) + self.scores.shape[1]
 
+    def targets(self, task: Task, rows: Sequence[Example]) -> Array:
+        """Returns what the correction is fitted to: the rows' labels."""
+        return np.array([row.label for row in rows])
+
     def _plain_scores(self, task: Task, rows: Sequence[Example]) -> Scores:
         prompts = [self.prompt(task, row) for row in rows]
         options = [task.options(row) for row in rows]
@@ -154,8 +158,7 @@ class ProbeResidual(Probe):
             if not calibrated or has_prior(self.scores):
                 kind = self._offsets(task, labelled, scores, calibrated)
                 offsets[calibrated] = kind.double().numpy()
-        labels = np.array([row.label for row in labelled])
-        rows = Rows(standardised.numpy(), offsets, labels)
+        rows = Rows(standardised.numpy(), offsets, self.targets(task, labelled))
         return rows, mean.numpy(), deviation.numpy()
 
     def _offsets(
@@ -174,7 +177,7 @@ class ProbeResidual(Probe):
         """Returns the setting of the least log-loss on rows that were left out."""
         allowed = [setting for setting in GRID if setting[0] in rows.offsets]
         allowed = allowed[: self.settings.tries]
-        if len(allowed) == 1 or len(rows.labels) < 2:
+        if len(allowed) == 1 or len(rows.targets) < 2:
             return allowed[0]
         self.tried += cross_validated(rows, allowed, rng)
         best = min(self.tried, key=lambda setting: setting["loss"])
@@ -185,13 +188,14 @@ def cross_validated(
     rows: Rows, settings: Sequence[tuple[bool, float]], rng: np.random.Generator
 ) -> list[dict[str, Any]]:
     """Returns each setting with its "accuracy" and log-"loss" on rows that were left out."""
-    n_rows = len(rows.labels)
+    n_rows = len(rows.targets)
+    labels = rows.targets if rows.targets.ndim == 1 else rows.targets.argmax(1)
     folds = np.array_split(rng.permutation(n_rows), N_FOLDS)
     tried = []
     for calibrated, C in settings:
         log_probs = _left_out(rows, calibrated, C, folds)
-        right = log_probs.argmax(1) == rows.labels
-        loss = -log_probs[np.arange(n_rows), rows.labels].mean()
+        right = log_probs.argmax(1) == labels
+        loss = cross_entropy(log_probs, rows.targets) / n_rows
         measured = {"accuracy": float(right.mean()), "loss": float(loss)}
         tried.append({"calibrated": calibrated, "C": C, **measured})
     return tried
@@ -203,7 +207,7 @@ def _left_out(rows: Rows, calibrated: bool, C: float, folds: Sequence[Array]) ->
     log_probs = np.empty_like(offsets)
     for fold in _filled(folds):
         others = np.setdiff1d(np.arange(len(offsets)), fold)
-        weight, bias = residual_fit(rows.features[others], offsets[others], rows.labels[others], C)
+        weight, bias = residual_fit(rows.features[others], offsets[others], rows.targets[others], C)
         corrected = offsets[fold] + rows.features[fold] @ weight.T + bias
         log_probs[fold] = log_softmax(corrected, axis=1)
     return log_probs
@@ -216,19 +220,32 @@ def _filled(folds: Sequence[Array]) -> Iterator[Array]:
             yield fold
 
 
+def cross_entropy(
+    log_probs: Float[Array, "n_rows n_options"],
+    targets: Int[Array, "n_rows"] | Float[Array, "n_rows n_options"],
+) -> float:
+    """Returns the sum over rows, in nats, of labels or of shares of all options."""
+    if targets.ndim == 1:
+        return -float(log_probs[np.arange(len(targets)), targets].sum())
+    # An option that a row does not have is -inf, and has no share: it adds nothing.
+    has_share = targets > 0
+    return -float((targets[has_share] * log_probs[has_share]).sum())
+
+
 def residual_fit(
     features: Float[Array, "n_rows n_features"],
     offsets: Float[Array, "n_rows n_options"],
-    labels: Int[Array, "n_rows"],
+    targets: Int[Array, "n_rows"] | Float[Array, "n_rows n_options"],
     C: float,
 ) -> tuple[Float[Array, "n_options n_features"], Float[Array, "n_options"]]:
     """Returns the weight and bias that are to be added to what the model says, in float64.
 
     They minimise the sum of cross-entropies of `offsets + features @ weight.T + bias`, plus
-    |weight|^2 / (2 C) + |bias|^2 / 2. Both are zero at a C of 0.
+    |weight|^2 / (2 C) + |bias|^2 / 2. Both are zero at a C of 0. Targets are labels, or each row's
+    probabilities of all options.
     """
     n_features = features.shape[1]
-    n_rows, n_options = offsets.shape
+    n_options = offsets.shape[1]
     weight = np.zeros((n_options, n_features))
     bias = np.zeros(n_options)
     if C == 0:
@@ -236,15 +253,15 @@ def residual_fit(
     # The weight lies in the span of the rows, which has fewer dimensions where rows are few.
     _, _, span = np.linalg.svd(features, full_matrices=False)
     inside = features @ span.T
-    targets = np.eye(n_options)[labels]
+    shares = np.eye(n_options)[targets] if targets.ndim == 1 else targets
 
     def loss_and_gradient(flat: Array) -> tuple[float, Array]:
         numbers = flat.reshape(n_options, -1)
         tail, shift = numbers[:, :-1], numbers[:, -1]
         log_probs = log_softmax(offsets + inside @ tail.T + shift, axis=1)
-        loss = -log_probs[np.arange(n_rows), labels].sum()
+        loss = cross_entropy(log_probs, shares)
         loss += np.square(tail).sum() / (2 * C) + np.square(shift).sum() / 2
-        gaps = np.exp(log_probs) - targets
+        gaps = np.exp(log_probs) - shares
         gradient = np.column_stack([gaps.T @ inside + tail / C, gaps.sum(0) + shift])
         return loss, gradient.ravel()
 
