@@ -136,8 +136,9 @@ def evaluate(
     (its control: one vector for a task), and controls of ICR: icr-refit, icr-random-basis,
     icr-learned-directions, icr-constant, icr-random-features, icr-uniform-alpha,
     icr-uniform-gates; on each task alone: probe-hidden, probe-encoder,
-    probe-residual (corrects the model's own scores, from a row a class on), batch-calibration
-    (which reads no label).
+    probe-residual (corrects the model's own scores, from a row a class on), probe-distilled (the
+    same, taught by few-shot prompts on rows without labels), batch-calibration (which reads no
+    label).
 
     Example: icr eval --model pinned:smollm2-135m --router my-router --data pinned:staicc
     --tasks agnews sst2 mr --sources agnews sst2 --n-test 200 --out runs/first

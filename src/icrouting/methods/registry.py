@@ -12,6 +12,7 @@ from icrouting.methods.base import Method
 from icrouting.methods.batch_calibration import BatchCalibration, IcrSafe
 from icrouting.methods.calibration import Calibration
 from icrouting.methods.cartridge import Cartridge
+from icrouting.methods.distilled_probe import ProbeDistilled
 from icrouting.methods.domain_calibration import DomainCalibration
 from icrouting.methods.elicit import Elicit
 from icrouting.methods.entrants import NamedIcr
@@ -50,7 +51,7 @@ LEARNING: tuple[type[Method], ...] = (
     *(Atv, AtvAveraged),
     *(controls.Refit, controls.RandomBasis, controls.LearnedDirections, controls.ConstantFeatures),
     *(controls.RandomFeatures, controls.UniformAlpha, controls.UniformGates),
-    *(ProbeHidden, ProbeEncoder, ProbeResidual),
+    *(ProbeHidden, ProbeEncoder, ProbeResidual, ProbeDistilled),
     BatchCalibration,
 )
 METHODS: dict[str, Callable[[Settings], Method]] = {

@@ -56,6 +56,21 @@ class Rows:
     targets: Array
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a correction is learned from.
+
+    Attributes:
+        examples: rows of the task.
+        targets: their labels, or shares of all options, as in `Rows`.
+        n_labelled: how many labels were read for it.
+    """
+
+    examples: Sequence[Example]
+    targets: Array
+    n_labelled: int
+
+
 class ProbeResidual(Probe):
     """The model's option scores, plus a linear correction from its own states (not in the paper).
 
@@ -97,12 +112,9 @@ class ProbeResidual(Probe):
             )
         (task,) = self.sources
         batch = drawn_rows(task, rng)
-        picked = rng.permutation(len(task.train))[: self.settings.train_rows]
-        labelled = [*(task.train[place] for place in picked), *task.validation]
-        if not labelled:
-            raise ValueError(f"{self.name} learns from labelled rows, and {task.name!r} has none")
+        lesson = self.lesson(task, rng)
         self.scores = self._plain_scores(task, batch)
-        rows, mean, deviation = self._rows(task, batch, labelled)
+        rows, mean, deviation = self._rows(task, batch, lesson)
         calibrated, C = self._chosen(rows, rng)
         weight, bias = residual_fit(rows.features, rows.offsets[calibrated], rows.targets, C)
         # The scaling goes into the weight, so that it takes features as they are.
@@ -111,8 +123,16 @@ class ProbeResidual(Probe):
         self.weight = torch.from_numpy(weight).float()
         self.bias = torch.from_numpy(bias).float()
         self.calibrated = torch.tensor([float(calibrated)])
-        self.n_labelled = len(labelled)
+        self.n_labelled = lesson.n_labelled
         self.n_trained = self.weight.numel() + self.bias.numel()
+
+    def lesson(self, task: Task, rng: np.random.Generator) -> Lesson:
+        """Returns labelled rows: up to `train_rows`, and those of the validation slice."""
+        picked = rng.permutation(len(task.train))[: self.settings.train_rows]
+        labelled = [*(task.train[place] for place in picked), *task.validation]
+        if not labelled:
+            raise ValueError(f"{self.name} learns from labelled rows, and {task.name!r} has none")
+        return Lesson(labelled, np.array([row.label for row in labelled]), len(labelled))
 
     @usual_defaults()
     def adjusted(self, task: Task, examples: Sequence[Example], scores: Scores) -> Scores:
@@ -130,20 +150,17 @@ class ProbeResidual(Probe):
         """Returns the numbers of the correction and of one prior."""
         return super().n_cached(task) + self.scores.shape[1]
 
-    def targets(self, task: Task, rows: Sequence[Example]) -> Array:
-        """Returns what the correction is fitted to: the rows' labels."""
-        return np.array([row.label for row in rows])
-
     def _plain_scores(self, task: Task, rows: Sequence[Example]) -> Scores:
         prompts = [self.prompt(task, row) for row in rows]
         options = [task.options(row) for row in rows]
         return score(self.decoder, prompts, options, label_scoring=task.spec.label_scoring)
 
     def _rows(
-        self, task: Task, batch: Sequence[Example], labelled: Sequence[Example]
+        self, task: Task, batch: Sequence[Example], lesson: Lesson
     ) -> tuple[Rows, Array, Array]:
-        """Returns labelled rows, and the mean and deviation by which features are standardised."""
-        texts = [self.prompt(task, row).text for row in (*batch, *labelled)]
+        """Returns a lesson's rows, and mean and deviation by which features are standardised."""
+        examples = lesson.examples
+        texts = [self.prompt(task, row).text for row in (*batch, *examples)]
         features = self.features(texts).double()
         mean = features.mean(0)
         deviation = features.std(0, correction=0)
@@ -152,13 +169,13 @@ class ProbeResidual(Probe):
         # Rows of length one on average, whatever the model's width.
         deviation = deviation * features.shape[1] ** 0.5
         standardised = (features[len(batch) :] - mean) / deviation
-        scores = self._plain_scores(task, labelled)
+        scores = self._plain_scores(task, examples)
         offsets = {}
         for calibrated in (True, False):
             if not calibrated or has_prior(self.scores):
-                kind = self._offsets(task, labelled, scores, calibrated)
+                kind = self._offsets(task, examples, scores, calibrated)
                 offsets[calibrated] = kind.double().numpy()
-        rows = Rows(standardised.numpy(), offsets, self.targets(task, labelled))
+        rows = Rows(standardised.numpy(), offsets, lesson.targets)
         return rows, mean.numpy(), deviation.numpy()
 
     def _offsets(
