@@ -15,7 +15,7 @@ with them.
                  cross-validation
     few-shot     five demonstrations a class before every prompt, one draw
     distilled    the same correction, fitted to what few-shot prompts answer to the pool's prompts
-                 (five labels a class, those of the demonstrations; where there is a teacher's file);
+    distilled    the same correction, fitted to what few-shot prompts answer to the prompts of the pool
                  "calibrated" is to what they answer without their prior
 """
 
