@@ -14,8 +14,8 @@ with them.
     residual     the method `probe-residual`: a correction of the model's own scores, sized by
                  cross-validation
     few-shot     five demonstrations a class before every prompt, one draw
-    distilled    the same correction, fitted to what few-shot prompts answer to the pool's prompts
-    distilled    the same correction, fitted to what few-shot prompts answer to the prompts of the pool
+    distilled    the same correction, fitted to what few-shot prompts answer to the pool's prompts:
+                 five labels a class, those of the demonstrations (where there is a teacher's file)
                  "calibrated" is to what they answer without their prior
 """
 
