@@ -247,18 +247,25 @@ class InContextRouter(ModelHubMixin):
         """Does what `attached` does, for a decoder."""
         prompt_gate = self._gate_asked_for(gate)
         reader = self.reader(decoder, strength=strength, gate=prompt_gate, spread=spread)
-        sources = self.description.sources
-        if not self.has_template_of(decoder.tokenizer):
+        reader = self.watching(reader, stacklevel=5)
+        with self.attached_by(reader, strength=strength, bias_rows=bias_rows) as routed:
+            yield routed
+
+    def watching(self, reader: Reader, *, stacklevel: int = 2) -> Reader:
+        """Returns a reader that warns of prompts of a form that the router does not know.
+
+        Warns at once, at this `stacklevel`, of a tokenizer with another chat template.
+        """
+        tokenizer = reader.decoder.tokenizer
+        if not self.has_template_of(tokenizer):
             warnings.warn(
                 "this tokenizer's chat template is another one than the router was fitted by: what "
                 "routing does to its prompts was not learned and may do harm; load the tokenizer "
                 "that it was fitted with, or set its `chat_template`",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
-        if sources:
-            reader = replace(reader, forms=FormWatch(sources, decoder.tokenizer))
-        with self.attached_by(reader, strength=strength, bias_rows=bias_rows) as routed:
-            yield routed
+        sources = self.description.sources
+        return replace(reader, forms=FormWatch(sources, tokenizer)) if sources else reader
 
     def _gate_asked_for(self, gate: Gate | bool | None) -> Gate | None:
         """Returns the gate that `attached` was asked for; None for none."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,28 @@ from icrouting.routing.sources import FormWatch
 from icrouting.runtime.defaults import usual_defaults
 
 Gate = Callable[[Sequence[Tensor]], Float[Tensor, "batch"]]
+
+
+class PromptReader(Protocol):
+    """What a model is routed by: it gives prompts their routing, one row each."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model that is routed, with its tokenizer."""
+        ...
+
+    @property
+    def first_layer(self) -> int:
+        """The first routed layer, whose entering states `of_states` is given."""
+        ...
+
+    def of_states(self, token_lists: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Routing:
+        """Returns the routing of prompts, given the states that enter the first routed layer."""
+        ...
+
+    def of_tokens(self, token_lists: Sequence[Sequence[int]]) -> Routing:
+        """Returns the routing of prompts."""
+        ...
 
 
 @dataclass(frozen=True)

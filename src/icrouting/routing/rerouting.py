@@ -21,7 +21,7 @@ from icrouting.routing.attach import attach
 from icrouting.routing.attachment import Attachment, RoutedPass
 from icrouting.routing.checkpointing import checkpointing_followed
 from icrouting.routing.pids import PIDs
-from icrouting.routing.reader import Reader
+from icrouting.routing.reader import PromptReader
 from icrouting.routing.router import Routing
 
 
@@ -58,7 +58,7 @@ class _Rerouter(Uncopied):
 
     def __init__(
         self,
-        reader: Reader,
+        reader: PromptReader,
         attachment: Attachment,
         take_up_checkpointing: Callable[[], None],
         bias_rows: BiasRows,
@@ -227,7 +227,7 @@ class Rerouted:
 
 
 @contextmanager
-def rerouted(reader: Reader, pids: PIDs, bias_rows: BiasRows = "all") -> Iterator[Rerouted]:
+def rerouted(reader: PromptReader, pids: PIDs, bias_rows: BiasRows = "all") -> Iterator[Rerouted]:
     """Inside, plain calls of the reader's model are routed; on leaving, it is as it was found.
 
     Args:
@@ -251,7 +251,11 @@ def rerouted(reader: Reader, pids: PIDs, bias_rows: BiasRows = "all") -> Iterato
 
 
 def _enter(
-    leaving: ExitStack, reader: Reader, attachment: Attachment, pids: PIDs, bias_rows: BiasRows
+    leaving: ExitStack,
+    reader: PromptReader,
+    attachment: Attachment,
+    pids: PIDs,
+    bias_rows: BiasRows,
 ) -> _Rerouter:
     """Puts what reroutes an attached model on it, to be taken away on leaving."""
     decoder = reader.decoder
@@ -271,7 +275,7 @@ def _enter(
 
 
 @contextmanager
-def unrouted(reader: Reader) -> Iterator[Rerouted]:
+def unrouted(reader: PromptReader) -> Iterator[Rerouted]:
     """Inside, the reader's model is held as it is, which is what strength 0 asks for."""
     with hooked(reader.decoder.base, "icr", nullcontext()) as hold:
         yield Rerouted(hold, [])
