@@ -16,6 +16,7 @@ from icrouting.config import FitConfig
 from icrouting.decoder.backbone import Backbone
 from icrouting.evaluation.config import HUB_TASKS, Base, EvalConfig, Names
 from icrouting.methods.settings import COMPARED, Settings
+from icrouting.serving.limits import Limits
 from icrouting.sweeping.presets import PRESETS
 from icrouting.tasks.task import LabelScoring, Task
 
@@ -31,6 +32,7 @@ Routers = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]FOLDER ...")]
 _PRESET_HELP = f"Instead of axes, one of the paper's ablations: {', '.join(PRESETS)}."
 Preset = Annotated[str | None, tyro.conf.arg(metavar="NAME", help=_PRESET_HELP)]
 ANALYSIS = AnalysisConfig()
+LIMITS = Limits()
 Fields = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=TEXT ...")]
 
 
@@ -428,6 +430,47 @@ def predict(
     room.predict(artifact, rows, out, model, task, gate=gate, prefix=prefix)
 
 
+def serve(
+    artifacts: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]FOLDER ...")
+    ],
+    model: Base = BACKBONE,
+    host: str = "127.0.0.1",
+    port: NonNegativeInt = 8000,
+    limits: Annotated[Limits, tyro.conf.arg(name="")] = LIMITS,
+) -> None:
+    """Serve a model with routers behind a URL; each request names its router, or "base".
+
+    In the shape of OpenAI's interface, so that its clients work: /v1/models, /v1/completions and
+    /v1/chat/completions (with streams), where `model` names the router; /v1/classify labels rows of
+    a task that a router knows, or prompts with options; /healthz, /metrics (Prometheus).
+    Requests of different routers are run in one batch, and none sees another. Answers are greedy.
+
+    With the environment variable ICR_API_KEY set, requests have to name it as their bearer token.
+    Needs the extra: pip install 'icrouting[serve]'.
+
+    Example: icr serve my-router reviews=other-router --port 8000
+
+    Args:
+        artifacts: Folders or hub ids of fitted routers of one base model; a request calls each by
+            NAME, or by its folder's name.
+        model: The model below; by default the one that the first router was fitted on.
+        host: Address to listen at; the default is this machine's own, which no other one reaches.
+        port: Port to listen at; 0 takes a free one.
+        limits: What it takes.
+    """
+    from icrouting.cli import reading
+
+    if not artifacts:
+        raise ValueError("expected a router or more: icr serve FOLDER, or NAME=FOLDER")
+    for artifact in artifacts:
+        reading.check_router(artifact.partition("=")[2] or artifact)
+    reading.check_extra("serve", "fastapi", "uvicorn", "prometheus_client")
+    from icrouting.cli import serve as room
+
+    room.serve(artifacts, model, host, port, limits)
+
+
 def calibrate(
     router: Annotated[str, tyro.conf.Positional],
     rows: Annotated[Path, tyro.conf.Positional],
@@ -676,13 +719,14 @@ def main(arguments: list[str] | None = None) -> None:
         "report": report,
         "predict": predict,
         "calibrate": calibrate,
+        "serve": serve,
         "generate": generate,
         "inspect": inspect,
         "analyse": analyse,
         "demo": demo,
     }
     about = (
-        "In-Context Routing: the few-shot effect at zero-shot cost. "
+        "In-Context Routing: part of the few-shot effect at zero-shot length. "
         "`icr --version` says which version this is."
     )
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
@@ -66,6 +67,19 @@ def check_asked(prompt: str | None, task: str | None, fields: Sequence[str]) -> 
             "give one of the two"
         )
     return None if prompt is None else prompt.replace("\\n", "\n")
+
+
+def check_extra(extra: str, *modules: str) -> None:
+    """Checks that what an extra of this package installs is there.
+
+    Raises:
+        ValueError: a module is missing.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ValueError(
+            f"this command needs {', '.join(missing)}: pip install 'icrouting[{extra}]'"
+        )
 
 
 def check_router(name: str) -> None:
