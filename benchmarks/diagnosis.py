@@ -335,7 +335,7 @@ def summarise(file: Path) -> None:
             print(f"| {way}{note} | {' | '.join([*cells, *means, interval(gaps)])} |")
 
 
-def interval(gaps: list[np.ndarray]) -> str:
+def estimated(gaps: list[np.ndarray]) -> dict[str, float]:
     """Returns a mean over tasks in points, with a bootstrap interval over their items."""
     rng = np.random.default_rng(0)
     means = np.zeros(N_BOOTSTRAP)
@@ -344,7 +344,13 @@ def interval(gaps: list[np.ndarray]) -> str:
         means += task_gaps[draws].mean(1) / len(gaps)
     low, high = np.quantile(means, [0.025, 0.975])
     mean = np.mean([task_gaps.mean() for task_gaps in gaps])
-    return f"{100 * mean:+.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    return {"value": 100 * float(mean), "low": 100 * float(low), "high": 100 * float(high)}
+
+
+def interval(gaps: list[np.ndarray]) -> str:
+    """Returns `estimated` as a text."""
+    gap = estimated(gaps)
+    return f"{gap['value']:+.1f} ({gap['low']:.1f} to {gap['high']:.1f})"
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import log_softmax
 
-from benchmarks.diagnosis import interval
+from benchmarks.diagnosis import estimated
 from icrouting.evaluation.runs import commit
 from icrouting.methods.batch_calibration import N_PROMPTS
 from icrouting.methods.residual_probe import GRID, Rows, cross_validated, residual_fit
@@ -36,6 +36,7 @@ from icrouting.tasks.catalogue import SPECS
 PAPERS_UNSEEN = ("ai2scie", "cb", "copa", "creak", "mr", "mrpc", "sst5")
 PER_CLASS = (4, 8, 16, 32)
 DRAWS = 3
+BESIDE = ("zero-shot", "calibrated", "few-shot")
 # Of the probes beside; the residual one chooses its own.
 C = 1.0
 
@@ -177,21 +178,44 @@ def groups_of(tasks) -> dict[str, list[str]]:
     return {kind: names for kind, names in kinds.items() if names}
 
 
-def summarise(out: Path) -> None:
-    """Prints a table for each kind of task."""
-    record = load_json(out)
-    groups = {**groups_of(record["tasks"]), "all": list(record["tasks"])}
+def summary_of(tasks) -> dict[str, dict[str, dict[str, object]]]:
+    """Returns by kind of task and way the accuracy, and what it is over the three BESIDE."""
+    groups = {**groups_of(tasks), "all": list(tasks)}
+    summary = {}
     for kind, names in groups.items():
-        print(f"\n{record['model']}, {kind}: {len(names)} tasks ({', '.join(names)})")
-        print("| way | accuracy | over calibrated | over few-shot |\n|---|---|---|---|")
-        right = {name: record["tasks"][name]["right"] for name in names}
+        right = {}
+        for name in names:
+            ways = tasks[name]["right"].items()
+            right[name] = {way: np.array(rights) for way, rights in ways}
         # Without a teacher's file a task has no "distilled".
         ways = [way for way in right[names[0]] if all(way in right[name] for name in names)]
+        summary[kind] = {}
         for way in ways:
-            cells = [f"{100 * np.mean([np.mean(right[name][way]) for name in names]):.1f}"]
-            for other in ("calibrated", "few-shot"):
-                gaps = [np.array(right[n][way]) - np.array(right[n][other]) for n in names]
-                cells.append("" if way == other else interval(gaps))
+            accuracy = float(np.mean([right[name][way].mean() for name in names]))
+            line: dict[str, object] = {"tasks": len(names), "accuracy": 100 * accuracy}
+            for other in BESIDE:
+                gaps = [right[name][way] - right[name][other] for name in names]
+                line[f"over {other}"] = estimated(gaps)
+            summary[kind][way] = line
+    return summary
+
+
+def summarise(out: Path) -> None:
+    """Prints a table for each kind of task, and keeps its figures with the record."""
+    record = load_json(out)
+    record["summary"] = summary_of(record["tasks"])
+    save_json(out, record)
+    for kind, lines in record["summary"].items():
+        n_tasks = next(iter(lines.values()))["tasks"]
+        print(f"\n{record['model']}, {kind}: {n_tasks} tasks")
+        print(f"| way | accuracy | {' | '.join(f'over {other}' for other in BESIDE)} |")
+        print("|---|---|---|---|---|")
+        for way, line in lines.items():
+            cells = [f"{line['accuracy']:.1f}"]
+            for other in BESIDE:
+                gap = line[f"over {other}"]
+                text = f"{gap['value']:+.1f} ({gap['low']:.1f} to {gap['high']:.1f})"
+                cells.append("" if way == other else text)
             print(f"| {way} | {' | '.join(cells)} |")
 
 
