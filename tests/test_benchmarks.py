@@ -57,7 +57,7 @@ def test_every_interval_that_the_documents_name_is_a_published_figure():
     said = re.compile(
         rf"({number})[^()\d]{{0,60}}?[(;]\s?(?:[^()\d]{{0,20}}?; )?({number}) to ({number})"
     )
-    for page in ("docs/who-wins.md", "README.md"):
+    for page in ("docs/who-wins.md", "docs/who-wins-details.md", "docs/unseen.md", "README.md"):
         text = (ROUTERS.parent / page).read_text()
         found = [
             tuple(float(part.replace(MINUS, "-")) for part in match) for match in said.findall(text)
