@@ -49,6 +49,7 @@ from icrouting.routing.features import features_of
 from icrouting.routing.pids import late_third
 from icrouting.routing.priors import without_prior
 from icrouting.routing.router import Router
+from icrouting.runtime.storage import save_json
 from icrouting.tasks.load import load_task
 from icrouting.tasks.prompts import balanced_demos, few_shot
 
@@ -299,8 +300,12 @@ def right_of(record: dict, form: str) -> np.ndarray:
 
 
 def summarise(file: Path) -> None:
-    """Prints the table: every way raw and calibrated, and its gain beyond calibration."""
+    """Prints the table: every way raw and calibrated, and its gain beyond calibration.
+
+    The gains go into summary.json beside the records, with those over "plain" on the same tasks.
+    """
     lines = records_of(file)
+    summary = {}
     for model in dict.fromkeys(each["model"] for each in lines):
         by_place = {(each["task"], each["way"]): each for each in lines if each["model"] == model}
         tasks = [task for task in TASKS if (task, "zero-shot") in by_place]
@@ -331,8 +336,19 @@ def summarise(file: Path) -> None:
                 right["batch"][task] - right_of(by_place[task, "zero-shot"], "batch")
                 for task in done
             ]
+            over_plain = [
+                right["batch"][task] - right_of(by_place[task, "plain"], "batch")
+                for task in done
+                if (task, "plain") in by_place
+            ]
+            summary.setdefault(model, {})[way] = {
+                "tasks": len(done),
+                "beyond": estimated(gaps),
+                "over plain": estimated(over_plain) if over_plain else None,
+            }
             note = "" if len(done) == len(tasks) else f" ({len(done)} tasks)"
             print(f"| {way}{note} | {' | '.join([*cells, *means, interval(gaps)])} |")
+    save_json(file.parent / "summary.json", summary)
 
 
 def estimated(gaps: list[np.ndarray]) -> dict[str, float]:
