@@ -7,7 +7,7 @@ CODE = src tests benchmarks docs examples
 # Two workers, of one thread each; one takes over what the other would do last.
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo quick fast test oldest lint style format clean
+.PHONY: demo quick fast test oldest docs lint style format clean
 
 demo: $(VENV)/ready
 	$(BIN)/icr demo
@@ -34,6 +34,11 @@ style: $(VENV)/ready
 
 lint: style
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The site, into site/. Strictly: a link that leads nowhere fails it.
+docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/ready
 	$(BIN)/ruff format $(CODE)

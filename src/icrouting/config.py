@@ -84,7 +84,7 @@ class FitConfig:
     Raises:
         ValueError: a value does not fit; the first such field is named.
 
-    Example:
+    Examples:
         >>> from icrouting import PAPER, FitConfig
         >>> FitConfig(rank=4).n_prompts
         100

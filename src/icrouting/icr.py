@@ -54,7 +54,7 @@ class InContextRouter(ModelHubMixin):
         gate: which prompts it routes; None where it routes all.
         calibrations: tasks' priors, by which `predict` calibrates what the gate leaves alone.
 
-    Example:
+    Examples:
         A model of two layers and a vocabulary of six words stands for a real one (`load_model`).
 
         >>> from tempfile import TemporaryDirectory

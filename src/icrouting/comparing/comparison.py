@@ -91,7 +91,7 @@ def compare(
         ValueError: the model, the settings, the names or the folder do not fit, or zero-shot
             cannot answer the task.
 
-    Example:
+    Examples:
         A model of two layers and a vocabulary of six words stands for a real one (`load_model`).
 
         >>> from tempfile import TemporaryDirectory

@@ -106,7 +106,7 @@ def load_model(
     Raises:
         ValueError: nothing of that name can be loaded, or not to there, or there is no such device.
 
-    Example:
+    Examples:
         >>> from icrouting import load_model
         >>> model, tokenizer = load_model("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
 

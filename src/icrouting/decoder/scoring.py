@@ -145,7 +145,7 @@ def score_options(
             apart by the tokens that count, or the tokenizer is another model's, or a score is not
             finite.
 
-    Example:
+    Examples:
         Which word is likelier behind each prompt, on a small model with random weights:
 
         >>> from tokenizers import Tokenizer, models, pre_tokenizers

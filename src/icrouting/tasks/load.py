@@ -22,7 +22,7 @@ def load_task(name: str | TaskSpec, data: str | Path) -> Task:
         ValueError: unknown name, missing folder, or a row that does not fit (file and line are
             named).
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from icrouting import load_task

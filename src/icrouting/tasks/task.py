@@ -33,7 +33,7 @@ class Example:
     `fields` are the texts that fill the template, by name; `choices` the answers to choose from,
     where every item brings its own (else empty); `label` is an index into the task's options.
 
-    Example:
+    Examples:
         >>> from icrouting import Example
         >>> example = Example(fields={"text": "a joy to watch"}, choices=(), label=1)
         >>> example.fields["text"]
@@ -92,7 +92,7 @@ class TaskSpec:
         system: the system turn of a chat; empty for none.
         prompts: prompts of the user's own, which stand beside the template as methods.
 
-    Example:
+    Examples:
         >>> from icrouting import TaskSpec
         >>> spec = TaskSpec("tickets", "far", "Ticket: {text}\nTeam:", ("Access", "Hardware"))
         >>> spec.slots
@@ -152,7 +152,7 @@ class Task:
     `test`. `n_dropped` counts training rows left out because they repeat one another or a held-back
     row; `dropped_example` is one of them and the row that it repeats.
 
-    Example:
+    Examples:
         >>> from icrouting import Example, Task, TaskSpec
         >>> spec = TaskSpec("tickets", "far", "Ticket: {text}\nTeam:", ("Access", "Hardware"))
         >>> lost = Example({"text": "I lost my password"}, choices=(), label=0)
@@ -228,7 +228,7 @@ class Task:
             ValueError: a column is missing, a row does not fit (its place is named), or there are
                 too few rows or labels to learn from.
 
-        Example:
+        Examples:
             >>> from icrouting import Task
             >>> tickets = [
             ...     {"text": "I lost my password", "team": "Access"},
