@@ -59,9 +59,8 @@ def commands() -> str:
     from icrouting.cli import main
 
     parts = ["# Commands", "", "What `--help` prints.", ""]
-    listing = _help_of(main, [])
-    names = re.findall(r"^│\s{4,6}([a-z]+)\s", listing, re.MULTILINE)
-    for name in dict.fromkeys(names):
+    (listed,) = re.findall(r"\{([a-z,]+)\}", _help_of(main, []).partition("\n\n")[0])
+    for name in listed.split(","):
         parts += [f"## icr {name}", "", "```text", _help_of(main, [name]).rstrip(), "```", ""]
     return "\n".join(parts)
 
