@@ -1,9 +1,8 @@
-"""Writes docs/results.md and the README's table from the run folders under benchmarks/results.
+"""Writes docs/results.md from the run folders under benchmarks/results.
 
 python docs/results.py
 """
 
-import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -35,19 +34,16 @@ RUNS = {
     "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B, all twelve tasks",
     "demo": "The demo, SmolLM2-135M-Instruct on seven tasks",
 }
-IN_README = "smollm2-135m"
-# The notes of a report that the README leaves out: what its marks, intervals and origin are.
-LEFT_OUT = ("▲", "Intervals", "Model")
 HEAD = """# Results
 
 Made from [`benchmarks/results`](../benchmarks/results) by `python docs/results.py`; every table
 names its command, commit, seeds and what was cut short. The twelve-task runs come from
 [`twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in
 [`routers`](../routers); the rivals' and the controls' runs come from
-[`rivals.sh`](../benchmarks/recipes/rivals.sh), and [who wins where](who-wins.md) reads them. Where
-an `answers.json` lies beside a run's figures, it holds what every method chose on every item
-(`icr report RUN --keep-answers FOLDER`): `icr report FOLDER --restore-to RUN` makes the run of it
-again, to be paired with others (`icr report RUN RUN --leads`) or gone on with.
+[`rivals.sh`](../benchmarks/recipes/rivals.sh), and [who wins, in detail](who-wins-details.md) reads
+them. Where an `answers.json` lies beside a run's figures, it holds what every method
+chose on every item (`icr report RUN --keep-answers FOLDER`): `icr report FOLDER --restore-to RUN`
+makes the run of it again, to be paired with others (`icr report RUN RUN --leads`) or gone on with.
 
 The paper's tables: its table 1 (twelve tasks) is the first table here, and for rivals that are
 taken over to unseen tasks the one of rivals fitted once; its table 2 (vectors fitted on each
@@ -66,23 +62,5 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def table() -> str:
-    """Returns the conclusion, the table and the cuts of the run that the README shows."""
-    report = (RESULTS / IN_README / "report.md").read_text()
-    # Conclusion and table stand above the first note.
-    head, *notes = re.split(r"\n- ", report)
-    cuts = [note.strip() for note in notes if not note.startswith(LEFT_OUT)]
-    return f"{head.strip()}\n\nCut short: {' '.join(cuts)}"
-
-
-def readme(text: str) -> str:
-    """Returns the README with its table made anew."""
-    before, table_and_after = text.split("<!-- results -->\n")
-    _, after = table_and_after.split("<!-- end of results -->")
-    return f"{before}<!-- results -->\n{table()}\n<!-- end of results -->{after}"
-
-
 if __name__ == "__main__":
     (ROOT / "docs" / "results.md").write_text(page())
-    file = ROOT / "README.md"
-    file.write_text(readme(file.read_text()))
