@@ -42,7 +42,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def first_page() -> str:
     """Returns the README, as a page among the others."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = text.replace("](docs/", "](")
+    text = text.replace("](docs/", "](").replace('"docs/', '"')
 
     def kept(link: re.Match[str]) -> str:
         # What is not a page of the site is a name.

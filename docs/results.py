@@ -40,10 +40,10 @@ Made from [`benchmarks/results`](../benchmarks/results) by `python docs/results.
 names its command, commit, seeds and what was cut short. The twelve-task runs come from
 [`twelve-tasks.sh`](../benchmarks/recipes/twelve-tasks.sh), their routers are in
 [`routers`](../routers); the rivals' and the controls' runs come from
-[`rivals.sh`](../benchmarks/recipes/rivals.sh), and [who wins where](who-wins.md) reads them. Where
-an `answers.json` lies beside a run's figures, it holds what every method chose on every item
-(`icr report RUN --keep-answers FOLDER`): `icr report FOLDER --restore-to RUN` makes the run of it
-again, to be paired with others (`icr report RUN RUN --leads`) or gone on with.
+[`rivals.sh`](../benchmarks/recipes/rivals.sh), and [who wins, in detail](who-wins-details.md) reads
+them. Where an `answers.json` lies beside a run's figures, it holds what every method
+chose on every item (`icr report RUN --keep-answers FOLDER`): `icr report FOLDER --restore-to RUN`
+makes the run of it again, to be paired with others (`icr report RUN RUN --leads`) or gone on with.
 
 The paper's tables: its table 1 (twelve tasks) is the first table here, and for rivals that are
 taken over to unseen tasks the one of rivals fitted once; its table 2 (vectors fitted on each

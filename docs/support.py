@@ -13,15 +13,14 @@ HEAD = """# What is supported
 Made by `python docs/support.py` from what the tests run over: `tests/ways.py` for the ways of
 running a model, `tests/test_families.py` for the families. "Works" means: a test compares it, in
 float32 on tiny sharp models, with the slow obvious version, one prompt at a time on dense matrices
-without padding or cache (`tests/reference.py`), and checks that without the routing it would come
-out otherwise. "Raises" means: a `ValueError` or a `RuntimeError` with the sentence given, and a
-test that it comes. Everything was run on a processor, with the versions in `constraints.txt`.
+without padding or cache (`tests/reference.py`). It also checks that without the routing it would
+come out otherwise. "Raises" means: a `ValueError` or a `RuntimeError` with the sentence given, and
+a test that it comes. Everything was run on a processor, with the versions in `constraints.txt`.
 Besides, `tests/test_accelerator.py` was run once, in an earlier form, on one NVIDIA H100 (torch
-2.11.0,
-transformers 5.17.0): routed logits of every family but Gemma 2 equal the processor's reference
-there on `sdpa` and `eager`, caches (three families) one pass, and every method (Llama, Gemma 3)
-what it gives after saving and loading. That a router fitted there answers alike on a processor was
-not run.
+2.11.0, transformers 5.17.0). Routed logits of every family but Gemma 2 equal the processor's
+reference there on `sdpa` and `eager`, caches (three families) one pass, and every method (Llama,
+Gemma 3) what it gives after saving and loading. That a router fitted there answers alike on a
+processor was not run.
 """
 
 

@@ -2,7 +2,6 @@
 
 import io
 import re
-import sys
 import tokenize
 from fnmatch import fnmatch
 from pathlib import Path
@@ -125,26 +124,3 @@ def test_no_foreign_name_is_listed_in_vain():
 def test_every_place_that_a_page_links_exists(page):
     places = re.findall(r"\]\(((?!http)[^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
     assert not [place for place in places if not (page.parent / place).exists()]
-
-
-def measured_pages():
-    sys.path.append(str(ROOT / "docs"))
-    import prose
-
-    return prose.pages()
-
-
-@pytest.mark.parametrize("page", measured_pages(), ids=lambda page: page.name)
-def test_prose_is_for_a_reader_who_is_busy(page):
-    import prose
-
-    figures = prose.prose_of(page.read_text(encoding="utf-8"))
-    assert figures.words_a_sentence <= prose.MOST_WORDS_A_SENTENCE
-    assert figures.numbers_per_100 <= prose.MOST_NUMBERS
-
-
-def test_a_sentence_ends_at_a_full_stop_and_code_does_not_count():
-    import prose
-
-    figures = prose.prose_of("# One\n\nIt has `1 2 3` words: six. Two 7 more.\n\n| 1 | 2 |\n")
-    assert (figures.words, figures.sentences, figures.numbers) == (8 - 1, 2, 1)

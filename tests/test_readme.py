@@ -1,9 +1,10 @@
-"""The examples of README and guide run, and pictures and tables are the committed runs'."""
+"""The README's examples run and its table is the committed run's."""
 
 import dataclasses
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,34 @@ from pinned import fetch_or_skip
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-GUIDE = (ROOT / "docs" / "guide.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE, re.DOTALL)
+
+
+def snippets(page):
+    """The blocks of Python on a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 @pytest.mark.pinned
-def test_the_ten_lines_run(tmp_path, monkeypatch, pinned_tasks):
+def test_the_ten_lines_print_what_the_readme_shows(monkeypatch, capsys):
+    fetch_or_skip("smollm2-135m", "minilm")
+    monkeypatch.chdir(ROOT)
+    (code,) = snippets("README.md")
+    (shown,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.pinned
+def test_the_first_router_is_fitted_as_its_page_says(tmp_path, monkeypatch, pinned_tasks):
     fetch_or_skip("smollm2-135m", "minilm")
     # Other tests check that the sets read the same each time; to read three takes ten seconds.
     monkeypatch.setattr(staicc, "read_task", lambda spec: pinned_tasks[spec.name])
     monkeypatch.chdir(tmp_path)
     # The same lines, on fewer prompts and queries.
     code, n_changes = re.subn(
-        r"n_prompts=40, n_queries=400", "n_prompts=4, n_queries=16, epochs=1", BLOCKS[0]
+        r"n_prompts=40, n_queries=400",
+        "n_prompts=4, n_queries=16, epochs=1",
+        snippets("docs/first-router.md")[0],
     )
     assert n_changes == 1
     names: dict = {}
@@ -34,15 +50,17 @@ def test_the_ten_lines_run(tmp_path, monkeypatch, pinned_tasks):
     assert names["tokens"].shape[0] == 2
     assert (tmp_path / "my-router" / "README.md").exists()
     names["tasks"] = [dataclasses.replace(task, train=task.train[:26]) for task in names["tasks"]]
-    exec(BLOCKS[1], names)
+    (gate,) = [code for code in snippets("docs/predict.md") if "icr-gated" in code]
+    exec(gate, names)
     assert names["scores"].shape == (2, 2)
 
 
-def test_the_own_task_reads_as_the_readme_says(tmp_path):
+def test_a_task_spec_reads_as_the_page_of_tasks_says(tmp_path):
     from icrouting import load_task
 
     names: dict = {}
-    exec(BLOCKS[2], names)
+    (code,) = [code for code in snippets("docs/tasks.md") if "TaskSpec(" in code]
+    exec(textwrap.dedent(code), names)
     (tmp_path / "tickets").mkdir()
     for split in ("train", "test"):
         rows = [
@@ -67,8 +85,32 @@ def test_tables_are_those_of_the_committed_runs():
     )
 
 
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 130
+def test_the_tables_of_readme_and_who_wins_are_those_of_the_committed_records():
+    sys.path.append(str(ROOT / "docs"))
+    import tables
+
+    for page, by_name in tables.TABLES.items():
+        text = (ROOT / page).read_text()
+        assert tables.with_tables(text, by_name) == text, "run python docs/tables.py"
+
+
+def test_the_readme_has_at_most_130_lines_and_its_table_six_columns():
+    lines = README.splitlines()
+    assert len(lines) <= 130
+    assert max(line.count("|") - 1 for line in lines if line.startswith("|")) <= 6
+
+
+def test_who_wins_is_ten_sentences_of_at_most_25_words():
+    items = re.findall(r"^\d+\. (.*)$", (ROOT / "docs" / "who-wins.md").read_text(), re.MULTILINE)
+    assert len(items) == 10
+    assert max(len(item.split()) for item in items) <= 25
+
+
+def test_the_pictures_of_gains_are_drawn_from_the_committed_runs():
+    sys.path.append(str(ROOT / "docs"))
+    import gains
+
+    assert set(gains.drawn()) == {gains.digest()}, "run python docs/gains.py"
 
 
 def test_the_picture_of_who_wins_is_drawn_from_the_committed_runs():
