@@ -65,13 +65,15 @@ def draw() -> None:
         panels[0].set_yticks(range(len(RUNGS)), list(RUNGS.values()))
         panels[0].invert_yaxis()
         figure.supxlabel("points of accuracy over zero-shot, 95 % interval over items", fontsize=8)
-        figure.tight_layout()
         figure.savefig(PICTURE, metadata={"Date": None, "Description": f"drawn from {digest()}"})
 
 
 def _panel(axes: Axes, lines: dict[str, Any]) -> None:
     """Draws one model's rungs."""
     for row, way in enumerate(RUNGS):
+        # A rung that was not measured on a model has no mark.
+        if way not in lines:
+            continue
         gap = lines[way]["over zero-shot"]
         colour = COLOURS.get(way, COLOUR)
         axes.plot([gap["low"], gap["high"]], [row, row], color=colour, linewidth=1.5)
