@@ -681,7 +681,7 @@ def main(arguments: list[str] | None = None) -> None:
         "demo": demo,
     }
     about = (
-        "In-Context Routing: the few-shot effect at zero-shot cost. "
+        "In-Context Routing: labelled tasks learned as a bias on attention, at zero-shot length. "
         "`icr --version` says which version this is."
     )
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
