@@ -95,6 +95,15 @@ def test_the_tables_of_readme_and_who_wins_are_those_of_the_committed_records():
         assert tables.with_tables(text, by_name) == text, "run python docs/tables.py"
 
 
+def test_the_sentences_of_readme_and_who_wins_name_the_leads_on_record():
+    sys.path.append(str(ROOT / "docs"))
+    import tables
+
+    for page in tables.CITED:
+        text = " ".join((ROOT / page).read_text().split())
+        assert not [sentence for sentence in tables.cited(page) if sentence not in text]
+
+
 def test_the_readme_has_at_most_130_lines_and_its_table_six_columns():
     lines = README.splitlines()
     assert len(lines) <= 130
