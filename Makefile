@@ -7,7 +7,7 @@ CODE = src tests benchmarks docs examples
 # Two workers, of one thread each; one takes over what the other would do last.
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo quick fast test oldest docs lint style format clean
+.PHONY: demo quick fast test docs oldest lint style format clean
 
 demo: $(VENV)/ready
 	$(BIN)/icr demo
@@ -22,6 +22,10 @@ fast: style
 test: lint
 	$(TESTS)
 
+# The site, into build/site: strict, its links checked, nothing read from the network.
+docs: $(VENV)/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 # The tests that use transformers, with the oldest release of it that pyproject.toml claims.
 oldest:
 	PYTHON=$(PYTHON) .ci/oldest
@@ -35,11 +39,6 @@ style: $(VENV)/ready
 lint: style
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The site, into site/. Strictly: a link that leads nowhere fails it.
-docs: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-
 format: $(VENV)/ready
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
@@ -47,6 +46,10 @@ format: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:

@@ -1,8 +1,9 @@
-"""Writes docs/results.md from the run folders under benchmarks/results.
+"""Writes docs/results.md and a page a run from the run folders under benchmarks/results.
 
 python docs/results.py
 """
 
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -52,15 +53,44 @@ task; its table 11 (numbers kept, cost of a fit) is under rivals'.
 """
 
 
+# The line of a report that ends in its command, which may be thousands of characters long.
+RECIPE = re.compile(r"^- (Model .*?, commit [\w-]+): (.*)$", re.MULTILINE)
+
+
+def report_of(run: str) -> str:
+    """Returns a run's report."""
+    return (RESULTS / run / "report.md").read_text(encoding="utf-8").strip()
+
+
 def page() -> str:
-    """Returns docs/results.md."""
+    """Returns docs/results.md: each run's conclusion, and where its page is."""
     parts = [HEAD]
-    for name, title in RUNS.items():
-        report = RESULTS / name / "report.md"
-        if report.exists():
-            parts.append(f"## {title}\n\n{report.read_text().strip()}\n")
+    for run, title in RUNS.items():
+        # A report begins with its conclusion.
+        conclusion = report_of(run).split("\n\n")[0]
+        link = f"[Table, seeds, times and command](results/{run}.md)"
+        parts.append(f"## {title}\n\n{conclusion}\n\n{link}\n")
     return "\n".join(parts)
 
 
+def run_page(run: str) -> str:
+    """Returns the page of a run: its report, with the command folded away."""
+    folded = RECIPE.sub(
+        r"- \1.\n\n<details><summary>Command</summary>\n<pre><code>\2</code></pre>\n</details>",
+        report_of(run).replace("&&", "&amp;&amp;"),
+    )
+    record = f"Made from [its record](../../benchmarks/results/{run}) by `python docs/results.py`."
+    return f"# {RUNS[run]}\n\n{record} [All runs](../results.md).\n\n{folded}\n"
+
+
+def pages() -> dict[Path, str]:
+    """Returns the text of every page of results by its file."""
+    docs = ROOT / "docs"
+    by_file = {docs / "results" / f"{run}.md": run_page(run) for run in RUNS}
+    return {docs / "results.md": page(), **by_file}
+
+
 if __name__ == "__main__":
-    (ROOT / "docs" / "results.md").write_text(page())
+    for file, text in pages().items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")

@@ -212,6 +212,52 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
+# Of each page: what a sentence says around its number, and the lead that the number is.
+CITED = {
+    "README.md": [
+        ("ICR gains {} points on fitted", "qwen2.5-coder-0.5b", "icr over zero-shot, source tasks"),
+        ("and loses {} on the others", "qwen2.5-coder-0.5b", "icr over zero-shot, unseen tasks"),
+    ],
+    "docs/who-wins.md": [
+        ("ICR gains {} points", "smollm2-135m-rivals-once", "icr over zero-shot, source tasks"),
+        ("it loses {}, so", "smollm2-135m-rivals-once", "icr over zero-shot, unseen tasks"),
+        ("leads by {}", "smollm2-135m-rivals-once", "prefix-tuning-once over icr, all tasks"),
+        (
+            "is {} points ahead on the source",
+            "smollm2-135m-controls-once",
+            "prefix-tuning-once over icr-refit-once, source tasks",
+        ),
+        (
+            "is {} points ahead of ICR over",
+            "qwen2.5-coder-0.5b-rivals-once",
+            "prefix-tuning-once over icr, all tasks",
+        ),
+        (
+            "is {} points ahead on ICR's own",
+            "smollm2-135m-probes",
+            "probe-hidden over icr, source tasks",
+        ),
+        ("nearest with {}", "smollm2-135m-rivals-once", "live-once over zero-shot, unseen tasks"),
+        (
+            "loses {} there",
+            "smollm2-135m-rivals-once",
+            "lora-block-once over zero-shot, unseen tasks",
+        ),
+        ("much: {} points", "qwen2.5-coder-1.5b", "few-shot over zero-shot, all tasks"),
+        ("and {} points behind", "qwen2.5-coder-1.5b", "icr over few-shot, unseen tasks"),
+    ],
+}
+
+
+def cited(page: str) -> list[str]:
+    """Returns what the sentences of a page have to say of the leads that they name."""
+    texts = []
+    for text, run, lead in CITED[page]:
+        value = load_json(RESULTS / run / "leads.json")["leads"][lead]["value"]
+        texts.append(text.format(f"{abs(value):.1f}"))
+    return texts
+
+
 TABLES = {
     "README.md": {"gains": readme_table},
     "docs/who-wins.md": {"once": once_table, "each": each_table, "models": models_table},

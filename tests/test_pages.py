@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("src", "benchmarks", "tests", "docs")
-FILE = re.compile(r"[\w./*<>-]*\w\.(?:csv|html|j2|jsonl?|md|py|sh|svg|toml|txt|yaml)\b")
+FILE = re.compile(r"[\w./*<>-]*\w\.(?:csv|html|j2|jsonl?|md|py|sh|svg|toml|txt|ya?ml)\b")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
