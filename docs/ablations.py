@@ -13,6 +13,7 @@ from icrouting.sweeping.presets import preset_of
 ROOT = Path(__file__).parents[1]
 SWEEPS = ROOT / "benchmarks" / "results" / "sweeps"
 PAGE = ROOT / "docs" / "ablations.md"
+PICTURES = ROOT / "docs" / "ablations"
 # What we read in each sweep: a verdict and a sentence, by model and preset.
 VERDICTS = ROOT / "docs" / "ablations.toml"
 HEAD = """# The paper's ablations, measured
@@ -54,11 +55,26 @@ def section(model: str, preset: str) -> list[str]:
         "",
     ]
     lines += [*table_of(folder / "sweep.md"), ""]
-    lines += [f"![{alt_text(record)}](../{place}/sweep.svg)", ""]
+    # Beside the page, so that a site of these pages has it.
+    lines += [f"![{alt_text(record)}](ablations/{picture_name(model, preset)})", ""]
     names = ("json", "csv")
     links = ", ".join(f"[{name}](../{place}/sweep.{name})" for name in names)
     lines += [f"Record: {links}. Command: `{record['command']}`", ""]
     return lines
+
+
+def picture_name(model: str, preset: str) -> str:
+    """Returns the name of a sweep's picture beside the page."""
+    return f"{model}-{preset}.svg"
+
+
+def copy_pictures() -> None:
+    """Puts every sweep's picture beside the page."""
+    PICTURES.mkdir(exist_ok=True)
+    for model, by_preset in verdicts().items():
+        for preset in by_preset:
+            picture = (SWEEPS / model / preset / "sweep.svg").read_bytes()
+            (PICTURES / picture_name(model, preset)).write_bytes(picture)
 
 
 def table_of(file: Path) -> list[str]:
@@ -85,4 +101,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    copy_pictures()
     PAGE.write_text(page(), encoding="utf-8")

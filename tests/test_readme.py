@@ -165,6 +165,11 @@ def test_the_page_of_ablations_is_made_from_the_committed_sweeps():
 
     page = (ROOT / "docs" / "ablations.md").read_text()
     assert page == ablations.page(), "run python docs/ablations.py"
+    for model, by_preset in ablations.verdicts().items():
+        for preset in by_preset:
+            copied = ablations.PICTURES / ablations.picture_name(model, preset)
+            original = ablations.SWEEPS / model / preset / "sweep.svg"
+            assert copied.read_bytes() == original.read_bytes()
     assert ablations.verdicts()
 
 
